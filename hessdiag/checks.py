@@ -1,0 +1,83 @@
+"""Checks of arguments: every error names the argument, its value and what would be right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_positive_int(name: str, value: object) -> None:
+    """Raise unless ``value`` is an int of at least 1.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is below 1.
+
+    Example:
+        >>> check_positive_int("M", 0)
+        Traceback (most recent call last):
+        ...
+        ValueError: M must be at least 1, got 0
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_batch(name: str, x: object) -> None:
+    """Raise unless ``x`` is a finite real floating-point tensor with a batch dimension.
+
+    Raises:
+        TypeError: If it is no tensor, or of an integer, boolean or complex type.
+        ValueError: If it has no dimension, or holds NaN or infinity.
+
+    Example:
+        >>> check_batch("x", torch.zeros(2, 3, dtype=torch.int64))
+        Traceback (most recent call last):
+        ...
+        TypeError: x must be a real floating-point tensor, got torch.int64
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}")
+    if x.dim() < 1:
+        raise ValueError(f"{name} must have shape (B, ...), got a 0-dimensional tensor")
+    finite = torch.isfinite(x)
+    if not bool(finite.all()):
+        count = int((~finite).sum())
+        raise ValueError(f"{name} must be finite, got {count} NaN or infinite of {x.numel()} values")
+
+
+def check_output(output: object, x: Tensor) -> None:
+    """Raise unless ``output``, which ``score_fn(x)`` returned, is a tensor like ``x``.
+
+    Raises:
+        TypeError: If it is no tensor, or of another dtype.
+        ValueError: If it is of another shape or on another device.
+
+    Example:
+        >>> check_output(torch.zeros(2), torch.zeros(2, 3))
+        Traceback (most recent call last):
+        ...
+        ValueError: score_fn must return the shape of x, (2, 3), got (2,)
+    """
+    if not isinstance(output, Tensor):
+        hint = ""
+        if hasattr(output, "sample") or isinstance(output, (tuple, list, dict)):
+            hint = "; take the tensor out of it, as in lambda x: model(x, t).sample"
+        raise TypeError(f"score_fn must return a torch.Tensor, got {type(output).__name__}{hint}")
+    if output.shape != x.shape:
+        raise ValueError(
+            f"score_fn must return the shape of x, {tuple(x.shape)}, got {tuple(output.shape)}"
+        )
+    if output.dtype != x.dtype:
+        raise TypeError(
+            f"score_fn must return the dtype of x, {x.dtype}, got {output.dtype}; "
+            "convert inside score_fn"
+        )
+    if output.device != x.device:
+        raise ValueError(
+            f"score_fn must return a tensor on the device of x, {x.device}, got {output.device}"
+        )

@@ -1,0 +1,33 @@
+"""Triton, or a stand-in where Triton has no wheels (macOS, Windows).
+
+The stand-in lets the kernels' modules be imported, so that the PyTorch references work
+everywhere; launching a kernel through it raises.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:
+
+    class _UnavailableKernel:
+        def __init__(self, function: Any) -> None:
+            self.name = function.__name__
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError(
+                f"the Triton kernel {self.name!r} cannot run: triton is not installed on this "
+                "machine; use CPU tensors, which take the PyTorch reference"
+            )
+
+    def _jit(function: Any = None, **options: Any) -> Any:
+        return _UnavailableKernel if function is None else _UnavailableKernel(function)
+
+    triton = SimpleNamespace(jit=_jit, cdiv=lambda a, b: -(-a // b))
+    tl = SimpleNamespace(constexpr=lambda value: value)
+
+__all__ = ["tl", "triton"]

@@ -1,0 +1,232 @@
+"""The random-number contract, version 1.
+
+Every random number is a pure function of (seed, stream, sample, probe or step, feature), so a
+result does not depend on chunk sizes, on how a batch is split over calls or processes, or on the
+device. The generator is Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: *Parallel random numbers: as
+easy as 1, 2, 3*, 2011), the one that ``tl.philox`` computes, with
+
+    key = (low 32 bits of the seed, high 32 bits of the seed).
+
+Rademacher signs, stream 0
+    ``counter = (d // 8, sample, probe // 16, 0)`` with d the feature's flat C-order index within
+    its sample. The four output words hold 8 features x 16 probes: with
+    ``p = (probe % 16) * 8 + d % 8`` the sign is +1 if bit ``p % 32`` of word ``p // 32`` is set,
+    else -1.
+
+Standard normals, streams 1 (probes) and 2 (samplers)
+    ``counter = (d // 4, sample, probe or step, stream)``. Words (w0, w1) give features 0 and 1
+    of the group and (w2, w3) features 2 and 3, by Box-Muller:
+    ``radius = sqrt(-2 ln u_a)``, ``angle = 2 pi u_b``, the cosine first, then the sine, with
+    ``u = min(float32(w) * 2**-32 + 2**-33, 1 - 2**-24)``, which lies in (0, 1).
+
+This module holds the PyTorch reference of both maps, the Triton functions that the kernels share,
+and the checks of seeds and offsets.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hessdiag.kernels._triton import tl, triton
+
+STREAM_RADEMACHER = 0
+STREAM_PROBES = 1
+STREAM_SAMPLERS = 2
+
+FEATURES_PER_SIGN_TILE = 8
+PROBES_PER_SIGN_TILE = 16
+FEATURES_PER_NORMAL_GROUP = 4
+
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+# Triton functions may read only such globals as are declared compile-time constants.
+STREAM_SAMPLERS_CONSTEXPR: tl.constexpr = tl.constexpr(STREAM_SAMPLERS)
+_SCALE: tl.constexpr = tl.constexpr(2.0**-32)
+_HALF_STEP: tl.constexpr = tl.constexpr(2.0**-33)
+_BELOW_ONE: tl.constexpr = tl.constexpr(1.0 - 2.0**-24)
+_TWO_PI: tl.constexpr = tl.constexpr(2.0 * math.pi)
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
+    """Return the seed as a 0-dimensional int64 tensor on ``device``.
+
+    Args:
+        seed: An integer in [0, 2**64), or an int64 tensor with one element (a tensor already on
+            ``device`` is used as it is, so that a captured CUDA graph can be replayed with a new
+            seed written into it).
+        device: Where the random numbers are needed.
+
+    Raises:
+        TypeError: If ``seed`` is neither an int nor an int64 tensor.
+        ValueError: If it lies outside [0, 2**64), or the tensor has more than one element.
+
+    Example:
+        >>> seed_tensor(7, "cpu")
+        tensor(7)
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or an int64 tensor, got a {seed.dtype} tensor")
+        if seed.numel() != 1:
+            raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        return seed.reshape(()).to(device)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    return torch.tensor(signed, dtype=torch.int64, device=device)
+
+
+def check_counter(name: str, first: int, count: int = 1) -> None:
+    """Raise unless the counter values ``first .. first + count - 1`` fit 32 bits.
+
+    Raises:
+        TypeError: If ``first`` is not an int.
+        ValueError: If a value lies outside [0, 2**32).
+
+    Example:
+        >>> check_counter("sample_offset", 2**32 - 1, 2)
+        Traceback (most recent call last):
+        ...
+        ValueError: sample_offset + 2 must be at most 2**32, got sample_offset = 4294967295
+    """
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise TypeError(f"{name} must be an int, got {type(first).__name__}")
+    if first < 0:
+        raise ValueError(f"{name} must be at least 0, got {first}")
+    if first + count > 2**32:
+        raise ValueError(f"{name} + {count} must be at most 2**32, got {name} = {first}")
+
+
+def philox(
+    seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four 32-bit words of Philox 4x32-10, as int64 tensors with values in [0, 2**32).
+
+    Args:
+        seed: 0-dimensional int64 tensor, the key.
+        c0: First counter word, an int64 tensor with values in [0, 2**32).
+        c1: Second counter word; the four broadcast against one another.
+        c2: Third counter word.
+        c3: Fourth counter word.
+
+    Example:
+        The first known answer of the authors' test vectors, for a zero key and counter:
+
+        >>> zero = torch.tensor(0)
+        >>> [f"{word.item():08x}" for word in philox(zero, zero, zero, zero, zero)]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
+    """
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, which keeps both halves of the unsigned product.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
+            product1 & _MASK,
+            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
+            product0 & _MASK,
+        )
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def sign_bits(
+    seed: Tensor, probe_offset: int, num_probes: int, sample_offset: int, batch: int, features: int
+) -> Tensor:
+    """Return the bits of stream 0 as an int64 tensor of zeros and ones.
+
+    Returns:
+        Shape (num_probes, batch, features); a set bit is the sign +1.
+
+    Example:
+        >>> sign_bits(torch.tensor(0), 0, 2, 0, 1, 4)
+        tensor([[[1, 0, 1, 0]],
+        <BLANKLINE>
+                [[0, 0, 0, 1]]])
+    """
+    device = seed.device
+    first_tile = probe_offset // PROBES_PER_SIGN_TILE
+    last_tile = (probe_offset + num_probes - 1) // PROBES_PER_SIGN_TILE
+    tiles = torch.arange(first_tile, last_tile + 1, device=device)[:, None, None]
+    samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
+    groups = torch.arange(triton.cdiv(features, FEATURES_PER_SIGN_TILE), device=device)
+    stream = torch.tensor(STREAM_RADEMACHER, device=device)
+    words = torch.stack(philox(seed, groups, samples, tiles, stream), dim=1)
+    # A word is 4 probes x 8 features: (tile, word, probe in word, sample, group, feature in group)
+    shifts = torch.arange(32, device=device).reshape(4, 1, 1, FEATURES_PER_SIGN_TILE)
+    bits = (words[:, :, None, :, :, None] >> shifts) & 1
+    bits = bits.reshape(len(tiles) * PROBES_PER_SIGN_TILE, batch, -1)
+    first = probe_offset - first_tile * PROBES_PER_SIGN_TILE
+    return bits[first : first + num_probes, :, :features]
+
+
+def standard_normals(
+    seed: Tensor,
+    stream: int,
+    first_step: int,
+    num_steps: int,
+    sample_offset: int,
+    batch: int,
+    features: int,
+) -> Tensor:
+    """Return the standard normals of stream 1 or 2 in float32.
+
+    Returns:
+        Shape (num_steps, batch, features).
+
+    Example:
+        >>> standard_normals(torch.tensor(0), 2, 0, 1, 0, 1, 3).shape
+        torch.Size([1, 1, 3])
+    """
+    device = seed.device
+    steps = torch.arange(first_step, first_step + num_steps, device=device)[:, None, None]
+    samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
+    groups = torch.arange(triton.cdiv(features, FEATURES_PER_NORMAL_GROUP), device=device)
+    words = philox(seed, groups, samples, steps, torch.tensor(stream, device=device))
+    uniforms = [
+        (word.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24) for word in words
+    ]
+    normals = []
+    for u_radius, u_angle in (uniforms[:2], uniforms[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(u_radius))
+        angle = (2.0 * math.pi) * u_angle
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(normals, dim=-1).reshape(num_steps, batch, -1)[:, :, :features]
+
+
+@triton.jit
+def uniform_from_word(word):
+    """Map a uint32 word to float32 in (0, 1)."""
+    return tl.minimum(word.to(tl.float32) * _SCALE + _HALF_STEP, _BELOW_ONE)
+
+
+@triton.jit
+def box_muller(radius_word, angle_word):
+    """Map two uint32 words to two standard normals."""
+    radius = tl.sqrt(-2.0 * tl.log(uniform_from_word(radius_word)))
+    angle = _TWO_PI * uniform_from_word(angle_word)
+    return radius * tl.cos(angle), radius * tl.sin(angle)
+
+
+@triton.jit
+def normal_groups(seed, group, sample, step, stream):
+    """Return the normals of [G] groups of 4 features, in feature order, as a [4 * G] block."""
+    zero = group * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        group.to(tl.uint32),
+        sample.to(tl.uint32),
+        (zero + step).to(tl.uint32),
+        (zero + stream).to(tl.uint32),
+    )
+    n0, n1 = box_muller(w0, w1)
+    n2, n3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))

@@ -1,0 +1,127 @@
+"""A diffusion backbone with its schedule: what it predicts about x0 given x_t.
+
+The score is -epsilon / sqrt(beta_bar) and the posterior mean of x0 is
+
+    x0_hat = (x_t - sqrt(beta_bar_t) epsilon) / sqrt(alpha_bar_t).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ocm.schedules import Schedule
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+
+class Prediction(NamedTuple):
+    """What one pass through the backbone gives.
+
+    Attributes:
+        epsilon: The predicted noise, of the shape of x_t.
+        features: The input of the backbone's last output layer, shape (B, channels, ...).
+    """
+
+    epsilon: Tensor
+    features: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser:
+    """A diffusers ``UNet2DModel`` that predicts the noise, and the schedule it was trained with.
+
+    The backbone is used as it is: put it in eval mode and freeze it with :meth:`freeze` before
+    sampling, scoring or training a head.
+
+    Attributes:
+        unet: Called as ``unet(x_t, t - 1).sample``: diffusers counts noise levels from 0.
+        schedule: The noise schedule.
+    """
+
+    unet: UNet2DModel
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        channels = self.unet.config.in_channels, self.unet.config.out_channels
+        if channels[0] != channels[1]:
+            raise ValueError(
+                "unet must predict the noise of every input channel and nothing else, got "
+                f"in_channels = {channels[0]}, out_channels = {channels[1]}"
+            )
+
+    def freeze(self) -> Denoiser:
+        """Put the backbone in eval mode, switch off its gradients, and return the denoiser."""
+        self.unet.eval().requires_grad_(False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the backbone's parameters."""
+        return next(self.unet.parameters()).device
+
+    def epsilon(self, x_t: Tensor, t: int | Tensor) -> Tensor:
+        """Return the predicted noise.
+
+        Args:
+            x_t: Shape (B, C, H, W).
+            t: One timestep in 1 .. N, or an int64 tensor of shape (B,).
+
+        Raises:
+            ValueError: If a timestep lies outside 1 .. N.
+        """
+        lowest, highest = (t, t) if isinstance(t, int) else (int(t.min()), int(t.max()))
+        if not 1 <= lowest <= highest <= self.schedule.num_timesteps:
+            raise ValueError(
+                f"t must lie in 1 .. {self.schedule.num_timesteps}, got {lowest} .. {highest}"
+            )
+        output: Tensor = self.unet(x_t, t - 1).sample
+        return output
+
+    def predict(self, x_t: Tensor, t: int | Tensor) -> Prediction:
+        """Return the predicted noise and the features of one pass through the backbone."""
+        captured: list[Tensor] = []
+
+        def capture(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            captured.append(inputs[0])
+
+        hook = self.unet.conv_norm_out.register_forward_pre_hook(capture)
+        try:
+            epsilon = self.epsilon(x_t, t)
+        finally:
+            hook.remove()
+        return Prediction(epsilon, captured[0].detach())
+
+    def x0_hat(self, x_t: Tensor, t: int, epsilon: Tensor) -> Tensor:
+        """Return the mean of x0 given x_t, which is not clipped."""
+        alpha_bar, beta_bar = self.schedule.alpha_bar[t].item(), self.schedule.beta_bar[t].item()
+        return (x_t - beta_bar**0.5 * epsilon) / alpha_bar**0.5
+
+    def scaled_score(self, t: int | Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the function x_t -> beta_bar score = -sqrt(beta_bar_t) epsilon(x_t, t).
+
+        The diagonal of its Jacobian is the dimensionless h = beta_bar diag H, at least -1 for a
+        true score.
+        """
+
+        def function(x_t: Tensor) -> Tensor:
+            scale = per_sample(self.schedule.beta_bar.sqrt(), t, x_t)
+            return -scale * self.epsilon(x_t, t)
+
+        return function
+
+
+def per_sample(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+    """Return ``table[t]`` in the dtype and on the device of x, broadcast against its features.
+
+    Example:
+        >>> per_sample(torch.arange(4.0), torch.tensor([3, 1]), torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 1, 1, 1])
+    """
+    values = table[t.to(table.device)] if isinstance(t, Tensor) else table[t]
+    return values.to(x).reshape(-1, *[1] * (x.dim() - 1))

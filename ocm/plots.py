@@ -1,0 +1,124 @@
+"""Pictures: grids of samples, and the two plots of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart; a marker each besides.
+_STYLES: dict[str, tuple[str, str]] = {
+    "beta": ("#E69F00", "s"),
+    "beta_tilde": ("#CC79A7", "v"),
+    "ocm": ("#0072B2", "o"),
+    "hutchinson": ("#009E73", "^"),
+    "exact": ("#000000", "x"),
+}
+_LABELS = {
+    "beta": "β",
+    "beta_tilde": "β̃",
+    "ocm": "OCM head",
+    "hutchinson": "Hutchinson",
+    "exact": "exact diagonal",
+}
+
+
+def label(name: str) -> str:
+    """Return how a covariance is written in tables and plots.
+
+    Example:
+        >>> label("ocm")
+        'OCM head'
+    """
+    return _LABELS.get(name, name)
+
+
+def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = "") -> None:
+    """Draw one row of images in [-1, 1] for each entry, with its name at the left.
+
+    Args:
+        rows: Name and images, shape (n, C, H, W) with C = 1 or 3, the same n in each.
+        path: Where the PNG goes.
+        title: Stands above.
+    """
+    plt = _pyplot()
+    count = max(len(images) for images in rows.values())
+    figure, axes = plt.subplots(
+        len(rows), count, figsize=(0.55 * count + 1.3, 0.58 * len(rows) + 0.5), squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=False):
+            pixels = ((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy()
+            axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        line[0].text(-0.25, 0.5, name, transform=line[0].transAxes, ha="right", va="center")
+    figure.suptitle(title, fontsize=10)
+    figure.subplots_adjust(left=1.3 / (0.55 * count + 1.3), right=0.99, top=0.9, bottom=0.02)
+    _save(figure, path)
+
+
+def report_plot(
+    bits: Mapping[str, Mapping[int, float]],
+    errors: Mapping[str, Mapping[int, float]],
+    path: str | Path,
+    *,
+    title: str = "",
+) -> None:
+    """Draw bits/dim against the number of steps, and the variance's error against t.
+
+    Args:
+        bits: Bits/dim by covariance and K.
+        errors: Relative error of the variance by covariance and timestep.
+        path: Where the PNG goes.
+        title: Stands above.
+    """
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    _lines(left, bits)
+    left.set(
+        xscale="log",
+        yscale="log",
+        xlabel="steps K",
+        ylabel="bits/dim on held-out images",
+        title="Likelihood bound (lower is better)",
+    )
+    ticks = sorted({K for row in bits.values() for K in row})
+    left.set_xticks(ticks, [str(K) for K in ticks])
+    left.xaxis.minorticks_off()
+    _lines(right, errors)
+    right.set(
+        yscale="log",
+        xlabel="timestep t",
+        ylabel="relative RMS error of Var[x₀ | xₜ]",
+        title="Variance against the exact diagonal",
+    )
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
+    for name, row in rows.items():
+        color, marker = _STYLES.get(name, ("#56B4E9", "d"))
+        axis.plot(list(row), list(row.values()), color=color, marker=marker, label=label(name))
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    figure.savefig(path, dpi=150, facecolor="white")
+    figure.clear()
+    _pyplot().close(figure)

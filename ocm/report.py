@@ -1,0 +1,49 @@
+"""Tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ocm.evaluation import Estimate
+from ocm.plots import label
+
+
+def likelihood_markdown(
+    table: Mapping[str, Mapping[int, Estimate]], step_counts: Sequence[int]
+) -> str:
+    """Return a table of bits/dim by covariance and K, with the standard error over images.
+
+    Example:
+        >>> print(likelihood_markdown({"ocm": {10: Estimate(4.9, 0.1)}}, [10]))
+        | covariance | K = 10 |
+        |:---|---:|
+        | OCM head | 4.900 ± 0.100 |
+    """
+    rows = {
+        name: [f"{row[K].mean:.3f} ± {row[K].standard_error:.3f}" for K in step_counts]
+        for name, row in table.items()
+    }
+    return _markdown([f"K = {K}" for K in step_counts], rows)
+
+
+def variance_error_markdown(errors: Mapping[str, Mapping[int, float]]) -> str:
+    """Return a table of the variance's relative error by covariance and timestep.
+
+    Example:
+        >>> print(variance_error_markdown({"ocm": {5: 0.2, 500: 0.1}}))
+        | covariance | t = 5 | t = 500 |
+        |:---|---:|---:|
+        | OCM head | 0.200 | 0.100 |
+    """
+    timesteps = list(next(iter(errors.values())))
+    rows = {name: [f"{row[t]:.3f}" for t in timesteps] for name, row in errors.items()}
+    return _markdown([f"t = {t}" for t in timesteps], rows)
+
+
+def _markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [
+        f"| covariance | {' | '.join(columns)} |",
+        "|:---|" + "---:|" * len(columns),
+        *(f"| {label(name)} | {' | '.join(cells)} |" for name, cells in rows.items()),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,161 @@
+"""Noise schedules of the forward process q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, beta_bar_t I).
+
+Timesteps run from 0 (data) to N (noise). alpha_bar_t is the cumulative product of 1 - beta and
+beta_bar_t = 1 - alpha_bar_t; for s < t
+
+    alpha(s, t)      = alpha_bar_t / alpha_bar_s
+    beta(s, t)       = 1 - alpha(s, t)                        variance of q(x_t | x_s)
+    beta_tilde(s, t) = beta(s, t) beta_bar_s / beta_bar_t     variance of q(x_s | x_t, x_0).
+
+Tables are float64; differences of numbers near 1 are taken through their logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """A variance-preserving noise schedule.
+
+    Attributes:
+        name: What ``SCHEDULES`` calls it.
+        log_alpha_bar: Logarithms of alpha_bar_0 .. alpha_bar_N, float64; the first is 0.
+
+    Example:
+        >>> schedule = linear()
+        >>> schedule.num_timesteps
+        1000
+        >>> round(schedule.beta(0, 1), 6)
+        0.0001
+    """
+
+    name: str
+    log_alpha_bar: Tensor
+
+    @property
+    def num_timesteps(self) -> int:
+        """N, the number of noise levels."""
+        return len(self.log_alpha_bar) - 1
+
+    @property
+    def alpha_bar(self) -> Tensor:
+        """alpha_bar_0 .. alpha_bar_N, float64."""
+        return self.log_alpha_bar.exp()
+
+    @property
+    def beta_bar(self) -> Tensor:
+        """beta_bar_0 .. beta_bar_N, float64."""
+        return -torch.expm1(self.log_alpha_bar)
+
+    def alpha(self, s: int, t: int) -> float:
+        """alpha(s, t), the squared scale of x_s in x_t, for 0 <= s < t <= N."""
+        return math.exp(self._log_alpha(s, t))
+
+    def beta(self, s: int, t: int) -> float:
+        """beta(s, t), the variance of q(x_t | x_s), for 0 <= s < t <= N."""
+        return -math.expm1(self._log_alpha(s, t))
+
+    def beta_tilde(self, s: int, t: int) -> float:
+        """beta_tilde(s, t), the variance of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
+        return self.beta(s, t) * self.beta_bar[s].item() / self.beta_bar[t].item()
+
+    def _log_alpha(self, s: int, t: int) -> float:
+        if not 0 <= s < t <= self.num_timesteps:
+            raise ValueError(
+                f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
+            )
+        return (self.log_alpha_bar[t] - self.log_alpha_bar[s]).item()
+
+
+def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule:
+    """Return the schedule of beta_1 .. beta_N, for example those of a diffusers scheduler.
+
+    Raises:
+        ValueError: If a beta lies outside (0, 1).
+
+    Example:
+        >>> from_betas([0.1, 0.2]).alpha_bar
+        tensor([1.0000, 0.9000, 0.7200], dtype=torch.float64)
+    """
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    if betas.dim() != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+        raise ValueError(f"betas must be a non-empty sequence of numbers in (0, 1), got {betas}")
+    log_alpha = torch.log1p(-betas)
+    return Schedule(name, torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)]))
+
+
+def linear(
+    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
+) -> Schedule:
+    """Return the linear schedule of Ho, Jain and Abbeel (2020).
+
+    Example:
+        >>> linear().beta_bar[-1].item() > 0.9999
+        True
+    """
+    betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+    return from_betas(betas, "linear")
+
+
+def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
+    """Return the cosine schedule of Nichol and Dhariwal (2021).
+
+    alpha_bar_t is proportional to cos^2(pi/2 (t/N + offset) / (1 + offset)), with every beta at
+    most ``max_beta``.
+
+    Example:
+        >>> round(cosine().alpha_bar[500].item(), 3)
+        0.494
+    """
+    progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    curve = torch.cos((progress + offset) / (1 + offset) * math.pi / 2) ** 2
+    return from_betas((1 - curve[1:] / curve[:-1]).clamp(max=max_beta), "cosine")
+
+
+SCHEDULES: dict[str, Callable[[int], Schedule]] = {"linear": linear, "cosine": cosine}
+
+
+def even_timesteps(num_timesteps: int, K: int) -> list[int]:
+    """Return K evenly spaced timesteps 1 = t_1 < ... < t_K = N, or [N] for K = 1.
+
+    t_k = round(1 + (k - 1) (N - 1) / (K - 1)), as in Analytic-DPM (Bao et al., 2022).
+
+    Raises:
+        ValueError: If K lies outside 1 .. N.
+
+    Example:
+        >>> even_timesteps(1000, 5)
+        [1, 251, 500, 750, 1000]
+    """
+    if not 1 <= K <= num_timesteps:
+        raise ValueError(f"K must lie in 1 .. {num_timesteps}, got {K}")
+    if K == 1:
+        return [num_timesteps]
+    stride = (num_timesteps - 1) / (K - 1)
+    return [round(1 + k * stride) for k in range(K)]
+
+
+def reverse_steps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the steps (s, t) of the reverse process, from the noisiest t down to s = 0.
+
+    Args:
+        timesteps: Increasing timesteps, the first at least 1.
+
+    Raises:
+        ValueError: If they do not increase from at least 1.
+
+    Example:
+        >>> reverse_steps([1, 500, 1000])
+        [(500, 1000), (1, 500), (0, 1)]
+    """
+    pairs = list(zip([0, *timesteps], timesteps, strict=False))
+    if not pairs or any(s >= t for s, t in pairs):
+        raise ValueError(f"timesteps must increase from at least 1, got {list(timesteps)}")
+    return pairs[::-1]
