@@ -47,7 +47,9 @@ def check_batch(name: str, x: object) -> None:
     finite = torch.isfinite(x)
     if not bool(finite.all()):
         count = int((~finite).sum())
-        raise ValueError(f"{name} must be finite, got {count} NaN or infinite of {x.numel()} values")
+        raise ValueError(
+            f"{name} must be finite, got {count} NaN or infinite of {x.numel()} values"
+        )
 
 
 def check_output(output: object, x: Tensor) -> None:

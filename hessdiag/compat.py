@@ -22,7 +22,7 @@ class ContiguousGroupNorm(TorchFunctionMode):
     """Hand ``group_norm`` a contiguous input, and so a contiguous tangent.
 
     For torch below 2.15, where the forward-mode rule of ``native_group_norm`` calls ``view`` on a
-    tangent that may not be contiguous.
+    tangent that takes the layout of the input, channels_last for example.
     """
 
     def __torch_function__(

@@ -57,9 +57,7 @@ def jacobian_products(score_fn: ScoreFunction, x: Tensor, mode: Mode) -> Product
     try:
         return _reverse_products(score_fn, x)
     except NotDifferentiableError as error:
-        warnings.warn(
-            f"mode='auto' takes forward mode ('jvp'): {error}", UserWarning, stacklevel=3
-        )
+        warnings.warn(f"mode='auto' takes forward mode ('jvp'): {error}", UserWarning, stacklevel=3)
         return _forward_products(score_fn, x)
 
 
@@ -79,9 +77,7 @@ def _reverse_products(score_fn: ScoreFunction, x: Tensor) -> Products:
         return torch.stack([backward(probe) for probe in probes])
 
     def backward(probe: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(
-            output, leaf, probe, retain_graph=True, allow_unused=True
-        )
+        (product,) = torch.autograd.grad(output, leaf, probe, retain_graph=True, allow_unused=True)
         if product is None:
             raise NotDifferentiableError(
                 "the output of score_fn does not depend on x; is x detached inside score_fn?"

@@ -9,10 +9,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from hessdiag.kernels import philox
 from hessdiag.kernels._triton import tl, triton
+from torch import Tensor
 
 _GROUPS_PER_PROGRAM = 256
 
@@ -55,7 +54,7 @@ def normal_reference(
     if math.prod(shape) == 0:
         return torch.empty(shape, device=seed.device)
     z = philox.standard_normals(seed, stream, step, 1, sample_offset, batch, features)
-    return z.reshape(shape)
+    return z.reshape(shape).contiguous()
 
 
 def normal_triton(
@@ -140,7 +139,5 @@ def normal(
     philox.check_counter("step", step)
     philox.check_counter("sample_offset", sample_offset, shape[0])
     philox.check_counter("the flat feature index", 0, math.prod(shape[1:]))
-    result: Tensor = _normal(
-        philox.seed_tensor(seed, device), shape, stream, step, sample_offset
-    )
+    result: Tensor = _normal(philox.seed_tensor(seed, device), shape, stream, step, sample_offset)
     return result

@@ -28,9 +28,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
-
 from hessdiag.kernels._triton import tl, triton
+from torch import Tensor
 
 STREAM_RADEMACHER = 0
 STREAM_PROBES = 1

@@ -10,10 +10,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from hessdiag.kernels import philox
 from hessdiag.kernels._triton import tl, triton
+from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GROUPS_PER_PROGRAM = 128
@@ -84,7 +83,7 @@ def rademacher_reference(
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype, device=seed.device)
     bits = philox.sign_bits(seed, probe_offset, num_probes, sample_offset, batch, features)
-    return (bits * 2 - 1).to(dtype).reshape(shape)
+    return (bits * 2 - 1).to(dtype).reshape(shape).contiguous()
 
 
 def rademacher_triton(
@@ -179,9 +178,7 @@ def rademacher(
     """
     shape = [int(size) for size in shape]
     if len(shape) < 2 or min(shape) < 0:
-        raise ValueError(
-            f"shape must be (M, B, ...) with sizes of at least 0, got {tuple(shape)}"
-        )
+        raise ValueError(f"shape must be (M, B, ...) with sizes of at least 0, got {tuple(shape)}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     philox.check_counter("probe_offset", probe_offset, shape[0])

@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 
@@ -163,10 +164,9 @@ def sample(
     place = resolve_device(device)
     loaded = checkpoints.load(checkpoint, place)
     settings = CovarianceSettings(num_probes, seed)
-    step = {
-        SamplerName.ddpm: samplers.ddpm,
-        SamplerName.ddim: partial(samplers.ddim, eta=eta),
-    }[sampler]
+    step: samplers.Sampler = samplers.ddpm
+    if sampler is SamplerName.ddim:
+        step = partial(samplers.ddim, eta=eta)
     start = time.perf_counter()
     images = samplers.sample(
         loaded.denoiser,

@@ -7,6 +7,7 @@ The score is -epsilon / sqrt(beta_bar) and the posterior mean of x0 is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -63,7 +64,8 @@ class Denoiser:
     @property
     def device(self) -> torch.device:
         """Device of the backbone's parameters."""
-        return next(self.unet.parameters()).device
+        device: torch.device = next(self.unet.parameters()).device
+        return device
 
     def epsilon(self, x_t: Tensor, t: int | Tensor) -> Tensor:
         """Return the predicted noise.
@@ -100,7 +102,7 @@ class Denoiser:
     def x0_hat(self, x_t: Tensor, t: int, epsilon: Tensor) -> Tensor:
         """Return the mean of x0 given x_t, which is not clipped."""
         alpha_bar, beta_bar = self.schedule.alpha_bar[t].item(), self.schedule.beta_bar[t].item()
-        return (x_t - beta_bar**0.5 * epsilon) / alpha_bar**0.5
+        return (x_t - math.sqrt(beta_bar) * epsilon) / math.sqrt(alpha_bar)
 
     def scaled_score(self, t: int | Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function x_t -> beta_bar score = -sqrt(beta_bar_t) epsilon(x_t, t).

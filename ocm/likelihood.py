@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from hessdiag.kernels import normal
 from torch import Tensor
 from tqdm import tqdm
 
-from hessdiag.kernels import normal
 from ocm.covariances import Covariance
 from ocm.denoiser import Denoiser, Prediction, per_sample
 from ocm.samplers import VARIANCE_RANGE, X0_RANGE
@@ -89,9 +89,7 @@ def bits_per_dim(
     schedule = denoiser.schedule
     *steps, (_, first) = reverse_steps(timesteps)
     if timesteps[-1] != schedule.num_timesteps:
-        raise ValueError(
-            f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}"
-        )
+        raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
     x0 = x0.to(denoiser.device)
     snr = (schedule.alpha_bar / schedule.beta_bar).tolist()
     terms = []
@@ -175,4 +173,5 @@ def discretised_gaussian_log_prob(x0: Tensor, mean: Tensor, std: float, levels: 
     towards = -sign * x0 >= 1.0 - half_bin  # the open end lies behind the mean
     upper = torch.special.log_ndtr(torch.where(towards, torch.inf, nearer))
     lower = torch.where(away, -torch.inf, torch.special.log_ndtr(farther))
-    return upper + torch.log1p(-torch.exp(lower - upper))
+    log_mass: Tensor = upper + torch.log1p(-torch.exp(lower - upper))
+    return log_mass

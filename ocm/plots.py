@@ -78,9 +78,9 @@ def report_plot(
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     _lines(left, bits)
+    _limit_to_the_close_lines(left, bits)
     left.set(
         xscale="log",
-        yscale="log",
         xlabel="steps K",
         ylabel="bits/dim on held-out images",
         title="Likelihood bound (lower is better)",
@@ -107,6 +107,24 @@ def _lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
     for name, row in rows.items():
         color, marker = _STYLES.get(name, ("#56B4E9", "d"))
         axis.plot(list(row), list(row.values()), color=color, marker=marker, label=label(name))
+
+
+def _limit_to_the_close_lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
+    """Cut off lines that never come near the lowest one, and say so, for the others to be seen."""
+    best = min(min(row.values()) for row in rows.values())
+    far = {name: row for name, row in rows.items() if min(row.values()) > 3 * best}
+    close = [value for name, row in rows.items() if name not in far for value in row.values()]
+    margin = 0.05 * (max(close) - min(close))
+    axis.set_ylim(min(close) - margin, max(close) + margin)
+    if far:
+        notes = [
+            f"{label(name)}: {max(row.values()):.3g} to {min(row.values()):.3g}"
+            for name, row in far.items()
+        ]
+        axis.text(
+            0.97, 0.55, "off the scale\n" + "\n".join(notes), fontsize=8, ha="right",
+            transform=axis.transAxes,
+        )  # fmt: skip
 
 
 def _pyplot() -> Any:

@@ -15,10 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+from hessdiag.kernels import StepCoefficients, gaussian_step, normal
 from torch import Tensor
 from tqdm import tqdm
 
-from hessdiag.kernels import StepCoefficients, gaussian_step, normal
 from ocm.covariances import Covariance
 from ocm.denoiser import Denoiser
 from ocm.schedules import Schedule, reverse_steps
@@ -135,9 +135,7 @@ def sample(
     schedule, device = denoiser.schedule, denoiser.device
     steps = reverse_steps(timesteps)
     if timesteps[-1] != schedule.num_timesteps:
-        raise ValueError(
-            f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}"
-        )
+        raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
     x = normal(shape, seed, sample_offset=sample_offset, device=device)
     for s, t in tqdm(steps, desc="sampling", unit="step", disable=not progress):
         prediction = denoiser.predict(x, t)

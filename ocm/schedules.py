@@ -55,15 +55,15 @@ class Schedule:
         return -torch.expm1(self.log_alpha_bar)
 
     def alpha(self, s: int, t: int) -> float:
-        """alpha(s, t), the squared scale of x_s in x_t, for 0 <= s < t <= N."""
+        """Return the squared scale alpha(s, t) of x_s in x_t, for 0 <= s < t <= N."""
         return math.exp(self._log_alpha(s, t))
 
     def beta(self, s: int, t: int) -> float:
-        """beta(s, t), the variance of q(x_t | x_s), for 0 <= s < t <= N."""
+        """Return the variance beta(s, t) of q(x_t | x_s), for 0 <= s < t <= N."""
         return -math.expm1(self._log_alpha(s, t))
 
     def beta_tilde(self, s: int, t: int) -> float:
-        """beta_tilde(s, t), the variance of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
+        """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
         return self.beta(s, t) * self.beta_bar[s].item() / self.beta_bar[t].item()
 
     def _log_alpha(self, s: int, t: int) -> float:
@@ -91,9 +91,7 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
     return Schedule(name, torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)]))
 
 
-def linear(
-    num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02
-) -> Schedule:
+def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
     """Return the linear schedule of Ho, Jain and Abbeel (2020).
 
     Example:

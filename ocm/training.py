@@ -133,9 +133,7 @@ def _train(
 
     parameters = list(module.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    rates = get_cosine_schedule_with_warmup(
-        optimizer, settings.warmup_steps, settings.num_steps
-    )
+    rates = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.num_steps)
     average = EMAModel(parameters, decay=settings.ema_decay)
     losses: list[float] = []
     bar = trange(settings.num_steps, desc=name, unit="step", disable=not progress)

@@ -3,6 +3,10 @@
 By the second-order Tweedie formula Cov[x0 | x_t] = (beta_bar / alpha_bar) (I + beta_bar H), with
 H the Hessian of log q(x_t), here the Jacobian of the denoiser's score. The diagonal of H costs M
 products with one Hutchinson probe each, or D products exactly.
+
+Near t = N the variance is a small difference, 1 + h, times a large beta_bar / alpha_bar: the
+error of the network's Jacobian is amplified, and float32 has no digits left once alpha_bar falls
+below 1e-6 or so. Samplers and the likelihood clip the variance to what the data allow.
 """
 
 from __future__ import annotations

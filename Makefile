@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all their own set-up: they need Python and nothing else.
+# PYTHON=python3.12 picks another interpreter, VENV=... another place for the environment.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (about 5 minutes)
+	$(BIN)/ocm demo --out runs/demo
+
+test: $(VENV)/.installed-test ## Run the tests (about 3 minutes; GPU tests where there is a GPU)
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(MAKE) types
+
+# The source tree does not show type checkers that kernels/ is hessdiag.kernels; the wheel does.
+types: $(VENV)/.installed-dev
+	rm -rf .cache/wheel build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir .cache/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/wheel/site .cache/wheel/*.whl
+	rm -rf build
+	cd .cache/wheel && MYPYPATH=site $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
+		--cache-dir ../mypy -p hessdiag -p ocm
+
+bench: $(VENV)/.installed-test ## Time Jacobian products against the naive loop (about 1 minute)
+	$(BIN)/python benchmarks/run.py --suite products
+
+clean: ## Remove the environment, caches and results
+	rm -rf $(VENV) .cache build dist runs *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of requirements, made again when the requirements change.
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing hessdiag[$*] into $(VENV) ..."
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,41 @@
+"""Run a benchmark suite: ``python benchmarks/run.py --suite products``.
+
+Every figure is a ratio or a time measured in this run, after the results were checked; the rows
+go to JSON with the commit, versions and hardware, and to a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from harness import write
+from suites import products
+
+SUITES = {"products": products.run}
+
+
+def main() -> None:
+    """Parse the command line and run the suite."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--suite", choices=SUITES, default="products", help="what to measure")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/benchmarks"), help="directory for JSON and Markdown"
+    )
+    arguments = parser.parse_args()
+    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit(f"error: --device {arguments.device} needs a CUDA device, and there is none")
+    record, table = SUITES[arguments.suite](torch.device(arguments.device), arguments.quick)
+    write(arguments.out, arguments.suite, record, table)
+    print(table)
+    print(f"\nrows: {arguments.out / arguments.suite}.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Jacobian products on a U-Net: hutchinson against the loop that runs the network for each probe.
+
+The loop is what the code of the Optimal Covariance Matching paper does, written here from its
+description: a forward and a backward pass for every probe. Nothing is timed before the results
+agree, with that loop and with ``torch.func.jacrev``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from harness import Row, environment, markdown, time_together
+from torch import Tensor
+
+import hessdiag
+from hessdiag.kernels import rademacher
+
+COLUMNS = {
+    "way": "",
+    "M": "d",
+    "milliseconds": ".1f",
+    "over_loop": ".3f",
+    "over_forward": ".1f",
+}
+
+
+def run(device: torch.device, quick: bool) -> tuple[Row, str]:
+    """Return the record of the suite and its Markdown table."""
+    rounds = 3 if quick else 9
+    shape = (8, 3, 16, 16)
+    score_fn = _unet_score(shape, device)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    checks = _check(score_fn, x)
+    rows: list[Row] = []
+    for M in (4,) if quick else (4, 16):
+        candidates: dict[str, Callable[[], object]] = {
+            "forward pass alone": lambda: torch.no_grad()(score_fn)(x),
+            "loop over probes": lambda M=M: naive_loop(score_fn, x, M),
+            "hutchinson, vjp": lambda M=M: hessdiag.hutchinson(score_fn, x, M, mode="vjp"),
+            "hutchinson, jvp": lambda M=M: hessdiag.hutchinson(score_fn, x, M, mode="jvp"),
+        }
+        timings, ratios = time_together(
+            candidates, device=device, rounds=rounds, baseline="loop over probes"
+        )
+        forward = timings["forward pass alone"].median
+        rows += [
+            {
+                "way": name,
+                "M": M,
+                "milliseconds": 1e3 * timing.median,
+                "milliseconds_min": 1e3 * timing.minimum,
+                "milliseconds_max": 1e3 * timing.maximum,
+                "over_loop": ratios[name],
+                "over_forward": timing.median / forward,
+            }
+            for name, timing in timings.items()
+        ]
+    record = {
+        "suite": "products",
+        "model": "diffusers UNet2DModel, channels (32, 64), one layer each, attention",
+        "shape": list(shape),
+        "rounds": rounds,
+        "checks": checks,
+        "environment": environment(device),
+        "rows": rows,
+    }
+    agreement = ", ".join(f"{name}: {value:.1e}" for name, value in checks.items())
+    return record, f"{markdown(rows, COLUMNS)}\n\nRelative difference of results: {agreement}"
+
+
+def naive_loop(score_fn: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
+    """Estimate the diagonal with a forward and a backward pass for every probe."""
+    total = torch.zeros_like(x)
+    for m in range(M):
+        leaf = x.detach().requires_grad_()
+        v = rademacher((1, *x.shape), 0, probe_offset=m, device=x.device)[0]
+        with torch.enable_grad():
+            (product,) = torch.autograd.grad((score_fn(leaf) * v).sum(), leaf)
+        total += v * product
+    return total / M
+
+
+def _unet_score(shape: tuple[int, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=shape[-1],
+        in_channels=shape[1],
+        out_channels=shape[1],
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=16,
+    )
+    unet.eval().requires_grad_(False).to(device)
+    return lambda x: unet(x, 200).sample
+
+
+def _check(score_fn: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
+    """Compare with the loop and with jacrev, and raise if they disagree."""
+
+    def difference(result: Tensor, expected: Tensor) -> float:
+        return ((result - expected).norm() / expected.norm()).item()
+
+    image = x[:1, :, :8, :8].contiguous()
+    # One row at a time: vmap has no fast rule for the attention of the network.
+    jacobian = torch.func.jacrev(lambda z: score_fn(z[None])[0], chunk_size=1)(image[0])
+    features = image.numel()
+    expected = jacobian.reshape(features, features).diagonal().reshape(image.shape)
+    checks = {
+        "hutchinson to loop": difference(
+            hessdiag.hutchinson(score_fn, x, 3, mode="vjp"), naive_loop(score_fn, x, 3)
+        ),
+        "exact (vjp) to jacrev": difference(hessdiag.exact(score_fn, image, mode="vjp"), expected),
+        "exact (jvp) to jacrev": difference(hessdiag.exact(score_fn, image, mode="jvp"), expected),
+    }
+    for name, value in checks.items():
+        if not value < 1e-4:
+            raise RuntimeError(f"{name}: the results differ by {value:.1e}, at most 1e-4 is right")
+    return checks

@@ -1,0 +1,125 @@
+"""The command line, run as a user would; and the demonstration at its smallest size."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ocm import cli
+from ocm.demo import QUICK, DemoSettings, run
+
+
+@pytest.fixture(scope="module")
+def invoke():
+    def call(*arguments):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demonstration at its smallest size, with its checkpoint."""
+    out = tmp_path_factory.mktemp("demo")
+    return out, run(out, DemoSettings(**QUICK), progress=False)
+
+
+def test_demo_writes_what_it_promises(demo):
+    out, result = demo
+    metrics = json.loads((out / "metrics.json").read_text())
+    methods = {"beta", "beta_tilde", "ocm", "hutchinson", "exact"}
+    assert set(metrics["nll_bits_per_dim"]) == methods
+    for row in metrics["nll_bits_per_dim"].values():
+        assert set(row) == {"3", "5"}
+        assert all(value > 0 for value in row.values())
+    assert set(metrics["variance_relative_rms_error"]["ocm"]) == {"500"}
+    assert metrics["nll_bits_per_dim"]["ocm"]["5"] == result.metrics["nll_bits_per_dim"]["ocm"][5]
+    report = (out / "report.md").read_text()
+    assert f"{metrics['nll_bits_per_dim']['exact']['5']:.3f}" in report
+    for picture in ("samples.png", "likelihood.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in report
+
+
+def test_evaluate_repeats_the_figures_of_the_demo(demo, invoke, tmp_path):
+    out, result = demo
+    answer = invoke(
+        "evaluate", out / "checkpoint", "--out", tmp_path, "--steps", 5, "--num-images", 2,
+        "--covariance", "ocm", "--covariance", "hutchinson", "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    for name in ("ocm", "hutchinson"):
+        expected = result.metrics["nll_bits_per_dim"][name][5]
+        assert record["nll_bits_per_dim"][name]["5"] == pytest.approx(expected, rel=1e-6)
+    assert "OCM head" in answer.output
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_sample_writes_images(demo, invoke, tmp_path, sampler):
+    from safetensors.torch import load_file
+
+    arguments = (
+        "sample", demo[0] / "checkpoint", "--steps", 3, "--sampler", sampler,
+        "--device", "cpu", "--quiet", "--last-noise", 1,
+    )  # fmt: skip
+    first = invoke(*arguments, "--out", tmp_path / "a", "--num-images", 20)
+    assert first.exit_code == 0, first.output
+    images = load_file(tmp_path / "a" / "samples.safetensors")["images"]
+    assert images.shape == (20, 1, 8, 8)
+    assert images.abs().max() <= 1
+    record = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert (record["sampler"], record["steps"], record["seed"]) == (sampler, 3, 0)
+    assert (tmp_path / "a" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    invoke(*arguments, "--out", tmp_path / "b", "--num-images", 5)
+    fewer = load_file(tmp_path / "b" / "samples.safetensors")["images"]
+    torch.testing.assert_close(fewer, images[:5], rtol=1e-4, atol=1e-4)
+
+
+def test_train_from_scratch_and_on_a_denoiser_that_exists(invoke, tmp_path):
+    sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
+    answer = invoke("train", "--out", tmp_path / "a", "--denoiser-steps", 2, *sizes)
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "a" / "train.json").read_text())
+    assert record["denoiser_loss"] > 0
+    answer = invoke("train", "--out", tmp_path / "b", "--denoiser", tmp_path / "a", *sizes)
+    assert answer.exit_code == 0, answer.output
+    weights = "denoiser/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("command", [(), ("train",), ("sample",), ("evaluate",), ("demo",)])
+def test_help_explains(invoke, command):
+    answer = invoke(*command, "--help")
+    assert answer.exit_code == 0
+    assert "--help" in answer.output
+    if command:
+        for option in ("--seed", "--device", "--out"):
+            assert option in answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "nowhere"], "error: no checkpoint at nowhere"),
+        (["train", "--data", "letters"], "error: data must be one of digits, got 'letters'"),
+        (["demo", "--device", "abacus"], "error: --device abacus cannot be used here"),
+        (["sample", "nowhere", "--steps", "0"], "0 is not in the range"),
+        (["evaluate", "nowhere", "--covariance", "gamma"], "'gamma' is not one of"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_and_status_2(arguments, message, tmp_path):
+    answer = subprocess.run(
+        [sys.executable, "-m", "ocm", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={"PATH": "", "COLUMNS": "200", "NO_COLOR": "1"},
+    )
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr

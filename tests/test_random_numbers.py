@@ -1,0 +1,179 @@
+"""The random-number contract: NumPy = PyTorch reference = Triton, and its statistics."""
+
+import numpy as np
+import numpy_contract
+import pytest
+import torch
+from hessdiag.kernels import normal, philox, rademacher
+from hessdiag.kernels.normal import normal_triton
+from hessdiag.kernels.rademacher import rademacher_reference, rademacher_triton
+from scipy import stats
+
+SEEDS = [0, 1, 2**32 + 7, 2**63 + 11, 2**64 - 1]
+SHAPES = [(1, 1, 1), (3, 2, 7), (16, 1, 8), (17, 3, 9), (40, 2, 127), (5, 2, 129), (2, 1, 4097)]
+OFFSETS = [(0, 0), (13, 5), (2**31 - 3, 2**31 - 1), (2**32 - 64, 2**32 - 8)]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        # Known answers distributed with the authors' Random123 library.
+        ((0, 0, 0, 0), (0, 0), "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, answer):
+    seed = philox.seed_tensor(key[0] + (key[1] << 32), "cpu")
+    words = philox.philox(seed, *(torch.tensor(word) for word in counter))
+    assert " ".join(f"{word.item():08x}" for word in words) == answer
+    words = numpy_contract.philox4x32_10(counter, key)
+    assert " ".join(f"{int(word):08x}" for word in words) == answer
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("probe_offset", "sample_offset"), OFFSETS)
+def test_signs_are_the_same_in_numpy_pytorch_and_triton(
+    shape, probe_offset, sample_offset, kernel_device
+):
+    seed = SEEDS[sum(shape) % len(SEEDS)]
+    expected = numpy_contract.rademacher(*shape, seed, probe_offset, sample_offset)
+    offsets = {"probe_offset": probe_offset, "sample_offset": sample_offset}
+    on_cpu = rademacher(shape, seed, **offsets)
+    np.testing.assert_array_equal(on_cpu.numpy(), expected)
+    seed_tensor = philox.seed_tensor(seed, kernel_device)
+    triton = rademacher_triton(seed_tensor, shape, probe_offset, sample_offset, torch.float32)
+    np.testing.assert_array_equal(triton.cpu().numpy(), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("offset", [0, 2**31 - 1, 2**32 - 8])
+def test_normals_are_the_same_in_numpy_pytorch_and_triton(shape, offset, kernel_device):
+    _, batch, features = shape
+    seed, stream = SEEDS[features % len(SEEDS)], 1 + features % 2
+    expected = numpy_contract.normal(batch, features, seed, stream, offset, offset)
+    on_cpu = normal((batch, features), seed, step=offset, stream=stream, sample_offset=offset)
+    np.testing.assert_allclose(on_cpu.numpy(), expected, rtol=2e-6, atol=2e-6)
+    seed_tensor = philox.seed_tensor(seed, kernel_device)
+    triton = normal_triton(seed_tensor, (batch, features), stream, offset, offset)
+    np.testing.assert_allclose(triton.cpu().numpy(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_signs_do_not_depend_on_the_dtype(dtype, kernel_device):
+    expected = rademacher((18, 2, 3, 3), 5)
+    seed = philox.seed_tensor(5, kernel_device)
+    for made in (
+        rademacher((18, 2, 3, 3), 5, dtype=dtype),
+        rademacher_triton(seed, (18, 2, 3, 3), 0, 0, dtype),
+    ):
+        assert made.dtype == dtype
+        torch.testing.assert_close(made.float().cpu(), expected, rtol=0, atol=0)
+
+
+def test_a_batch_in_two_calls_and_probes_in_three_are_the_same():
+    whole = rademacher((20, 7, 5), 3, probe_offset=9, sample_offset=2)
+    samples = [
+        rademacher((20, n, 5), 3, probe_offset=9, sample_offset=2 + first)
+        for first, n in ((0, 3), (3, 4))
+    ]
+    assert torch.equal(torch.cat(samples, dim=1), whole)
+    probes = [
+        rademacher((n, 7, 5), 3, probe_offset=9 + first, sample_offset=2)
+        for first, n in ((0, 1), (1, 12), (13, 7))
+    ]
+    assert torch.equal(torch.cat(probes), whole)
+    noise = normal((7, 5), 3, step=4)
+    assert torch.equal(noise[3:], normal((4, 5), 3, step=4, sample_offset=3))
+
+
+def test_seeds_streams_and_steps_give_different_numbers():
+    draws = [
+        normal((64, 64), seed, step=step, stream=stream).flatten()
+        for seed in (0, 1, 2**32)
+        for step in (0, 1)
+        for stream in (1, 2)
+    ]
+    correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(len(draws))
+    assert correlation.abs().max() < 5 / 64  # five standard errors
+
+
+def test_signs_are_balanced_and_pairwise_uncorrelated():
+    signs = rademacher((48, 64, 64), 1).reshape(48, -1)
+    count = signs.shape[1]
+    assert signs.mean(dim=1).abs().max() < 5 / count**0.5
+    between_probes = signs @ signs.T / count - torch.eye(48)
+    assert between_probes.abs().max() < 5 / count**0.5
+    features = rademacher((64, 64, 48), 2).reshape(-1, 48)
+    between_features = features.T @ features / len(features) - torch.eye(48)
+    assert between_features.abs().max() < 5 / len(features) ** 0.5
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_normals_pass_kolmogorov_smirnov(stream):
+    z = normal((500, 400), 7, stream=stream).flatten().numpy()
+    assert stats.kstest(z, "norm").pvalue > 1e-3
+    assert abs(stats.kurtosis(z)) < 5 * (24 / len(z)) ** 0.5
+    assert np.isfinite(z).all()
+
+
+def test_seed_may_be_a_tensor():
+    assert torch.equal(rademacher((2, 3, 4), torch.tensor(9)), rademacher((2, 3, 4), 9))
+    assert torch.equal(rademacher((2, 3, 4), torch.tensor(-1)), rademacher((2, 3, 4), 2**64 - 1))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
+def test_empty_shapes(shape, kernel_device):
+    seed = philox.seed_tensor(0, kernel_device)
+    assert rademacher(shape, 0).shape == shape
+    assert rademacher_triton(seed, shape, 0, 0, torch.float32).shape == shape
+    assert normal(shape[1:], 0).shape == shape[1:]
+    assert normal_triton(seed, shape[1:], 2, 0, 0).shape == shape[1:]
+
+
+def test_custom_ops_pass_opcheck():
+    seed = torch.tensor(3)
+    torch.library.opcheck(
+        torch.ops.hessdiag.rademacher.default, (seed, [3, 2, 5], 0, 0, torch.float32)
+    )
+    torch.library.opcheck(torch.ops.hessdiag.normal.default, (seed, [2, 5], 2, 0, 0))
+
+
+def test_the_interpreter_check_can_fail(kernel_device):
+    """A probe number that is off by one is not the same number."""
+    seed = philox.seed_tensor(3, kernel_device)
+    shifted = rademacher_triton(seed, (4, 2, 64), 1, 0, torch.float32).cpu()
+    assert not torch.equal(
+        shifted, rademacher_reference(torch.tensor(3), (4, 2, 64), 0, 0, torch.float32)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: rademacher((2, 3), -1), ValueError, r"seed must lie in \[0, 2\*\*64\), got -1"),
+        (lambda: rademacher((2, 3), 2**64), ValueError, "seed must lie in"),
+        (lambda: rademacher((2, 3), 1.5), TypeError, "seed must be an int.*float"),
+        (lambda: rademacher((2, 3), torch.tensor([1, 2])), ValueError, "seed must have one"),
+        (lambda: rademacher((2, 3), torch.tensor(1.0)), TypeError, "seed must be an int"),
+        (lambda: rademacher((2,), 0), ValueError, r"shape must be \(M, B, ...\).*got \(2,\)"),
+        (lambda: rademacher((2, -3), 0), ValueError, "shape must be"),
+        (lambda: rademacher((2, 3), 0, dtype=torch.int64), TypeError, "dtype must be one of"),
+        (
+            lambda: rademacher((2, 3), 0, probe_offset=2**32 - 1),
+            ValueError,
+            "probe_offset.*2\\*\\*32.*4294967295",
+        ),
+        (lambda: rademacher((2, 3), 0, sample_offset=-1), ValueError, "sample_offset.*got -1"),
+        (lambda: rademacher((2, 3), 0, sample_offset=0.5), TypeError, "sample_offset.*float"),
+        (lambda: normal((2, 3), 0, stream=0), ValueError, "stream must be 1.*got 0"),
+        (lambda: normal((2, 3), 0, step=2**32), ValueError, "step"),
+    ],
+)
+def test_errors_name_the_argument_and_its_value(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
