@@ -1,4 +1,4 @@
-"""What every suite needs: paired timings, a record of the machine, and rows as JSON and Markdown."""
+"""What every suite needs: paired timings, the machine on record, rows as JSON and Markdown."""
 
 from __future__ import annotations
 

@@ -16,9 +16,10 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
 from hessdiag.kernels import philox
 from hessdiag.kernels._triton import tl, triton
-from torch import Tensor
 
 _GROUPS_PER_PROGRAM = 128
 

@@ -9,9 +9,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from hessdiag.kernels import philox
 from hessdiag.kernels._triton import tl, triton
-from torch import Tensor
 
 _GROUPS_PER_PROGRAM = 256
 

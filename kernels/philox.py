@@ -28,8 +28,9 @@ from __future__ import annotations
 import math
 
 import torch
-from hessdiag.kernels._triton import tl, triton
 from torch import Tensor
+
+from hessdiag.kernels._triton import tl, triton
 
 STREAM_RADEMACHER = 0
 STREAM_PROBES = 1

@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from hessdiag.kernels import philox
 from hessdiag.kernels._triton import tl, triton
-from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GROUPS_PER_PROGRAM = 128

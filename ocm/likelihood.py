@@ -22,10 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from hessdiag.kernels import normal
 from torch import Tensor
 from tqdm import tqdm
 
+from hessdiag.kernels import normal
 from ocm.covariances import Covariance
 from ocm.denoiser import Denoiser, Prediction, per_sample
 from ocm.samplers import VARIANCE_RANGE, X0_RANGE

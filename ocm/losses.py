@@ -6,11 +6,11 @@ that training has seen.
 
 from __future__ import annotations
 
-from hessdiag.kernels import normal
 from torch import Tensor
 from torch.nn import functional
 
 import hessdiag
+from hessdiag.kernels import normal
 from ocm.denoiser import Denoiser, Prediction, per_sample
 from ocm.heads import CovarianceHead
 from ocm.schedules import Schedule

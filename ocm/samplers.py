@@ -15,10 +15,10 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from hessdiag.kernels import StepCoefficients, gaussian_step, normal
 from torch import Tensor
 from tqdm import tqdm
 
+from hessdiag.kernels import StepCoefficients, gaussian_step, normal
 from ocm.covariances import Covariance
 from ocm.denoiser import Denoiser
 from ocm.schedules import Schedule, reverse_steps

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-from hessdiag.kernels import rademacher
 from torch import nn
 
 import hessdiag
+from hessdiag.kernels import rademacher
 
 MODES = ["vjp", "jvp", "auto"]
 

@@ -7,6 +7,7 @@ import numpy as np
 import numpy_contract
 import pytest
 import torch
+
 from hessdiag.kernels import StepCoefficients, gaussian_step
 
 module = importlib.import_module("hessdiag.kernels.gaussian_step")

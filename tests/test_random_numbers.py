@@ -4,10 +4,11 @@ import numpy as np
 import numpy_contract
 import pytest
 import torch
+from scipy import stats
+
 from hessdiag.kernels import normal, philox, rademacher
 from hessdiag.kernels.normal import normal_triton
 from hessdiag.kernels.rademacher import rademacher_reference, rademacher_triton
-from scipy import stats
 
 SEEDS = [0, 1, 2**32 + 7, 2**63 + 11, 2**64 - 1]
 SHAPES = [(1, 1, 1), (3, 2, 7), (16, 1, 8), (17, 3, 9), (40, 2, 127), (5, 2, 129), (2, 1, 4097)]

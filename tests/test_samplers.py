@@ -7,9 +7,9 @@ import numpy_contract
 import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser
-from hessdiag.kernels import gaussian_step
 
 import ocm
+from hessdiag.kernels import gaussian_step
 from ocm.samplers import ddim, ddpm, last_step_noise
 
 SCHEDULES = {"linear": ocm.linear(), "cosine": ocm.cosine()}
