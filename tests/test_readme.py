@@ -1,0 +1,47 @@
+"""The README quotes the recorded results, and its commands exist."""
+
+import json
+import re
+from pathlib import Path
+
+from ocm.evaluation import Estimate
+from ocm.report import likelihood_markdown
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_demo_table_is_the_recorded_one():
+    metrics = json.loads((RESULTS / "demo" / "metrics.json").read_text())
+    table = {
+        name: {
+            int(K): Estimate(mean, metrics["nll_standard_error"][name][K])
+            for K, mean in row.items()
+        }
+        for name, row in metrics["nll_bits_per_dim"].items()
+    }
+    (quoted,) = re.findall(r"<!-- demo table -->\n\n(.*?)\n\n<!-- end", README, re.DOTALL)
+    assert quoted == likelihood_markdown(table, metrics["settings"]["step_counts"])
+
+
+def test_the_ratio_to_the_loop_is_the_recorded_one():
+    record = json.loads((RESULTS / "cpu" / "products.json").read_text())
+    (ratio,) = (
+        row["over_loop"]
+        for row in record["rows"]
+        if (row["way"], row["M"]) == ("hutchinson, vjp", 16)
+    )
+    (quoted,) = re.findall(r"`hutchinson` takes\s+(\d+)% of the time", README)
+    assert int(quoted) == round(100 * ratio)
+
+
+def test_files_that_are_linked_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, re.MULTILINE)) <= targets
