@@ -25,7 +25,7 @@ def kernel_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def unet():
     """A U-Net with random weights whose layers all matter, attention included."""
     from diffusers import UNet2DModel

@@ -107,7 +107,7 @@ def test_help_explains(invoke, command):
         (["sample", "nowhere"], "error: no checkpoint at nowhere"),
         (["train", "--data", "letters"], "error: data must be one of digits, got 'letters'"),
         (["demo", "--device", "abacus"], "error: --device abacus cannot be used here"),
-        (["sample", "nowhere", "--steps", "0"], "0 is not in the range"),
+        (["sample", "nowhere", "--steps", "0"], "Invalid value for '--steps'"),
         (["evaluate", "nowhere", "--covariance", "gamma"], "'gamma' is not one of"),
     ],
 )
