@@ -168,6 +168,16 @@ def sign_bits(
     return bits[first : first + num_probes, :, :features]
 
 
+def uniforms(words: Tensor) -> Tensor:
+    """Map 32-bit words to float32 in (0, 1): min(float32(w) * 2**-32 + 2**-33, 1 - 2**-24).
+
+    Example:
+        >>> (uniforms(torch.tensor([0, 2**32 - 1])) * 2.0**33).tolist()
+        [1.0, 8589934080.0]
+    """
+    return (words.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24)
+
+
 def standard_normals(
     seed: Tensor,
     stream: int,
@@ -191,13 +201,10 @@ def standard_normals(
     samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
     groups = torch.arange(triton.cdiv(features, FEATURES_PER_NORMAL_GROUP), device=device)
     words = philox(seed, groups, samples, steps, torch.tensor(stream, device=device))
-    uniforms = [
-        (word.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24) for word in words
-    ]
     normals = []
-    for u_radius, u_angle in (uniforms[:2], uniforms[2:]):
-        radius = torch.sqrt(-2.0 * torch.log(u_radius))
-        angle = (2.0 * math.pi) * u_angle
+    for radius_word, angle_word in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(uniforms(radius_word)))
+        angle = (2.0 * math.pi) * uniforms(angle_word)
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(normals, dim=-1).reshape(num_steps, batch, -1)[:, :, :features]
 

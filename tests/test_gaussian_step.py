@@ -41,7 +41,7 @@ def formula(x_t, prediction, variance, coefficients, seed, step, sample_offset=0
 def inputs(shape, dtype=torch.float32):
     generator = torch.Generator().manual_seed(math.prod(shape))
     x_t, prediction = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-    return x_t, prediction, torch.rand(shape, generator=generator).to(dtype)
+    return x_t, prediction, (1.5 * torch.rand(shape, generator=generator) - 0.25).to(dtype)
 
 
 CLAMPS = [
@@ -88,7 +88,7 @@ def test_triton_kernel_is_the_reference(
         1.0,
         0.0,
         1.0,
-        math.inf,
+        0.25,
     )
     expected = module.gaussian_step_reference(*arguments)
     poisoned = torch.full_like(x_t, math.nan, device=kernel_device)

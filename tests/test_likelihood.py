@@ -8,6 +8,7 @@ from gaussian_denoiser import gaussian_denoiser
 from torch.distributions import Normal, kl_divergence
 
 import ocm
+from hessdiag.kernels import normal
 from ocm.likelihood import discretised_gaussian_log_prob, gaussian_step_kl
 from ocm.samplers import ddpm
 
@@ -79,6 +80,31 @@ def test_gaussian_data_with_the_exact_variance_has_no_gap(K):
     for worse in (ocm.Beta(schedule), ocm.BetaTilde()):
         other = ocm.bits_per_dim(denoiser, worse, x0[:2000], ocm.even_timesteps(1000, K))
         assert other.total.mean() > bound.total.mean()
+
+
+def test_prior_and_decoder_against_torch_distributions():
+    schedule = ocm.linear()
+    denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), schedule)
+    x0 = torch.tensor([-1.0, -0.5, 0.25, 1.0]).reshape(1, 1, 1, 4)
+    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1, 1000], levels=17, seed=6)
+
+    alpha_bar, beta_bar = schedule.alpha_bar[-1], schedule.beta_bar[-1]
+    prior = kl_divergence(Normal(alpha_bar.sqrt() * x0.double(), beta_bar.sqrt()), Normal(0.0, 1.0))
+    torch.testing.assert_close(bound.prior[0], prior.mean() / math.log(2))
+
+    alpha_bar, beta_bar = schedule.alpha_bar[1], schedule.beta_bar[1]
+    x_1 = alpha_bar.sqrt() * x0 + beta_bar.sqrt() * normal((1, 1, 1, 4), 6, step=1)
+    x0_hat = alpha_bar.sqrt() * 0.04 / (alpha_bar * 0.04 + beta_bar) * x_1
+    decoder = discretised_gaussian_log_prob(
+        x0.double(), x0_hat.clamp(-1, 1), math.sqrt(1e-4 * schedule.beta(1, 2) / beta_bar_of(2)), 17
+    )
+    torch.testing.assert_close(bound.decoder[0], -decoder.mean() / math.log(2), rtol=1e-3, atol=0)
+    assert bound.decoder[0] > 0.01
+
+
+def beta_bar_of(t):
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    return 1.0 - torch.prod(1.0 - betas[:t]).item()
 
 
 def test_parts_of_a_batch_and_of_the_sum():

@@ -4,6 +4,8 @@ import numpy as np
 import numpy_contract
 import pytest
 import torch
+import triton
+import triton.language as tl
 from scipy import stats
 
 from hessdiag.kernels import normal, philox, rademacher
@@ -47,8 +49,8 @@ def test_signs_are_the_same_in_numpy_pytorch_and_triton(
     on_cpu = rademacher(shape, seed, **offsets)
     np.testing.assert_array_equal(on_cpu.numpy(), expected)
     seed_tensor = philox.seed_tensor(seed, kernel_device)
-    triton = rademacher_triton(seed_tensor, shape, probe_offset, sample_offset, torch.float32)
-    np.testing.assert_array_equal(triton.cpu().numpy(), expected)
+    kernel = rademacher_triton(seed_tensor, shape, probe_offset, sample_offset, torch.float32)
+    np.testing.assert_array_equal(kernel.cpu().numpy(), expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,8 +62,8 @@ def test_normals_are_the_same_in_numpy_pytorch_and_triton(shape, offset, kernel_
     on_cpu = normal((batch, features), seed, step=offset, stream=stream, sample_offset=offset)
     np.testing.assert_allclose(on_cpu.numpy(), expected, rtol=2e-6, atol=2e-6)
     seed_tensor = philox.seed_tensor(seed, kernel_device)
-    triton = normal_triton(seed_tensor, (batch, features), stream, offset, offset)
-    np.testing.assert_allclose(triton.cpu().numpy(), expected, rtol=2e-6, atol=2e-6)
+    kernel = normal_triton(seed_tensor, (batch, features), stream, offset, offset)
+    np.testing.assert_allclose(kernel.cpu().numpy(), expected, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -120,6 +122,22 @@ def test_normals_pass_kolmogorov_smirnov(stream):
     assert stats.kstest(z, "norm").pvalue > 1e-3
     assert abs(stats.kurtosis(z)) < 5 * (24 / len(z)) ** 0.5
     assert np.isfinite(z).all()
+
+
+@triton.jit
+def _uniform_kernel(words, out, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    word = tl.load(words + index).to(tl.uint32)
+    tl.store(out + index, philox.uniform_from_word(word))
+
+
+def test_uniforms_stay_inside_the_open_interval(kernel_device):
+    words = torch.tensor([0, 1, 2**31, 2**32 - 1], device=kernel_device)
+    expected = torch.tensor([2.0**-33, 1.5 * 2.0**-32, 0.5, 1.0 - 2.0**-24])
+    assert torch.equal(philox.uniforms(words).cpu(), expected)
+    out = torch.full((4,), float("nan"), device=kernel_device)
+    _uniform_kernel[(1,)](words, out, SIZE=4)
+    assert torch.equal(out.cpu(), expected)
 
 
 def test_seed_may_be_a_tensor():
