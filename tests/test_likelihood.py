@@ -86,7 +86,7 @@ def test_prior_and_decoder_against_torch_distributions():
     schedule = ocm.linear()
     denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), schedule)
     x0 = torch.tensor([-1.0, -0.5, 0.25, 1.0]).reshape(1, 1, 1, 4)
-    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1, 1000], levels=17, seed=6)
+    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1, 1000], levels=256, seed=6)
 
     alpha_bar, beta_bar = schedule.alpha_bar[-1], schedule.beta_bar[-1]
     prior = kl_divergence(Normal(alpha_bar.sqrt() * x0.double(), beta_bar.sqrt()), Normal(0.0, 1.0))
@@ -95,9 +95,8 @@ def test_prior_and_decoder_against_torch_distributions():
     alpha_bar, beta_bar = schedule.alpha_bar[1], schedule.beta_bar[1]
     x_1 = alpha_bar.sqrt() * x0 + beta_bar.sqrt() * normal((1, 1, 1, 4), 6, step=1)
     x0_hat = alpha_bar.sqrt() * 0.04 / (alpha_bar * 0.04 + beta_bar) * x_1
-    decoder = discretised_gaussian_log_prob(
-        x0.double(), x0_hat.clamp(-1, 1), math.sqrt(1e-4 * schedule.beta(1, 2) / beta_bar_of(2)), 17
-    )
+    std = math.sqrt(1e-4 * schedule.beta(1, 2) / beta_bar_of(2))
+    decoder = discretised_gaussian_log_prob(x0.double(), x0_hat.clamp(-1, 1), std, 256)
     torch.testing.assert_close(bound.decoder[0], -decoder.mean() / math.log(2), rtol=1e-3, atol=0)
     assert bound.decoder[0] > 0.01
 
