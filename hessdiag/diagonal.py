@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hessdiag.checks import check_batch, check_positive_int
-from hessdiag.kernels import rademacher
+from hessdiag.kernels import Moments, probe_moments, rademacher
+from hessdiag.kernels.philox import seed_tensor
 from hessdiag.products import Mode, ScoreFunction, jacobian_products
 
 # One tile of the random-number contract: a smaller block makes the same signs more than once.
@@ -54,7 +55,7 @@ def hutchinson(
         probe_offset: Number of the first probe, for an estimate that is continued.
 
     Returns:
-        Shape and dtype of ``x``. The sum is kept in float32 or, for float64, in float64.
+        Shape and dtype of ``x``. The mean is kept in float32 or, for float64, in float64.
 
     Raises:
         TypeError: If an argument or the output of ``score_fn`` is of the wrong type or dtype.
@@ -72,20 +73,15 @@ def hutchinson(
     check_positive_int("M", M)
     block = _block_size(chunk_size, M)
     products = jacobian_products(score_fn, x, mode)
-    total = torch.zeros_like(x, dtype=_accumulator_dtype(x), requires_grad=False)
+    seed = seed_tensor(seed, x.device)
+    moments: Moments | None = None
     for first in range(0, M, block):
-        probes = rademacher(
-            (min(block, M - first), *x.shape),
-            seed,
-            probe_offset=probe_offset + first,
-            sample_offset=sample_offset,
-            dtype=x.dtype,
-            device=x.device,
-        )
-        # One probe after the other, so that the order of the sum does not depend on the chunks.
-        for probe, product in zip(probes, products(probes), strict=True):
-            total.addcmul_(probe.to(total.dtype), product.to(total.dtype))
-    return (total / M).to(x.dtype)
+        offsets = {"probe_offset": probe_offset + first, "sample_offset": sample_offset}
+        shape = (min(block, M - first), *x.shape)
+        probes = rademacher(shape, seed, dtype=x.dtype, device=x.device, **offsets)
+        moments = probe_moments(products(probes), seed, state=moments, **offsets)
+    assert moments is not None  # M is at least 1
+    return moments.mean.to(x.dtype)
 
 
 def exact(
@@ -141,7 +137,3 @@ def _block_size(chunk_size: int | None, products: int) -> int:
         chunk_size = _PROBES_PER_BLOCK
     check_positive_int("chunk_size", chunk_size)
     return max(1, min(chunk_size, products))
-
-
-def _accumulator_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)

@@ -5,6 +5,17 @@ CPU tensors take the reference, CUDA tensors the Triton kernel; the numbers are 
 
 from hessdiag.kernels.gaussian_step import StepCoefficients, gaussian_step
 from hessdiag.kernels.normal import normal
-from hessdiag.kernels.rademacher import rademacher
+from hessdiag.kernels.ocm_loss import ocm_loss
+from hessdiag.kernels.probe_moments import Moments, probe_moments
+from hessdiag.kernels.rademacher import rademacher, rademacher_bits
 
-__all__ = ["StepCoefficients", "gaussian_step", "normal", "rademacher"]
+__all__ = [
+    "Moments",
+    "StepCoefficients",
+    "gaussian_step",
+    "normal",
+    "ocm_loss",
+    "probe_moments",
+    "rademacher",
+    "rademacher_bits",
+]

@@ -13,15 +13,23 @@ float32. The coefficients of the two samplers are in :mod:`ocm.samplers`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hessdiag.kernels import philox
+from hessdiag.kernels._checks import check_tensor, rows_per_sample
 from hessdiag.kernels._triton import tl, triton
 
-_GROUPS_PER_PROGRAM = 128
+_GROUPS_PER_PROGRAM = 256
+
+# How the variance lies in memory.
+_NO_VARIANCE: tl.constexpr = tl.constexpr(0)
+_ONE_VARIANCE: tl.constexpr = tl.constexpr(1)
+_VARIANCE_PER_SAMPLE: tl.constexpr = tl.constexpr(2)
+_VARIANCE_PER_ELEMENT: tl.constexpr = tl.constexpr(3)
 
 
 class StepCoefficients(NamedTuple):
@@ -44,158 +52,177 @@ class StepCoefficients(NamedTuple):
     noise_from_variance: float | Tensor
 
 
+class Clamps(NamedTuple):
+    """Where x0_hat, its variance and the variance of the noise are clamped to."""
+
+    x0_low: float = -math.inf
+    x0_high: float = math.inf
+    variance_low: float = -math.inf
+    variance_high: float = math.inf
+    noise_variance_high: float = math.inf
+
+
 @triton.jit(do_not_specialize=["step", "sample_offset"])
 def _gaussian_step_kernel(
     seed_ptr,
-    coefficients_ptr,
+    rows_ptr,
     x_t_ptr,
     prediction_ptr,
     variance_ptr,
     out_ptr,
-    batch,
-    features,
+    num_groups,
     groups_per_sample,
-    coefficients_stride,
-    variance_sample_stride,
-    variance_feature_stride,
+    features,
     step,
     sample_offset,
+    p,
+    q,
+    a,
+    b,
+    c,
+    k,
     x0_low,
     x0_high,
     variance_low,
     variance_high,
     noise_variance_high,
+    VARIANCE: tl.constexpr,
+    PER_SAMPLE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    seed = tl.load(seed_ptr)
-    first = tl.program_id(0).to(tl.int64) * GROUPS
-    index = first + tl.arange(0, GROUPS)
-    z = philox.normal_groups(
-        seed,
-        index % groups_per_sample,
-        index // groups_per_sample + sample_offset,
-        step,
-        philox.STREAM_SAMPLERS_CONSTEXPR,
-    )
-
-    element = first * 4 + tl.arange(0, 4 * GROUPS)
-    sample = element // (4 * groups_per_sample)
-    feature = element % (4 * groups_per_sample)
-    inside = (sample < batch) & (feature < features)
-    offset = sample * features + feature
-
-    row = coefficients_ptr + sample * coefficients_stride
-    p = tl.load(row + 0, mask=inside)
-    q = tl.load(row + 1, mask=inside)
-    a = tl.load(row + 2, mask=inside)
-    b = tl.load(row + 3, mask=inside)
-    c = tl.load(row + 4, mask=inside)
-    k = tl.load(row + 5, mask=inside)
-
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    index = pid * GROUPS + tl.arange(0, GROUPS)
+    sample = index // groups_per_sample
+    group = index - sample * groups_per_sample
+    offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 4, ALIGNED)
     x_t = tl.load(x_t_ptr + offset, mask=inside).to(tl.float32)
     prediction = tl.load(prediction_ptr + offset, mask=inside).to(tl.float32)
-    variance = tl.load(
-        variance_ptr + sample * variance_sample_stride + feature * variance_feature_stride,
-        mask=inside,
-    ).to(tl.float32)
+    if VARIANCE == _VARIANCE_PER_ELEMENT:
+        variance = tl.load(variance_ptr + offset, mask=inside).to(tl.float32)
+    elif VARIANCE == _VARIANCE_PER_SAMPLE:
+        exists = (index < num_groups)[:, None]
+        variance = tl.load(variance_ptr + sample[:, None], mask=exists).to(tl.float32)
+    elif VARIANCE == _ONE_VARIANCE:
+        variance = tl.load(variance_ptr).to(tl.float32)
+    if PER_SAMPLE:
+        exists = (index < num_groups)[:, None]
+        row = rows_ptr + sample.to(tl.int64)[:, None] * 6
+        p = tl.load(row + 0, mask=exists)
+        q = tl.load(row + 1, mask=exists)
+        a = tl.load(row + 2, mask=exists)
+        b = tl.load(row + 3, mask=exists)
+        c = tl.load(row + 4, mask=exists)
+        k = tl.load(row + 5, mask=exists)
+    z = philox.normal_groups(
+        tl.load(seed_ptr), group, sample + sample_offset, step, philox.SAMPLERS
+    )
 
     x0_hat = tl.clamp(p * x_t + q * prediction, x0_low, x0_high)
-    noise_variance = c + k * tl.clamp(variance, variance_low, variance_high)
-    noise_variance = tl.clamp(noise_variance, 0.0, noise_variance_high)
-    x_s = a * x_t + b * x0_hat + tl.sqrt(noise_variance) * z
+    if VARIANCE == _NO_VARIANCE:
+        noise_variance = c
+    else:
+        noise_variance = c + k * tl.clamp(variance, variance_low, variance_high)
+    noise_std = tl.sqrt(tl.clamp(noise_variance, 0.0, noise_variance_high))
+    x_s = a * x_t + b * x0_hat + noise_std * z
     tl.store(out_ptr + offset, x_s.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def gaussian_step_reference(
     x_t: Tensor,
     prediction: Tensor,
-    variance: Tensor,
-    coefficients: Tensor,
+    variance: Tensor | None,
+    rows: Tensor | None,
+    coefficients: Sequence[float],
+    clamps: Sequence[float],
     seed: Tensor,
     step: int,
     sample_offset: int,
-    x0_low: float,
-    x0_high: float,
-    variance_low: float,
-    variance_high: float,
-    noise_variance_high: float,
 ) -> Tensor:
     """Compute the step in PyTorch, in float32 (float64 for float64 input).
 
     The arguments are those of :func:`gaussian_step_triton`.
     """
     dtype = torch.promote_types(x_t.dtype, torch.float32)
-    columns = coefficients.to(dtype).unbind(-1)
-    p, q, a, b, c, k = (column.reshape(-1, *[1] * (x_t.dim() - 1)) for column in columns)
+    p, q, a, b, c, k = (
+        coefficients
+        if rows is None
+        else (column.to(dtype).reshape(-1, *[1] * (x_t.dim() - 1)) for column in rows.unbind(1))
+    )
+    limits = Clamps(*clamps)
     z = philox.standard_normals(
         seed, philox.STREAM_SAMPLERS, step, 1, sample_offset, len(x_t), x_t[0].numel()
     ).reshape(x_t.shape)
 
-    x0_hat = (p * x_t.to(dtype) + q * prediction.to(dtype)).clamp(x0_low, x0_high)
-    noise_variance = c + k * variance.to(dtype).clamp(variance_low, variance_high)
-    noise_variance = noise_variance.clamp(0.0, noise_variance_high)
-    x_s = a * x_t.to(dtype) + b * x0_hat + noise_variance.sqrt() * z
+    x0_hat = (p * x_t.to(dtype) + q * prediction.to(dtype)).clamp(limits.x0_low, limits.x0_high)
+    noise_variance = torch.as_tensor(c, dtype=dtype, device=x_t.device)
+    if variance is not None:
+        clamped = variance.to(dtype).clamp(limits.variance_low, limits.variance_high)
+        noise_variance = noise_variance + k * clamped
+    noise_std = noise_variance.clamp(0.0, limits.noise_variance_high).sqrt()
+    x_s = a * x_t.to(dtype) + b * x0_hat + noise_std * z
     return x_s.to(x_t.dtype)
 
 
 def gaussian_step_triton(
     x_t: Tensor,
     prediction: Tensor,
-    variance: Tensor,
-    coefficients: Tensor,
+    variance: Tensor | None,
+    rows: Tensor | None,
+    coefficients: Sequence[float],
+    clamps: Sequence[float],
     seed: Tensor,
     step: int,
     sample_offset: int,
-    x0_low: float,
-    x0_high: float,
-    variance_low: float,
-    variance_high: float,
-    noise_variance_high: float,
 ) -> Tensor:
-    """Compute the step with the Triton kernel.
+    """Compute the step with the Triton kernel, in float32; float64 takes the reference.
 
     Args:
-        x_t: Shape (B, ...).
+        x_t: Shape (B, ...), contiguous, like all tensors here.
         prediction: Shape of ``x_t``.
-        variance: Shape (1, 1, ...), (B, 1, ...) or that of ``x_t``.
-        coefficients: Shape (1, 6) or (B, 6), the columns in the order of StepCoefficients.
+        variance: Shape (1, 1, ...), (B, 1, ...) or that of ``x_t``; None for none.
+        rows: Coefficients of each sample, float32 of shape (B, 6), or None.
+        coefficients: The six coefficients for all samples, read where ``rows`` is None.
+        clamps: The fields of :class:`Clamps`.
         seed: 0-dimensional int64 tensor.
         step: Counter of the draw.
         sample_offset: Number of the first sample.
-        x0_low: Lower clamp of x0_hat.
-        x0_high: Upper clamp of x0_hat.
-        variance_low: Lower clamp of the variance of x0.
-        variance_high: Upper clamp of the variance of x0.
-        noise_variance_high: Upper clamp of the variance of the step.
     """
-    x_t, prediction = x_t.contiguous(), prediction.contiguous()
-    variance, coefficients = variance.contiguous(), coefficients.contiguous()
+    if x_t.dtype == torch.float64:
+        return gaussian_step_reference(
+            x_t, prediction, variance, rows, coefficients, clamps, seed, step, sample_offset
+        )
     out = torch.empty_like(x_t)
     batch, features = len(x_t), x_t[0].numel()
-    per_sample = int(len(variance) == batch)
-    per_element = int(variance.numel() == x_t.numel())
+    if variance is None:
+        layout = 0
+    elif variance.numel() == 1:
+        layout = 1
+    else:
+        layout = 2 if variance.numel() == batch else 3
     groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_NORMAL_GROUP)
-    grid = (triton.cdiv(batch * groups_per_sample, _GROUPS_PER_PROGRAM),)
-    _gaussian_step_kernel[grid](
+    num_groups = batch * groups_per_sample
+    _gaussian_step_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
         seed,
-        coefficients,
+        seed if rows is None else rows,
         x_t,
         prediction,
-        variance,
+        seed if variance is None else variance,
         out,
-        batch,
-        features,
+        num_groups,
         groups_per_sample,
-        coefficients.shape[1] if len(coefficients) == batch else 0,
-        per_sample * (features if per_element else 1),
-        per_element,
+        features,
         step,
         sample_offset,
-        x0_low,
-        x0_high,
-        variance_low,
-        variance_high,
-        noise_variance_high,
+        *coefficients,
+        *clamps,
+        VARIANCE=layout,
+        PER_SAMPLE=rows is not None,
+        ALIGNED=features % philox.FEATURES_PER_NORMAL_GROUP == 0,
+        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
         GROUPS=_GROUPS_PER_PROGRAM,
     )
     return out
@@ -205,30 +232,16 @@ def gaussian_step_triton(
 def _gaussian_step(
     x_t: Tensor,
     prediction: Tensor,
-    variance: Tensor,
-    coefficients: Tensor,
+    variance: Tensor | None,
+    rows: Tensor | None,
+    coefficients: Sequence[float],
+    clamps: Sequence[float],
     seed: Tensor,
     step: int,
     sample_offset: int,
-    x0_low: float,
-    x0_high: float,
-    variance_low: float,
-    variance_high: float,
-    noise_variance_high: float,
 ) -> Tensor:
     return gaussian_step_reference(
-        x_t,
-        prediction,
-        variance,
-        coefficients,
-        seed,
-        step,
-        sample_offset,
-        x0_low,
-        x0_high,
-        variance_low,
-        variance_high,
-        noise_variance_high,
+        x_t, prediction, variance, rows, coefficients, clamps, seed, step, sample_offset
     )
 
 
@@ -237,7 +250,7 @@ _gaussian_step.register_kernel("cuda")(gaussian_step_triton)
 
 @_gaussian_step.register_fake
 def _(x_t: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x_t, memory_format=torch.contiguous_format)
+    return torch.empty_like(x_t)
 
 
 def gaussian_step(
@@ -264,7 +277,8 @@ def gaussian_step(
     where z is stream 2 of the random-number contract at (seed, sample_offset + b, step, d).
 
     Args:
-        x_t: Shape (B, ...), float32, float64, bfloat16 or float16.
+        x_t: Shape (B, ...), float32, bfloat16 or float16, computed in float32; or float64,
+            which takes the reference on every device.
         prediction: Shape and dtype of ``x_t``.
         variance: Var[x0 | x_t]: a number, or a tensor that broadcasts to ``x_t`` from one value,
             one per sample, (B, 1, ...), or one per element.
@@ -280,9 +294,9 @@ def gaussian_step(
         Shape and dtype of ``x_t``, contiguous.
 
     Raises:
-        TypeError: If a tensor is not of the floating-point type above, or takes part in
-            forward-mode differentiation (this step has no derivative rule).
-        ValueError: If shapes, devices or ranges do not fit.
+        TypeError: If a tensor is of no type above, or takes part in forward-mode
+            differentiation, for which the step has no rule.
+        ValueError: If shapes, devices or ranges do not fit, or a tensor overlaps itself.
 
     Example:
         >>> x_t = torch.zeros(2, 3)
@@ -291,12 +305,8 @@ def gaussian_step(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
-    if isinstance(variance, Tensor):
-        variance_tensor = variance
-    else:
-        variance_tensor = torch.tensor(float(variance), device=x_t.device)
-    for name, tensor in (("x_t", x_t), ("prediction", prediction), ("variance", variance_tensor)):
-        _check_tensor(name, tensor, x_t.device)
+    check_tensor("x_t", x_t)
+    check_tensor("prediction", prediction, x_t.device)
     if x_t.dim() < 1:
         raise ValueError("x_t must have a batch dimension, got a 0-dimensional tensor")
     if prediction.shape != x_t.shape or prediction.dtype != x_t.dtype:
@@ -310,36 +320,31 @@ def gaussian_step(
     variance_low, variance_high = _range("variance_range", variance_range)
     if max_noise_std is not None and not max_noise_std >= 0.0:
         raise ValueError(f"max_noise_std must be at least 0, got {max_noise_std}")
+    noise_variance_high = math.inf if max_noise_std is None else max_noise_std**2
+    clamps = Clamps(x0_low, x0_high, variance_low, variance_high, noise_variance_high)
+    if not isinstance(variance, Tensor):
+        # A number is part of the step's own variance: nothing to read.
+        fixed = min(max(float(variance), variance_low), variance_high)
+        coefficients = coefficients._replace(
+            noise_variance=coefficients.noise_variance + coefficients.noise_from_variance * fixed,
+            noise_from_variance=0.0,
+        )
+    rows, numbers = rows_per_sample(coefficients._asdict(), x_t)
     if x_t.numel() == 0:
         return torch.empty_like(x_t)
 
     result: Tensor = _gaussian_step(
-        x_t,
-        prediction,
-        _variance_layout(variance_tensor, x_t),
-        _pack(coefficients, x_t),
+        x_t.contiguous(),
+        prediction.contiguous(),
+        _variance_layout(variance, x_t) if isinstance(variance, Tensor) else None,
+        rows,
+        numbers,
+        clamps,
         philox.seed_tensor(seed, x_t.device),
         step,
         sample_offset,
-        x0_low,
-        x0_high,
-        variance_low,
-        variance_high,
-        math.inf if max_noise_std is None else max_noise_std**2,
     )
     return result
-
-
-def _check_tensor(name: str, tensor: Tensor, device: torch.device) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the device of x_t, {device}, got {tensor.device}")
-    if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
-        raise TypeError(
-            f"{name} carries a tangent of forward-mode differentiation, for which this step has "
-            "no rule; pass a detached tensor"
-        )
 
 
 def _range(name: str, bounds: tuple[float, float] | None) -> tuple[float, float]:
@@ -350,7 +355,12 @@ def _range(name: str, bounds: tuple[float, float] | None) -> tuple[float, float]
 
 
 def _variance_layout(variance: Tensor, x_t: Tensor) -> Tensor:
-    """Give the variance one of the three layouts that the kernel reads."""
+    """Check the variance, and give it one of the three layouts that the kernel reads."""
+    # One that was expanded to the shape of x_t is read as it is, not as overlapping memory.
+    compact = variance[
+        tuple(slice(1) if stride == 0 else slice(None) for stride in variance.stride())
+    ]
+    check_tensor("variance", compact, x_t.device)
     try:
         variance.expand(x_t.shape)
     except RuntimeError:
@@ -358,19 +368,7 @@ def _variance_layout(variance: Tensor, x_t: Tensor) -> Tensor:
             f"variance must broadcast to the shape of x_t, {tuple(x_t.shape)}, "
             f"got {tuple(variance.shape)}"
         ) from None
-    shape = (1,) * (x_t.dim() - variance.dim()) + tuple(variance.shape)
+    shape = (1,) * (x_t.dim() - compact.dim()) + tuple(compact.shape)
     if math.prod(shape[1:]) == 1:
-        return variance.reshape(shape)
-    return variance.expand(x_t.shape)
-
-
-def _pack(coefficients: StepCoefficients, x_t: Tensor) -> Tensor:
-    """Stack the coefficients to (1, 6) or (B, 6) on the device of x_t."""
-    dtype = torch.promote_types(x_t.dtype, torch.float32)
-    columns = [torch.as_tensor(value, dtype=dtype).reshape(-1) for value in coefficients]
-    rows = max(len(column) for column in columns)
-    if rows not in (1, len(x_t)):
-        raise ValueError(
-            f"coefficients must be numbers or tensors of shape ({len(x_t)},), got {rows} values"
-        )
-    return torch.stack([column.expand(rows) for column in columns], dim=1).to(x_t.device)
+        return compact.reshape(shape).contiguous()
+    return variance.expand(x_t.shape).contiguous()

@@ -21,29 +21,25 @@ _GROUPS_PER_PROGRAM = 256
 def _normal_kernel(
     seed_ptr,
     out_ptr,
-    batch,
-    features,
+    num_groups,
     groups_per_sample,
+    features,
     step,
     sample_offset,
     STREAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    seed = tl.load(seed_ptr)
-    first = tl.program_id(0).to(tl.int64) * GROUPS
-    index = first + tl.arange(0, GROUPS)
-    z = philox.normal_groups(
-        seed,
-        index % groups_per_sample,
-        index // groups_per_sample + sample_offset,
-        step,
-        STREAM,
-    )
-    element = first * 4 + tl.arange(0, 4 * GROUPS)
-    sample = element // (4 * groups_per_sample)
-    feature = element % (4 * groups_per_sample)
-    inside = (sample < batch) & (feature < features)
-    tl.store(out_ptr + sample * features + feature, z, mask=inside)
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    index = pid * GROUPS + tl.arange(0, GROUPS)
+    sample = index // groups_per_sample
+    group = index - sample * groups_per_sample
+    z = philox.normal_groups(tl.load(seed_ptr), group, sample + sample_offset, step, STREAM)
+    offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 4, ALIGNED)
+    tl.store(out_ptr + offset, z, mask=inside)
 
 
 def normal_reference(
@@ -68,16 +64,18 @@ def normal_triton(
     if out.numel() == 0:
         return out
     groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_NORMAL_GROUP)
-    grid = (triton.cdiv(batch * groups_per_sample, _GROUPS_PER_PROGRAM),)
-    _normal_kernel[grid](
+    num_groups = batch * groups_per_sample
+    _normal_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
         seed,
         out,
-        batch,
-        features,
+        num_groups,
         groups_per_sample,
+        features,
         step,
         sample_offset,
         STREAM=stream,
+        ALIGNED=features % philox.FEATURES_PER_NORMAL_GROUP == 0,
+        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
         GROUPS=_GROUPS_PER_PROGRAM,
     )
     return out

@@ -46,11 +46,12 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 # Triton functions may read only such globals as are declared compile-time constants.
-STREAM_SAMPLERS_CONSTEXPR: tl.constexpr = tl.constexpr(STREAM_SAMPLERS)
+SAMPLERS: tl.constexpr = tl.constexpr(STREAM_SAMPLERS)
 _SCALE: tl.constexpr = tl.constexpr(2.0**-32)
 _HALF_STEP: tl.constexpr = tl.constexpr(2.0**-33)
 _BELOW_ONE: tl.constexpr = tl.constexpr(1.0 - 2.0**-24)
-_TWO_PI: tl.constexpr = tl.constexpr(2.0 * math.pi)
+# An exponent field that grows by one adds 2**23 to the number read as an integer.
+_LN2_PER_EXPONENT_STEP: tl.constexpr = tl.constexpr(math.log(2.0) * 2.0**-23)
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
@@ -105,6 +106,14 @@ def check_counter(name: str, first: int, count: int = 1) -> None:
         raise ValueError(f"{name} + {count} must be at most 2**32, got {name} = {first}")
 
 
+def needs_wide_index(num_groups: int, groups_per_program: int) -> bool:
+    """Say whether group numbers, the last program's included, overflow int32 in a kernel.
+
+    Division in int32 costs a fraction of that in int64, and offsets of elements are int64 anyway.
+    """
+    return num_groups + groups_per_program > 2**31
+
+
 def philox(
     seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,7 +150,7 @@ def philox(
 def sign_bits(
     seed: Tensor, probe_offset: int, num_probes: int, sample_offset: int, batch: int, features: int
 ) -> Tensor:
-    """Return the bits of stream 0 as an int64 tensor of zeros and ones.
+    """Return the bits of stream 0, which hold the signs, as an int64 tensor of zeros and ones.
 
     Returns:
         Shape (num_probes, batch, features); a set bit is the sign +1.
@@ -216,16 +225,60 @@ def uniform_from_word(word):
 
 
 @triton.jit
+def log_of_normal_number(u):
+    """Return ln(u) of a positive normal float32, to about one unit in the last place.
+
+    u = m 2^e with m in [2/3, 4/3), and ln(m) = f - f^2/2 + f^3 P(f), f = m - 1, with P a minimax
+    polynomial of degree 7. Half the instructions of the library's, which also handles what a
+    uniform number in (0, 1) never is.
+    """
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+    p = 0.1396254003047943 + f * -0.13191379606723785
+    p = -0.12115179002285004 + f * p
+    p = 0.14010900259017944 + f * p
+    p = -0.1668546348810196 + f * p
+    p = 0.20010045170783997 + f * p
+    p = -0.24999688565731049 + f * p
+    p = 0.33333224058151245 + f * p
+    p = -0.5 + f * p
+    return exponent.to(tl.float32) * _LN2_PER_EXPONENT_STEP + (f + f * f * p)
+
+
+@triton.jit
+def cos_sin_of_turns(u):
+    """Return cos(2 pi u) and sin(2 pi u) for u in [0, 1], to about one unit in the last place.
+
+    u = quarters / 4 + r is exact with |r| <= 1/8, where minimax polynomials of degree 8 and 7
+    do; the quarter turns swap and negate them. No slow path, and so no memory for one.
+    """
+    quarters = (u * 4.0 + 0.5).to(tl.int32)
+    r = u - quarters.to(tl.float32) * 0.25
+    s = r * r
+    sin_r = 81.5925521850586 + s * -75.40206909179688
+    sin_r = r * (6.2831854820251465 + s * (-41.3416633605957 + s * sin_r))
+    cos_r = -85.44374084472656 + s * 59.24595642089844
+    cos_r = 1.0 + s * (-19.739208221435547 + s * (64.93932342529297 + s * cos_r))
+    odd = (quarters & 1) != 0
+    cosine = tl.where(odd, sin_r, cos_r).to(tl.int32, bitcast=True)
+    sine = tl.where(odd, cos_r, sin_r).to(tl.int32, bitcast=True)
+    cosine = cosine ^ (((quarters + 1) & 2) << 30)
+    sine = sine ^ ((quarters & 2) << 30)
+    return cosine.to(tl.float32, bitcast=True), sine.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def box_muller(radius_word, angle_word):
     """Map two uint32 words to two standard normals."""
-    radius = tl.sqrt(-2.0 * tl.log(uniform_from_word(radius_word)))
-    angle = _TWO_PI * uniform_from_word(angle_word)
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    radius = tl.sqrt(-2.0 * log_of_normal_number(uniform_from_word(radius_word)))
+    cosine, sine = cos_sin_of_turns(uniform_from_word(angle_word))
+    return radius * cosine, radius * sine
 
 
 @triton.jit
 def normal_groups(seed, group, sample, step, stream):
-    """Return the normals of [G] groups of 4 features, in feature order, as a [4 * G] block."""
+    """Return the normals of [G] groups of 4 features as a [G, 4] block."""
     zero = group * 0
     w0, w1, w2, w3 = tl.philox(
         seed,
@@ -236,4 +289,44 @@ def normal_groups(seed, group, sample, step, stream):
     )
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
-    return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
+    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [group.shape[0], 4])
+
+
+@triton.jit
+def group_offsets(
+    index, sample, group, num_groups, features, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Return the int64 offsets [G, WIDTH] of the features of [G] groups, and which of them exist.
+
+    With a whole number of groups a sample (ALIGNED) the offset is WIDTH times the group's number:
+    contiguous, which lets a thread read and write 16 bytes at a time.
+    """
+    feature_in_group = tl.arange(0, WIDTH)[None, :]
+    if ALIGNED:
+        offset = index.to(tl.int64)[:, None] * WIDTH + feature_in_group
+        inside = (index < num_groups)[:, None]
+    else:
+        feature = group[:, None] * WIDTH + feature_in_group
+        offset = sample.to(tl.int64)[:, None] * features + feature
+        inside = (index < num_groups)[:, None] & (feature < features)
+    return offset, inside
+
+
+@triton.jit
+def sign_words(seed, group, sample, tile):
+    """Return the four words that hold the signs of [G] groups of 8 features x 16 probes."""
+    zero = group * 0
+    return tl.philox(
+        seed,
+        group.to(tl.uint32),
+        sample.to(tl.uint32),
+        (zero + tile).to(tl.uint32),
+        zero.to(tl.uint32),
+    )
+
+
+@triton.jit
+def is_negative(word, byte: tl.constexpr):
+    """Return 1 where the sign is -1, as a uint32 [G, 8] block, for one byte (probe) of a word."""
+    bit = tl.arange(0, 8).to(tl.uint32)
+    return ((word[:, None] >> (8 * byte + bit)[None, :]) & 1) ^ 1

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import philox
+from hessdiag.kernels._checks import FLOAT_TYPES
 from hessdiag.kernels._triton import tl, triton
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_GROUPS_PER_PROGRAM = 128
+_GROUPS_PER_PROGRAM = 256
 
 
 @triton.jit(do_not_specialize=["probe_offset", "sample_offset"])
@@ -24,51 +24,45 @@ def _rademacher_kernel(
     seed_ptr,
     out_ptr,
     num_probes,
-    batch,
-    features,
+    num_groups,
     groups_per_sample,
+    features,
+    row_length,
     probe_offset,
     sample_offset,
+    PACKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     # Program (i, j) writes up to 16 probes of the j-th tile for GROUPS groups of 8 features.
-    seed = tl.load(seed_ptr)
-    index = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    pid = tl.program_id(0)
+    if WIDE:
+        pid = pid.to(tl.int64)
+    index = pid * GROUPS + tl.arange(0, GROUPS)
     sample = index // groups_per_sample
-    group = index % groups_per_sample
-    tile = probe_offset.to(tl.int64) // 16 + tl.program_id(1)
+    group = index - sample * groups_per_sample
+    tile = probe_offset // 16 + tl.program_id(1)
+    words = philox.sign_words(tl.load(seed_ptr), group, sample + sample_offset, tile)
 
-    zero = group * 0
-    w0, w1, w2, w3 = tl.philox(
-        seed,
-        group.to(tl.uint32),
-        (sample + sample_offset).to(tl.uint32),
-        (zero + tile).to(tl.uint32),
-        zero.to(tl.uint32),
-    )
-    feature_in_group = tl.arange(0, 8)
-    feature = group[:, None] * 8 + feature_in_group[None, :]
-    inside = (sample[:, None] < batch) & (feature < features)
-    within_probe = sample[:, None] * features + feature
+    offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 8, ALIGNED)
     for probe_in_tile in tl.static_range(16):
-        if probe_in_tile < 4:
-            word = w0
-        elif probe_in_tile < 8:
-            word = w1
-        elif probe_in_tile < 12:
-            word = w2
-        else:
-            word = w3
+        word = words[probe_in_tile // 4]
+        row = (tile * 16 + probe_in_tile - probe_offset).to(tl.int64)
         # As a block, since the interpreter turns a block of booleans & a scalar into int32.
-        row = zero[:, None] + (tile * 16 + probe_in_tile - probe_offset)
-        byte = word >> (8 * (probe_in_tile % 4))
-        bit = (byte[:, None] >> feature_in_group[None, :].to(tl.uint32)) & 1
-        sign = bit.to(tl.float32) * 2.0 - 1.0
-        tl.store(
-            out_ptr + row * batch * features + within_probe,
-            sign.to(out_ptr.dtype.element_ty),
-            mask=inside & (row >= 0) & (row < num_probes),
-        )
+        rows = tl.zeros_like(index) + row
+        wanted = (rows >= 0) & (rows < num_probes)
+        out_row = out_ptr + row * row_length
+        if PACKED:
+            byte = (word >> (8 * (probe_in_tile % 4))) & 0xFF
+            tl.store(out_row + index, byte.to(tl.uint8), mask=(index < num_groups) & wanted)
+        else:
+            negative = philox.is_negative(word, probe_in_tile % 4)
+            if out_ptr.dtype.element_ty == tl.float32:
+                sign = ((negative << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+            else:
+                sign = (1.0 - 2.0 * negative.to(tl.float32)).to(out_ptr.dtype.element_ty)
+            tl.store(out_row + offset, sign, mask=inside & wanted[:, None])
 
 
 def rademacher_reference(
@@ -78,12 +72,18 @@ def rademacher_reference(
     sample_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the signs in PyTorch; the arguments are those of :func:`rademacher_triton`."""
+    """Compute the signs, or for uint8 their packed bits, in PyTorch.
+
+    The arguments are those of :func:`rademacher_triton`.
+    """
     num_probes, batch, *sample_shape = shape
     features = math.prod(sample_shape)
     if math.prod(shape) == 0:
-        return torch.empty(shape, dtype=dtype, device=seed.device)
+        return _empty(seed, shape, dtype)
     bits = philox.sign_bits(seed, probe_offset, num_probes, sample_offset, batch, features)
+    if dtype == torch.uint8:
+        bits = torch.nn.functional.pad(bits, (0, -features % 8)).reshape(num_probes, batch, -1, 8)
+        return (bits << torch.arange(8, device=seed.device)).sum(dim=-1).to(torch.uint8)
     return (bits * 2 - 1).to(dtype).reshape(shape).contiguous()
 
 
@@ -94,28 +94,49 @@ def rademacher_triton(
     sample_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the signs with the Triton kernel, on the device of ``seed``."""
+    """Compute the signs, or for uint8 their packed bits, with the Triton kernel.
+
+    Args:
+        seed: 0-dimensional int64 tensor, on the device of the result.
+        shape: (M, B, ...).
+        probe_offset: Number of the first probe.
+        sample_offset: Number of the first sample.
+        dtype: A floating-point type, or uint8 for packed bits.
+    """
     num_probes, batch, *sample_shape = shape
     features = math.prod(sample_shape)
-    out = torch.empty(shape, dtype=dtype, device=seed.device)
+    out = _empty(seed, shape, dtype)
     if out.numel() == 0:
         return out
-    groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE)
+    packed = dtype == torch.uint8
     tile_width = philox.PROBES_PER_SIGN_TILE
+    groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE)
+    num_groups = batch * groups_per_sample
     num_tiles = (probe_offset + num_probes - 1) // tile_width - probe_offset // tile_width + 1
-    grid = (triton.cdiv(batch * groups_per_sample, _GROUPS_PER_PROGRAM), num_tiles)
+    grid = (triton.cdiv(num_groups, _GROUPS_PER_PROGRAM), num_tiles)
     _rademacher_kernel[grid](
         seed,
         out,
         num_probes,
-        batch,
-        features,
+        num_groups,
         groups_per_sample,
+        features,
+        num_groups if packed else batch * features,
         probe_offset,
         sample_offset,
+        PACKED=packed,
+        ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
+        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
         GROUPS=_GROUPS_PER_PROGRAM,
     )
     return out
+
+
+def _empty(seed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    if dtype == torch.uint8:
+        groups = triton.cdiv(math.prod(shape[2:]), philox.FEATURES_PER_SIGN_TILE)
+        shape = (shape[0], shape[1], groups)
+    return torch.empty(shape, dtype=dtype, device=seed.device)
 
 
 @torch.library.custom_op("hessdiag::rademacher", mutates_args=())
@@ -140,7 +161,7 @@ def _(
     sample_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=seed.device)
+    return _empty(seed, shape, dtype)
 
 
 def rademacher(
@@ -163,7 +184,7 @@ def rademacher(
         seed: An integer in [0, 2**64), or an int64 tensor with one element.
         probe_offset: Number of the first probe; probe numbers must stay below 2**32.
         sample_offset: Number of the first sample; sample numbers must stay below 2**32.
-        dtype: A floating-point type; every one of them holds the signs exactly.
+        dtype: float32, float64, bfloat16 or float16; each holds the signs exactly.
         device: Where the probes are made: by the Triton kernel on CUDA, else by the reference.
 
     Raises:
@@ -177,11 +198,58 @@ def rademacher(
         >>> torch.equal(whole[:, 3:], half)
         True
     """
+    if dtype not in FLOAT_TYPES:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOAT_TYPES))}, got {dtype}")
+    return _checked(shape, seed, probe_offset, sample_offset, dtype, device)
+
+
+def rademacher_bits(
+    shape: Sequence[int],
+    seed: int | Tensor,
+    *,
+    probe_offset: int = 0,
+    sample_offset: int = 0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Return the signs of :func:`rademacher` as packed bits: a thirty-second of float32's memory.
+
+    Bit i of byte k holds feature 8 k + i, set for +1 (``numpy.packbits`` with
+    ``bitorder="little"``); bits beyond the last feature are not specified.
+
+    Args:
+        shape: (M, B, ...), as for :func:`rademacher`.
+        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        probe_offset: Number of the first probe.
+        sample_offset: Number of the first sample.
+        device: Where the bits are made.
+
+    Returns:
+        uint8, shape (M, B, ceil(D / 8)) with D features a sample.
+
+    Raises:
+        TypeError: If an argument is not an integer.
+        ValueError: As :func:`rademacher`.
+
+    Example:
+        >>> rademacher((1, 1, 8), seed=0).flatten().tolist()
+        [1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0]
+        >>> f"{rademacher_bits((1, 1, 8), seed=0).item():08b}"
+        '11010101'
+    """
+    return _checked(shape, seed, probe_offset, sample_offset, torch.uint8, device)
+
+
+def _checked(
+    shape: Sequence[int],
+    seed: int | Tensor,
+    probe_offset: int,
+    sample_offset: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
     shape = [int(size) for size in shape]
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be (M, B, ...) with sizes of at least 0, got {tuple(shape)}")
-    if dtype not in _DTYPES:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     philox.check_counter("probe_offset", probe_offset, shape[0])
     philox.check_counter("sample_offset", sample_offset, shape[1])
     philox.check_counter("the flat feature index", 0, math.prod(shape[2:]))

@@ -75,15 +75,23 @@ class Denoiser:
             t: One timestep in 1 .. N, or an int64 tensor of shape (B,).
 
         Raises:
-            ValueError: If a timestep lies outside 1 .. N.
+            ValueError: If a timestep lies outside 1 .. N (not checked for a tensor on a GPU,
+                which would have to be waited for).
         """
-        lowest, highest = (t, t) if isinstance(t, int) else (int(t.min()), int(t.max()))
+        if isinstance(t, int):
+            self._check_timesteps(t, t)
+            # Filled on the device, where a copy from the host could not be part of a CUDA graph.
+            t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
+        elif t.device.type == "cpu":
+            self._check_timesteps(int(t.min()), int(t.max()))
+        output: Tensor = self.unet(x_t, t - 1).sample
+        return output
+
+    def _check_timesteps(self, lowest: int, highest: int) -> None:
         if not 1 <= lowest <= highest <= self.schedule.num_timesteps:
             raise ValueError(
                 f"t must lie in 1 .. {self.schedule.num_timesteps}, got {lowest} .. {highest}"
             )
-        output: Tensor = self.unet(x_t, t - 1).sample
-        return output
 
     def predict(self, x_t: Tensor, t: int | Tensor) -> Prediction:
         """Return the predicted noise and the features of one pass through the backbone."""
@@ -112,8 +120,7 @@ class Denoiser:
         """
 
         def function(x_t: Tensor) -> Tensor:
-            scale = per_sample(self.schedule.beta_bar.sqrt(), t, x_t)
-            return -scale * self.epsilon(x_t, t)
+            return -per_sample(self.schedule.beta_bar.sqrt(), t, x_t) * self.epsilon(x_t, t)
 
         return function
 
@@ -121,9 +128,14 @@ class Denoiser:
 def per_sample(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
     """Return ``table[t]`` in the dtype and on the device of x, broadcast against its features.
 
+    Returns:
+        Shape (1, 1, ...) for an int, (B, 1, ...) for a tensor of shape (B,).
+
     Example:
         >>> per_sample(torch.arange(4.0), torch.tensor([3, 1]), torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 1, 1, 1])
     """
-    values = table[t.to(table.device)] if isinstance(t, Tensor) else table[t]
-    return values.to(x).reshape(-1, *[1] * (x.dim() - 1))
+    features = [1] * (x.dim() - 1)
+    if isinstance(t, int):
+        return x.new_full([1, *features], table[t].item())
+    return table.to(t.device)[t].to(x).reshape(-1, *features)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-import hessdiag
-from hessdiag.kernels import normal
+from hessdiag import kernels
+from hessdiag.kernels import normal, rademacher
+from hessdiag.products import jacobian_products
 from ocm.denoiser import Denoiser, Prediction, per_sample
 from ocm.heads import CovarianceHead
 from ocm.schedules import Schedule
@@ -49,18 +50,27 @@ def ocm_loss(
 
         mean (h(x_t, t) - (1/M) sum_m v_m * (beta_bar H v_m))^2,
 
-    whose gradient is unbiased for every number of probes M, since the minimiser is the
-    conditional mean beta_bar diag(H). The target and the head's features come from the same pass
-    through the frozen denoiser, and nothing is differentiated into it.
+    with beta_bar H = -sqrt(beta_bar) d epsilon / d x_t. Its gradient is unbiased for every number
+    of probes M, since the minimiser is the conditional mean beta_bar diag(H). The target and the
+    head's features come from the same pass through the frozen denoiser, and nothing is
+    differentiated into it.
     """
     x_t, _ = noisy(denoiser.schedule, x0, t, seed, sample_offset)
     predictions: list[Prediction] = []
 
-    def scaled_score(x: Tensor) -> Tensor:
+    def epsilon(x: Tensor) -> Tensor:
         predictions.append(denoiser.predict(x, t))
-        return -per_sample(denoiser.schedule.beta_bar.sqrt(), t, x) * predictions[-1].epsilon
+        return predictions[-1].epsilon
 
-    target = hessdiag.hutchinson(
-        scaled_score, x_t, num_probes, seed=seed, mode="vjp", sample_offset=sample_offset
+    products = jacobian_products(epsilon, x_t, "vjp")
+    probes = rademacher(
+        (num_probes, *x_t.shape), seed, sample_offset=sample_offset, device=x_t.device
     )
-    return functional.mse_loss(head(predictions[-1].features), target)
+    h = head(predictions[-1].features)
+    return kernels.ocm_loss(
+        h,
+        products(probes),
+        seed,
+        scale=-per_sample(denoiser.schedule.beta_bar.sqrt(), t, x_t).flatten(),
+        sample_offset=sample_offset,
+    )

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hessdiag.kernels import StepCoefficients, gaussian_step, normal
+from hessdiag.kernels.philox import seed_tensor
 from ocm.covariances import Covariance
 from ocm.denoiser import Denoiser
 from ocm.schedules import Schedule, reverse_steps
@@ -103,7 +104,7 @@ def sample(
     timesteps: Sequence[int],
     *,
     sampler: Sampler = ddpm,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     sample_offset: int = 0,
     max_last_noise: float | None = None,
     progress: bool = False,
@@ -120,7 +121,9 @@ def sample(
         timesteps: Increasing timesteps in 1 .. N, the last of them N.
         sampler: Coefficients of the step from t to s, :func:`ddpm` or :func:`ddim`
             (``functools.partial(ddim, eta=0.5)``).
-        seed: Seed of the noise.
+        seed: Seed of the noise: an integer, or an int64 tensor with one element. With a tensor on
+            the GPU the whole loop can be captured in a CUDA graph and replayed with a new seed
+            written into it, for a covariance that needs no check of values (not Hutchinson).
         sample_offset: Number of the first sample.
         max_last_noise: Largest standard deviation of the last noisy step (see
             :func:`last_step_noise`); None for no bound.
@@ -136,6 +139,7 @@ def sample(
     steps = reverse_steps(timesteps)
     if timesteps[-1] != schedule.num_timesteps:
         raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
+    seed = seed_tensor(seed, device)
     x = normal(shape, seed, sample_offset=sample_offset, device=device)
     for s, t in tqdm(steps, desc="sampling", unit="step", disable=not progress):
         prediction = denoiser.predict(x, t)
