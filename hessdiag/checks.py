@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hessdiag.compat import has_tangent
+
 
 def check_positive_int(name: str, value: object) -> None:
     """Raise unless ``value`` is an int of at least 1.
@@ -29,7 +31,8 @@ def check_batch(name: str, x: object) -> None:
     """Raise unless ``x`` is a finite real floating-point tensor with a batch dimension.
 
     Raises:
-        TypeError: If it is no tensor, or of an integer, boolean or complex type.
+        TypeError: If it is no tensor, of an integer, boolean or complex type, or inside of a
+            transform of torch.func.
         ValueError: If it has no dimension, or holds NaN or infinity.
 
     Example:
@@ -44,6 +47,11 @@ def check_batch(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError(f"{name} must have shape (B, ...), got a 0-dimensional tensor")
+    if torch._C._functorch.is_functorch_wrapped_tensor(x) or has_tangent(x):
+        raise TypeError(
+            f"{name} must not take part in torch.func.grad, jvp or vmap: the result carries no "
+            "derivative; call this outside of the transform, on a batch"
+        )
     finite = torch.isfinite(x)
     if not bool(finite.all()):
         count = int((~finite).sum())

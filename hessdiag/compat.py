@@ -1,4 +1,4 @@
-"""Mends for operators that some versions of PyTorch cannot differentiate in forward mode.
+"""Mends and guards for operators that PyTorch cannot differentiate in forward mode.
 
 Each says which versions it is for; ``tests/test_compat.py`` fails when one can go.
 """
@@ -16,6 +16,35 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+
+
+class RefuseCustomOperators(TorchFunctionMode):
+    """Raise where an operator of ``torch.library`` would lose a tangent.
+
+    For every version so far: a custom operator has no forward-mode rule, and what it returns
+    carries no tangent, which reads as a derivative of zero.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func`` unless it is a custom operator on a dual tensor."""
+        if isinstance(func, torch._ops.OpOverload) and func.namespace not in ("aten", "prims"):
+            for value in (*args, *(kwargs or {}).values()):
+                if isinstance(value, torch.Tensor) and has_tangent(value):
+                    raise NotImplementedError(
+                        f"the custom operator {func} has no forward-mode derivative; use mode='vjp'"
+                    )
+        return func(*args, **(kwargs or {}))
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Say whether forward-mode differentiation runs through ``tensor``."""
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class ContiguousGroupNorm(TorchFunctionMode):
@@ -40,7 +69,7 @@ class ContiguousGroupNorm(TorchFunctionMode):
 
 @contextmanager
 def forward_mode_operators() -> Iterator[None]:
-    """Make attention and group normalisation differentiable in forward mode.
+    """Make attention and group normalisation differentiable in forward mode, or say what is not.
 
     ``scaled_dot_product_attention`` has no forward-mode rule in its flash and memory-efficient
     backends in any version so far, and one in the mathematical backend.
@@ -50,5 +79,5 @@ def forward_mode_operators() -> Iterator[None]:
         ...     pass
     """
     group_norm = ContiguousGroupNorm() if TORCH_VERSION < (2, 15) else nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), group_norm:
+    with sdpa_kernel(SDPBackend.MATH), RefuseCustomOperators(), group_norm:
         yield

@@ -38,7 +38,8 @@ def hutchinson(
 
     The probes follow the random-number contract (:mod:`hessdiag.kernels.philox`): the result does
     not depend on ``chunk_size`` or on how a batch is split over calls, beyond what the product
-    with J itself does.
+    with J itself does. ``score_fn`` must act on each sample alone: put modules that couple the
+    batch (BatchNorm) in eval mode.
 
     Args:
         score_fn: Maps (B, ...) to (B, ...), each sample alone. For a Hessian diagonal, the
@@ -55,7 +56,8 @@ def hutchinson(
         probe_offset: Number of the first probe, for an estimate that is continued.
 
     Returns:
-        Shape and dtype of ``x``. The mean is kept in float32 or, for float64, in float64.
+        Shape and dtype of ``x``, without a gradient. The mean is kept in float32 or, for float64,
+        in float64.
 
     Raises:
         TypeError: If an argument or the output of ``score_fn`` is of the wrong type or dtype.

@@ -6,15 +6,17 @@ matrix J per sample. Reverse mode gives ``J^T v``, forward mode ``J v``.
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hessdiag.checks import check_output
-from hessdiag.compat import forward_mode_operators
+from hessdiag.compat import forward_mode_operators, has_tangent
 
 ScoreFunction = Callable[[Tensor], Tensor]
 Products = Callable[[Tensor], Tensor]
@@ -34,7 +36,7 @@ def jacobian_products(score_fn: ScoreFunction, x: Tensor, mode: Mode) -> Product
         mode: "vjp" evaluates ``score_fn`` once, here, and each product ``J^T v`` is one backward
             pass to x alone. "jvp" gives ``J v`` by ``torch.func.jvp``, with one evaluation of
             ``score_fn`` for each block of probes. "auto" is "vjp", or "jvp" with a warning where
-            the output of ``score_fn`` has no backward graph, for example under ``torch.no_grad``.
+            ``score_fn`` has no backward graph (under ``torch.no_grad``) or no backward rule.
 
     Raises:
         TypeError: If ``score_fn`` returns no tensor or another dtype than that of x.
@@ -54,18 +56,41 @@ def jacobian_products(score_fn: ScoreFunction, x: Tensor, mode: Mode) -> Product
         return _forward_products(score_fn, x)
     if mode != "auto":
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    try:
-        return _reverse_products(score_fn, x)
-    except NotDifferentiableError as error:
-        warnings.warn(f"mode='auto' takes forward mode ('jvp'): {error}", UserWarning, stacklevel=3)
+    return _auto_products(score_fn, x)
+
+
+def _auto_products(score_fn: ScoreFunction, x: Tensor) -> Products:
+    """Reverse mode, until it turns out that ``score_fn`` has no backward graph or rule."""
+
+    def forward(reason: object) -> Products:
+        warnings.warn(
+            f"mode='auto' takes forward mode ('jvp'): {reason}", UserWarning, stacklevel=5
+        )
         return _forward_products(score_fn, x)
+
+    try:
+        chosen = _reverse_products(score_fn, x)
+    except NotDifferentiableError as error:
+        return forward(error)
+
+    def products(probes: Tensor) -> Tensor:
+        nonlocal chosen
+        try:
+            return chosen(probes)
+        except (NotImplementedError, RuntimeError) as error:
+            if not re.search("not implemented|must implement", str(error)):
+                raise
+            chosen = forward(error)
+            return chosen(probes)
+
+    return products
 
 
 def _reverse_products(score_fn: ScoreFunction, x: Tensor) -> Products:
     with torch.inference_mode(False), torch.enable_grad():
-        # A tensor made in inference mode cannot take part in autograd; its clone can.
-        leaf = (x.clone() if x.is_inference() else x.detach()).requires_grad_()
-        output = score_fn(leaf)
+        # A clone: autograd refuses tensors made in inference mode, and score_fn may write into it.
+        leaf = x.detach().clone().requires_grad_()
+        output = score_fn(leaf.clone())
     check_output(output, x)
     if not output.requires_grad:
         raise NotDifferentiableError(
@@ -89,27 +114,48 @@ def _reverse_products(score_fn: ScoreFunction, x: Tensor) -> Products:
 
 def _forward_products(score_fn: ScoreFunction, x: Tensor) -> Products:
     x = x.detach()
+    random_state: list[Tensor] = []
 
     def checked(point: Tensor) -> Tensor:
         output = score_fn(point)
         check_output(output, x)
         # torch.func.jvp would call a missing tangent zero.
-        if torch.autograd.forward_ad.unpack_dual(output).tangent is None:
+        if not has_tangent(output):
             raise NotDifferentiableError(
                 "the output of score_fn does not depend on x; is x detached inside score_fn?"
             )
         return output
 
     def product(probe: Tensor) -> Tensor:
-        result: Tensor = torch.func.jvp(checked, (x,), (probe,))[1]
+        # Clones, since score_fn may write into its argument, and so into the tangent.
+        result: Tensor = torch.func.jvp(checked, (x.clone(),), (probe.clone(),))[1]
         return result
 
     def products(probes: Tensor) -> Tensor:
         # Parameters that require gradients would record a backward graph for nothing.
-        with forward_mode_operators(), torch.no_grad():
+        with forward_mode_operators(), torch.no_grad(), _same_random_numbers(random_state, x):
             if len(probes) == 1:
                 return product(probes[0])[None]
-            # The same random numbers for every probe: dropout stays one fixed function.
             return torch.func.vmap(product, randomness="same")(probes)
 
     return products
+
+
+@contextmanager
+def _same_random_numbers(state: list[Tensor], x: Tensor) -> Iterator[None]:
+    """Let every block of probes see the random numbers of the first: dropout is one function."""
+    generators = [torch.default_generator]
+    if x.is_cuda:
+        generators.append(torch.cuda.default_generators[x.device.index])
+    if not state:
+        state.extend(generator.get_state() for generator in generators)
+        yield
+        return
+    now = [generator.get_state() for generator in generators]
+    try:
+        for generator, first in zip(generators, state, strict=True):
+            generator.set_state(first)
+        yield
+    finally:
+        for generator, current in zip(generators, now, strict=True):
+            generator.set_state(current)

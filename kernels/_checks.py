@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -47,6 +48,24 @@ def check_tensor(name: str, tensor: object, device: torch.device | None = None) 
             f"{name} must not overlap itself in memory, got strides {tensor.stride()} for shape "
             f"{tuple(tensor.shape)}; pass {name}.contiguous()"
         )
+
+
+def check_shape(shape: Sequence[int]) -> list[int]:
+    """Return the sizes of a shape as a list of ints.
+
+    Raises:
+        TypeError: If a size is not an integer.
+
+    Example:
+        >>> check_shape((2.5, 3))
+        Traceback (most recent call last):
+        ...
+        TypeError: shape must hold integers, got (2.5, 3)
+    """
+    try:
+        return [operator.index(size) for size in shape]
+    except TypeError:
+        raise TypeError(f"shape must hold integers, got {tuple(shape)}") from None
 
 
 def rows_per_sample(

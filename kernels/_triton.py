@@ -6,8 +6,11 @@ everywhere; launching a kernel through it raises.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 try:
     import triton
@@ -30,4 +33,10 @@ except ModuleNotFoundError:
     triton = SimpleNamespace(jit=_jit, cdiv=lambda a, b: -(-a // b))
     tl = SimpleNamespace(constexpr=lambda value: value)
 
-__all__ = ["tl", "triton"]
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Make the GPU that holds ``tensor`` the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+__all__ = ["on_device_of", "tl", "triton"]

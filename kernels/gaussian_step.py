@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hessdiag.kernels import philox
 from hessdiag.kernels._checks import check_tensor, rows_per_sample
-from hessdiag.kernels._triton import tl, triton
+from hessdiag.kernels._triton import on_device_of, tl, triton
 
 _GROUPS_PER_PROGRAM = 256
 
@@ -60,6 +60,12 @@ class Clamps(NamedTuple):
     variance_low: float = -math.inf
     variance_high: float = math.inf
     noise_variance_high: float = math.inf
+
+
+@triton.jit
+def _clamp(x, low, high):
+    # tl.clamp by itself turns NaN into a bound, and a broken network into plausible samples.
+    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(do_not_specialize=["step", "sample_offset"])
@@ -121,12 +127,12 @@ def _gaussian_step_kernel(
         tl.load(seed_ptr), group, sample + sample_offset, step, philox.SAMPLERS
     )
 
-    x0_hat = tl.clamp(p * x_t + q * prediction, x0_low, x0_high)
+    x0_hat = _clamp(p * x_t + q * prediction, x0_low, x0_high)
     if VARIANCE == _NO_VARIANCE:
         noise_variance = c
     else:
-        noise_variance = c + k * tl.clamp(variance, variance_low, variance_high)
-    noise_std = tl.sqrt(tl.clamp(noise_variance, 0.0, noise_variance_high))
+        noise_variance = c + k * _clamp(variance, variance_low, variance_high)
+    noise_std = tl.sqrt(_clamp(noise_variance, 0.0, noise_variance_high))
     x_s = a * x_t + b * x0_hat + noise_std * z
     tl.store(out_ptr + offset, x_s.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -205,26 +211,27 @@ def gaussian_step_triton(
         layout = 2 if variance.numel() == batch else 3
     groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_NORMAL_GROUP)
     num_groups = batch * groups_per_sample
-    _gaussian_step_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
-        seed,
-        seed if rows is None else rows,
-        x_t,
-        prediction,
-        seed if variance is None else variance,
-        out,
-        num_groups,
-        groups_per_sample,
-        features,
-        step,
-        sample_offset,
-        *coefficients,
-        *clamps,
-        VARIANCE=layout,
-        PER_SAMPLE=rows is not None,
-        ALIGNED=features % philox.FEATURES_PER_NORMAL_GROUP == 0,
-        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-        GROUPS=_GROUPS_PER_PROGRAM,
-    )
+    with on_device_of(seed):
+        _gaussian_step_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
+            seed,
+            seed if rows is None else rows,
+            x_t,
+            prediction,
+            seed if variance is None else variance,
+            out,
+            num_groups,
+            groups_per_sample,
+            features,
+            step,
+            sample_offset,
+            *coefficients,
+            *clamps,
+            VARIANCE=layout,
+            PER_SAMPLE=rows is not None,
+            ALIGNED=features % philox.FEATURES_PER_NORMAL_GROUP == 0,
+            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
+            GROUPS=_GROUPS_PER_PROGRAM,
+        )
     return out
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import philox
-from hessdiag.kernels._triton import tl, triton
+from hessdiag.kernels._checks import check_shape
+from hessdiag.kernels._triton import on_device_of, tl, triton
 
 _GROUPS_PER_PROGRAM = 256
 
@@ -65,19 +66,20 @@ def normal_triton(
         return out
     groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_NORMAL_GROUP)
     num_groups = batch * groups_per_sample
-    _normal_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
-        seed,
-        out,
-        num_groups,
-        groups_per_sample,
-        features,
-        step,
-        sample_offset,
-        STREAM=stream,
-        ALIGNED=features % philox.FEATURES_PER_NORMAL_GROUP == 0,
-        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-        GROUPS=_GROUPS_PER_PROGRAM,
-    )
+    with on_device_of(seed):
+        _normal_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
+            seed,
+            out,
+            num_groups,
+            groups_per_sample,
+            features,
+            step,
+            sample_offset,
+            STREAM=stream,
+            ALIGNED=features % philox.FEATURES_PER_NORMAL_GROUP == 0,
+            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
+            GROUPS=_GROUPS_PER_PROGRAM,
+        )
     return out
 
 
@@ -130,7 +132,7 @@ def normal(
         >>> torch.equal(whole[3:], half)
         True
     """
-    shape = [int(size) for size in shape]
+    shape = check_shape(shape)
     if len(shape) < 1 or min(shape) < 0:
         raise ValueError(f"shape must be (B, ...) with sizes of at least 0, got {tuple(shape)}")
     if stream not in (philox.STREAM_PROBES, philox.STREAM_SAMPLERS):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hessdiag.kernels import philox
 from hessdiag.kernels._checks import check_tensor, rows_per_sample
-from hessdiag.kernels._triton import tl, triton
+from hessdiag.kernels._triton import on_device_of, tl, triton
 
 _GROUPS_PER_PROGRAM = 128
 
@@ -254,28 +254,29 @@ def _launch(
 ) -> None:
     features, num_groups = head[0].numel(), _num_groups(head)
     backward = upstream is not None
-    _ocm_loss_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
-        seed,
-        seed if rows is None else rows,
-        head,
-        products,
-        upstream if backward else seed,
-        out,
-        len(products),
-        num_groups,
-        triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE),
-        features,
-        head.numel(),
-        probe_offset,
-        sample_offset,
-        *numbers,
-        (2.0 if backward else 1.0) / head.numel(),
-        BACKWARD=backward,
-        PER_SAMPLE=rows is not None,
-        ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
-        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-        GROUPS=_GROUPS_PER_PROGRAM,
-    )
+    with on_device_of(seed):
+        _ocm_loss_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
+            seed,
+            seed if rows is None else rows,
+            head,
+            products,
+            upstream if backward else seed,
+            out,
+            len(products),
+            num_groups,
+            triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE),
+            features,
+            head.numel(),
+            probe_offset,
+            sample_offset,
+            *numbers,
+            (2.0 if backward else 1.0) / head.numel(),
+            BACKWARD=backward,
+            PER_SAMPLE=rows is not None,
+            ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
+            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
+            GROUPS=_GROUPS_PER_PROGRAM,
+        )
 
 
 @torch.library.custom_op("hessdiag::ocm_loss", mutates_args=())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hessdiag.kernels import philox
 from hessdiag.kernels._checks import check_tensor
-from hessdiag.kernels._triton import tl, triton
+from hessdiag.kernels._triton import on_device_of, tl, triton
 
 _GROUPS_PER_PROGRAM = 128
 
@@ -149,26 +149,27 @@ def probe_moments_triton(
     deviations_out = torch.empty_like(mean_out)
     groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE)
     num_groups = batch * groups_per_sample
-    _probe_moments_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
-        seed,
-        products,
-        mean_out if mean is None else mean,
-        deviations_out if deviations is None else deviations,
-        mean_out,
-        deviations_out,
-        num_probes,
-        num_groups,
-        groups_per_sample,
-        features,
-        batch * features,
-        count,
-        probe_offset,
-        sample_offset,
-        CONTINUED=mean is not None,
-        ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
-        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-        GROUPS=_GROUPS_PER_PROGRAM,
-    )
+    with on_device_of(seed):
+        _probe_moments_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
+            seed,
+            products,
+            mean_out if mean is None else mean,
+            deviations_out if deviations is None else deviations,
+            mean_out,
+            deviations_out,
+            num_probes,
+            num_groups,
+            groups_per_sample,
+            features,
+            batch * features,
+            count,
+            probe_offset,
+            sample_offset,
+            CONTINUED=mean is not None,
+            ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
+            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
+            GROUPS=_GROUPS_PER_PROGRAM,
+        )
     return mean_out, deviations_out
 
 

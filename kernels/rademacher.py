@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import philox
-from hessdiag.kernels._checks import FLOAT_TYPES
-from hessdiag.kernels._triton import tl, triton
+from hessdiag.kernels._checks import FLOAT_TYPES, check_shape
+from hessdiag.kernels._triton import on_device_of, tl, triton
 
 _GROUPS_PER_PROGRAM = 256
 
@@ -114,21 +114,22 @@ def rademacher_triton(
     num_groups = batch * groups_per_sample
     num_tiles = (probe_offset + num_probes - 1) // tile_width - probe_offset // tile_width + 1
     grid = (triton.cdiv(num_groups, _GROUPS_PER_PROGRAM), num_tiles)
-    _rademacher_kernel[grid](
-        seed,
-        out,
-        num_probes,
-        num_groups,
-        groups_per_sample,
-        features,
-        num_groups if packed else batch * features,
-        probe_offset,
-        sample_offset,
-        PACKED=packed,
-        ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
-        WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-        GROUPS=_GROUPS_PER_PROGRAM,
-    )
+    with on_device_of(seed):
+        _rademacher_kernel[grid](
+            seed,
+            out,
+            num_probes,
+            num_groups,
+            groups_per_sample,
+            features,
+            num_groups if packed else batch * features,
+            probe_offset,
+            sample_offset,
+            PACKED=packed,
+            ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
+            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
+            GROUPS=_GROUPS_PER_PROGRAM,
+        )
     return out
 
 
@@ -247,7 +248,7 @@ def _checked(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    shape = [int(size) for size in shape]
+    shape = check_shape(shape)
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be (M, B, ...) with sizes of at least 0, got {tuple(shape)}")
     philox.check_counter("probe_offset", probe_offset, shape[0])
