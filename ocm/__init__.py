@@ -17,7 +17,7 @@ from ocm.covariances import (
 )
 from ocm.denoiser import Denoiser, Prediction
 from ocm.heads import CovarianceHead
-from ocm.likelihood import BitsPerDim, bits_per_dim
+from ocm.likelihood import BitsPerDim, bits_per_dim, quantise
 from ocm.losses import denoising_loss, ocm_loss
 from ocm.samplers import ddim, ddpm, sample
 from ocm.schedules import Schedule, cosine, even_timesteps, from_betas, linear
@@ -45,6 +45,7 @@ __all__ = [
     "from_betas",
     "linear",
     "ocm_loss",
+    "quantise",
     "sample",
     "train_denoiser",
     "train_head",

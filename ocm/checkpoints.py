@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessdiag.checks import check_positive_int
 from ocm.denoiser import Denoiser
 from ocm.heads import CovarianceHead
 from ocm.schedules import SCHEDULES
@@ -64,6 +65,7 @@ def save(checkpoint: Checkpoint, path: str | Path) -> None:
     description: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
+        "feature_layer": checkpoint.denoiser.feature_layer,
         "schedule": {"name": schedule.name, "num_timesteps": schedule.num_timesteps},
         "image_shape": list(checkpoint.image_shape),
         "levels": checkpoint.levels,
@@ -88,28 +90,40 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             another format, or holds other weights than its model has.
     """
     directory = Path(path)
-    description = _read_description(directory / "ocm.json")
+    file = directory / "ocm.json"
+    description = _read_description(file)
     try:
         schedule_entry, head_entry = description["schedule"], description["head"]
         schedule = SCHEDULES[schedule_entry["name"]](schedule_entry["num_timesteps"])
-        image_shape = tuple(description["image_shape"])
+        channels, height, width = (int(size) for size in description["image_shape"])
         head = None if head_entry is None else CovarianceHead(**head_entry)
-        levels, data = description["levels"], description["data"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{directory / 'ocm.json'} lacks or misstates an entry: {error!r}"
-        ) from error
-    denoiser = Denoiser(_load_unet(directory / "denoiser").to(device), schedule).freeze()
+        check_positive_int("levels", description["levels"])
+        data = str(description["data"])
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
+
+    try:
+        unet = _load_unet(directory / "denoiser").to(device)
+        denoiser = Denoiser(unet, schedule, description["feature_layer"]).freeze()
+    except KeyError as error:
+        raise CheckpointError(f"{file} lacks an entry: {error!r}") from error
+    _check_channels(file, "image_shape", channels, unet.config.in_channels)
     if head is not None:
         _load_weights(head, directory / "head.safetensors")
-        expected = denoiser.unet.conv_norm_out.num_channels
-        if head.norm.num_channels != expected:
-            raise CheckpointError(
-                f"{directory / 'head.safetensors'} is a head for {head.norm.num_channels} feature "
-                f"channels, but the denoiser beside it has {expected}"
-            )
+        _check_channels(file, "head.out_channels", head.conv.out_channels, channels)
+        layer = unet.get_submodule(denoiser.feature_layer)
+        _check_channels(file, "head.in_channels", head.norm.num_channels, layer.num_channels)
         head.to(device).eval().requires_grad_(False)
-    return Checkpoint(denoiser, head, image_shape, levels, data)
+    return Checkpoint(denoiser, head, (channels, height, width), description["levels"], data)
+
+
+def _check_channels(file: Path, name: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise CheckpointError(
+            f"{file} is of another model: {name} has {got} channels, the denoiser beside it "
+            f"{expected}"
+        )
 
 
 def _read_description(file: Path) -> dict[str, Any]:
@@ -137,11 +151,16 @@ def _load_unet(directory: Path) -> Any:
         config = json.loads((directory / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{directory / 'config.json'} cannot be read: {error}") from error
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise CheckpointError(f"{directory / 'config.json'} is no configuration of a model")
     if config.get("_class_name") != UNet2DModel.__name__:
         raise CheckpointError(
             f"{directory} must hold a {UNet2DModel.__name__}, got {config.get('_class_name')!r}"
         )
-    unet = UNet2DModel.from_config(config)
+    try:
+        unet = UNet2DModel.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{directory / 'config.json'} makes no model: {error}") from error
     # Strictly, where from_pretrained leaves weights that it does not find at their random start.
     _load_weights(unet, directory / "diffusion_pytorch_model.safetensors")
     return unet
@@ -157,3 +176,5 @@ def _load_weights(module: nn.Module, file: Path) -> None:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     except RuntimeError as error:
         raise CheckpointError(f"{file} is of another model: {error}") from error
+    if not all(bool(torch.isfinite(weight).all()) for weight in module.parameters()):
+        raise CheckpointError(f"{file} holds NaN or infinite weights")

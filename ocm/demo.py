@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,25 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ocm import data
 from ocm.backbones import small_unet
 from ocm.checkpoints import Checkpoint, save
 from ocm.denoiser import Denoiser
+from ocm.environment import environment
 from ocm.evaluation import (
     COVARIANCES,
     CovarianceSettings,
     build_covariance,
+    likelihood_record,
     likelihood_table,
     variance_errors,
 )
 from ocm.heads import CovarianceHead
 from ocm.plots import label, report_plot, sample_rows
+from ocm.progress import progress_bar
 from ocm.report import likelihood_markdown, variance_error_markdown
 from ocm.samplers import sample
 from ocm.schedules import SCHEDULES, even_timesteps
-from ocm.training import TrainingSettings, train_denoiser, train_head
+from ocm.training import TrainingSettings, mean_of_last, train_denoiser, train_head
 
 _SAMPLES_PER_ROW = 12
 
@@ -46,7 +47,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demonstration; the defaults take about five minutes on two cores.
+    """Sizes of the demonstration; the defaults take five minutes on two cores.
 
     Attributes:
         denoiser_steps: Optimiser steps of the denoiser.
@@ -110,8 +111,9 @@ def run(
     denoiser_losses = train_denoiser(denoiser, images.train, training, progress=progress)
     stages.end("train denoiser")
 
-    head = CovarianceHead.for_unet(denoiser.unet).to(device)
-    training = TrainingSettings(settings.head_steps, learning_rate=5e-3, seed=settings.seed)
+    head = CovarianceHead.for_denoiser(denoiser)
+    # Another seed: the head sees other noisy images than those the denoiser was fitted to.
+    training = TrainingSettings(settings.head_steps, learning_rate=5e-3, seed=settings.seed + 1)
     head_losses = train_head(denoiser, head, images.train, training, progress=progress)
     checkpoint = Checkpoint(denoiser, head, images.shape, images.levels, images.name)
     save(checkpoint, out / "checkpoint")
@@ -140,9 +142,9 @@ def run(
     )
     stages.end("variance error")
 
-    bits = {name: {K: cell.mean for K, cell in row.items()} for name, row in table.items()}
+    record = likelihood_record(table)
     title = f"scikit-learn's digits, {settings.schedule} schedule, N = 1000"
-    report_plot(bits, errors, out / "likelihood.png", title=title)
+    report_plot(record["nll_bits_per_dim"], errors, out / "likelihood.png", title=title)
     sample_rows(
         _sample_rows(checkpoint, images, settings, progress),
         out / "samples.png",
@@ -151,22 +153,18 @@ def run(
     stages.end("samples")
 
     metrics = {
-        "nll_bits_per_dim": bits,
-        "nll_standard_error": {
-            name: {K: cell.standard_error for K, cell in row.items()} for name, row in table.items()
-        },
+        **record,
         "variance_relative_rms_error": errors,
         "final_loss": {
-            "denoiser": sum(denoiser_losses[-100:]) / len(denoiser_losses[-100:]),
-            "head": sum(head_losses[-100:]) / len(head_losses[-100:]),
+            "denoiser": mean_of_last(denoiser_losses),
+            "head": mean_of_last(head_losses),
         },
         "settings": asdict(settings),
         "data": images.name,
         "seconds": stages.seconds,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "device": str(device),
+        "environment": environment(denoiser.device),
     }
-    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     summary = _summary(
         settings,
         likelihood_markdown(table, settings.step_counts),
@@ -195,7 +193,7 @@ def _sample_rows(
     timesteps = even_timesteps(checkpoint.denoiser.schedule.num_timesteps, settings.sample_steps)
     probes = CovarianceSettings(settings.num_probes, settings.seed)
     rows = {"held-out": images.test[:_SAMPLES_PER_ROW]}
-    for name in tqdm(COVARIANCES, desc="samples", disable=not progress):
+    for name in progress_bar(list(COVARIANCES), "samples", show=progress):
         rows[label(name)] = sample(
             checkpoint.denoiser,
             build_covariance(name, checkpoint, probes),
@@ -233,5 +231,5 @@ diagonal costs D = 64 products, the OCM head none.
 
 ![Samples](samples.png)
 
-Time: {times}. Made by `ocm demo --seed {settings.seed}`.
+Time: {times}. Seed {settings.seed}.
 """

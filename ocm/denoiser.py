@@ -7,7 +7,6 @@ The score is -epsilon / sqrt(beta_bar) and the posterior mean of x0 is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocm.schedules import Schedule
+from ocm.schedules import Schedule, per_sample
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -43,10 +42,13 @@ class Denoiser:
     Attributes:
         unet: Called as ``unet(x_t, t - 1).sample``: diffusers counts noise levels from 0.
         schedule: The noise schedule.
+        feature_layer: Name of the submodule whose input are the features that a head reads: the
+            normalisation before the backbone's last layer.
     """
 
     unet: UNet2DModel
     schedule: Schedule
+    feature_layer: str = "conv_norm_out"
 
     def __post_init__(self) -> None:
         channels = self.unet.config.in_channels, self.unet.config.out_channels
@@ -55,6 +57,12 @@ class Denoiser:
                 "unet must predict the noise of every input channel and nothing else, got "
                 f"in_channels = {channels[0]}, out_channels = {channels[1]}"
             )
+        try:
+            self.unet.get_submodule(self.feature_layer)
+        except AttributeError:
+            raise ValueError(
+                f"feature_layer must name a submodule of unet, got {self.feature_layer!r}"
+            ) from None
 
     def freeze(self) -> Denoiser:
         """Put the backbone in eval mode, switch off its gradients, and return the denoiser."""
@@ -78,6 +86,8 @@ class Denoiser:
             ValueError: If a timestep lies outside 1 .. N (not checked for a tensor on a GPU,
                 which would have to be waited for).
         """
+        if not isinstance(t, (int, Tensor)):
+            raise TypeError(f"t must be an int or an int64 tensor, got {type(t).__name__}")
         if isinstance(t, int):
             self._check_timesteps(t, t)
             # Filled on the device, where a copy from the host could not be part of a CUDA graph.
@@ -100,7 +110,8 @@ class Denoiser:
         def capture(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             captured.append(inputs[0])
 
-        hook = self.unet.conv_norm_out.register_forward_pre_hook(capture)
+        layer = self.unet.get_submodule(self.feature_layer)
+        hook = layer.register_forward_pre_hook(capture)
         try:
             epsilon = self.epsilon(x_t, t)
         finally:
@@ -109,10 +120,10 @@ class Denoiser:
 
     def x0_hat(self, x_t: Tensor, t: int, epsilon: Tensor) -> Tensor:
         """Return the mean of x0 given x_t, which is not clipped."""
-        alpha_bar, beta_bar = self.schedule.alpha_bar[t].item(), self.schedule.beta_bar[t].item()
-        return (x_t - math.sqrt(beta_bar) * epsilon) / math.sqrt(alpha_bar)
+        p, q = self.schedule.x0_from_epsilon(t)
+        return p * x_t + q * epsilon
 
-    def scaled_score(self, t: int | Tensor) -> Callable[[Tensor], Tensor]:
+    def scaled_score(self, t: int) -> Callable[[Tensor], Tensor]:
         """Return the function x_t -> beta_bar score = -sqrt(beta_bar_t) epsilon(x_t, t).
 
         The diagonal of its Jacobian is the dimensionless h = beta_bar diag H, at least -1 for a
@@ -123,19 +134,3 @@ class Denoiser:
             return -per_sample(self.schedule.beta_bar.sqrt(), t, x_t) * self.epsilon(x_t, t)
 
         return function
-
-
-def per_sample(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-    """Return ``table[t]`` in the dtype and on the device of x, broadcast against its features.
-
-    Returns:
-        Shape (1, 1, ...) for an int, (B, 1, ...) for a tensor of shape (B,).
-
-    Example:
-        >>> per_sample(torch.arange(4.0), torch.tensor([3, 1]), torch.zeros(2, 1, 8, 8)).shape
-        torch.Size([2, 1, 1, 1])
-    """
-    features = [1] * (x.dim() - 1)
-    if isinstance(t, int):
-        return x.new_full([1, *features], table[t].item())
-    return table.to(t.device)[t].to(x).reshape(-1, *features)

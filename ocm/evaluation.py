@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ocm.checkpoints import Checkpoint
 from ocm.covariances import (
@@ -20,6 +20,7 @@ from ocm.covariances import (
     OptimalCovarianceMatching,
 )
 from ocm.likelihood import bits_per_dim, noisy_prediction
+from ocm.progress import progress_bar
 from ocm.samplers import VARIANCE_RANGE
 from ocm.schedules import even_timesteps
 
@@ -69,10 +70,10 @@ def build_covariance(
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images with its standard error."""
+    """A mean over images with its standard error, None for a single image."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
 
 
 def estimate(values: Tensor) -> Estimate:
@@ -83,7 +84,7 @@ def estimate(values: Tensor) -> Estimate:
         Estimate(mean=2.5, standard_error=0.6454972243679028)
     """
     values = values.double()
-    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     return Estimate(values.mean().item(), error)
 
 
@@ -102,11 +103,14 @@ def likelihood_table(
 
     Every entry scores the same noisy images (:func:`ocm.likelihood.bits_per_dim`), whatever the
     ``batch_size``.
+
+    Raises:
+        FloatingPointError: If a bound is not finite.
     """
     num_timesteps = checkpoint.denoiser.schedule.num_timesteps
     table: dict[str, dict[int, Estimate]] = {name: {} for name in names}
     cells = [(name, K) for name in names for K in step_counts]
-    bar = tqdm(cells, desc="bits/dim", disable=not progress)
+    bar = progress_bar(cells, "bits/dim", show=progress)
     for name, K in bar:
         bar.set_postfix_str(f"{name}, K = {K}")
         covariance = build_covariance(name, checkpoint, settings)
@@ -123,7 +127,29 @@ def likelihood_table(
             for first in range(0, len(images), batch_size)
         ]
         table[name][K] = estimate(torch.cat(totals))
+        if not math.isfinite(table[name][K].mean):
+            raise FloatingPointError(
+                f"bits/dim of {name} at K = {K} is {table[name][K].mean}; does the denoiser "
+                "return NaN?"
+            )
     return table
+
+
+def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, Any]:
+    """Return the table as JSON values: ``nll_bits_per_dim`` and ``nll_standard_error``.
+
+    Example:
+        >>> likelihood_record({"ocm": {10: Estimate(4.9, None)}})
+        {'nll_bits_per_dim': {'ocm': {10: 4.9}}, 'nll_standard_error': {'ocm': {10: None}}}
+    """
+    return {
+        "nll_bits_per_dim": {
+            name: {K: cell.mean for K, cell in row.items()} for name, row in table.items()
+        },
+        "nll_standard_error": {
+            name: {K: cell.standard_error for K, cell in row.items()} for name, row in table.items()
+        },
+    }
 
 
 @torch.no_grad()
@@ -139,12 +165,21 @@ def variance_errors(
 ) -> dict[str, dict[int, float]]:
     """Return each covariance's error against the exact diagonal, at each noise level.
 
+    Args:
+        checkpoint: The denoiser, with the head if one is asked for.
+        images: Images in [-1, 1], shape (n, C, H, W).
+        names: Covariances to compare.
+        timesteps: Noise levels, in 1 .. N.
+        settings: For covariances that draw probes.
+        seed: Seed of the noise.
+        progress: Whether to show a progress bar.
+
     The error is the root mean square of Var - Var_exact over that of Var_exact, over images and
     pixels, with both variances clipped to [0, 1] as samplers do.
     """
     denoiser = checkpoint.denoiser
     errors: dict[str, dict[int, float]] = {name: {} for name in names}
-    for t in tqdm(timesteps, desc="variance error", unit="t", disable=not progress):
+    for t in progress_bar(timesteps, "variance error", unit="t", show=progress):
         x_t, prediction = noisy_prediction(denoiser, images.to(denoiser.device), t, seed)
 
         variances = {

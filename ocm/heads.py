@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from ocm.denoiser import Denoiser
 
 
 class CovarianceHead(nn.Module):
@@ -40,13 +40,20 @@ class CovarianceHead(nn.Module):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     @classmethod
-    def for_unet(cls, unet: UNet2DModel) -> CovarianceHead:
-        """Return an untrained head that fits the features of ``unet``."""
-        return cls(
-            in_channels=unet.conv_norm_out.num_channels,
-            out_channels=unet.config.out_channels,
-            num_groups=unet.conv_norm_out.num_groups,
-        )
+    def for_denoiser(cls, denoiser: Denoiser) -> CovarianceHead:
+        """Return an untrained head that fits the features of a denoiser, on its device.
+
+        Raises:
+            ValueError: If the feature layer is no group normalisation, whose groups the head takes.
+        """
+        layer = denoiser.unet.get_submodule(denoiser.feature_layer)
+        if not isinstance(layer, nn.GroupNorm):
+            raise ValueError(
+                f"feature_layer must be a GroupNorm, got {type(layer).__name__} for "
+                f"{denoiser.feature_layer!r}; make the head with CovarianceHead(...) instead"
+            )
+        head = cls(layer.num_channels, denoiser.unet.config.out_channels, layer.num_groups)
+        return head.to(denoiser.device)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return h, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""

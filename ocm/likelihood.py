@@ -23,13 +23,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from hessdiag.checks import check_batch
 from hessdiag.kernels import normal
 from ocm.covariances import Covariance
-from ocm.denoiser import Denoiser, Prediction, per_sample
+from ocm.denoiser import Denoiser, Prediction
+from ocm.progress import progress_bar
 from ocm.samplers import VARIANCE_RANGE, X0_RANGE
 from ocm.schedules import reverse_steps
+
+# Of a bin: float32 rounding, and nothing that is a wrong number of levels.
+_GRID_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +84,18 @@ def bits_per_dim(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If x0 leaves [-1, 1], the timesteps do not increase to N, or levels < 2.
+        ValueError: If x0 leaves [-1, 1] or the grid, the timesteps do not increase to N, or
+            levels < 2.
     """
-    if levels < 2:
-        raise ValueError(f"levels must be at least 2, got {levels}")
+    check_batch("x0", x0)
     if bool((x0.abs() > 1).any()):
         raise ValueError(f"x0 must lie in [-1, 1], got values up to {x0.abs().max().item():.4g}")
+    off_grid = (x0 - quantise(x0, levels)).abs().max().item() if x0.numel() else 0.0
+    if off_grid > _GRID_TOLERANCE / (levels - 1):
+        raise ValueError(
+            f"x0 must lie on the grid of levels = {levels} grey levels, got values {off_grid:.2g} "
+            "off it; give the right levels, or pass ocm.quantise(x0, levels)"
+        )
     schedule = denoiser.schedule
     *steps, (_, first) = reverse_steps(timesteps)
     if timesteps[-1] != schedule.num_timesteps:
@@ -93,7 +103,7 @@ def bits_per_dim(
     x0 = x0.to(denoiser.device)
     snr = (schedule.alpha_bar / schedule.beta_bar).tolist()
     terms = []
-    for s, t in tqdm(steps, desc="bits/dim", unit="step", disable=not progress):
+    for s, t in progress_bar(steps, "bits/dim", unit="step", show=progress):
         x_t, prediction = noisy_prediction(denoiser, x0, t, seed, sample_offset)
         variance = covariance.variance(x_t, t, prediction, sample_offset=sample_offset)
         x0_hat = denoiser.x0_hat(x_t, t, prediction.epsilon).clamp(*X0_RANGE)
@@ -119,14 +129,27 @@ def bits_per_dim(
     )
 
 
+def quantise(x0: Tensor, levels: int = 256) -> Tensor:
+    """Round images in [-1, 1] to the grid of ``levels`` grey levels, -1 + 2 k / (levels - 1).
+
+    Raises:
+        ValueError: If levels < 2.
+
+    Example:
+        >>> quantise(torch.tensor([-1.0, 0.1, 0.9]), levels=3)
+        tensor([-1.,  0.,  1.])
+    """
+    if levels < 2:
+        raise ValueError(f"levels must be at least 2, got {levels}")
+    return ((x0 + 1) * (levels - 1) / 2).round() * 2 / (levels - 1) - 1
+
+
 def noisy_prediction(
     denoiser: Denoiser, x0: Tensor, t: int, seed: int, sample_offset: int = 0
 ) -> tuple[Tensor, Prediction]:
     """Return x_t drawn from q(x_t | x_0), and the backbone's prediction there."""
     noise = normal(x0.shape, seed, step=t, sample_offset=sample_offset, device=x0.device)
-    schedule = denoiser.schedule
-    x_t = per_sample(schedule.alpha_bar.sqrt(), t, x0) * x0
-    x_t = x_t + per_sample(schedule.beta_bar.sqrt(), t, x0) * noise
+    x_t = denoiser.schedule.diffuse(x0, t, noise)
     return x_t, denoiser.predict(x_t, t)
 
 

@@ -12,25 +12,35 @@ from torch.nn import functional
 from hessdiag import kernels
 from hessdiag.kernels import normal, rademacher
 from hessdiag.products import jacobian_products
-from ocm.denoiser import Denoiser, Prediction, per_sample
+from ocm.denoiser import Denoiser, Prediction
 from ocm.heads import CovarianceHead
-from ocm.schedules import Schedule
+from ocm.schedules import per_sample
+
+# Counter of training's noise, apart from those of the samplers, which use 0 .. N.
+_TRAINING_STEP = 2**32 - 1
 
 
-def noisy(
-    schedule: Schedule, x0: Tensor, t: Tensor, seed: int, sample_offset: int
-) -> tuple[Tensor, Tensor]:
-    """Return x_t = sqrt(alpha_bar_t) x0 + sqrt(beta_bar_t) noise, and the noise."""
-    noise = normal(x0.shape, seed, sample_offset=sample_offset, device=x0.device)
-    x_t = per_sample(schedule.alpha_bar.sqrt(), t, x0) * x0
-    return x_t + per_sample(schedule.beta_bar.sqrt(), t, x0) * noise, noise
+def training_noise(x0: Tensor, seed: int, sample_offset: int) -> Tensor:
+    """Return the noise of the training samples ``sample_offset`` onwards, of the shape of x0."""
+    return normal(
+        x0.shape, seed, step=_TRAINING_STEP, sample_offset=sample_offset, device=x0.device
+    )
 
 
 def denoising_loss(
     denoiser: Denoiser, x0: Tensor, t: Tensor, *, seed: int, sample_offset: int
 ) -> Tensor:
-    """Return the mean of (noise - epsilon(x_t, t))^2 (Ho, Jain and Abbeel, 2020)."""
-    x_t, noise = noisy(denoiser.schedule, x0, t, seed, sample_offset)
+    """Return the mean of (noise - epsilon(x_t, t))^2 (Ho, Jain and Abbeel, 2020).
+
+    Args:
+        denoiser: The denoiser in training.
+        x0: Images in [-1, 1], shape (B, C, H, W).
+        t: Timesteps in 1 .. N, int64 of shape (B,).
+        seed: Seed of the noise.
+        sample_offset: Number of images that training has seen before these.
+    """
+    noise = training_noise(x0, seed, sample_offset)
+    x_t = denoiser.schedule.diffuse(x0, t, noise)
     return functional.mse_loss(denoiser.epsilon(x_t, t), noise)
 
 
@@ -54,8 +64,17 @@ def ocm_loss(
     of probes M, since the minimiser is the conditional mean beta_bar diag(H). The target and the
     head's features come from the same pass through the frozen denoiser, and nothing is
     differentiated into it.
+
+    Args:
+        denoiser: The frozen denoiser.
+        head: The head in training.
+        x0: Images in [-1, 1], shape (B, C, H, W).
+        t: Timesteps in 1 .. N, int64 of shape (B,).
+        seed: Seed of the noise and the probes.
+        sample_offset: Number of images that training has seen before these.
+        num_probes: Probes M in each target.
     """
-    x_t, _ = noisy(denoiser.schedule, x0, t, seed, sample_offset)
+    x_t = denoiser.schedule.diffuse(x0, t, training_noise(x0, seed, sample_offset))
     predictions: list[Prediction] = []
 
     def epsilon(x: Tensor) -> Tensor:

@@ -39,25 +39,39 @@ def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = ""
     """Draw one row of images in [-1, 1] for each entry, with its name at the left.
 
     Args:
-        rows: Name and images, shape (n, C, H, W) with C = 1 or 3, the same n in each.
+        rows: Name and images, shape (n, C, H, W) with C = 1 or 3.
         path: Where the PNG goes.
         title: Stands above.
     """
+    import torch
+
     plt = _pyplot()
-    count = max(len(images) for images in rows.values())
-    figure, axes = plt.subplots(
-        len(rows), count, figsize=(0.55 * count + 1.3, 0.58 * len(rows) + 0.5), squeeze=False
-    )
-    for axis in axes.flat:
+    strips = {name: _strip(images) for name, images in rows.items()}
+    height, width = (max(s.shape[i] for s in strips.values()) for i in (0, 1))
+    scale = 0.55 / min(next(iter(rows.values())).shape[-2:])
+    margin, title_height = 1.3, 0.4
+    size = (margin + scale * width, title_height + 1.04 * scale * height * len(rows))
+    figure, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False)
+    for axis, (name, strip) in zip(axes.flat, strips.items(), strict=True):
+        padding = (0, 0, 0, width - strip.shape[1])
+        pixels = torch.nn.functional.pad(strip, padding, value=1.0).squeeze(-1).numpy()
+        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axis.set_axis_off()
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(line, images, strict=False):
-            pixels = ((image.clamp(-1, 1) + 1) / 2).permute(1, 2, 0).cpu().numpy()
-            axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        line[0].text(-0.25, 0.5, name, transform=line[0].transAxes, ha="right", va="center")
+        axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center")
     figure.suptitle(title, fontsize=10)
-    figure.subplots_adjust(left=1.3 / (0.55 * count + 1.3), right=0.99, top=0.9, bottom=0.02)
+    figure.subplots_adjust(
+        left=margin / size[0], right=0.99, top=1 - title_height / size[1], bottom=0.01, hspace=0.04
+    )
     _save(figure, path)
+
+
+def _strip(images: Tensor) -> Tensor:
+    """Set images side by side, a white pixel apart: (H, n (W + 1), C) in [0, 1]."""
+    import torch
+
+    pixels = ((images.detach().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
+    pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 1), value=1.0)
+    return torch.cat(list(pixels), dim=1)
 
 
 def report_plot(

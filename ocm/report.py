@@ -19,10 +19,7 @@ def likelihood_markdown(
         |:---|---:|
         | OCM head | 4.900 ± 0.100 |
     """
-    rows = {
-        name: [f"{row[K].mean:.3f} ± {row[K].standard_error:.3f}" for K in step_counts]
-        for name, row in table.items()
-    }
+    rows = {name: [_with_error(row[K]) for K in step_counts] for name, row in table.items()}
     return _markdown([f"K = {K}" for K in step_counts], rows)
 
 
@@ -38,6 +35,11 @@ def variance_error_markdown(errors: Mapping[str, Mapping[int, float]]) -> str:
     timesteps = list(next(iter(errors.values())))
     rows = {name: [f"{row[t]:.3f}" for t in timesteps] for name, row in errors.items()}
     return _markdown([f"t = {t}" for t in timesteps], rows)
+
+
+def _with_error(cell: Estimate) -> str:
+    error = "" if cell.standard_error is None else f" ± {cell.standard_error:.3f}"
+    return f"{cell.mean:.3f}{error}"
 
 
 def _markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from hessdiag.kernels import StepCoefficients, gaussian_step, normal
 from hessdiag.kernels.philox import seed_tensor
 from ocm.covariances import Covariance
 from ocm.denoiser import Denoiser
+from ocm.progress import progress_bar
 from ocm.schedules import Schedule, reverse_steps
 
 Sampler = Callable[[Schedule, int, int], StepCoefficients]
@@ -50,7 +50,7 @@ def ddpm(schedule: Schedule, s: int, t: int) -> StepCoefficients:
     beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
     a = math.sqrt(schedule.alpha(s, t)) * beta_bar_s / beta_bar_t
     b = math.sqrt(alpha_bar_s) * beta / beta_bar_t
-    return StepCoefficients(*_x0_from_epsilon(schedule, t), a, b, beta_tilde, b**2)
+    return StepCoefficients(*schedule.x0_from_epsilon(t), a, b, beta_tilde, b**2)
 
 
 def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> StepCoefficients:
@@ -75,12 +75,7 @@ def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> StepCoeffic
     beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
     a = math.sqrt((beta_bar_s - noise_variance) / beta_bar_t)
     b = math.sqrt(alpha_bar_s) - a * math.sqrt(alpha_bar_t)
-    return StepCoefficients(*_x0_from_epsilon(schedule, t), a, b, noise_variance, b**2)
-
-
-def _x0_from_epsilon(schedule: Schedule, t: int) -> tuple[float, float]:
-    alpha_bar, beta_bar = schedule.alpha_bar[t].item(), schedule.beta_bar[t].item()
-    return 1.0 / math.sqrt(alpha_bar), -math.sqrt(beta_bar / alpha_bar)
+    return StepCoefficients(*schedule.x0_from_epsilon(t), a, b, noise_variance, b**2)
 
 
 def last_step_noise(levels: float) -> float:
@@ -93,6 +88,8 @@ def last_step_noise(levels: float) -> float:
         >>> round(last_step_noise(2), 5)
         0.01966
     """
+    if not levels >= 0:
+        raise ValueError(f"levels must be at least 0, got {levels}")
     return levels * 2.0 / 255.0 * math.sqrt(math.pi / 2.0)
 
 
@@ -141,7 +138,7 @@ def sample(
         raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
     seed = seed_tensor(seed, device)
     x = normal(shape, seed, sample_offset=sample_offset, device=device)
-    for s, t in tqdm(steps, desc="sampling", unit="step", disable=not progress):
+    for s, t in progress_bar(steps, "sampling", unit="step", show=progress):
         prediction = denoiser.predict(x, t)
         variance: Tensor | float = 0.0
         coefficients = sampler(schedule, s, t)

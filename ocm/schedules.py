@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessdiag.checks import check_positive_int
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -66,6 +68,22 @@ class Schedule:
         """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
         return self.beta(s, t) * self.beta_bar[s].item() / self.beta_bar[t].item()
 
+    def x0_from_epsilon(self, t: int) -> tuple[float, float]:
+        """Return p and q of the posterior mean x0_hat = p x_t + q epsilon."""
+        alpha_bar, beta_bar = self.alpha_bar[t].item(), self.beta_bar[t].item()
+        return 1.0 / math.sqrt(alpha_bar), -math.sqrt(beta_bar / alpha_bar)
+
+    def diffuse(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """Return x_t = sqrt(alpha_bar_t) x0 + sqrt(beta_bar_t) noise.
+
+        Args:
+            x0: Shape (B, ...).
+            t: One timestep in 0 .. N, or an int64 tensor of shape (B,).
+            noise: Shape of ``x0``.
+        """
+        signal = per_sample(self.alpha_bar.sqrt(), t, x0) * x0
+        return signal + per_sample(self.beta_bar.sqrt(), t, x0) * noise
+
     def _log_alpha(self, s: int, t: int) -> float:
         if not 0 <= s < t <= self.num_timesteps:
             raise ValueError(
@@ -86,7 +104,10 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
     """
     betas = torch.as_tensor(betas, dtype=torch.float64)
     if betas.dim() != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
-        raise ValueError(f"betas must be a non-empty sequence of numbers in (0, 1), got {betas}")
+        raise ValueError(
+            "betas must be a non-empty sequence of numbers in (0, 1), got shape "
+            f"{tuple(betas.shape)} and values {betas[:3].tolist()} ... {betas[-1:].tolist()}"
+        )
     log_alpha = torch.log1p(-betas)
     return Schedule(name, torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)]))
 
@@ -98,6 +119,7 @@ def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float 
         >>> linear().beta_bar[-1].item() > 0.9999
         True
     """
+    _check_num_timesteps(num_timesteps)
     betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
     return from_betas(betas, "linear")
 
@@ -112,9 +134,16 @@ def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0
         >>> round(cosine().alpha_bar[500].item(), 3)
         0.494
     """
+    _check_num_timesteps(num_timesteps)
     progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     curve = torch.cos((progress + offset) / (1 + offset) * math.pi / 2) ** 2
     return from_betas((1 - curve[1:] / curve[:-1]).clamp(max=max_beta), "cosine")
+
+
+def _check_num_timesteps(num_timesteps: int) -> None:
+    check_positive_int("num_timesteps", num_timesteps)
+    if num_timesteps < 2:
+        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
 
 
 SCHEDULES: dict[str, Callable[[int], Schedule]] = {"linear": linear, "cosine": cosine}
@@ -126,13 +155,15 @@ def even_timesteps(num_timesteps: int, K: int) -> list[int]:
     t_k = round(1 + (k - 1) (N - 1) / (K - 1)), as in Analytic-DPM (Bao et al., 2022).
 
     Raises:
+        TypeError: If K is not an int.
         ValueError: If K lies outside 1 .. N.
 
     Example:
         >>> even_timesteps(1000, 5)
         [1, 251, 500, 750, 1000]
     """
-    if not 1 <= K <= num_timesteps:
+    check_positive_int("K", K)
+    if K > num_timesteps:
         raise ValueError(f"K must lie in 1 .. {num_timesteps}, got {K}")
     if K == 1:
         return [num_timesteps]
@@ -157,3 +188,19 @@ def reverse_steps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
     if not pairs or any(s >= t for s, t in pairs):
         raise ValueError(f"timesteps must increase from at least 1, got {list(timesteps)}")
     return pairs[::-1]
+
+
+def per_sample(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
+    """Return ``table[t]`` in the dtype and on the device of x, broadcast against its features.
+
+    Returns:
+        Shape (1, 1, ...) for an int, (B, 1, ...) for a tensor of shape (B,).
+
+    Example:
+        >>> per_sample(torch.arange(4.0), torch.tensor([3, 1]), torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 1, 1, 1])
+    """
+    features = [1] * (x.dim() - 1)
+    if isinstance(t, int):
+        return x.new_full([1, *features], table[t].item())
+    return table.to(t.device)[t].to(x).reshape(-1, *features)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import trange
 
+from hessdiag.checks import check_positive_int
 from ocm.denoiser import Denoiser
 from ocm.heads import CovarianceHead
 from ocm.losses import denoising_loss, ocm_loss
+from ocm.progress import progress_bar
 
 _MAX_GRADIENT_NORM = 1.0
 
@@ -39,9 +40,8 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive_int("num_steps", self.num_steps)
+        check_positive_int("batch_size", self.batch_size)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0.0 <= self.ema_decay < 1.0:
@@ -119,6 +119,16 @@ def train_head(
     return losses
 
 
+def mean_of_last(losses: list[float], count: int = 100) -> float:
+    """Return the mean of the last ``count`` losses, or of all if there are fewer.
+
+    Example:
+        >>> mean_of_last([9.0, 1.0, 3.0], count=2)
+        2.0
+    """
+    return sum(losses[-count:]) / len(losses[-count:])
+
+
 def _train(
     name: str,
     denoiser: Denoiser,
@@ -136,7 +146,7 @@ def _train(
     rates = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, settings.num_steps)
     average = EMAModel(parameters, decay=settings.ema_decay)
     losses: list[float] = []
-    bar = trange(settings.num_steps, desc=name, unit="step", disable=not progress)
+    bar = progress_bar(range(settings.num_steps), name, unit="step", show=progress)
     batches = _batches(images, denoiser, settings)
     for step, (x0, t) in zip(bar, batches, strict=False):
         loss = loss_function(x0, t, step * settings.batch_size)
@@ -153,7 +163,7 @@ def _train(
         rates.step()
         average.step(parameters)
         if step % 10 == 0:
-            bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.4f}")
+            bar.set_postfix(loss=f"{mean_of_last(losses):.4f}")
     average.copy_to(parameters)
     return losses
 
@@ -165,7 +175,7 @@ def _batches(
 
     Each timestep alone is uniform; spreading them within a batch lowers the gradient's variance.
     """
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed % 2**63)
     size, num_timesteps = settings.batch_size, denoiser.schedule.num_timesteps
     while True:
         picked = torch.randint(len(images), (size,), generator=generator)

@@ -14,7 +14,7 @@ from ocm.backbones import small_unet
 @pytest.fixture(scope="module")
 def original():
     denoiser = ocm.Denoiser(small_unet((1, 4, 4)), ocm.cosine()).freeze()
-    head = ocm.CovarianceHead.for_unet(denoiser.unet).requires_grad_(False)
+    head = ocm.CovarianceHead.for_denoiser(denoiser).requires_grad_(False)
     torch.nn.init.normal_(head.conv.weight)
     return checkpoints.Checkpoint(denoiser, head, (1, 4, 4), 17, "digits")
 
@@ -96,6 +96,13 @@ def damage(name):
 
         save_file(ocm.CovarianceHead(64, 1, 8).state_dict(), path / "head.safetensors")
 
+    def nan_weights(path):
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(path / "head.safetensors")
+        tensors["conv.bias"].fill_(float("nan"))
+        save_file(tensors, path / "head.safetensors")
+
     weights = "diffusion_pytorch_model.safetensors"
     return {
         "no directory": lambda path: shutil.rmtree(path),
@@ -107,6 +114,16 @@ def damage(name):
         "unknown schedule": lambda path: edit(
             path / "ocm.json", schedule={"name": "x", "num_timesteps": 10}
         ),
+        "negative timesteps": lambda path: edit(
+            path / "ocm.json", schedule={"name": "cosine", "num_timesteps": -5}
+        ),
+        "text for levels": lambda path: edit(path / "ocm.json", levels="x"),
+        "images of another shape": lambda path: edit(path / "ocm.json", image_shape=[3, 4, 4]),
+        "another feature layer": lambda path: edit(path / "ocm.json", feature_layer="nowhere"),
+        "a list for a configuration": lambda path: (path / "denoiser" / "config.json").write_text(
+            "[1]"
+        ),
+        "weights that are NaN": nan_weights,
         "no denoiser": lambda path: shutil.rmtree(path / "denoiser"),
         "no weights": lambda path: (path / "denoiser" / weights).unlink(),
         "truncated weights": lambda path: truncate(path / "denoiser" / weights),
@@ -137,6 +154,12 @@ def damage(name):
         ("another version", "ocm.json has version 99, this ocm reads 1"),
         ("no schedule", "ocm.json lacks or misstates an entry: KeyError"),
         ("unknown schedule", "ocm.json lacks or misstates an entry: KeyError"),
+        ("negative timesteps", "ocm.json .* num_timesteps must be at least 1, got -5"),
+        ("text for levels", "ocm.json .* levels must be an int, got 'x'"),
+        ("images of another shape", "ocm.json .* image_shape has 3 channels, .* 1"),
+        ("another feature layer", "feature_layer must name a submodule of unet, got 'nowhere'"),
+        ("a list for a configuration", "config.json is no configuration of a model"),
+        ("weights that are NaN", "head.safetensors holds NaN or infinite weights"),
         ("no denoiser", "denoiser/config.json cannot be read"),
         ("no weights", "diffusion_pytorch_model.safetensors cannot be read"),
         ("truncated weights", "diffusion_pytorch_model.safetensors cannot be read"),
@@ -145,7 +168,10 @@ def damage(name):
         ("no head", "head.safetensors cannot be read"),
         ("truncated head", "head.safetensors cannot be read"),
         ("another head", "head.safetensors is of another model"),
-        ("a head for other features", "is a head for 64 feature channels, but .* has 32"),
+        (
+            "a head for other features",
+            "ocm.json is of another model: head.in_channels has 64 .* 32",
+        ),
     ],
 )
 def test_a_wrong_checkpoint_raises_value_error(copy, name, message):

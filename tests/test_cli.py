@@ -64,7 +64,7 @@ def test_sample_writes_images(demo, invoke, tmp_path, sampler):
 
     arguments = (
         "sample", demo[0] / "checkpoint", "--steps", 3, "--sampler", sampler,
-        "--device", "cpu", "--quiet", "--last-noise", 1,
+        "--device", "cpu", "--quiet", "--last-noise", 1, "--batch-size", 8,
     )  # fmt: skip
     first = invoke(*arguments, "--out", tmp_path / "a", "--num-images", 20)
     assert first.exit_code == 0, first.output
@@ -85,6 +85,13 @@ def test_train_from_scratch_and_on_a_denoiser_that_exists(invoke, tmp_path):
     assert answer.exit_code == 0, answer.output
     record = json.loads((tmp_path / "a" / "train.json").read_text())
     assert record["denoiser_loss"] > 0
+    assert record["head"]["batch_size"] == 4
+    again = invoke("train", "--out", tmp_path / "a", *sizes)
+    assert "holds a checkpoint" in str(again.exception)
+    unused = invoke(
+        "train", "--out", tmp_path / "c", "--denoiser", tmp_path / "a", "--denoiser-steps", 3
+    )
+    assert "--denoiser-steps 3 is for a new denoiser" in str(unused.exception)
     answer = invoke("train", "--out", tmp_path / "b", "--denoiser", tmp_path / "a", *sizes)
     assert answer.exit_code == 0, answer.output
     weights = "denoiser/diffusion_pytorch_model.safetensors"
@@ -107,11 +114,14 @@ def test_help_explains(invoke, command):
         (["sample", "nowhere"], "error: no checkpoint at nowhere"),
         (["train", "--data", "letters"], "error: data must be one of digits, got 'letters'"),
         (["demo", "--device", "abacus"], "error: --device abacus cannot be used here"),
+        (["train", "--out", "file"], "error: --out file must be a directory"),
+        (["sample", "nowhere", "--eta", "0.5"], "error: --eta 0.5 is for --sampler ddim"),
         (["sample", "nowhere", "--steps", "0"], "Invalid value for '--steps'"),
         (["evaluate", "nowhere", "--covariance", "gamma"], "'gamma' is not one of"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_status_2(arguments, message, tmp_path):
+    (tmp_path / "file").touch()
     answer = subprocess.run(
         [sys.executable, "-m", "ocm", *arguments],
         capture_output=True,

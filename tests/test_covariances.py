@@ -67,7 +67,7 @@ def test_the_two_variances_of_ddpm_come_back_in_the_step(s, t):
 
 def test_an_untrained_head_states_the_variance_of_a_flat_prior(unet):
     denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
-    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.CovarianceHead.for_unet(unet))
+    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.CovarianceHead.for_denoiser(denoiser))
     x_t = torch.randn(2, 2, 8, 8)
     variance = covariance.variance(x_t, 100, denoiser.predict(x_t, 100))
     expected = denoiser.schedule.beta_bar[100] / denoiser.schedule.alpha_bar[100]

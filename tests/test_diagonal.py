@@ -185,6 +185,25 @@ class TestAuto:
             result = hessdiag.hutchinson(score_fn, x, 3)
         torch.testing.assert_close(result, hessdiag.hutchinson(linear(matrix), x, 3, mode="jvp"))
 
+    def test_it_warns_when_a_backward_rule_is_missing(self):
+        class ForwardOnly(torch.autograd.Function):
+            @staticmethod
+            def forward(x):
+                return x.sin()
+
+            @staticmethod
+            def setup_context(ctx, inputs, output):
+                ctx.save_for_forward(*inputs)
+
+            @staticmethod
+            def jvp(ctx, tangent):
+                return tangent * ctx.saved_tensors[0].cos()
+
+        x = torch.ones(1, 2)
+        with pytest.warns(UserWarning, match="mode='auto' takes forward mode"):
+            result = hessdiag.hutchinson(ForwardOnly.apply, x, 2, chunk_size=1)
+        torch.testing.assert_close(result, x.cos())
+
     def test_it_is_silent_otherwise(self, matrix):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -204,6 +223,64 @@ def test_dropout_is_one_function_in_a_chunk():
     x = torch.ones(1, 200)
     result = hessdiag.hutchinson(module, x, 16, mode="jvp")
     assert set(result.unique().tolist()) == {0.0, 2.0}
+
+
+def test_dropout_is_one_function_in_all_chunks():
+    x, results = torch.ones(1, 40), []
+    for chunk_size in (1, 5, 40):
+        torch.manual_seed(0)
+        results.append(hessdiag.exact(nn.Dropout(0.5), x, mode="jvp", chunk_size=chunk_size))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_a_function_that_writes_into_its_input(mode, chunk_size):
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    result = hessdiag.exact(lambda z: z.mul_(2).sub_(0.5) ** 2, x, mode=mode, chunk_size=chunk_size)
+    assert torch.equal(result, torch.tensor([[6.0, 14.0, 22.0]]))
+    assert torch.equal(x, torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+@pytest.fixture(scope="module")
+def custom_sine():
+    @torch.library.custom_op("hessdiag_tests::sine", mutates_args=())
+    def sine(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    sine.register_fake(torch.empty_like)
+    sine.register_autograd(
+        lambda ctx, gradient: gradient * ctx.saved_tensors[0].cos(),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return sine
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_custom_operator_is_refused_in_forward_mode(custom_sine, chunk_size):
+    """torch.func.jvp would leave out its part of the derivative without a word."""
+
+    def score_fn(x):
+        return custom_sine(x) + x
+
+    x = torch.ones(1, 2)
+    torch.testing.assert_close(hessdiag.hutchinson(score_fn, x, 2), 1 + x.cos())
+    with pytest.raises(NotImplementedError, match=r"hessdiag_tests.sine.*use mode='vjp'"):
+        hessdiag.hutchinson(score_fn, x, 2, mode="jvp", chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(lambda z: f(z).sum())(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: torch.func.vmap(f)(x[None]),
+    ],
+)
+def test_inside_a_transform_it_raises_rather_than_give_zero(transform):
+    with pytest.raises(TypeError, match=r"x must not take part in torch.func.grad, jvp or vmap"):
+        transform(lambda z: hessdiag.hutchinson(torch.sin, z, 2), torch.ones(2, 3))
 
 
 def test_an_empty_batch():

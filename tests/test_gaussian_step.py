@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hessdiag.kernels import StepCoefficients, gaussian_step
+from hessdiag.kernels._checks import rows_per_sample
 
 module = importlib.import_module("hessdiag.kernels.gaussian_step")
 
@@ -63,7 +64,7 @@ def test_step_is_its_formula(shape, clamps):
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (3, 8), (3, 2, 5, 5), (2, 4097)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["one", "per sample", "per element"])
+@pytest.mark.parametrize("layout", ["none", "one", "per sample", "per element"])
 @pytest.mark.parametrize("per_sample_coefficients", [False, True])
 def test_triton_kernel_is_the_reference(
     shape, dtype, layout, per_sample_coefficients, kernel_device, monkeypatch
@@ -76,19 +77,17 @@ def test_triton_kernel_is_the_reference(
     coefficients = SCALARS
     if per_sample_coefficients:
         coefficients = StepCoefficients(*(torch.linspace(v, v + 1, shape[0]) for v in SCALARS))
+    rows, numbers = rows_per_sample(coefficients._asdict(), x_t)
     arguments = (
         x_t,
         prediction,
-        module._variance_layout(variance, x_t),
-        module._pack(coefficients, x_t),
+        None if layout == "none" else module._variance_layout(variance, x_t),
+        rows,
+        numbers,
+        module.Clamps(-1.0, 1.0, 0.0, 1.0, 0.25),
         torch.tensor(2**63 - 5),
         2**32 - 1,
         2**31,
-        -1.0,
-        1.0,
-        0.0,
-        1.0,
-        0.25,
     )
     expected = module.gaussian_step_reference(*arguments)
     poisoned = torch.full_like(x_t, math.nan, device=kernel_device)
@@ -130,6 +129,16 @@ def test_float64_is_computed_in_float64():
     torch.testing.assert_close(result, expected, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("name", ["x_t", "prediction", "variance"])
+def test_nan_is_not_clamped_away(name):
+    arguments = dict(zip(("x_t", "prediction", "variance"), inputs((2, 5)), strict=True))
+    arguments[name][1, 3] = math.nan
+    result = gaussian_step(
+        **arguments, coefficients=SCALARS, seed=0, step=1, x0_range=(-1, 1), variance_range=(0, 1)
+    )
+    assert result.isnan().nonzero().tolist() == [[1, 3]]
+
+
 def test_noise_has_the_stated_variance():
     x_t = torch.zeros(200, 1000)
     coefficients = StepCoefficients(0.0, 0.0, 1.0, 0.0, 0.5, 2.0)
@@ -139,8 +148,8 @@ def test_noise_has_the_stated_variance():
 
 def test_custom_op_passes_opcheck():
     x_t, prediction, variance = inputs((2, 5))
-    rest = (torch.tensor(1), 3, 0, -1.0, 1.0, 0.0, 1.0, math.inf)
-    arguments = (x_t, prediction, variance, module._pack(SCALARS, x_t), *rest)
+    rest = (list(SCALARS), list(module.Clamps(-1.0, 1.0)), torch.tensor(1), 3, 0)
+    arguments = (x_t, prediction, variance, None, *rest)
     torch.library.opcheck(torch.ops.hessdiag.gaussian_step.default, arguments)
 
 
@@ -151,8 +160,14 @@ def test_custom_op_passes_opcheck():
         ({"prediction": torch.zeros(3, 2)}, ValueError, r"prediction must have.*\(3, 2\)"),
         ({"prediction": torch.zeros(2, 3).double()}, ValueError, "prediction must.*float64"),
         ({"variance": torch.zeros(4)}, ValueError, r"variance must broadcast.*\(4,\)"),
-        ({"variance": torch.zeros(2, 3).cfloat()}, TypeError, "variance must be a floating"),
-        ({"coefficients": StepCoefficients(*[torch.ones(3)] * 6)}, ValueError, "coefficients"),
+        ({"variance": torch.zeros(2, 3).cfloat()}, TypeError, "variance must be a float32"),
+        (
+            {"coefficients": SCALARS._replace(mean_from_x0=torch.ones(3))},
+            ValueError,
+            r"mean_from_x0 must be a number or a tensor of shape \(2,\), got 3 values",
+        ),
+        ({"x_t": torch.zeros(1, 3).expand(2, 3)}, ValueError, "x_t must not overlap itself"),
+        ({"x_t": torch.zeros(2, 3).cfloat()}, TypeError, "x_t must be.*complex64"),
         ({"x0_range": (1.0, -1.0)}, ValueError, r"x0_range must be.*\(1.0, -1.0\)"),
         ({"max_noise_std": -0.5}, ValueError, "max_noise_std must be at least 0, got -0.5"),
         ({"step": -1}, ValueError, "step must be at least 0, got -1"),

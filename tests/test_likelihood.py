@@ -66,7 +66,7 @@ def test_gaussian_data_with_the_exact_variance_has_no_gap(K):
     schedule = ocm.linear()
     std = torch.tensor([0.05, 0.1, 0.3, 0.2])
     denoiser = gaussian_denoiser(torch.zeros(4), torch.diag(std**2), schedule)
-    x0 = torch.tensor([0.04, -0.15, 0.2, 0.1]).expand(20000, 1, 1, 4)
+    x0 = ocm.quantise(torch.tensor([0.04, -0.15, 0.2, 0.1])).expand(20000, 1, 1, 4)
     bound = ocm.bits_per_dim(denoiser, ocm.Exact(denoiser), x0, ocm.even_timesteps(1000, K))
     values = bound.prior + bound.steps.sum(dim=1)
     alpha_bar, beta_bar = schedule.alpha_bar[1], schedule.beta_bar[1]
@@ -85,7 +85,7 @@ def test_gaussian_data_with_the_exact_variance_has_no_gap(K):
 def test_prior_and_decoder_against_torch_distributions():
     schedule = ocm.linear()
     denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), schedule)
-    x0 = torch.tensor([-1.0, -0.5, 0.25, 1.0]).reshape(1, 1, 1, 4)
+    x0 = ocm.quantise(torch.tensor([-1.0, -0.5, 0.25, 1.0])).reshape(1, 1, 1, 4)
     bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1, 1000], levels=256, seed=6)
 
     alpha_bar, beta_bar = schedule.alpha_bar[-1], schedule.beta_bar[-1]
@@ -108,7 +108,7 @@ def beta_bar_of(t):
 
 def test_parts_of_a_batch_and_of_the_sum():
     denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), ocm.linear())
-    x0 = torch.rand(6, 1, 1, 4) * 2 - 1
+    x0 = ocm.quantise(torch.rand(6, 1, 1, 4) * 2 - 1)
     timesteps = ocm.even_timesteps(1000, 4)
     whole = ocm.bits_per_dim(denoiser, ocm.Beta(ocm.linear()), x0, timesteps)
     part = ocm.bits_per_dim(denoiser, ocm.Beta(ocm.linear()), x0[4:], timesteps, sample_offset=4)
@@ -119,7 +119,8 @@ def test_parts_of_a_batch_and_of_the_sum():
 
 def test_one_step_has_a_prior_and_a_decoder():
     denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), ocm.linear())
-    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), torch.zeros(2, 1, 1, 4), [1000])
+    x0 = torch.ones(2, 1, 1, 4)
+    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1000])
     assert bound.steps.shape == (2, 0)
     assert torch.isfinite(bound.total).all()
 
@@ -128,8 +129,10 @@ def test_one_step_has_a_prior_and_a_decoder():
     ("x0", "arguments", "message"),
     [
         (torch.full((1, 1, 1, 4), 1.5), {}, r"x0 must lie in \[-1, 1\], got values up to 1.5"),
-        (torch.zeros(1, 1, 1, 4), {"levels": 1}, "levels must be at least 2, got 1"),
-        (torch.zeros(1, 1, 1, 4), {"timesteps": [1, 10]}, "timesteps must end at N = 1000, got 10"),
+        (torch.zeros(1, 1, 1, 4), {}, "x0 must lie on the grid of levels = 256"),
+        (torch.full((1, 1, 1, 4), math.nan), {}, "x0 must be finite, got 4 NaN"),
+        (torch.ones(1, 1, 1, 4), {"levels": 1}, "levels must be at least 2, got 1"),
+        (torch.ones(1, 1, 1, 4), {"timesteps": [1, 10]}, "timesteps must end at N = 1000, got 10"),
     ],
 )
 def test_errors(x0, arguments, message):

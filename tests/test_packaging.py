@@ -52,19 +52,26 @@ def test_the_wheel_holds_every_module(wheel_files):
     assert expected <= set(wheel_files)
 
 
-@pytest.mark.parametrize(
-    ("package", "absent"),
-    [
-        (
-            "hessdiag",
-            ["diffusers", "accelerate", "matplotlib", "typer", "pytest", "sklearn", "ocm"],
-        ),
-        ("ocm", ["diffusers", "accelerate", "matplotlib", "typer", "pytest", "sklearn"]),
-    ],
-)
+EXTRAS = [
+    *("accelerate", "diffusers", "matplotlib", "pynvml", "pytest", "pytest_benchmark"),
+    *("safetensors", "scipy", "sklearn", "tqdm", "typer"),
+]
+
+
+@pytest.mark.parametrize(("package", "absent"), [("hessdiag", [*EXTRAS, "ocm"]), ("ocm", EXTRAS)])
 def test_importing_needs_none_of_the_extras(package, absent, tmp_path):
     block = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); import {package}"
     subprocess.run([sys.executable, "-c", block], check=True, cwd=tmp_path)
+
+
+def test_the_command_line_says_what_it_needs(tmp_path):
+    code = "import sys; sys.modules['typer'] = None; import ocm.__main__ as m; m.main()"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert answer.returncode == 1
+    assert "pip install 'hessdiag[ocm]'" in answer.stderr
+    assert "Traceback" not in answer.stderr
 
 
 def test_the_kernels_have_no_name_of_their_own(tmp_path):

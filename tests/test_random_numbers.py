@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from scipy import stats
 
-from hessdiag.kernels import normal, philox, rademacher
+from hessdiag.kernels import normal, philox, rademacher, rademacher_bits
 from hessdiag.kernels.normal import normal_triton
 from hessdiag.kernels.rademacher import rademacher_reference, rademacher_triton
 
@@ -76,6 +76,19 @@ def test_signs_do_not_depend_on_the_dtype(dtype, kernel_device):
     ):
         assert made.dtype == dtype
         torch.testing.assert_close(made.float().cpu(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packed_bits_are_the_signs(shape, kernel_device):
+    signs = numpy_contract.rademacher(*shape, 5, 3, 1) > 0
+    seed = philox.seed_tensor(5, kernel_device)
+    for bits in (
+        rademacher_bits(shape, 5, probe_offset=3, sample_offset=1),
+        rademacher_triton(seed, shape, 3, 1, torch.uint8).cpu(),
+    ):
+        assert bits.shape == (*shape[:2], -(-shape[2] // 8))
+        unpacked = np.unpackbits(bits.numpy(), axis=-1, count=shape[2], bitorder="little")
+        np.testing.assert_array_equal(unpacked, signs)
 
 
 def test_a_batch_in_two_calls_and_probes_in_three_are_the_same():
@@ -181,6 +194,7 @@ def test_the_interpreter_check_can_fail(kernel_device):
         (lambda: rademacher((2, 3), torch.tensor(1.0)), TypeError, "seed must be an int"),
         (lambda: rademacher((2,), 0), ValueError, r"shape must be \(M, B, ...\).*got \(2,\)"),
         (lambda: rademacher((2, -3), 0), ValueError, "shape must be"),
+        (lambda: rademacher((2.5, 3), 0), TypeError, r"shape must hold integers, got \(2.5, 3\)"),
         (lambda: rademacher((2, 3), 0, dtype=torch.int64), TypeError, "dtype must be one of"),
         (
             lambda: rademacher((2, 3), 0, probe_offset=2**32 - 1),

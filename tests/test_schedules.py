@@ -75,13 +75,15 @@ def test_even_timesteps():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: schedules.even_timesteps(1000, 0), r"K must lie in 1 \.\. 1000, got 0"),
+        (lambda: schedules.even_timesteps(1000, 0), "K must be at least 1, got 0"),
         (lambda: schedules.even_timesteps(1000, 1001), "K must lie in .* got 1001"),
         (lambda: schedules.reverse_steps([1, 5, 5]), r"must increase .* got \[1, 5, 5\]"),
         (lambda: schedules.reverse_steps([]), r"must increase .* got \[\]"),
         (lambda: schedules.reverse_steps([0, 3]), r"must increase .* got \[0, 3\]"),
         (lambda: schedules.from_betas([0.1, 1.0]), "betas must be"),
         (lambda: schedules.from_betas([]), "betas must be"),
+        (lambda: schedules.cosine(1), "num_timesteps must be at least 2, got 1"),
+        (lambda: schedules.linear(0), "num_timesteps must be at least 1, got 0"),
     ],
 )
 def test_errors(call, message):

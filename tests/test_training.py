@@ -9,15 +9,16 @@ from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 import hessdiag
 import ocm
 from ocm.backbones import small_unet
-from ocm.losses import noisy
+from ocm.losses import training_noise
 from ocm.training import train_denoiser, train_head
 
 
-def test_noisy_has_the_moments_of_the_forward_process():
+def test_training_images_have_the_moments_of_the_forward_process():
     schedule = ocm.cosine()
     x0 = torch.full((5000, 1, 2, 2), 0.5)
     t = torch.full((5000,), 400)
-    x_t, noise = noisy(schedule, x0, t, seed=0, sample_offset=0)
+    noise = training_noise(x0, seed=0, sample_offset=0)
+    x_t = schedule.diffuse(x0, t, noise)
     alpha_bar, beta_bar = schedule.alpha_bar[400].item(), schedule.beta_bar[400].item()
     assert x_t.mean().item() == pytest.approx(0.5 * alpha_bar**0.5, abs=0.03)
     assert x_t.var().item() == pytest.approx(beta_bar, rel=0.05)
@@ -27,11 +28,11 @@ def test_noisy_has_the_moments_of_the_forward_process():
 def test_the_ocm_target_is_the_hutchinson_estimate_of_the_scaled_hessian(unet):
     schedule = ocm.linear()
     denoiser = ocm.Denoiser(unet, schedule).freeze()
-    head = ocm.CovarianceHead.for_unet(unet)
+    head = ocm.CovarianceHead.for_denoiser(denoiser)
     x0, t = torch.rand(3, 2, 8, 8) * 2 - 1, torch.tensor([5, 300, 900])
     loss = ocm.ocm_loss(denoiser, head, x0, t, seed=4, sample_offset=9, num_probes=2)
 
-    x_t, _ = noisy(schedule, x0, t, seed=4, sample_offset=9)
+    x_t = schedule.diffuse(x0, t, training_noise(x0, seed=4, sample_offset=9))
     target = torch.zeros_like(x_t)
     for image in range(3):
         beta_bar = schedule.beta_bar[t[image]].item()
@@ -47,7 +48,7 @@ def test_the_ocm_target_is_the_hutchinson_estimate_of_the_scaled_hessian(unet):
 
 def test_the_ocm_loss_reaches_the_head_alone(unet):
     denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
-    head = ocm.CovarianceHead.for_unet(unet)
+    head = ocm.CovarianceHead.for_denoiser(denoiser)
     x0, t = torch.rand(2, 2, 8, 8), torch.tensor([5, 300])
     ocm.ocm_loss(denoiser, head, x0, t, seed=0, sample_offset=0).backward()
     assert head.conv.weight.grad.abs().sum() > 0
@@ -90,7 +91,7 @@ def train(images, **changes):
         **{"num_steps": 12, "batch_size": 8, "warmup_steps": 2, **changes}
     )
     losses = train_denoiser(denoiser, images, settings, progress=False)
-    head = ocm.CovarianceHead.for_unet(denoiser.unet)
+    head = ocm.CovarianceHead.for_denoiser(denoiser)
     head_losses = train_head(denoiser, head, images, settings, progress=False)
     return denoiser, head, losses, head_losses
 

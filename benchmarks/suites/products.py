@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import Row, environment, markdown, time_together
+from harness import markdown, time_together
 from torch import Tensor
 
 import hessdiag
 from hessdiag.kernels import rademacher
+from ocm.environment import Row, environment
 
 COLUMNS = {
     "way": "",

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ocm.denoiser import Prediction, per_sample
-from ocm.schedules import Schedule
+from ocm.denoiser import Prediction
+from ocm.schedules import Schedule, per_sample
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 import hessdiag
-from ocm.denoiser import Denoiser, Prediction, per_sample
+from hessdiag.checks import check_positive_int
+from ocm.denoiser import Denoiser, Prediction
+from ocm.schedules import per_sample
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Hutchinson:
     denoiser: Denoiser
     num_probes: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_probes", self.num_probes)
 
     def variance(
         self, x_t: Tensor, t: int, prediction: Prediction, *, sample_offset: int = 0
