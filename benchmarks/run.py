@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 from harness import write
-from suites import products
+from suites import machine_code, products
 
-SUITES = {"products": products.run}
+SUITES = {"machine_code": machine_code.run, "products": products.run}
 
 
 def main() -> None:

@@ -48,6 +48,8 @@ def _residual(
     """Return h - a y - b and the weight w, as [G, 8] blocks; the residual is 0 outside."""
     head = tl.load(head_ptr + offset, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([GROUPS, 8], tl.float32)
+    # An offset below 2**31 comes as int32, in which its sum with a number of probes may overflow.
+    probe_offset = probe_offset.to(tl.int64)
     for m in range(0, num_probes):
         probe = probe_offset + m
         tile = probe // 16

@@ -27,13 +27,13 @@ class Moments(NamedTuple):
     """Moments of v * (J v) over the probes seen so far.
 
     Attributes:
-        count: Number of probes.
+        num_probes: How many.
         mean: Shape (B, ...): the estimate of diag(J).
         squared_deviations: Shape (B, ...): the sum over probes of (y - mean)^2; divided by
-            ``count - 1`` it estimates the variance of one probe.
+            ``num_probes - 1`` it estimates the variance of one probe.
     """
 
-    count: int
+    num_probes: int
     mean: Tensor
     squared_deviations: Tensor
 
@@ -75,6 +75,8 @@ def _probe_moments_kernel(
         deviations = tl.zeros([GROUPS, 8], dtype)
 
     seed = tl.load(seed_ptr)
+    # An offset below 2**31 comes as int32, in which its sum with a number of probes may overflow.
+    probe_offset = probe_offset.to(tl.int64)
     first_tile = probe_offset // 16
     last_tile = (probe_offset + num_probes - 1) // 16
     for tile in range(first_tile, last_tile + 1):
@@ -232,7 +234,7 @@ def probe_moments(
         >>> from hessdiag.kernels import rademacher
         >>> probes = rademacher((4, 1, 3), seed=0)
         >>> moments = probe_moments(2.0 * probes, seed=0)    # J = 2 I
-        >>> moments.count, moments.mean, moments.squared_deviations
+        >>> moments.num_probes, moments.mean, moments.squared_deviations
         (4, tensor([[2., 2., 2.]]), tensor([[0., 0., 0.]]))
     """
     check_tensor("products", products)
@@ -258,11 +260,11 @@ def probe_moments(
         philox.seed_tensor(seed, products.device),
         None if state is None else state.mean.contiguous(),
         None if state is None else state.squared_deviations.contiguous(),
-        0 if state is None else state.count,
+        0 if state is None else state.num_probes,
         probe_offset,
         sample_offset,
     )
-    return Moments(num_probes + (0 if state is None else state.count), mean, deviations)
+    return Moments(num_probes + (0 if state is None else state.num_probes), mean, deviations)
 
 
 def _accumulator_dtype(products: Tensor) -> torch.dtype:

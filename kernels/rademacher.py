@@ -42,6 +42,8 @@ def _rademacher_kernel(
     index = pid * GROUPS + tl.arange(0, GROUPS)
     sample = index // groups_per_sample
     group = index - sample * groups_per_sample
+    # An offset below 2**31 comes as int32, in which its sum with a number of probes may overflow.
+    probe_offset = probe_offset.to(tl.int64)
     tile = probe_offset // 16 + tl.program_id(1)
     words = philox.sign_words(tl.load(seed_ptr), group, sample + sample_offset, tile)
 

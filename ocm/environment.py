@@ -61,9 +61,11 @@ def _processor() -> str:
 
 def _gpu(device: torch.device) -> Row:
     """Return name, driver, clocks and power of a GPU, by nvidia-ml-py."""
-    import pynvml
-
     properties = torch.cuda.get_device_properties(device)
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return {"gpu": properties.name, "driver": "unknown: nvidia-ml-py is not installed"}
     pynvml.nvmlInit()
     try:
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")

@@ -1,0 +1,160 @@
+"""Moments of v * (J v): reference and Triton kernel against NumPy, in any split of the probes."""
+
+import importlib
+
+import numpy as np
+import numpy_contract
+import pytest
+import torch
+
+from hessdiag.kernels import Moments, probe_moments, rademacher
+
+module = importlib.import_module("hessdiag.kernels.probe_moments")
+
+SEED = 2**40 + 9
+
+
+def products(num_probes, batch, features, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(features)
+    values = torch.randn(num_probes, batch, features, generator=generator)
+    return (3.0 + values).to(dtype)
+
+
+def expected(values, probe_offset, sample_offset):
+    """Mean and sum of squared deviations in float64 NumPy, in two passes."""
+    signs = numpy_contract.rademacher(*values.shape, SEED, probe_offset, sample_offset)
+    y = signs * values.double().numpy()
+    return y.mean(axis=0), ((y - y.mean(axis=0)) ** 2).sum(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("features", "num_probes", "offset"),
+    [
+        *((features, 16, 2**31 - 7) for features in (1, 7, 8, 9, 127, 129)),
+        *((9, 1, 0), (9, 5, 13), (9, 35, 2**32 - 35), (4097, 2, 15)),
+    ],
+)
+def test_reference_and_kernel_against_numpy(features, num_probes, offset, kernel_device):
+    values = products(num_probes, 2, features)
+    mean, deviations = expected(values, offset, 2**32 - 5)
+    result = probe_moments(values, SEED, probe_offset=offset, sample_offset=2**32 - 5)
+    kernel = module.probe_moments_triton(
+        values.to(kernel_device),
+        torch.tensor(SEED, device=kernel_device),
+        None,
+        None,
+        0,
+        offset,
+        2**32 - 5,
+    )
+    for means, squares in (result[1:], kernel):
+        np.testing.assert_allclose(means.cpu(), mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(squares.cpu(), deviations, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("on_kernel", [False, True])
+@pytest.mark.parametrize("features", [8, 9])
+def test_any_split_of_the_probes_gives_the_same_bits(on_kernel, features, kernel_device):
+    device = kernel_device if on_kernel else "cpu"
+    values = products(37, 2, features).to(device)
+    seed = torch.tensor(SEED, device=device)
+    compute = module.probe_moments_triton if on_kernel else module.probe_moments_reference
+    whole = compute(values, seed, None, None, 0, 5, 0)
+    for splits in ([1, 36], [16, 16, 5], [3] * 12 + [1]):
+        mean = deviations = None
+        count = 0
+        for part in values.split(splits):
+            mean, deviations = compute(part, seed, mean, deviations, count, 5 + count, 0)
+            count += len(part)
+        assert torch.equal(mean, whole[0])
+        assert torch.equal(deviations, whole[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_low_precision_is_accumulated_in_float32(dtype, kernel_device):
+    values = products(20, 2, 24, dtype)
+    mean, deviations = expected(values, 0, 0)
+    seed = torch.tensor(SEED, device=kernel_device)
+    kernel = module.probe_moments_triton(values.to(kernel_device), seed, None, None, 0, 0, 0)
+    for means, squares in (probe_moments(values, SEED)[1:], kernel):
+        assert means.dtype == torch.promote_types(dtype, torch.float32)
+        np.testing.assert_allclose(means.cpu(), mean, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(squares.cpu(), deviations, rtol=1e-4)
+
+
+def test_outputs_are_written_everywhere(kernel_device, monkeypatch):
+    original = torch.empty
+
+    def poisoned(*arguments, **options):
+        return original(*arguments, **options).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda x: poisoned(x.shape, device=x.device))
+    values = products(3, 3, 129).to(kernel_device)
+    seed = torch.tensor(SEED, device=kernel_device)
+    for result in module.probe_moments_triton(values, seed, None, None, 0, 0, 0):
+        assert torch.isfinite(result).all()
+
+
+def test_the_state_is_left_as_it_was():
+    values = products(4, 2, 5)
+    state = probe_moments(values[:2], SEED)
+    before = state.mean.clone()
+    result = probe_moments(values[2:], SEED, state=state, probe_offset=2)
+    assert torch.equal(state.mean, before)
+    assert result.num_probes == 4
+
+
+def test_strided_products_and_a_shape():
+    values = products(4, 3, 60).reshape(4, 3, 5, 3, 4)
+    strided = values.permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)
+    assert not strided.is_contiguous()
+    for one, other in zip(probe_moments(strided, 1)[1:], probe_moments(values, 1)[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_custom_op_passes_opcheck():
+    values, seed = products(3, 2, 5), torch.tensor(1)
+    op = torch.ops.hessdiag.probe_moments.default
+    torch.library.opcheck(op, (values, seed, None, None, 0, 0, 0))
+    state = torch.zeros(2, 5)
+    torch.library.opcheck(op, (values, seed, state, state.clone(), 4, 4, 0))
+
+
+def test_no_probes_change_nothing():
+    state = probe_moments(products(4, 2, 5), SEED)
+    assert probe_moments(torch.zeros(0, 2, 5), SEED, state=state) is state
+    assert probe_moments(torch.zeros(0, 2, 5), SEED).num_probes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"products": torch.zeros(3)}, ValueError, r"products must have shape .*got \(3,\)"),
+        ({"products": torch.zeros(2, 3).int()}, TypeError, "products must be.*int32"),
+        ({"products": torch.zeros(2, 3).cfloat()}, TypeError, "products must be.*complex64"),
+        ({"products": torch.zeros(1, 3).expand(2, 3)}, ValueError, "products must not overlap"),
+        (
+            {"state": Moments(1, torch.zeros(4), torch.zeros(4))},
+            ValueError,
+            r"state.mean must have shape \(2, 3\) .*got \(4,\)",
+        ),
+        ({"probe_offset": -1}, ValueError, "probe_offset must be at least 0, got -1"),
+    ],
+)
+def test_errors_name_the_argument_and_its_value(change, error, message):
+    with pytest.raises(error, match=message):
+        probe_moments(**{"products": torch.zeros(4, 2, 3), "seed": 0, **change})
+
+
+def test_dual_tensors_are_refused():
+    with pytest.raises(TypeError, match="products carries a tangent"):
+        torch.func.jvp(
+            lambda p: probe_moments(p, 0).mean, (torch.zeros(2, 3),), (torch.ones(2, 3),)
+        )
+
+
+def test_it_is_the_mean_of_sign_times_product():
+    values = products(6, 2, 11)
+    signs = rademacher((6, 2, 11), SEED)
+    torch.testing.assert_close(probe_moments(values, SEED).mean, (signs * values).mean(dim=0))
