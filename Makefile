@@ -7,16 +7,16 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench clean
+.PHONY: help demo test lint types bench gpu-check clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (about 5 minutes)
 	$(BIN)/ocm demo --out runs/demo
 
 test: $(VENV)/.installed-test ## Run the tests (about 3 minutes; GPU tests where there is a GPU)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -34,6 +34,10 @@ types: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-test ## Time Jacobian products against the naive loop (about 1 minute)
 	$(BIN)/python benchmarks/run.py --suite products
+
+gpu-check: $(VENV)/.installed-test ## On a GPU machine: the GPU tests and the kernel suite (about 5 minutes)
+	$(BIN)/pytest -m gpu tests/test_gpu.py
+	$(BIN)/python benchmarks/run.py --suite kernels --device cuda
 
 clean: ## Remove the environment, caches and results
 	rm -rf $(VENV) .cache build dist runs *.egg-info

@@ -12,9 +12,13 @@ from pathlib import Path
 
 import torch
 from harness import write
-from suites import machine_code, products
+from suites import kernels, machine_code, products
 
-SUITES = {"machine_code": machine_code.run, "products": products.run}
+SUITES = {
+    "kernels": kernels,
+    "machine_code": machine_code,
+    "products": products,
+}
 
 
 def main() -> None:
@@ -31,8 +35,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"error: --device {arguments.device} needs a CUDA device, and there is none")
-    record, table = SUITES[arguments.suite](torch.device(arguments.device), arguments.quick)
+    suite = SUITES[arguments.suite]
+    record, table = suite.run(torch.device(arguments.device), arguments.quick)
     write(arguments.out, arguments.suite, record, table)
+    if hasattr(suite, "plot"):
+        suite.plot(record, arguments.out / f"{arguments.suite}.png")
     print(table)
     print(f"\nrows: {arguments.out / arguments.suite}.json")
 

@@ -169,12 +169,13 @@ def sign_bits(
     groups = torch.arange(triton.cdiv(features, FEATURES_PER_SIGN_TILE), device=device)
     stream = torch.tensor(STREAM_RADEMACHER, device=device)
     words = torch.stack(philox(seed, groups, samples, tiles, stream), dim=1)
-    # A word is 4 probes x 8 features: (tile, word, probe in word, sample, group, feature in group)
-    shifts = torch.arange(32, device=device).reshape(4, 1, 1, FEATURES_PER_SIGN_TILE)
-    bits = (words[:, :, None, :, :, None] >> shifts) & 1
-    bits = bits.reshape(len(tiles) * PROBES_PER_SIGN_TILE, batch, -1)
-    first = probe_offset - first_tile * PROBES_PER_SIGN_TILE
-    return bits[first : first + num_probes, :, :features]
+    # A word is 4 probes x 8 features; only the bytes of the probes asked for are unpacked.
+    probes = torch.arange(probe_offset, probe_offset + num_probes, device=device)
+    tile_width = PROBES_PER_SIGN_TILE
+    chosen = words[probes // tile_width - first_tile, probes % tile_width // 4]
+    shifts = 8 * (probes % 4)[:, None] + torch.arange(FEATURES_PER_SIGN_TILE, device=device)
+    bits = (chosen[..., None] >> shifts[:, None, None, :]) & 1
+    return bits.reshape(num_probes, batch, -1)[:, :, :features]
 
 
 def uniforms(words: Tensor) -> Tensor:

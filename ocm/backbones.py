@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def small_unet(image_shape: tuple[int, int, int], *, seed: int = 0) -> UNet2DModel:
-    """Return an untrained ``UNet2DModel`` of 0.65 million parameters and two resolutions.
+    """Return an untrained ``UNet2DModel`` of 0.63 million parameters and two resolutions.
 
     Args:
         image_shape: (C, H, W), H and W even.
@@ -40,5 +40,5 @@ def small_unet(image_shape: tuple[int, int, int], *, seed: int = 0) -> UNet2DMod
             up_block_types=("UpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             norm_num_groups=8,
-            attention_head_dim=16,
+            add_attention=False,
         )

@@ -80,14 +80,14 @@ def train(
         typer.Option(help="Noise schedule of a new denoiser, N = 1000. Default: cosine."),
     ] = None,
     denoiser_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps for a new denoiser. Default: 700.")
+        int | None, typer.Option(min=1, help="Steps for a new denoiser. Default: 900.")
     ] = None,
     head_steps: Annotated[int, typer.Option(min=1, help="Steps for the OCM head.")] = 400,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 64,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak rate of a new denoiser. Default: 0.001.")
     ] = None,
-    head_learning_rate: Annotated[float, typer.Option(help="Peak rate of the head.")] = 5e-3,
+    head_learning_rate: Annotated[float, typer.Option(help="Peak rate of the head.")] = 1e-2,
     target_probes: Annotated[
         int, typer.Option(min=1, help="Probes M in each target of the head.")
     ] = 1,
@@ -120,7 +120,7 @@ def train(
     start = time.perf_counter()
     if denoiser is None:
         settings = TrainingSettings(
-            denoiser_steps or 700, batch_size, learning_rate or 1e-3, seed=seed
+            denoiser_steps or 900, batch_size, learning_rate or 1e-3, seed=seed
         )
         name = (schedule or ScheduleName.cosine).value
         model = Denoiser(small_unet(images.shape, seed=seed).to(place), SCHEDULES[name](1000))
@@ -270,7 +270,7 @@ def evaluate(
         list[int] | None,
         typer.Option(min=1, help="Steps K; may be given several times. Default: 5, 10, 25, 50."),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, help="Held-out images to score.")] = 40,
+    num_images: Annotated[int, typer.Option(min=1, help="Held-out images to score.")] = 64,
     data: Annotated[
         str | None, typer.Option(help="Data set; default: the checkpoint's own.")
     ] = None,

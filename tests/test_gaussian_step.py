@@ -188,6 +188,18 @@ def test_dual_tensors_are_refused():
         torch.func.jvp(step, (torch.zeros(2, 3),), (torch.ones(2, 3),))
 
 
+def test_the_step_compiles_in_one_graph():
+    seed = torch.tensor(3)
+
+    def step(x, prediction):
+        prediction = torch.sin(prediction)
+        return gaussian_step(x, prediction, prediction.abs(), SCALARS, seed=seed, step=5) * 2
+
+    x = torch.rand(4, 3, 8, 8)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, x), step(x, x))
+
+
 def test_empty_batch():
     x = torch.zeros(0, 3)
     assert gaussian_step(x, x, 0.0, SCALARS, seed=0, step=0).shape == (0, 3)

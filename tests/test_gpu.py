@@ -1,10 +1,21 @@
 """On a CUDA device: the dispatched ops against the CPU and float64 (``pytest -m gpu``)."""
 
+import math
+
 import pytest
 import torch
 
 import hessdiag
-from hessdiag.kernels import StepCoefficients, gaussian_step, normal, rademacher
+import ocm
+from hessdiag.kernels import (
+    StepCoefficients,
+    gaussian_step,
+    normal,
+    ocm_loss,
+    probe_moments,
+    rademacher,
+    rademacher_bits,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -48,3 +59,97 @@ def test_estimates_are_those_of_the_cpu(unet, mode):
     finally:
         unet.cpu()
     assert (on_gpu.cpu() - expected).norm() < 1e-3 * expected.norm()
+
+
+STEP = StepCoefficients(1.3, -0.4, 0.6, 0.5, 0.01, 0.3)
+
+
+@pytest.mark.parametrize("shape", [(17, 3, 129), (5, 4, 3, 32, 32)])
+def test_packed_signs_are_those_of_the_cpu(shape):
+    assert torch.equal(rademacher_bits(shape, 3, device="cuda").cpu(), rademacher_bits(shape, 3))
+
+
+@pytest.mark.parametrize("shape", [(20, 3, 129), (16, 8, 3, 32, 32), (35, 2, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_moments_against_float64(shape, dtype):
+    products = torch.randn(shape).to(dtype)
+    expected = probe_moments(products.double(), 5, probe_offset=2**31 - 3)
+    on_gpu = probe_moments(products.cuda(), 5, probe_offset=2**31 - 3)
+    for one, other in zip(on_gpu[1:], expected[1:], strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-4, atol=1e-5)
+    first = probe_moments(products[:7].cuda(), 5, probe_offset=2**31 - 3)
+    both = probe_moments(products[7:].cuda(), 5, state=first, probe_offset=2**31 + 4)
+    assert torch.equal(both.mean, on_gpu.mean)
+    assert torch.equal(both.squared_deviations, on_gpu.squared_deviations)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 129), (3, 8, 3, 32, 32)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_against_float64(shape, dtype):
+    products, head = torch.randn(shape).to(dtype), torch.randn(shape[1:]).to(dtype)
+    options = {"weight": torch.rand(shape[1]), "scale": -0.5, "shift": 0.1}
+    results = []
+    for move in (lambda a: a.double(), lambda a: a.cuda()):
+        leaf = move(head).requires_grad_()
+        arguments = {k: move(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        loss = ocm_loss(leaf, move(products), 3, **arguments)
+        loss.backward()
+        results.append((loss.detach().cpu().double(), leaf.grad.cpu().double()))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    for one, other in zip(results[1], results[0], strict=True):
+        assert (one - other).norm() < tolerance * other.norm()
+
+
+@pytest.mark.parametrize("name", ["x_t", "prediction", "variance"])
+def test_nan_is_not_clamped_away(name):
+    arguments = {key: torch.rand(2, 64, device="cuda") for key in ("x_t", "prediction", "variance")}
+    arguments[name][1, 3] = math.nan
+    ranges = {"x0_range": (-1, 1), "variance_range": (0, 1)}
+    result = gaussian_step(**arguments, coefficients=STEP, seed=0, step=1, **ranges)
+    assert result.isnan().nonzero().tolist() == [[1, 3]]
+
+
+def test_the_step_compiles_in_one_graph():
+    x = torch.rand(4, 3, 16, 16, device="cuda")
+    seed = torch.tensor(3, device="cuda")
+
+    def step(x, prediction):
+        prediction = torch.sin(prediction)
+        return gaussian_step(x, prediction, prediction.abs(), STEP, seed=seed, step=5) * 2
+
+    compiled = torch.compile(step, fullgraph=True)
+    torch.testing.assert_close(compiled(x, x), step(x, x))
+
+
+def test_a_whole_sampling_loop_in_one_cuda_graph(unet):
+    """Captured once, replayed with a new seed written into the seed's tensor."""
+    denoiser = ocm.Denoiser(unet.cuda(), ocm.cosine()).freeze()
+    head = ocm.CovarianceHead.for_denoiser(denoiser).requires_grad_(False)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
+    timesteps = ocm.even_timesteps(1000, 4)
+    seed = torch.tensor(0, device="cuda")
+
+    def draw(seed):
+        return ocm.sample(denoiser, covariance, (3, 2, 8, 8), timesteps, seed=seed)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        draw(seed)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        images = draw(seed)
+    for value in (7, 2**40):
+        seed.fill_(value)
+        graph.replay()
+        torch.testing.assert_close(images, draw(value), rtol=1e-3, atol=1e-3)
+
+
+def test_samples_are_those_of_the_cpu(unet):
+    timesteps = ocm.even_timesteps(1000, 4)
+    images = []
+    for device in ("cpu", "cuda"):
+        denoiser = ocm.Denoiser(unet.to(device), ocm.cosine()).freeze()
+        covariance = ocm.Hutchinson(denoiser, num_probes=2)
+        images.append(ocm.sample(denoiser, covariance, (3, 2, 8, 8), timesteps, seed=1).cpu())
+    assert (images[1] - images[0]).norm() < 1e-2 * images[0].norm()
