@@ -12,10 +12,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (about 5 minutes)
+demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (8 minutes with set-up)
 	$(BIN)/ocm demo --out runs/demo
 
-test: $(VENV)/.installed-test ## Run the tests (about 3 minutes; GPU tests where there is a GPU)
+test: $(VENV)/.installed-test ## Run the tests (5 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
@@ -35,8 +35,12 @@ types: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-test ## Time Jacobian products against the naive loop (about 1 minute)
 	$(BIN)/python benchmarks/run.py --suite products
 
-gpu-check: $(VENV)/.installed-test ## On a GPU machine: the GPU tests and the kernel suite (about 5 minutes)
+gpu-check: $(VENV)/.installed-test ## On a GPU machine: GPU tests, memory checker and the kernel suite (at most 8 minutes)
 	$(BIN)/pytest -m gpu tests/test_gpu.py
+	@if command -v compute-sanitizer >/dev/null; then \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(BIN)/python -m \
+			pytest -m gpu tests/test_gpu.py -k 'against_float64 or those_of_the_cpu_bit'; \
+	else echo "compute-sanitizer is not installed: memory accesses are not checked"; fi
 	$(BIN)/python benchmarks/run.py --suite kernels --device cuda
 
 clean: ## Remove the environment, caches and results

@@ -342,7 +342,7 @@ def demo(
 ) -> None:
     """Train a denoiser and its OCM head on real digits, and compare the covariances.
 
-    Takes five minutes on two cores. Writes metrics.json, report.md, samples.png,
+    Takes six minutes on two cores. Writes metrics.json, report.md, samples.png,
     likelihood.png and the checkpoint.
     """
     from ocm.demo import QUICK, DemoSettings, run

@@ -47,7 +47,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demonstration; the defaults take five minutes on two cores.
+    """Sizes of the demonstration; the defaults take six minutes on two cores.
 
     Attributes:
         denoiser_steps: Optimiser steps of the denoiser.

@@ -27,7 +27,8 @@ def environment(device: torch.device) -> Row:
         "device": str(device),
     }
     if device.type == "cuda":
-        record.update(_gpu(device))
+        record["gpu"] = torch.cuda.get_device_name(device)
+        record.update(gpu_state(device))
     return record
 
 
@@ -59,18 +60,19 @@ def _processor() -> str:
     return f"{len(models)} x {models[0]}" if models else platform.processor()
 
 
-def _gpu(device: torch.device) -> Row:
-    """Return name, driver, clocks and power of a GPU, by nvidia-ml-py."""
-    properties = torch.cuda.get_device_properties(device)
+def gpu_state(device: torch.device) -> Row:
+    """Return clocks and power of a GPU as they are now, by nvidia-ml-py; nothing for a CPU."""
+    if device.type != "cuda":
+        return {}
     try:
         import pynvml
     except ModuleNotFoundError:
-        return {"gpu": properties.name, "driver": "unknown: nvidia-ml-py is not installed"}
+        return {"driver": "unknown: nvidia-ml-py is not installed"}
     pynvml.nvmlInit()
     try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         return {
-            "gpu": properties.name,
             "driver": pynvml.nvmlSystemGetDriverVersion(),
             "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),

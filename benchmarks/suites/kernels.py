@@ -21,7 +21,7 @@ from harness import markdown, synchronize
 from torch import Tensor
 
 from hessdiag import kernels
-from ocm.environment import Row, environment
+from ocm.environment import Row, environment, gpu_state
 
 COLUMNS = {
     "op": "",
@@ -115,7 +115,7 @@ def _cases(device: torch.device, quick: bool) -> list[Callable[[], Case]]:
 def _rademacher_case(
     size: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Case:
-    shape = (1, *shape)
+    shape = (PROBES, max(1, shape[0] // PROBES), *shape[1:])
     seed = torch.tensor(1, device=device)
 
     def ours() -> Tensor:
@@ -267,6 +267,7 @@ def _time_case(
                 "over_copy": bandwidth / copy_bandwidth,
                 "error_against_float64": case.error if provider == "hessdiag" else None,
                 **_device_counts(call, device),
+                **gpu_state(device),
             }
         )
     for row in rows:

@@ -5,7 +5,13 @@ import torch
 from torch import nn
 
 import hessdiag
-from hessdiag.kernels import StepCoefficients, gaussian_step, rademacher
+from hessdiag.kernels import (
+    StepCoefficients,
+    gaussian_step,
+    ocm_loss,
+    probe_moments,
+    rademacher,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +42,18 @@ def test_gaussian_step(benchmark):
     coefficients = StepCoefficients(1.1, -0.5, 0.6, 0.4, 0.01, 0.2)
     result = benchmark(gaussian_step, x, x, 0.3, coefficients, seed=0, step=1)
     assert torch.isfinite(result).all()
+
+
+def test_probe_moments(benchmark):
+    products = torch.randn(16, 8, 3, 32, 32)
+    moments = benchmark(probe_moments, products, 0)
+    torch.testing.assert_close(
+        moments.mean, (rademacher(products.shape, 0) * products).mean(dim=0), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_ocm_loss(benchmark):
+    head = torch.randn(8, 3, 32, 32, requires_grad=True)
+    products = torch.randn(1, 8, 3, 32, 32)
+    (gradient,) = benchmark(lambda: torch.autograd.grad(ocm_loss(head, products, 0), head))
+    assert torch.isfinite(gradient).all()
