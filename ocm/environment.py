@@ -15,9 +15,11 @@ Row = dict[str, Any]
 def environment(device: torch.device) -> Row:
     """Return commit (None outside of a checkout), versions and hardware as JSON values."""
     root = Path(__file__).parent.parent
+    # Results of earlier runs are no change to what is measured.
+    changes = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!*.md")
     record: Row = {
         "commit": _git(root, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git(root, "status", "--porcelain")),
+        "uncommitted_changes": bool(changes),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
