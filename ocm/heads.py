@@ -37,7 +37,7 @@ class CovarianceHead(nn.Module):
         self.norm = nn.GroupNorm(num_groups, in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv.get_parameter("bias"))
 
     @classmethod
     def for_denoiser(cls, denoiser: Denoiser) -> CovarianceHead:
