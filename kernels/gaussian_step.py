@@ -98,12 +98,7 @@ def _gaussian_step_kernel(
     WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    index = pid * GROUPS + tl.arange(0, GROUPS)
-    sample = index // groups_per_sample
-    group = index - sample * groups_per_sample
+    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
     offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 4, ALIGNED)
     x_t = tl.load(x_t_ptr + offset, mask=inside).to(tl.float32)
     prediction = tl.load(prediction_ptr + offset, mask=inside).to(tl.float32)

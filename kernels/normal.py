@@ -32,12 +32,7 @@ def _normal_kernel(
     WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    index = pid * GROUPS + tl.arange(0, GROUPS)
-    sample = index // groups_per_sample
-    group = index - sample * groups_per_sample
+    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
     z = philox.normal_groups(tl.load(seed_ptr), group, sample + sample_offset, step, STREAM)
     offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 4, ALIGNED)
     tl.store(out_ptr + offset, z, mask=inside)

@@ -99,12 +99,7 @@ def _ocm_loss_kernel(
     GROUPS: tl.constexpr,
 ):
     # Forward: out[program] = its share of the loss. Backward: out = the gradient for the head.
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    index = pid * GROUPS + tl.arange(0, GROUPS)
-    sample = index // groups_per_sample
-    group = index - sample * groups_per_sample
+    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
     offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 8, ALIGNED)
     residual, weight = _residual(
         tl.load(seed_ptr),

@@ -294,6 +294,17 @@ def normal_groups(seed, group, sample, step, stream):
 
 
 @triton.jit
+def locate_groups(groups_per_sample, GROUPS: tl.constexpr, WIDE: tl.constexpr):
+    """Return the numbers of this program's groups, their samples, and their places in these."""
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    index = program * GROUPS + tl.arange(0, GROUPS)
+    sample = index // groups_per_sample
+    return index, sample, index - sample * groups_per_sample
+
+
+@triton.jit
 def group_offsets(
     index, sample, group, num_groups, features, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
 ):

@@ -59,12 +59,7 @@ def _probe_moments_kernel(
     WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    index = pid * GROUPS + tl.arange(0, GROUPS)
-    sample = index // groups_per_sample
-    group = index - sample * groups_per_sample
+    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
     offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 8, ALIGNED)
     dtype: tl.constexpr = mean_out_ptr.dtype.element_ty
     if CONTINUED:

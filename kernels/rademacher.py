@@ -36,12 +36,7 @@ def _rademacher_kernel(
     GROUPS: tl.constexpr,
 ):
     # Program (i, j) writes up to 16 probes of the j-th tile for GROUPS groups of 8 features.
-    pid = tl.program_id(0)
-    if WIDE:
-        pid = pid.to(tl.int64)
-    index = pid * GROUPS + tl.arange(0, GROUPS)
-    sample = index // groups_per_sample
-    group = index - sample * groups_per_sample
+    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
     # An offset below 2**31 comes as int32, in which its sum with a number of probes may overflow.
     probe_offset = probe_offset.to(tl.int64)
     tile = probe_offset // 16 + tl.program_id(1)
