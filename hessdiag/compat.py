@@ -18,6 +18,10 @@ from torch.overrides import TorchFunctionMode
 TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
 
+class NotDifferentiableError(ValueError):
+    """The derivative of ``score_fn`` at x cannot be had in the chosen mode."""
+
+
 class RefuseCustomOperators(TorchFunctionMode):
     """Raise where an operator of ``torch.library`` would lose a tangent.
 
@@ -36,7 +40,7 @@ class RefuseCustomOperators(TorchFunctionMode):
         if isinstance(func, torch._ops.OpOverload) and func.namespace not in ("aten", "prims"):
             for value in (*args, *(kwargs or {}).values()):
                 if isinstance(value, torch.Tensor) and has_tangent(value):
-                    raise NotImplementedError(
+                    raise NotDifferentiableError(
                         f"the custom operator {func} has no forward-mode derivative; use mode='vjp'"
                     )
         return func(*args, **(kwargs or {}))

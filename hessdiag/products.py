@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 
 from hessdiag.checks import check_output
-from hessdiag.compat import forward_mode_operators, has_tangent
+from hessdiag.compat import NotDifferentiableError, forward_mode_operators, has_tangent
 
 ScoreFunction = Callable[[Tensor], Tensor]
 Products = Callable[[Tensor], Tensor]
 Mode = Literal["auto", "vjp", "jvp"]
-
-
-class NotDifferentiableError(ValueError):
-    """``score_fn`` returned a tensor through which the chosen mode cannot reach x."""
 
 
 def jacobian_products(score_fn: ScoreFunction, x: Tensor, mode: Mode) -> Products:
@@ -77,7 +73,9 @@ def _auto_products(score_fn: ScoreFunction, x: Tensor) -> Products:
         nonlocal chosen
         try:
             return chosen(probes)
-        except (NotImplementedError, RuntimeError) as error:
+        except RuntimeError as error:
+            # What autograd raises for a missing backward rule has no type of its own; any other
+            # error, running out of memory for one, is the caller's to see.
             if not re.search("not implemented|must implement", str(error)):
                 raise
             chosen = forward(error)
