@@ -1,12 +1,55 @@
 """Diagonals of Jacobians and Hessians of PyTorch functions, without the matrix.
 
-    diagonal = hessdiag.hutchinson(score_fn, x, M)    # unbiased, M products
-    diagonal = hessdiag.exact(score_fn, x)            # D products
+    diagonal = hessdiag.hutchinson(score_fn, x, M)              # unbiased, M products
+    result = hessdiag.estimate(score_fn, x, max_probes=M)       # with standard errors
+    diagonal = hessdiag.exact(score_fn, x)                      # D products
 
 Kernels and the random-number contract are in :mod:`hessdiag.kernels`.
 """
 
-from hessdiag.diagonal import exact, hutchinson
+from hessdiag.bases import Basis, dct
+from hessdiag.blocks import BlockDiagonalEstimate, block_diagonal
+from hessdiag.estimate import DiagonalEstimate, estimate, hutchinson
+from hessdiag.hessians import (
+    ParameterDiagonal,
+    gauss_newton_diagonal,
+    hessian_diagonal,
+    parameter_hessian_diagonal,
+)
+from hessdiag.matrices import exact, jacobian
+from hessdiag.probes import (
+    BalancedColoring,
+    Coloring,
+    Normal,
+    ProbeDesign,
+    Rademacher,
+    UnitVectors,
+)
+from hessdiag.traces import TraceEstimate, trace
+from hessdiag.xdiag import xdiag
 
-__all__ = ["exact", "hutchinson"]
+__all__ = [
+    "BalancedColoring",
+    "Basis",
+    "BlockDiagonalEstimate",
+    "Coloring",
+    "DiagonalEstimate",
+    "Normal",
+    "ParameterDiagonal",
+    "ProbeDesign",
+    "Rademacher",
+    "TraceEstimate",
+    "UnitVectors",
+    "block_diagonal",
+    "dct",
+    "estimate",
+    "exact",
+    "gauss_newton_diagonal",
+    "hessian_diagonal",
+    "hutchinson",
+    "jacobian",
+    "parameter_hessian_diagonal",
+    "trace",
+    "xdiag",
+]
 __version__ = "0.1.0"

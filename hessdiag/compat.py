@@ -22,6 +22,75 @@ class NotDifferentiableError(ValueError):
     """The derivative of ``score_fn`` at x cannot be had in the chosen mode."""
 
 
+# What PyTorch raises where a derivative cannot be had has no type of its own: a part of the message,
+# and what to do about it.
+_ADVICE = (
+    (
+        "mutate a captured Tensor|inplace arithmetic|vmap: .* is not possible because there exists",
+        "score_fn writes into a tensor of its own, as BatchNorm in training mode does with its "
+        "running statistics; put the module in eval mode, or use mode='vjp'",
+    ),
+    (
+        "use_reentrant=True",
+        "score_fn uses reentrant checkpointing; use torch.utils.checkpoint with use_reentrant=False",
+    ),
+    (
+        "must override the setup_context",
+        "score_fn holds a torch.autograd.Function that torch.func cannot follow (reentrant "
+        "checkpointing is one); use mode='vjp', or use_reentrant=False when checkpointing",
+    ),
+    (
+        "donated buffers",
+        "score_fn was compiled to free what a second backward pass needs; set "
+        "torch._functorch.config.donated_buffer = False before its first call, or use mode='jvp'",
+    ),
+    (
+        "modified by an inplace operation",
+        "score_fn overwrites a tensor that its own derivative needs; make that operation "
+        "out of place, or use mode='jvp'",
+    ),
+    (
+        "(?<!Batching rule )not implemented|must implement|does not support|no .* rule|Trying to use forward AD",
+        "an operator of score_fn has no rule for this mode; use the other one",
+    ),
+)
+
+
+def explained(error: Exception, mode: str, batching: str) -> NotDifferentiableError | None:
+    """Return what an error says about ``mode`` and ``batching``, or None if it says nothing.
+
+    An error of the plain loops that is not known here is the function's own.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, NotDifferentiableError)):
+        return None
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    for pattern, advice in _ADVICE:
+        if re.search(pattern, str(error)):
+            return NotDifferentiableError(
+                f"no derivative by mode='{mode}', batching='{batching}': {advice} "
+                f"(PyTorch: {first_line})"
+            )
+    if batching == "vmap":
+        return NotDifferentiableError(
+            f"no derivative by mode='{mode}', batching='vmap': {first_line}; use batching='loop'"
+        )
+    return None
+
+
+@contextmanager
+def reusable_graphs() -> Iterator[None]:
+    """Compile what is compiled here so that its graph can be gone through more than once.
+
+    For every version since 2.6: ``torch.compile`` otherwise lets a backward pass overwrite the
+    activations, and a second one raises. To be set while the function is compiled, never during
+    the backward pass, where it would switch off that check and nothing else.
+    """
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
 class RefuseCustomOperators(TorchFunctionMode):
     """Raise where an operator of ``torch.library`` would lose a tangent.
 

@@ -19,6 +19,10 @@ Standard normals, streams 1 (probes) and 2 (samplers)
     ``radius = sqrt(-2 ln u_a)``, ``angle = 2 pi u_b``, the cosine first, then the sine, with
     ``u = min(float32(w) * 2**-32 + 2**-33, 1 - 2**-24)``, which lies in (0, 1).
 
+Random permutations of the features, stream 3
+    ``counter = (d // 4, sample, block, 3)``, and word ``d % 4`` is the key of feature d; sorting
+    the features by (key, d) gives the permutation.
+
 This module holds the PyTorch reference of both maps, the Triton functions that the kernels share,
 and the checks of seeds and offsets.
 """
@@ -35,6 +39,7 @@ from hessdiag.kernels._triton import tl, triton
 STREAM_RADEMACHER = 0
 STREAM_PROBES = 1
 STREAM_SAMPLERS = 2
+STREAM_PERMUTATIONS = 3
 
 FEATURES_PER_SIGN_TILE = 8
 PROBES_PER_SIGN_TILE = 16
@@ -217,6 +222,28 @@ def standard_normals(
         angle = (2.0 * math.pi) * uniforms(angle_word)
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(normals, dim=-1).reshape(num_steps, batch, -1)[:, :, :features]
+
+
+def permutation_ranks(
+    seed: Tensor, first_block: int, num_blocks: int, sample_offset: int, batch: int, features: int
+) -> Tensor:
+    """Return the rank of each feature in the random permutations of stream 3.
+
+    Returns:
+        int64, shape (num_blocks, batch, features): each row is a permutation of 0 .. features - 1.
+
+    Example:
+        >>> permutation_ranks(torch.tensor(0), 0, 1, 0, 1, 5)
+        tensor([[[0, 3, 1, 2, 4]]])
+    """
+    device = seed.device
+    blocks = torch.arange(first_block, first_block + num_blocks, device=device)[:, None, None]
+    samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
+    groups = torch.arange(-(-features // 4), device=device)
+    stream = torch.tensor(STREAM_PERMUTATIONS, device=device)
+    words = torch.stack(philox(seed, groups, samples, blocks, stream), dim=-1)
+    keys = words.reshape(num_blocks, batch, -1)[:, :, :features]
+    return keys.argsort(dim=-1, stable=True).argsort(dim=-1)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from hessdiag import kernels
 from hessdiag.kernels import normal, rademacher
-from hessdiag.products import jacobian_products
+from hessdiag.products import JacobianProducts
 from ocm.denoiser import Denoiser, Prediction
 from ocm.heads import CovarianceHead
 from ocm.schedules import per_sample
@@ -81,7 +81,7 @@ def ocm_loss(
         predictions.append(denoiser.predict(x, t))
         return predictions[-1].epsilon
 
-    products = jacobian_products(epsilon, x_t, "vjp")
+    products = JacobianProducts(epsilon, x_t, "vjp")
     probes = rademacher(
         (num_probes, *x_t.shape), seed, sample_offset=sample_offset, device=x_t.device
     )

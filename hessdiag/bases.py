@@ -1,0 +1,79 @@
+"""Orthonormal bases F in which a diagonal is taken: diag(F J F^T)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessdiag.products import Products
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An orthonormal change of basis.
+
+    Attributes:
+        analyse: From (..., *sample_shape) to coefficients of the same shape: F.
+        synthesise: Back: F^T, its inverse.
+
+    Example:
+        >>> flip = Basis(lambda x: x.flip(-1), lambda x: x.flip(-1))
+        >>> flip.analyse(torch.arange(3))
+        tensor([2, 1, 0])
+    """
+
+    analyse: Callable[[Tensor], Tensor]
+    synthesise: Callable[[Tensor], Tensor]
+
+
+def dct(num_axes: int = 2) -> Basis:
+    """Return the orthonormal discrete cosine transform (type II) along the last axes.
+
+    F_kn = sqrt((2 - [k = 0]) / N) cos(pi (n + 1/2) k / N) along each axis of length N.
+
+    Args:
+        num_axes: Number of axes, counted from the last; 2 for images.
+
+    Example:
+        >>> basis = dct()
+        >>> basis.analyse(torch.ones(1, 1, 2, 2)).round(decimals=3) + 0.0
+        tensor([[[[2., 0.],
+                  [0., 0.]]]])
+    """
+    return Basis(
+        lambda x: _along_last_axes(x, num_axes, transpose=False),
+        lambda x: _along_last_axes(x, num_axes, transpose=True),
+    )
+
+
+def _along_last_axes(x: Tensor, num_axes: int, *, transpose: bool) -> Tensor:
+    for axis in range(-num_axes, 0):
+        F = _dct_matrix(x.shape[axis], x.dtype, x.device)
+        x = torch.movedim(torch.movedim(x, axis, -1) @ (F if transpose else F.T), -1, axis)
+    return x
+
+
+def _dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    place = torch.arange(length, dtype=torch.float64, device=device)
+    F = torch.cos(math.pi / length * place[:, None] * (place + 0.5)) * math.sqrt(2.0 / length)
+    F[0] /= math.sqrt(2.0)
+    return F.to(dtype)
+
+
+def in_basis(products: Products, basis: Basis) -> Products:
+    """Return products with F J F^T, or its transpose, from those with J or its transpose.
+
+    Example:
+        >>> flip = Basis(lambda x: x.flip(-1), lambda x: x.flip(-1))
+        >>> in_basis(lambda v: v * torch.tensor([1.0, 2.0]), flip)(torch.ones(1, 1, 2))
+        tensor([[[2., 1.]]])
+    """
+
+    def transformed(probes: Tensor) -> Tensor:
+        return basis.analyse(products(basis.synthesise(probes)))
+
+    return transformed

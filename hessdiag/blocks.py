@@ -1,0 +1,186 @@
+"""Diagonal blocks of the Jacobian: per pixel over channels, or over any partition."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hessdiag.checks import check_batch, check_positive_int
+from hessdiag.kernels import rademacher
+from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.products import JacobianProducts, Mode, ScoreFunction, check_samples_alone
+from hessdiag.streaming import BlockMoments, Chunks, chunk_of
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDiagonalEstimate:
+    """The diagonal blocks of J for each sample, and what stands behind them.
+
+    Attributes:
+        blocks: Shape (B, number of blocks, k, k) with k the size of the largest block. Entry
+            (b, l, i, j) is the derivative of output i of block l with respect to its input j,
+            features in order; zero beyond the size of a smaller block.
+        stderr: Standard error of each entry: zero if exact, infinite from one sign vector.
+        num_probes: Products taken.
+        mode: "vjp" or "jvp".
+        note: What a reader should know of how it was done, or "".
+    """
+
+    blocks: Tensor
+    stderr: Tensor
+    num_probes: int
+    mode: str
+    note: str
+
+
+def block_diagonal(
+    score_fn: ScoreFunction,
+    x: Tensor,
+    *,
+    partition: Tensor | Literal["channels"] = "channels",
+    max_probes: int | None = None,
+    mode: Mode = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    seed: int | Tensor = 0,
+    sample_offset: int = 0,
+) -> BlockDiagonalEstimate:
+    """Compute the diagonal blocks of J of each sample, exactly or with probes.
+
+    With a sign z_l for every block l, probe r of k has z_l at the feature of rank r of every
+    block and zero elsewhere; z_l times its product has column r of block l as its expectation,
+    and the variance of entry (i, r) is the sum of the squares of row i at the features of rank r
+    in the other blocks, over the number of sign vectors. Exactly, with one block at a time, it
+    takes k products for each block.
+
+    Args:
+        score_fn: Maps (B, ...) to (B, ...), each sample alone.
+        x: Where the Jacobian is taken, shape (B, ...).
+        partition: The block of each feature, an integer tensor of the shape of a sample with
+            values 0 .. L - 1; or "channels", for samples (C, ...): a block for each position.
+        max_probes: Most products: ``max_probes // k`` sign vectors; None for the exact blocks.
+        mode: As in :func:`hessdiag.estimate`.
+        chunk_size: Products held in memory at a time.
+        seed: Seed of the signs.
+        sample_offset: Number of the first sample.
+
+    Raises:
+        TypeError: As :func:`hessdiag.estimate`.
+        ValueError: As :func:`hessdiag.estimate`; if the partition does not fit x, has an empty
+            block, or ``max_probes`` is below k.
+
+    Example:
+        >>> A = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 9.0], [9.0, 9.0, 5.0]])
+        >>> partition = torch.tensor([0, 0, 1])
+        >>> block_diagonal(lambda x: x @ A.T, torch.zeros(1, 3), partition=partition).blocks
+        tensor([[[[1., 2.],
+                  [3., 4.]],
+        <BLANKLINE>
+                 [[5., 0.],
+                  [0., 0.]]]])
+    """
+    check_batch("x", x)
+    labels, ranks = _labels_and_ranks(partition, x)
+    num_blocks, size = int(labels.max()) + 1, int(ranks.max()) + 1
+    products, notes = JacobianProducts(score_fn, x, mode), list[str]()
+    if max_probes is None:
+        check_samples_alone(products, x)
+        total, cycle = num_blocks * size, num_blocks
+    else:
+        check_positive_int("max_probes", max_probes)
+        if max_probes < size:
+            raise ValueError(
+                f"max_probes must be at least {size}, the size of the largest block, "
+                f"got {max_probes}"
+            )
+        total, cycle = max_probes // size * size, 1
+        check_counter("sample_offset", sample_offset, len(x))
+    seed = seed_tensor(seed, x.device)
+
+    def draw(first: int, count: int) -> Tensor:
+        """Probe number n: sign vector n // (k * cycle), rank n % k, and if exact one block."""
+        numbers = torch.arange(first, first + count, device=x.device)
+        rank, vector = numbers % size, numbers // (size * cycle)
+        z = rademacher(
+            (int(vector[-1] - vector[0]) + 1, len(x), num_blocks),
+            seed,
+            probe_offset=int(vector[0]),
+            sample_offset=sample_offset,
+            dtype=x.dtype,
+            device=x.device,
+        )
+        signs = z[vector - vector[0]][:, :, labels]
+        mask = ranks == rank[:, None]
+        if cycle > 1:
+            mask &= labels == (numbers // size % cycle)[:, None]
+        return (signs * mask[:, None]).reshape(count, *x.shape)
+
+    def columns(probes: Tensor, taken: Tensor) -> Tensor:
+        """Return z_l (J v) for each feature, z_l read off the probe at the block's feature."""
+        flat = probes.flatten(2)
+        z = flat.new_zeros(*flat.shape[:2], num_blocks).index_add_(2, labels, flat)
+        return z[:, :, labels] * taken.flatten(2)
+
+    # One sum for each rank, each over the probes that belong to it.
+    moments = [BlockMoments(cycle, 1.0, columns) for _ in range(size)]
+    for first, probes, taken in Chunks(draw, products, chunk_of(chunk_size, x), notes).run(total):
+        for offset in range(len(probes)):
+            one = slice(offset, offset + 1)
+            moments[(first + offset) % size].add(first + offset, probes[one], taken[one])
+
+    exact = max_probes is None
+    means, errors = [], []
+    for moment in moments:
+        count, mean, deviations = moment.moments()
+        means.append(mean)
+        error = (deviations / (count * max(1, count - 1))).sqrt()
+        errors.append(error if exact or count > 1 else torch.full_like(error, torch.inf))
+    blocks, stderr = (
+        _gathered(torch.stack(values, dim=-1), labels, ranks, num_blocks, products.mode)
+        for values in (means, errors)
+    )
+    note = "; ".join(products.notes + notes)
+    return BlockDiagonalEstimate(blocks, stderr, total, products.mode, note)
+
+
+def _labels_and_ranks(partition: Tensor | Literal["channels"], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the block of each feature and its rank within that block, flat."""
+    shape = tuple(x.shape[1:])
+    if isinstance(partition, Tensor):
+        if partition.is_floating_point() or partition.shape != shape:
+            raise ValueError(
+                f"partition must be an integer tensor of the shape of a sample, {shape}, got "
+                f"{partition.dtype} of shape {tuple(partition.shape)}"
+            )
+        labels = partition.to(x.device, torch.int64).flatten()
+    elif partition == "channels":
+        if len(shape) < 2:
+            raise ValueError(
+                f"partition='channels' needs x of shape (B, C, ...), got {tuple(x.shape)}"
+            )
+        positions = math.prod(shape[1:])
+        labels = torch.arange(positions, device=x.device).repeat(shape[0])
+    else:
+        raise ValueError(f"partition must be a tensor or 'channels', got {partition!r}")
+    counts = torch.bincount(labels.clamp(min=0)) if len(labels) else labels
+    if len(labels) == 0 or int(labels.min()) < 0 or bool((counts == 0).any()):
+        raise ValueError("partition must have values 0 .. L - 1, each of them at least once")
+    order = labels.argsort(stable=True)
+    starts = counts.cumsum(0) - counts
+    ranks = torch.empty_like(labels)
+    ranks[order] = torch.arange(len(labels), device=x.device) - starts[labels[order]]
+    return labels, ranks
+
+
+def _gathered(columns: Tensor, labels: Tensor, ranks: Tensor, num_blocks: int, mode: str) -> Tensor:
+    """Sort (B, D, k), the products at each feature, into (B, L, k, k)."""
+    size = columns.shape[-1]
+    blocks = columns.new_zeros(len(columns), num_blocks, size, size)
+    blocks[:, labels, ranks] = columns
+    inside = torch.zeros(num_blocks, size, dtype=torch.bool, device=columns.device)
+    inside[labels, ranks] = True
+    blocks = torch.where(inside[:, None, :] & inside[:, :, None], blocks, 0.0)
+    return blocks.mT if mode == "vjp" else blocks

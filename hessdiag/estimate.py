@@ -1,0 +1,311 @@
+"""The diagonal of the Jacobian of a batched function, estimated with standard errors."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hessdiag.bases import Basis, in_basis
+from hessdiag.checks import check_batch, check_positive_int
+from hessdiag.choosing import ProbeName, choose_lanes
+from hessdiag.functions import prepared
+from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.probes import ProbeDesign
+from hessdiag.products import Batching, JacobianProducts, Mode, Products, ScoreFunction
+from hessdiag.streaming import Contribution, Streamed, Tolerance, chunk_of, stream
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalEstimate:
+    """An estimate of diag(J) for each sample, and what stands behind it.
+
+    Attributes:
+        diagonal: Shape (B, ...), in float32, or float64 for float64 inputs.
+        stderr: Standard error of each entry, infinite where it rests on one block of probes. With
+            ``num_blocks`` = n the interval of t quantiles with n - 1 degrees of freedom covers.
+        num_probes: Products taken for each sample, those that measured the decay included; int64
+            of shape (B,).
+        num_blocks: Independent blocks of probes behind each sample; int64 of shape (B,).
+        mode: "vjp" or "jvp".
+        batching: "loop", "vmap" or "fold".
+        note: Which probes were chosen, why a preferred way was not taken, and the like; or "".
+    """
+
+    diagonal: Tensor
+    stderr: Tensor
+    num_probes: Tensor
+    num_blocks: Tensor
+    mode: str
+    batching: str
+    note: str
+
+
+def estimate(
+    score_fn: ScoreFunction,
+    x: Tensor,
+    *,
+    max_probes: int,
+    probes: ProbeName | ProbeDesign = "rademacher",
+    rtol: float | None = None,
+    atol: float | None = None,
+    basis: Basis | None = None,
+    mode: Mode = "auto",
+    batching: Batching = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    compile: bool = False,
+    autocast: torch.dtype | None = None,
+    seed: int | Tensor = 0,
+    sample_offset: int = 0,
+    probe_offset: int = 0,
+) -> DiagonalEstimate:
+    """Estimate diag(J) of each sample, unbiased and with standard errors.
+
+    The estimate is the mean of v * (J v) over the probes v of a design, weighted as the design
+    says; :mod:`hessdiag.probes` has the designs, their variances and sources. Random numbers
+    follow the contract of :mod:`hessdiag.kernels.philox`: the result depends neither on
+    ``chunk_size`` nor on how a batch is split over calls or processes, beyond what the products
+    with J themselves do. ``score_fn`` must act on each sample alone; where it does not, the entry
+    estimated is that of the Jacobian of the whole batch.
+
+    Args:
+        score_fn: Maps (B, ...) to (B, ...), each sample alone. For a Hessian diagonal, the
+            gradient of a function (or use :func:`hessdiag.hessian_diagonal`).
+        x: Where the Jacobian is taken: shape (B, ...), real floating point, finite.
+        max_probes: Most probes for a sample; whole blocks of the design are used.
+        probes: A design of :mod:`hessdiag.probes`, an object of your own with its three methods,
+            or a name:
+
+            - "rademacher", "normal": independent entries.
+            - "coloring": for samples (C, ...) with spatial axes. The stride, among 1, 2, 4, ..., is
+              the best for each sample by the decay that 2 of the probes measure; or, where these
+              are more than 5% of ``max_probes`` or would cost the largest stride its block, the
+              largest that fits.
+            - "orthogonal": two random balanced colorings of as many colors as fit.
+            - "auto": the exact diagonal if ``max_probes`` reaches D; else for images
+              (C, H, W, ...) as "coloring", of stride 2 at least, or "rademacher" where no block
+              fits or where it is measured to be better; else "orthogonal" if that gains more than
+              an eighth; else "rademacher".
+        rtol: Stop a sample's probes once the root mean square of its standard errors is at most
+            atol + rtol * (root mean square of its diagonal). Looked at every 16 probes, or every
+            block of more. Passes go on for the whole batch until its last sample has stopped.
+        atol: The absolute part of that tolerance.
+        basis: Estimate the diagonal of F J F^T for an orthonormal F: a :class:`hessdiag.Basis`,
+            like :func:`hessdiag.dct`.
+        mode: "vjp", reverse mode, one evaluation for all probes; "jvp", forward mode, no
+            activations kept; "auto", reverse mode wherever it works
+            (:class:`hessdiag.products.JacobianProducts`).
+        batching: "loop", "vmap" or "fold" the probes of a chunk, or "auto".
+        chunk_size: Probes held in memory at a time; halved when a GPU runs out of memory.
+        compile: Whether to pass ``score_fn`` through ``torch.compile``; reverse mode only.
+        autocast: Type for ``torch.autocast`` around ``score_fn``, bfloat16 say: the passes run in
+            it, the estimate accumulates in float32.
+        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        sample_offset: Number of the first sample, for a batch that is part of a larger one.
+        probe_offset: Number of the first probe, for an estimate that is continued; a multiple of
+            the design's block.
+
+    Raises:
+        TypeError: If an argument or the output of ``score_fn`` is of the wrong type or dtype.
+        ValueError: If a value is out of range, x is not finite, the design does not fit x or
+            ``max_probes``, or ``score_fn`` returns another shape or does not depend on x.
+
+    Example:
+        >>> import torch, hessdiag
+        >>> A = torch.tensor([[1.0, 0.1], [0.1, 2.0]])
+        >>> result = hessdiag.estimate(lambda x: x @ A, torch.zeros(1, 2), max_probes=64)
+        >>> bool(((result.diagonal - A.diagonal()).abs() < 4 * result.stderr).all())
+        True
+    """
+    check_batch("x", x)
+    score_fn, mode = prepared(score_fn, x, compile=compile, autocast=autocast, mode=mode)
+    products = JacobianProducts(score_fn, x, mode, batching)
+    streamed, notes = estimate_from_products(
+        products if basis is None else in_basis(products, basis),
+        x,
+        max_probes=max_probes,
+        probes=probes,
+        tolerance=tolerance_of(rtol, atol),
+        chunk_size=chunk_size,
+        seed=seed,
+        sample_offset=sample_offset,
+        probe_offset=probe_offset,
+        geometry=basis is None,
+    )
+    return DiagonalEstimate(
+        diagonal=streamed.mean,
+        stderr=streamed.stderr,
+        num_probes=streamed.num_probes,
+        num_blocks=streamed.num_blocks,
+        mode=products.mode,
+        batching=products.batching,
+        note="; ".join(products.notes + notes),
+    )
+
+
+def hutchinson(
+    score_fn: ScoreFunction,
+    x: Tensor,
+    M: int,
+    *,
+    seed: int | Tensor = 0,
+    mode: Mode = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    sample_offset: int = 0,
+    probe_offset: int = 0,
+) -> Tensor:
+    """Estimate diag(J) of each sample with M Rademacher probes.
+
+    The estimate is Hutchinson's, as written for the diagonal by Bekas, Kokiopoulou and Saad
+    (2007),
+
+        d = (1/M) sum_m v_m * (J v_m),    v_m uniform on {-1, +1}^D,
+
+    or the same with the transpose of J. It is unbiased, with variance
+
+        Var[d_i] = (1/M) sum_{j != i} J_ij^2    (forward mode; J_ji^2 in reverse mode).
+
+    This is the shortest call of :func:`estimate`, which has the meaning of every argument, other
+    probes, standard errors and tolerances.
+
+    Args:
+        score_fn: Maps (B, ...) to (B, ...), each sample alone: put modules that couple the batch
+            (BatchNorm) in eval mode.
+        x: Where the Jacobian is taken: shape (B, ...), real floating point, finite.
+        M: Number of probes, at least 1.
+        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        mode: "vjp", "jvp" or "auto".
+        chunk_size: Probes held in memory at a time.
+        sample_offset: Number of the first sample.
+        probe_offset: Number of the first probe.
+
+    Returns:
+        Shape and dtype of ``x``, without a gradient. The mean is kept in float32 or, for float64,
+        in float64.
+
+    Raises:
+        TypeError: As :func:`estimate`.
+        ValueError: As :func:`estimate`.
+
+    Example:
+        >>> import torch, hessdiag
+        >>> x = torch.linspace(0, 1, 6).reshape(2, 3)
+        >>> hessdiag.hutchinson(torch.sin, x, M=1)    # exact: the Jacobian is diagonal
+        tensor([[1.0000, 0.9801, 0.9211],
+                [0.8253, 0.6967, 0.5403]])
+    """
+    check_positive_int("M", M)
+    result = estimate(
+        score_fn,
+        x,
+        max_probes=M,
+        seed=seed,
+        mode=mode,
+        chunk_size=chunk_size,
+        sample_offset=sample_offset,
+        probe_offset=probe_offset,
+    )
+    warn_of(result.note)
+    return result.diagonal.to(x.dtype)
+
+
+def warn_of(note: str) -> None:
+    """Warn of what a result without a note would not tell; nothing if there is nothing."""
+    if note:
+        warnings.warn(note, UserWarning, stacklevel=3)
+
+
+def tolerance_of(rtol: float | None, atol: float | None) -> Tolerance | None:
+    """Return the tolerance, or None if neither part is given.
+
+    Raises:
+        ValueError: If a part is negative, or neither is positive.
+
+    Example:
+        >>> tolerance_of(0.1, None)
+        Tolerance(rtol=0.1, atol=0.0)
+    """
+    if rtol is None and atol is None:
+        return None
+    relative, absolute = rtol or 0.0, atol or 0.0
+    for name, value in (("rtol", relative), ("atol", absolute)):
+        if not value >= 0.0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+    if relative == absolute == 0.0:
+        raise ValueError(
+            "rtol or atol must be positive, got 0: use hessdiag.exact for the diagonal"
+        )
+    return Tolerance(relative, absolute)
+
+
+def estimate_from_products(
+    products: Products,
+    x: Tensor,
+    *,
+    max_probes: int,
+    probes: ProbeName | ProbeDesign,
+    tolerance: Tolerance | None,
+    chunk_size: int | Literal["auto"],
+    seed: int | Tensor,
+    sample_offset: int = 0,
+    probe_offset: int = 0,
+    geometry: bool = True,
+    contribution: Contribution | None = None,
+) -> tuple[Streamed, list[str]]:
+    """Run a design through products with any matrix; the arguments are those of :func:`estimate`.
+
+    Args:
+        products: From probes (m, B, ...) to products of the same shape.
+        x: A tensor of the shape, type and device of one probe.
+        max_probes: Most probes for a sample.
+        probes: Design or its name.
+        tolerance: When to stop.
+        chunk_size: Probes in memory at a time.
+        seed: Seed of the probes.
+        sample_offset: Number of the first sample.
+        probe_offset: Number of the first probe.
+        geometry: Whether neighbours along the axes of x are close, as "auto" supposes of images.
+        contribution: What to average in place of v * (J v).
+
+    Returns:
+        The moments, and what a reader of the result should know.
+    """
+    check_positive_int("max_probes", max_probes)
+    check_counter("probe_offset", probe_offset, max_probes)
+    check_counter("sample_offset", sample_offset, len(x))
+    chunk, seed = chunk_of(chunk_size, x), seed_tensor(seed, x.device)
+    notes: list[str] = []
+    lanes, num_pilots = choose_lanes(products, x, probes, max_probes, tolerance, geometry, notes)
+    for lane in lanes:
+        _check_fit(lane.design, tuple(x.shape[1:]), max_probes, probe_offset)
+    streamed = stream(
+        products,
+        x,
+        lanes,
+        max_probes - num_pilots,
+        seed=seed,
+        chunk=chunk,
+        notes=notes,
+        tolerance=tolerance,
+        contribution=contribution,
+        probe_offset=probe_offset,
+        sample_offset=sample_offset,
+    )
+    return replace(streamed, num_probes=streamed.num_probes + num_pilots), notes
+
+
+def _check_fit(
+    design: ProbeDesign, sample_shape: tuple[int, ...], max_probes: int, probe_offset: int
+) -> None:
+    size = design.block_size(sample_shape)
+    if size > max_probes:
+        raise ValueError(
+            f"max_probes must be at least {size}, a block of {design}, got {max_probes}"
+        )
+    if probe_offset % size:
+        raise ValueError(
+            f"probe_offset must be a multiple of {size}, a block of {design}, got {probe_offset}"
+        )

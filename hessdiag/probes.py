@@ -1,0 +1,360 @@
+"""Probe designs: which vectors v are multiplied with the Jacobian.
+
+Every estimate of diag(J) here is a mean over *blocks* of probes,
+
+    d = weight * sum over the block of v * (J v),
+
+unbiased when weight * E[sum over the block of v v^T] has a diagonal of ones and no other
+expectation. Blocks are independent of each other, probes within a block need not be: a block
+counts as one sample for a standard error. The variance of one entry from N blocks of m probes:
+
+===================  =============================================================================
+``Rademacher``       (1/N) sum_{j != i} J_ij^2                                               m = 1
+``Normal``           (1/N) (2 J_ii^2 + sum_{j != i} J_ij^2)                                  m = 1
+``Coloring``         (1/N) sum_{j != i of the color of i} J_ij^2               m = colors, or more
+``BalancedColoring`` (1/N) (D/m - 1)/(D - 1) sum_{j != i} J_ij^2        m = colors, a divisor of D
+``UnitVectors``      0                                                                       m = D
+===================  =============================================================================
+
+with J_ji in place of J_ij in reverse mode. The general designs are those of Hutchinson (1990),
+Bekas, Kokiopoulou and Saad (2007), and of probing by colorings (Tang and Saad, 2012; with random
+signs, Frommer, Schimmel and Schweitzer, 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hessdiag.checks import check_positive_int
+from hessdiag.hadamard import hadamard, next_order
+from hessdiag.kernels import normal, rademacher
+from hessdiag.kernels.philox import STREAM_PROBES, permutation_ranks, seed_tensor
+
+
+@runtime_checkable
+class ProbeDesign(Protocol):
+    """What ``probes=`` accepts beside its names: any object with these three methods.
+
+    Example:
+        Signs of our own, every probe a block of its own:
+
+        >>> class Spheres:
+        ...     def block_size(self, sample_shape):
+        ...         return 1
+        ...     def weight(self, sample_shape):
+        ...         return 1.0
+        ...     def draw(self, shape, seed, *, probe_offset, sample_offset, dtype, device):
+        ...         v = Normal().draw(shape, seed, probe_offset=probe_offset,
+        ...                           sample_offset=sample_offset, dtype=dtype, device=device)
+        ...         features = v[0, 0].numel()
+        ...         norms = v.flatten(2).norm(dim=2).reshape(*shape[:2], *[1] * (v.dim() - 2))
+        ...         return v * features**0.5 / norms
+        >>> isinstance(Spheres(), ProbeDesign)
+        True
+    """
+
+    def block_size(self, sample_shape: tuple[int, ...]) -> int:
+        """Return the number m of probes in a block, for samples of shape (...)."""
+        ...
+
+    def weight(self, sample_shape: tuple[int, ...]) -> float:
+        """Return the factor of the sum of v * (J v) over a block."""
+        ...
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        seed: Tensor,
+        *,
+        probe_offset: int,
+        sample_offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Return probes number probe_offset .. probe_offset + M - 1, of shape (M, B, ...).
+
+        Each must be a pure function of (seed, sample_offset + b, probe number).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Rademacher:
+    """Independent signs: the smallest variance among independent entries."""
+
+    def block_size(self, sample_shape: tuple[int, ...]) -> int:
+        """Return 1."""
+        return 1
+
+    def weight(self, sample_shape: tuple[int, ...]) -> float:
+        """Return 1."""
+        return 1.0
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        seed: Tensor,
+        *,
+        probe_offset: int,
+        sample_offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Return the signs of :func:`hessdiag.kernels.rademacher`."""
+        return rademacher(
+            shape,
+            seed,
+            probe_offset=probe_offset,
+            sample_offset=sample_offset,
+            dtype=dtype,
+            device=device,
+        )
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Independent standard normals: for comparison, their variance is the larger."""
+
+    def block_size(self, sample_shape: tuple[int, ...]) -> int:
+        """Return 1."""
+        return 1
+
+    def weight(self, sample_shape: tuple[int, ...]) -> float:
+        """Return 1."""
+        return 1.0
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        seed: Tensor,
+        *,
+        probe_offset: int,
+        sample_offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Return the normals of stream 1, the probe number in place of the step."""
+        probes = [
+            normal(
+                shape[1:],
+                seed,
+                step=probe_offset + m,
+                sample_offset=sample_offset,
+                stream=STREAM_PROBES,
+                device=device,
+            )
+            for m in range(shape[0])
+        ]
+        return torch.stack(probes).to(dtype)
+
+
+@dataclass(frozen=True)
+class Coloring:
+    """For images: one sign vector z, taken apart into colors that are far from each other.
+
+    The color of a feature is (position modulo ``stride`` along every spatial axis, channel), so
+    that what couples most, neighbours and channels, never shares a color. With z drawn once a
+    block, probe k of the block is
+
+        one-color form   z on the features of color k, zero elsewhere;    weight 1
+        dense form       z * (row k of a Hadamard matrix, at the colors); weight 1/m
+
+    and the two have the same expectation and the same variance. In the one-color form nothing
+    needs to cancel, which suits low precision; in the dense form each probe is a Rademacher probe
+    of its own, and m is the next order of a Hadamard matrix (12, 48 and 192 for RGB and strides
+    2, 4 and 8: the number of colors itself).
+
+    Attributes:
+        stride: Features of one color are at least this far apart along every axis.
+        dense: Whether to take the dense form.
+
+    Example:
+        >>> Coloring(4).block_size((3, 16, 16)), Coloring(3, dense=True).block_size((3, 16, 16))
+        (48, 32)
+    """
+
+    stride: int
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive_int("stride", self.stride)
+
+    def num_colors(self, sample_shape: tuple[int, ...]) -> int:
+        """Return the number of colors for samples of shape (C, ...)."""
+        channels, *sizes = _image_shape(sample_shape)
+        return channels * math.prod(min(self.stride, size) for size in sizes)
+
+    def colors(self, sample_shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return the color of every feature, an int64 tensor of shape (C, ...).
+
+        Example:
+            >>> Coloring(2).colors((1, 2, 4), torch.device("cpu"))
+            tensor([[[0, 1, 0, 1],
+                     [2, 3, 2, 3]]])
+        """
+        channels, *sizes = _image_shape(sample_shape)
+        color = torch.arange(channels, device=device)
+        for size in sizes:
+            cycle = min(self.stride, size)
+            color = color[..., None] * cycle + torch.arange(size, device=device) % cycle
+        return color
+
+    def block_size(self, sample_shape: tuple[int, ...]) -> int:
+        """Return the number of colors, in the dense form rounded up to a Hadamard order."""
+        colors = self.num_colors(sample_shape)
+        return next_order(colors) if self.dense else colors
+
+    def weight(self, sample_shape: tuple[int, ...]) -> float:
+        """Return 1, in the dense form 1/m."""
+        return 1.0 / self.block_size(sample_shape) if self.dense else 1.0
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        seed: Tensor,
+        *,
+        probe_offset: int,
+        sample_offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Return z times what the form makes of the colors; block b takes sign vector number b."""
+        block, place, z = _block_signs(
+            self, shape, seed, probe_offset, sample_offset, dtype, device
+        )
+        colors = self.colors(shape[2:], device)
+        if self.dense:
+            H = hadamard(self.block_size(shape[2:])).to(device=device, dtype=dtype)
+            patterns = H[place][:, colors]
+        else:
+            patterns = (colors == place.reshape(-1, *[1] * colors.dim())).to(dtype)
+        return z[block] * patterns[:, None]
+
+
+@dataclass(frozen=True)
+class BalancedColoring:
+    """For features without geometry: each block gives them random colors of equal numbers.
+
+    Against as many Rademacher probes the variance is (D - m)/(D - 1), averaged over colorings:
+    little for a few probes, and nothing is left of it at m = D.
+
+    Attributes:
+        num_colors: The number m of colors and probes of a block, at most D.
+    """
+
+    num_colors: int
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_colors", self.num_colors)
+
+    def block_size(self, sample_shape: tuple[int, ...]) -> int:
+        """Return the number of colors.
+
+        Raises:
+            ValueError: If there are more colors than features.
+        """
+        features = math.prod(sample_shape)
+        if self.num_colors > features:
+            raise ValueError(
+                f"num_colors must be at most the number of features, {features}, "
+                f"got {self.num_colors}"
+            )
+        return self.num_colors
+
+    def weight(self, sample_shape: tuple[int, ...]) -> float:
+        """Return 1."""
+        return 1.0
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        seed: Tensor,
+        *,
+        probe_offset: int,
+        sample_offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Return z on the features of one color, zero elsewhere, with z and colors of the block."""
+        block, place, z = _block_signs(
+            self, shape, seed, probe_offset, sample_offset, dtype, device
+        )
+        first, features = probe_offset // self.num_colors, math.prod(shape[2:])
+        ranks = permutation_ranks(
+            seed_tensor(seed, device), first, len(z), sample_offset, shape[1], features
+        )
+        colors = (ranks % self.num_colors).reshape(z.shape)
+        mask = colors[block] == place.reshape(-1, *[1] * (len(shape) - 1))
+        return z[block] * mask.to(dtype)
+
+
+@dataclass(frozen=True)
+class UnitVectors:
+    """The D unit vectors: one block is the exact diagonal."""
+
+    def block_size(self, sample_shape: tuple[int, ...]) -> int:
+        """Return D."""
+        return math.prod(sample_shape)
+
+    def weight(self, sample_shape: tuple[int, ...]) -> float:
+        """Return 1."""
+        return 1.0
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        seed: Tensor,
+        *,
+        probe_offset: int,
+        sample_offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Return unit vectors number probe_offset .., the same ones for every sample."""
+        num_probes, batch, *sample_shape = shape
+        features = math.prod(sample_shape)
+        numbers = torch.arange(probe_offset, probe_offset + num_probes, device=device) % features
+        units = torch.zeros(num_probes, features, dtype=dtype, device=device)
+        units[torch.arange(num_probes, device=device), numbers] = 1.0
+        return units.reshape(num_probes, 1, *sample_shape).repeat(
+            1, batch, *[1] * len(sample_shape)
+        )
+
+
+def _image_shape(sample_shape: Sequence[int]) -> tuple[int, ...]:
+    if len(sample_shape) < 2:
+        raise ValueError(
+            "coloring needs samples of shape (channels, ...) with at least one spatial axis, got "
+            f"{tuple(sample_shape)}; for features without geometry use probes='orthogonal'"
+        )
+    return tuple(sample_shape)
+
+
+def _block_signs(
+    design: ProbeDesign,
+    shape: tuple[int, ...],
+    seed: Tensor,
+    probe_offset: int,
+    sample_offset: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return block and place within it of every probe, and the sign vectors of those blocks."""
+    size = design.block_size(shape[2:])
+    numbers = torch.arange(probe_offset, probe_offset + shape[0], device=device)
+    first, last = probe_offset // size, (probe_offset + shape[0] - 1) // size
+    z = rademacher(
+        (last - first + 1, *shape[1:]),
+        seed,
+        probe_offset=first,
+        sample_offset=sample_offset,
+        dtype=dtype,
+        device=device,
+    )
+    return numbers // size - first, numbers % size, z

@@ -1,0 +1,327 @@
+"""Running a design's probes through the products, a chunk at a time, and keeping the moments.
+
+Nothing here depends on chunk sizes: probes are numbered, sums are taken one probe after the other,
+and a tolerance is looked at after fixed numbers of probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessdiag.checks import check_positive_int
+from hessdiag.kernels import Moments, probe_moments
+from hessdiag.probes import ProbeDesign, Rademacher, UnitVectors
+from hessdiag.products import Products
+
+# A tile of the random-number contract: a smaller chunk makes the same signs more than once.
+_PROBES_PER_TILE = 16
+_MOST_PROBES = 1024
+_ELEMENTS_PER_CHUNK = 2**20
+
+Contribution = Callable[[Tensor, Tensor], Tensor]
+
+
+def chunk_of(chunk_size: int | str | None, x: Tensor) -> int:
+    """Return how many probes to hold in memory at a time, to begin with.
+
+    Args:
+        chunk_size: A number; or "auto" (or None), a multiple of 16 that gives about a million
+            elements, fewer on a GPU whose free memory holds less than 64 times the chunk.
+        x: Where the Jacobian is taken.
+
+    Raises:
+        TypeError: If ``chunk_size`` is neither.
+        ValueError: If it is below 1.
+
+    Example:
+        >>> chunk_of("auto", torch.zeros(8, 3, 32, 32)), chunk_of(5, torch.zeros(2, 2))
+        (32, 5)
+    """
+    if chunk_size is not None and chunk_size != "auto":
+        if isinstance(chunk_size, str):
+            raise TypeError(f"chunk_size must be an int or 'auto', got {chunk_size!r}")
+        check_positive_int("chunk_size", chunk_size)
+        return chunk_size
+    elements = max(1, x.numel())
+    chunk = _ELEMENTS_PER_CHUNK // elements // _PROBES_PER_TILE * _PROBES_PER_TILE
+    chunk = min(max(chunk, _PROBES_PER_TILE), _MOST_PROBES)
+    if x.is_cuda:
+        free, _ = torch.cuda.mem_get_info(x.device)
+        chunk = min(chunk, free // (64 * elements * x.element_size()))
+    return max(1, chunk)
+
+
+@dataclass
+class Chunks:
+    """Draws probes and takes products in chunks, halved whenever memory runs out.
+
+    Attributes:
+        draw: From (first probe, number of probes) to probes of shape (m, B, ...).
+        products: From probes to products.
+        size: Probes of a chunk.
+        notes: What a reader of the result should know.
+    """
+
+    draw: Callable[[int, int], Tensor]
+    products: Products
+    size: int
+    notes: list[str]
+
+    def run(self, total: int, stops: Sequence[int] = ()) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the number of the first probe, the probes and the products of each chunk.
+
+        Args:
+            total: Number of probes.
+            stops: No chunk goes beyond a multiple of any of these.
+
+        Raises:
+            torch.OutOfMemoryError: If not even one probe fits.
+        """
+        first = 0
+        while first < total:
+            count = min(self.size, total - first, *(stop - first % stop for stop in stops))
+            try:
+                probes = self.draw(first, count)
+                products = self.products(probes)
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise
+                self.size = max(1, count // 2)
+                self.notes.append(f"out of memory with {count} probes at a time, now {self.size}")
+                torch.cuda.empty_cache()
+                continue
+            yield first, probes, products
+            first += count
+
+
+class SignMoments:
+    """Moments of v * (J v) for Rademacher probes, which the kernel makes again from the seed."""
+
+    def __init__(self, seed: Tensor, probe_offset: int, sample_offset: int) -> None:
+        self._seed, self._probe_offset, self._sample_offset = seed, probe_offset, sample_offset
+        self._state: Moments | None = None
+
+    def add(self, first: int, probes: Tensor, products: Tensor) -> None:
+        """Take in the products of the probes from number ``first`` on."""
+        self._state = probe_moments(
+            products,
+            self._seed,
+            state=self._state,
+            probe_offset=self._probe_offset + first,
+            sample_offset=self._sample_offset,
+        )
+
+    def moments(self) -> Moments:
+        """Return the moments so far."""
+        assert self._state is not None
+        return self._state
+
+
+class BlockMoments:
+    """Moments over blocks of a design, by Welford's recurrence.
+
+    Args:
+        block_size: Probes of a block.
+        weight: Factor of a block's sum.
+        contribution: What is summed, from probes and products of shape (m, B, ...); by default
+            their product.
+    """
+
+    def __init__(
+        self, block_size: int, weight: float, contribution: Contribution = torch.mul
+    ) -> None:
+        self._block_size, self._weight, self._contribution = block_size, weight, contribution
+        self._in_block = 0
+        self._sum: Tensor | None = None
+        self._moments: Moments | None = None
+
+    def add(self, first: int, probes: Tensor, products: Tensor) -> None:
+        """Take in the products of the probes from number ``first`` on."""
+        dtype = torch.promote_types(products.dtype, torch.float32)
+        # One probe after the other, so that chunks do not change the order of the sums.
+        for y in self._contribution(probes.to(dtype), products.to(dtype)):
+            self._sum = y if self._sum is None else self._sum + y
+            self._in_block += 1
+            if self._in_block == self._block_size:
+                self._add_block(self._weight * self._sum)
+                self._in_block, self._sum = 0, None
+
+    def _add_block(self, y: Tensor) -> None:
+        if self._moments is None:
+            self._moments = Moments(1, y, torch.zeros_like(y))
+            return
+        count, mean, deviations = self._moments
+        delta = y - mean
+        mean = mean + delta / (count + 1)
+        self._moments = Moments(count + 1, mean, deviations + delta * (y - mean))
+
+    def moments(self) -> Moments:
+        """Return the moments over the complete blocks so far."""
+        assert self._moments is not None
+        return self._moments
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """When a sample's estimate is good enough.
+
+    The root mean square of its standard errors is at most atol + rtol * that of its estimate.
+
+    Attributes:
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+    """
+
+    rtol: float
+    atol: float
+
+    def reached(self, mean: Tensor, standard_error: Tensor) -> Tensor:
+        """Return for each sample whether the tolerance is reached, shape (B,)."""
+        bound = self.atol + self.rtol * _root_mean_square(mean)
+        return _root_mean_square(standard_error) <= bound
+
+
+@dataclass(frozen=True)
+class Lane:
+    """The samples of a batch that share a design.
+
+    Attributes:
+        design: Their design.
+        samples: Which they are, a boolean tensor of shape (B,); None for all.
+    """
+
+    design: ProbeDesign
+    samples: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Moments of every sample, and what they cost.
+
+    Attributes:
+        mean: The estimate, shape (B, ...).
+        stderr: Its standard error, infinite where there is only one block.
+        num_blocks: Independent blocks, int64 of shape (B,).
+        num_probes: Probes, int64 of shape (B,).
+    """
+
+    mean: Tensor
+    stderr: Tensor
+    num_blocks: Tensor
+    num_probes: Tensor
+
+
+def stream(
+    products: Products,
+    x: Tensor,
+    lanes: list[Lane],
+    max_probes: int,
+    *,
+    seed: Tensor,
+    chunk: int,
+    notes: list[str],
+    tolerance: Tolerance | None = None,
+    contribution: Contribution | None = None,
+    probe_offset: int = 0,
+    sample_offset: int = 0,
+) -> Streamed:
+    """Return the moments over as many whole blocks of each lane's design as ``max_probes`` holds.
+
+    Args:
+        products: From probes (m, B, ...) to products of the same shape.
+        x: A tensor of the shape, type and device of one probe.
+        lanes: Designs and their samples, each sample in one lane.
+        max_probes: Most probes a sample may have; at least one block.
+        seed: Seed, on the device of x.
+        chunk: Probes in memory at a time, to begin with.
+        notes: Takes what a reader of the result should know.
+        tolerance: If given, a sample's result is that of the first look at which it reached it.
+        contribution: What to average, from probes and products; None for v * (J v).
+        probe_offset: Number of the first probe, a multiple of every block.
+        sample_offset: Number of the first sample.
+    """
+    shape = tuple(x.shape[1:])
+    sizes = [lane.design.block_size(shape) for lane in lanes]
+    totals = [max_probes // size * size for size in sizes]
+    moments = [
+        SignMoments(seed, probe_offset, sample_offset)
+        if isinstance(lane.design, Rademacher) and contribution is None
+        else BlockMoments(size, lane.design.weight(shape), contribution or torch.mul)
+        for lane, size in zip(lanes, sizes, strict=True)
+    ]
+
+    def draw(first: int, count: int) -> Tensor:
+        probes: Tensor | None = None
+        for lane in lanes:
+            drawn = lane.design.draw(
+                (count, *x.shape),
+                seed,
+                probe_offset=probe_offset + first,
+                sample_offset=sample_offset,
+                dtype=x.dtype,
+                device=x.device,
+            )
+            probes = drawn if probes is None else torch.where(_over(lane, drawn), drawn, probes)
+        assert probes is not None
+        return probes
+
+    # Looks at whole tiles for designs of single probes, at every block for larger ones.
+    looks = [size * -(-_PROBES_PER_TILE // size) for size in sizes]
+    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    result: Streamed | None = None
+    chunks = Chunks(draw, products, chunk, notes)
+    for first, probes, taken in chunks.run(max(totals), looks if tolerance else ()):
+        end = first + len(probes)
+        for lane, total, look, moment in zip(lanes, totals, looks, moments, strict=True):
+            if first >= total:
+                continue
+            moment.add(first, probes[: total - first], taken[: total - first])
+            ended = end >= total
+            if not ended and (tolerance is None or end % look):
+                continue
+            exact = isinstance(lane.design, UnitVectors)
+            now = _standardised(moment.moments(), min(end, total), exact)
+            finished = ~done if lane.samples is None else ~done & lane.samples
+            if not ended and tolerance is not None:
+                finished &= tolerance.reached(now.mean, now.stderr)
+            result = now if result is None else _where(finished, now, result)
+            done |= finished
+        if tolerance and bool(done.all()):
+            break
+    assert result is not None
+    return result
+
+
+def _standardised(moments: Moments, num_probes: int, exact: bool) -> Streamed:
+    count, mean, deviations = moments
+    if exact:
+        stderr = torch.zeros_like(mean)
+    elif count > 1:
+        stderr = (deviations / (count * (count - 1))).sqrt()
+    else:
+        stderr = torch.full_like(mean, torch.inf)
+    numbers = torch.ones(len(mean), dtype=torch.int64, device=mean.device)
+    return Streamed(mean, stderr, count * numbers, num_probes * numbers)
+
+
+def _where(samples: Tensor, new: Streamed, old: Streamed) -> Streamed:
+    chosen = samples.reshape(-1, *[1] * (new.mean.dim() - 1))
+    return Streamed(
+        torch.where(chosen, new.mean, old.mean),
+        torch.where(chosen, new.stderr, old.stderr),
+        torch.where(samples, new.num_blocks, old.num_blocks),
+        torch.where(samples, new.num_probes, old.num_probes),
+    )
+
+
+def _over(lane: Lane, probes: Tensor) -> Tensor:
+    assert lane.samples is not None
+    return lane.samples.reshape(-1, *[1] * (probes.dim() - 2))
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.flatten(1).square().mean(dim=1).sqrt()

@@ -1,0 +1,108 @@
+"""The trace of the Jacobian of each sample, with a standard error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from hessdiag.checks import check_batch
+from hessdiag.choosing import ProbeName
+from hessdiag.estimate import estimate_from_products, tolerance_of
+from hessdiag.probes import ProbeDesign
+from hessdiag.products import JacobianProducts, Mode, ScoreFunction
+
+
+@dataclass(frozen=True, eq=False)
+class TraceEstimate:
+    """An estimate of tr(J) for each sample, and what stands behind it.
+
+    Attributes:
+        trace: Shape (B,), in float32, or float64 for float64 inputs.
+        stderr: Its standard error, shape (B,); infinite where it rests on one block of probes.
+        num_probes: Products taken for each sample, shape (B,).
+        num_blocks: Independent blocks of probes behind each sample, shape (B,).
+        mode: "vjp" or "jvp".
+        batching: "loop", "vmap" or "fold".
+        note: What a reader should know of how it was done, or "".
+    """
+
+    trace: Tensor
+    stderr: Tensor
+    num_probes: Tensor
+    num_blocks: Tensor
+    mode: str
+    batching: str
+    note: str
+
+
+def trace(
+    score_fn: ScoreFunction,
+    x: Tensor,
+    *,
+    max_probes: int,
+    probes: ProbeName | ProbeDesign = "rademacher",
+    rtol: float | None = None,
+    atol: float | None = None,
+    mode: Mode = "auto",
+    chunk_size: int | Literal["auto"] = "auto",
+    seed: int | Tensor = 0,
+    sample_offset: int = 0,
+    probe_offset: int = 0,
+) -> TraceEstimate:
+    """Estimate tr(J) of each sample as the mean of v^T J v (Hutchinson, 1990).
+
+    For Rademacher probes the variance is (1/M) sum_{i < j} (J_ij + J_ji)^2. This is the divergence
+    of ``score_fn``, as continuous normalising flows and score matching need it.
+
+    Args:
+        score_fn: Maps (B, ...) to (B, ...), each sample alone.
+        x: Where the Jacobian is taken, shape (B, ...).
+        max_probes: Most probes for a sample.
+        probes: As in :func:`hessdiag.estimate`.
+        rtol: Stop once the standard error is at most atol + rtol * |trace|.
+        atol: The absolute part of that tolerance.
+        mode: As in :func:`hessdiag.estimate`.
+        chunk_size: Probes held in memory at a time.
+        seed: Seed of the probes.
+        sample_offset: Number of the first sample.
+        probe_offset: Number of the first probe.
+
+    Raises:
+        TypeError: As :func:`hessdiag.estimate`.
+        ValueError: As :func:`hessdiag.estimate`.
+
+    Example:
+        >>> import torch
+        >>> trace(torch.sin, torch.zeros(1, 3), max_probes=2).trace    # cos(0) three times
+        tensor([3.])
+    """
+    check_batch("x", x)
+    products = JacobianProducts(score_fn, x, mode)
+    streamed, notes = estimate_from_products(
+        products,
+        x,
+        max_probes=max_probes,
+        probes=probes,
+        tolerance=tolerance_of(rtol, atol),
+        chunk_size=chunk_size,
+        seed=seed,
+        sample_offset=sample_offset,
+        probe_offset=probe_offset,
+        contribution=_quadratic_forms,
+    )
+    return TraceEstimate(
+        trace=streamed.mean,
+        stderr=streamed.stderr,
+        num_probes=streamed.num_probes,
+        num_blocks=streamed.num_blocks,
+        mode=products.mode,
+        batching=products.batching,
+        note="; ".join(products.notes + notes),
+    )
+
+
+def _quadratic_forms(probes: Tensor, products: Tensor) -> Tensor:
+    """Return v^T J v, shape (m, B)."""
+    return (probes * products).flatten(2).sum(dim=2)
