@@ -1,10 +1,10 @@
-"""Which design a name stands for, and which stride a coloring has.
+"""Which design a name stands for, and how many colors a coloring has.
 
-The stride follows the measured decay of the Jacobian. A coloring of stride s leaves the energy
-E_s = sum of J_ij^2 over the other features j of the color of i. A few rows of J (columns in forward
-mode), at features spread over the sample, show E_s for every s at once, and with it the variance
-that N blocks of any stride would have: E_s / N. The choice is made for each sample alone, so that
-it does not depend on the batch it comes in.
+That number follows the measured decay of the Jacobian. A coloring leaves the energy E = sum of
+J_ij^2 over the other features j of the color of i. A few rows of J (columns in forward mode), at
+features spread over the sample, show E for any number of colors, and with it the variance that N
+blocks of them would have: E / N. The choice is made for each sample alone, so that it does not
+depend on the batch it comes in.
 """
 
 from __future__ import annotations
@@ -87,7 +87,18 @@ def choose_lanes(
         if not _is_image(x, geometry):
             gain = 8 * (max_probes // 2) > features
             return (_balanced_lane(x, max_probes, notes) if gain else [Lane(Rademacher())]), 0
-    return _measured_lanes(products, x, probes, max_probes, tolerance, geometry, notes)
+    designs: list[ProbeDesign] = []
+    if probes == "coloring" or _is_image(x, geometry):
+        designs = [*_colorings(max_probes, features, tolerance)]
+    if NUM_PILOTS > _MOST_FOR_PILOTS * max_probes or len(x) == 0:
+        design = designs[0] if designs else Rademacher()
+        notes.append(str(design))
+        return [Lane(design)], 0
+    rest = max_probes - NUM_PILOTS
+    designs = [*_colorings(rest, features, tolerance)] if designs else []
+    if probes == "auto":
+        designs += [Rademacher(), *([UnitVectors()] if features <= rest else [])]
+    return _measured_lanes(products, x, designs, rest, tolerance, notes), NUM_PILOTS
 
 
 def _balanced_lane(x: Tensor, max_probes: int, notes: list[str]) -> list[Lane]:
@@ -97,46 +108,27 @@ def _balanced_lane(x: Tensor, max_probes: int, notes: list[str]) -> list[Lane]:
     return [Lane(design)]
 
 
+def _colorings(max_probes: int, features: int, tolerance: Tolerance | None) -> list[Coloring]:
+    """Return the colorings to choose from, the one for when nothing is measured first."""
+    blocks = [1, 2, 4] if tolerance is None else [2 ** (k + 1) for k in range(8)]
+    numbers = [min(features, max_probes // count) for count in blocks]
+    return [Coloring(number) for number in dict.fromkeys(numbers) if number > 0] or [Coloring(1)]
+
+
 def _measured_lanes(
     products: Products,
     x: Tensor,
-    probes: ProbeName,
+    designs: list[ProbeDesign],
     max_probes: int,
     tolerance: Tolerance | None,
-    geometry: bool,
     notes: list[str],
-) -> tuple[list[Lane], int]:
-    """Choose for each sample among the colorings that fit, and for "auto" what else there is."""
-    shape, features = tuple(x.shape[1:]), max(1, x[:1].numel())
-    blocks, rest = 2 if tolerance else 1, max_probes - NUM_PILOTS
-    others: list[ProbeDesign] = []
-    fitting: list[Coloring] = []
-    measurable: list[Coloring] = []
-    if probes == "auto":
-        others = [Rademacher(), *([UnitVectors()] if features <= rest else [])]
-    if probes == "coloring" or _is_image(x, geometry):
-        # Channels apart and nothing else does not always pay: "auto" takes it only when measured.
-        least = 1 if probes == "coloring" else 2
-        fitting = colorings_within(shape, max_probes // blocks, least)
-        measurable = colorings_within(shape, rest // blocks)
-    designs: list[ProbeDesign] = [*others, *measurable]
-    affordable = NUM_PILOTS <= _MOST_FOR_PILOTS * max_probes
-    if fitting and (not affordable or fitting[-1] not in measurable):
-        notes.append(f"{fitting[-1]}, the largest that fits, its decay not measured")
-        return [Lane(fitting[-1])], 0
-    if not fitting and probes == "coloring":
-        raise ValueError(
-            f"max_probes must be at least {blocks * shape[0]} for probes='coloring', "
-            f"{'two colors' if tolerance else 'a color'} for each channel, got {max_probes}"
-        )
-    if not affordable or len(designs) == 1 or len(x) == 0:
-        return [Lane(designs[0])], 0
-    decay = measure_decay(products, x, designs)
-    chosen = choose(decay, designs, shape, max_probes - NUM_PILOTS, tolerance)
-    lanes = [Lane(designs[k], chosen == k) for k in sorted(set(chosen.tolist()))]
-    counts = [f"{design} for {int((chosen == k).sum())}" for k, design in enumerate(designs)]
+) -> list[Lane]:
+    shape = tuple(x.shape[1:])
+    chosen = choose(measure_decay(products, x, designs), designs, shape, max_probes, tolerance)
+    numbers = sorted(set(chosen.tolist()))
+    counts = [f"{designs[k]} for {int((chosen == k).sum())}" for k in numbers]
     notes.append(f"samples by the decay that {NUM_PILOTS} products show: {', '.join(counts)}")
-    return lanes, NUM_PILOTS
+    return [Lane(designs[k], chosen == k) for k in numbers]
 
 
 def _is_image(x: Tensor, geometry: bool) -> bool:
@@ -154,22 +146,6 @@ class Decay:
 
     energy: Tensor
     diagonal: Tensor
-
-
-def colorings_within(
-    sample_shape: tuple[int, ...], max_probes: int, least: int = 1
-) -> list[Coloring]:
-    """Return the colorings of strides 1, 2, 4, ... from ``least`` on whose block fits.
-
-    Example:
-        >>> [coloring.stride for coloring in colorings_within((3, 16, 16), 50)]
-        [1, 2, 4]
-    """
-    strides = [least]
-    while strides[-1] < max(sample_shape[1:]):
-        strides.append(2 * strides[-1])
-    colorings = [Coloring(stride) for stride in strides]
-    return [c for c in colorings if c.num_colors(sample_shape) <= max_probes]
 
 
 def measure_decay(products: Products, x: Tensor, designs: list[ProbeDesign]) -> Decay:

@@ -22,8 +22,8 @@ class NotDifferentiableError(ValueError):
     """The derivative of ``score_fn`` at x cannot be had in the chosen mode."""
 
 
-# What PyTorch raises where a derivative cannot be had has no type of its own: a part of the message,
-# and what to do about it.
+# What PyTorch raises where a derivative cannot be had has no type of its own: a part of the
+# message, and what to do about it.
 _ADVICE = (
     (
         "mutate a captured Tensor|inplace arithmetic|vmap: .* is not possible because there exists",
@@ -32,7 +32,7 @@ _ADVICE = (
     ),
     (
         "use_reentrant=True",
-        "score_fn uses reentrant checkpointing; use torch.utils.checkpoint with use_reentrant=False",
+        "score_fn uses reentrant checkpointing; give torch.utils.checkpoint use_reentrant=False",
     ),
     (
         "must override the setup_context",
@@ -50,7 +50,7 @@ _ADVICE = (
         "out of place, or use mode='jvp'",
     ),
     (
-        "(?<!Batching rule )not implemented|must implement|does not support|no .* rule|Trying to use forward AD",
+        "(?<!Batching rule )not implemented|must implement|Trying to use forward AD",
         "an operator of score_fn has no rule for this mode; use the other one",
     ),
 )

@@ -80,15 +80,16 @@ def estimate(
             or a name:
 
             - "rademacher", "normal": independent entries.
-            - "coloring": for samples (C, ...) with spatial axes. The stride, among 1, 2, 4, ..., is
-              the best for each sample by the decay that 2 of the probes measure; or, where these
-              are more than 5% of ``max_probes`` or would cost the largest stride its block, the
-              largest that fits.
+            - "coloring": for samples (C, ...) with spatial axes. One block of ``max_probes``
+              colors, or smaller ones where a sample's decay, measured with 2 of the probes, says
+              that these are better or reach the tolerance sooner. Not measured where 2 are more
+              than 5% of ``max_probes``.
             - "orthogonal": two random balanced colorings of as many colors as fit.
             - "auto": the exact diagonal if ``max_probes`` reaches D; else for images
-              (C, H, W, ...) as "coloring", of stride 2 at least, or "rademacher" where no block
-              fits or where it is measured to be better; else "orthogonal" if that gains more than
-              an eighth; else "rademacher".
+              (C, H, W, ...) as "coloring", or "rademacher" where that is measured to be better;
+              else "orthogonal" if that gains more than an eighth; else "rademacher". For the
+              least variance it takes one block, which leaves no standard error, unless there is
+              a tolerance to reach.
         rtol: Stop a sample's probes once the root mean square of its standard errors is at most
             atol + rtol * (root mean square of its diagonal). Looked at every 16 probes, or every
             block of more. Passes go on for the whole batch until its last sample has stopped.

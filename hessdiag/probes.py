@@ -24,7 +24,6 @@ signs, Frommer, Schimmel and Schweitzer, 2023).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -34,7 +33,8 @@ from torch import Tensor
 from hessdiag.checks import check_positive_int
 from hessdiag.hadamard import hadamard, next_order
 from hessdiag.kernels import normal, rademacher
-from hessdiag.kernels.philox import STREAM_PROBES, permutation_ranks, seed_tensor
+from hessdiag.kernels.philox import STREAM_PROBES, permutation_ranks, seed_tensor, standard_normals
+from hessdiag.lattices import lattice_colors
 
 
 @runtime_checkable
@@ -140,7 +140,13 @@ class Normal:
         device: torch.device,
     ) -> Tensor:
         """Return the normals of stream 1, the probe number in place of the step."""
-        probes = [
+        if device.type != "cuda":
+            features = math.prod(shape[2:])
+            probes = standard_normals(
+                seed, STREAM_PROBES, probe_offset, shape[0], sample_offset, shape[1], features
+            )
+            return probes.reshape(shape).to(dtype)
+        steps = [
             normal(
                 shape[1:],
                 seed,
@@ -151,64 +157,60 @@ class Normal:
             )
             for m in range(shape[0])
         ]
-        return torch.stack(probes).to(dtype)
+        return torch.stack(steps).to(dtype)
 
 
 @dataclass(frozen=True)
 class Coloring:
-    """For images: one sign vector z, taken apart into colors that are far from each other.
+    """For images: one sign vector z, taken apart into colors whose features are far apart.
 
-    The color of a feature is (position modulo ``stride`` along every spatial axis, channel), so
-    that what couples most, neighbours and channels, never shares a color. With z drawn once a
-    block, probe k of the block is
+    The colors are those of :mod:`hessdiag.lattices`, any number of them: what couples most,
+    neighbours and the channels of a pixel, never shares a color. With z drawn once a block, probe
+    k of the block is
 
         one-color form   z on the features of color k, zero elsewhere;    weight 1
         dense form       z * (row k of a Hadamard matrix, at the colors); weight 1/m
 
     and the two have the same expectation and the same variance. In the one-color form nothing
-    needs to cancel, which suits low precision; in the dense form each probe is a Rademacher probe
-    of its own, and m is the next order of a Hadamard matrix (12, 48 and 192 for RGB and strides
-    2, 4 and 8: the number of colors itself).
+    needs to cancel, which suits low precision, and m is the number of colors; in the dense form
+    each probe is a Rademacher probe of its own, and m is the next order of a Hadamard matrix.
 
     Attributes:
-        stride: Features of one color are at least this far apart along every axis.
+        num_colors: At most D.
         dense: Whether to take the dense form.
 
     Example:
-        >>> Coloring(4).block_size((3, 16, 16)), Coloring(3, dense=True).block_size((3, 16, 16))
+        >>> Coloring(48).block_size((3, 16, 16)), Coloring(27, dense=True).block_size((3, 16, 16))
         (48, 32)
     """
 
-    stride: int
+    num_colors: int
     dense: bool = False
 
     def __post_init__(self) -> None:
-        check_positive_int("stride", self.stride)
+        check_positive_int("num_colors", self.num_colors)
 
-    def num_colors(self, sample_shape: tuple[int, ...]) -> int:
-        """Return the number of colors for samples of shape (C, ...)."""
-        channels, *sizes = _image_shape(sample_shape)
-        return channels * math.prod(min(self.stride, size) for size in sizes)
-
-    def colors(self, sample_shape: tuple[int, ...], device: torch.device) -> Tensor:
+    def colors(self, sample_shape: tuple[int, ...], device: torch.device | str) -> Tensor:
         """Return the color of every feature, an int64 tensor of shape (C, ...).
 
-        Example:
-            >>> Coloring(2).colors((1, 2, 4), torch.device("cpu"))
-            tensor([[[0, 1, 0, 1],
-                     [2, 3, 2, 3]]])
+        Raises:
+            ValueError: If a sample has no spatial axis.
         """
-        channels, *sizes = _image_shape(sample_shape)
-        color = torch.arange(channels, device=device)
-        for size in sizes:
-            cycle = min(self.stride, size)
-            color = color[..., None] * cycle + torch.arange(size, device=device) % cycle
-        return color
+        if len(sample_shape) < 2:
+            raise ValueError(
+                "coloring needs samples of shape (channels, ...) with a spatial axis, got "
+                f"{tuple(sample_shape)}; for features without geometry use 'orthogonal'"
+            )
+        return lattice_colors(self.num_colors, tuple(sample_shape), device)
 
     def block_size(self, sample_shape: tuple[int, ...]) -> int:
-        """Return the number of colors, in the dense form rounded up to a Hadamard order."""
-        colors = self.num_colors(sample_shape)
-        return next_order(colors) if self.dense else colors
+        """Return the number of colors, in the dense form rounded up to a Hadamard order.
+
+        Raises:
+            ValueError: If there are more colors than features.
+        """
+        _check_colors(self.num_colors, sample_shape)
+        return next_order(self.num_colors) if self.dense else self.num_colors
 
     def weight(self, sample_shape: tuple[int, ...]) -> float:
         """Return 1, in the dense form 1/m."""
@@ -259,12 +261,7 @@ class BalancedColoring:
         Raises:
             ValueError: If there are more colors than features.
         """
-        features = math.prod(sample_shape)
-        if self.num_colors > features:
-            raise ValueError(
-                f"num_colors must be at most the number of features, {features}, "
-                f"got {self.num_colors}"
-            )
+        _check_colors(self.num_colors, sample_shape)
         return self.num_colors
 
     def weight(self, sample_shape: tuple[int, ...]) -> float:
@@ -327,13 +324,12 @@ class UnitVectors:
         )
 
 
-def _image_shape(sample_shape: Sequence[int]) -> tuple[int, ...]:
-    if len(sample_shape) < 2:
+def _check_colors(num_colors: int, sample_shape: tuple[int, ...]) -> None:
+    features = math.prod(sample_shape)
+    if num_colors > max(1, features):
         raise ValueError(
-            "coloring needs samples of shape (channels, ...) with at least one spatial axis, got "
-            f"{tuple(sample_shape)}; for features without geometry use probes='orthogonal'"
+            f"num_colors must be at most the number of features, {features}, got {num_colors}"
         )
-    return tuple(sample_shape)
 
 
 def _block_signs(

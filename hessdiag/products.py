@@ -43,7 +43,6 @@ Mode = Literal["auto", "vjp", "jvp"]
 Batching = Literal["auto", "loop", "vmap", "fold"]
 
 
-
 class JacobianProducts:
     """Probes v, of shape (m, B, ...), to products of the same shape, by the first way that works.
 

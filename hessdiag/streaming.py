@@ -324,4 +324,4 @@ def _over(lane: Lane, probes: Tensor) -> Tensor:
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
-    return values.flatten(1).square().mean(dim=1).sqrt()
+    return values.reshape(len(values), -1).square().mean(dim=1).sqrt()

@@ -177,7 +177,10 @@ CASES = {
     "activation over what the derivative needs": (
         lambda: nn.Sequential(nn.Linear(12, 12), nn.Sigmoid(), nn.ReLU(inplace=True)),
         (2, 12),
-        {f"vjp {batching}": "out of place, or use mode='jvp'" for batching in ("loop", "vmap", "fold")},
+        {
+            f"vjp {batching}": "out of place, or use mode='jvp'"
+            for batching in ("loop", "vmap", "fold")
+        },
     ),
     "torch.compile, aot_eager": (lambda: compiled("aot_eager"), (2, 12), {}),
     "torch.compile, inductor": (
@@ -270,7 +273,7 @@ def test_exact_in_auto_mode(functions, name):
     score_fn, x, J = functions(name)
     torch.manual_seed(5)
     if name == "BatchNorm, train":
-        with pytest.raises(ValueError, match="couples the samples of a batch.*eval mode"):
+        with pytest.raises(ValueError, match=r"couples the samples of a batch.*eval mode"):
             hessdiag.exact(score_fn, x)
         return
     if name == "reentrant checkpoint":
@@ -287,12 +290,12 @@ def test_exact_in_auto_mode(functions, name):
 
 
 def test_a_module_compiled_and_trained_before(functions):
-    """Its backward pass may overwrite the activations: PyTorch raises, and so forward mode it is."""
+    """Its backward pass may overwrite the activations: PyTorch raises, so it is forward mode."""
     torch.compiler.reset()
     module = torch.compile(mlp())
     x = torch.randn(2, 12, requires_grad=True)
     module(x).sum().backward()
-    with pytest.raises(NotDifferentiableError, match="donated_buffer = False.*or use mode='jvp'"):
+    with pytest.raises(NotDifferentiableError, match=r"donated_buffer = False.*or use mode='jvp'"):
         hessdiag.exact(module, x.detach(), mode="vjp")
     result = hessdiag.estimate(module, x.detach(), max_probes=12, probes="auto")
     assert result.mode == "jvp"

@@ -181,7 +181,9 @@ class TestAuto:
     def test_it_warns_when_it_takes_forward_mode(self, matrix):
         score_fn = torch.no_grad()(linear(matrix))
         x = torch.randn(2, 24)
-        with pytest.warns(UserWarning, match="not mode='vjp': the output of score_fn has no backward"):
+        with pytest.warns(
+            UserWarning, match="not mode='vjp': the output of score_fn has no backward"
+        ):
             result = hessdiag.hutchinson(score_fn, x, 3)
         torch.testing.assert_close(result, hessdiag.hutchinson(linear(matrix), x, 3, mode="jvp"))
 
