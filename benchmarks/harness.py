@@ -15,6 +15,21 @@ from ocm.environment import Row
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What every suite is told.
+
+    Attributes:
+        device: Where to measure.
+        quick: Fewer rounds and sizes.
+        data: Directory of CIFAR-10, for the suites that train on images.
+    """
+
+    device: torch.device
+    quick: bool
+    data: Path
+
+
+@dataclass(frozen=True)
 class Timing:
     """Seconds of one candidate over the rounds of a run."""
 

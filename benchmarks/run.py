@@ -11,10 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from harness import write
-from suites import kernels, machine_code, products
+from harness import Setting, write
+from suites import estimators, kernels, machine_code, products
 
 SUITES = {
+    "estimators": estimators,
     "kernels": kernels,
     "machine_code": machine_code,
     "products": products,
@@ -32,11 +33,18 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/benchmarks"), help="directory for JSON and Markdown"
     )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=Path("../shared/data/cifar10"),
+        help="directory with train.parquet and test.parquet of CIFAR-10; digits where it is absent",
+    )
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"error: --device {arguments.device} needs a CUDA device, and there is none")
     suite = SUITES[arguments.suite]
-    record, table = suite.run(torch.device(arguments.device), arguments.quick)
+    setting = Setting(torch.device(arguments.device), arguments.quick, arguments.data)
+    record, table = suite.run(setting)
     write(arguments.out, arguments.suite, record, table)
     if hasattr(suite, "plot"):
         suite.plot(record, arguments.out / f"{arguments.suite}.png")

@@ -22,6 +22,7 @@ from ocm.training import TrainingSettings, train_denoiser
 
 SIZE = 16
 _NUM_TRAIN, _NUM_TEST = 10_000, 64
+_NUM_STEPS = 3000
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
         data: Directory with train.parquet and test.parquet of CIFAR-10; digits if there is none.
         cache: Directory of the cache.
         device: Where to train it and leave it.
-        quick: A tenth of the steps.
+        quick: A tenth of the steps, unless the cache holds the rest.
     """
     if (data / "train.parquet").exists():
         name = f"cifar10-{SIZE}x{SIZE}"
@@ -56,9 +57,14 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
         print(f"no train.parquet in {data}: the U-Net is trained on digits")
         name, images = "digits", digits()
         train, test = images.train, images.test[:_NUM_TEST]
-    settings = TrainingSettings(num_steps=300 if quick else 3000)
     denoiser = Denoiser(small_unet(tuple(train.shape[1:])), cosine())
-    file = cache / f"unet-{name}-cosine-{settings.num_steps}-steps.safetensors"
+
+    def cached(num_steps: int) -> Path:
+        return cache / f"unet-{name}-cosine-{num_steps}-steps.safetensors"
+
+    short = quick and not cached(_NUM_STEPS).exists()
+    settings = TrainingSettings(num_steps=_NUM_STEPS // 10 if short else _NUM_STEPS)
+    file = cached(settings.num_steps)
     if file.exists():
         denoiser.unet.load_state_dict(load_file(file))
     else:

@@ -32,6 +32,7 @@ ProbeName = Literal["rademacher", "normal", "orthogonal", "coloring", "auto"]
 # Rows that measure the decay, and the part of all probes that they may be.
 NUM_PILOTS = 2
 _MOST_FOR_PILOTS = 0.05
+_CLEARLY_BETTER = 2.0
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -189,8 +190,8 @@ def choose(
 ) -> Tensor:
     """Return for each sample the number of the best design, shape (B,).
 
-    Without a tolerance that is the one of least variance after ``max_probes``; with one, that
-    which reaches it with fewest probes, and two blocks at least.
+    Without a tolerance that is the first, unless another has less than half of its variance after
+    ``max_probes``; with one, that which reaches it with fewest probes, and two blocks at least.
     """
     sizes = torch.tensor(
         [design.block_size(sample_shape) for design in designs], device=decay.energy.device
@@ -198,6 +199,8 @@ def choose(
     blocks = max_probes // sizes
     variance = decay.energy / blocks
     if tolerance is None:
+        # Two rows are a rough measure: the first design stands until another is clearly better.
+        variance[:, 0] /= _CLEARLY_BETTER
         return variance.argmin(dim=1)
     target = (tolerance.atol + tolerance.rtol * decay.diagonal.sqrt()).square()
     # A standard error needs two blocks, but for the exact diagonal.

@@ -81,12 +81,12 @@ def estimate(
 
             - "rademacher", "normal": independent entries.
             - "coloring": for samples (C, ...) with spatial axes. One block of ``max_probes``
-              colors, or smaller ones where a sample's decay, measured with 2 of the probes, says
-              that these are better or reach the tolerance sooner. Not measured where 2 are more
-              than 5% of ``max_probes``.
+              colors; or smaller blocks where a sample's decay, measured with 2 of the probes, says
+              that these have less than half of the variance, or reach the tolerance sooner. Not
+              measured where 2 are more than 5% of ``max_probes``.
             - "orthogonal": two random balanced colorings of as many colors as fit.
             - "auto": the exact diagonal if ``max_probes`` reaches D; else for images
-              (C, H, W, ...) as "coloring", or "rademacher" where that is measured to be better;
+              (C, H, W, ...) as "coloring", with "rademacher" among what is measured;
               else "orthogonal" if that gains more than an eighth; else "rademacher". For the
               least variance it takes one block, which leaves no standard error, unless there is
               a tolerance to reach.

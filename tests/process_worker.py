@@ -36,14 +36,15 @@ def estimate(make, first, count):
     return result.diagonal, result.stderr, probes.transpose(0, 1).contiguous()
 
 
-def worker(rank, world_size, make, store, out):
+def worker(rank, world_size, functions, store, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    share = BATCH // world_size
-    gathered = []
-    for tensor in estimate(make, rank * share, share):
-        parts = [torch.empty_like(tensor) for _ in range(world_size)]
-        dist.all_gather(parts, tensor)
-        gathered.append(torch.cat(parts))
+    share, gathered = BATCH // world_size, {}
+    for make in functions:
+        gathered[make.__name__] = []
+        for tensor in estimate(make, rank * share, share):
+            parts = [torch.empty_like(tensor) for _ in range(world_size)]
+            dist.all_gather(parts, tensor)
+            gathered[make.__name__].append(torch.cat(parts))
     if rank == 0:
         torch.save(gathered, out)
     dist.destroy_process_group()

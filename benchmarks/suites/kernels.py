@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import markdown, synchronize
+from harness import Setting, markdown, synchronize
 from torch import Tensor
 
 from hessdiag import kernels
@@ -63,8 +63,9 @@ class Case:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def run(device: torch.device, quick: bool) -> tuple[Row, str]:
+def run(setting: Setting) -> tuple[Row, str]:
     """Return the record of the suite and its Markdown table."""
+    device, quick = setting.device, setting.quick
     budget = 0.2 if quick else 0.6
     copy_bandwidth = _copy_bandwidth(device, budget)
     rows: list[Row] = []

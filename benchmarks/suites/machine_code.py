@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from harness import markdown
+from harness import Setting, markdown
 
 from ocm.environment import Row, environment
 
@@ -197,7 +196,7 @@ def measure(variant: Variant) -> Row:
     }
 
 
-def run(device: torch.device, quick: bool) -> tuple[Row, str]:
+def run(setting: Setting) -> tuple[Row, str]:
     """Return the record of the suite and its Markdown table."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET must not be 1: the interpreter compiles nothing")
@@ -205,7 +204,7 @@ def run(device: torch.device, quick: bool) -> tuple[Row, str]:
     record = {
         "suite": "machine_code",
         "target": "sm_90",
-        "environment": environment(device),
+        "environment": environment(setting.device),
         "rows": rows,
     }
     return record, markdown(rows, COLUMNS)

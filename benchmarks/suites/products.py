@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import markdown, time_together
+from harness import Setting, markdown, time_together
 from torch import Tensor
 
 import hessdiag
@@ -26,8 +26,9 @@ COLUMNS = {
 }
 
 
-def run(device: torch.device, quick: bool) -> tuple[Row, str]:
+def run(setting: Setting) -> tuple[Row, str]:
     """Return the record of the suite and its Markdown table."""
+    device, quick = setting.device, setting.quick
     rounds = 3 if quick else 9
     shape = (8, 3, 16, 16)
     score_fn = _unet_score(shape, device)
