@@ -209,14 +209,14 @@ def hutchinson(
         sample_offset=sample_offset,
         probe_offset=probe_offset,
     )
-    warn_of(result.note)
+    warn_of_forward_mode(mode, result.mode, result.note)
     return result.diagonal.to(x.dtype)
 
 
-def warn_of(note: str) -> None:
-    """Warn of what a result without a note would not tell; nothing if there is nothing."""
-    if note:
-        warnings.warn(note, UserWarning, stacklevel=3)
+def warn_of_forward_mode(asked: Mode, taken: str, note: str) -> None:
+    """Warn, where a result has no note, that "auto" had to leave reverse mode, and why."""
+    if asked == "auto" and taken == "jvp":
+        warnings.warn(f"mode='auto' takes forward mode: {note}", UserWarning, stacklevel=3)
 
 
 def tolerance_of(rtol: float | None, atol: float | None) -> Tolerance | None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hessdiag.checks import check_batch
+from hessdiag.choosing import ProbeName
 from hessdiag.compat import NotDifferentiableError, forward_mode_operators
 from hessdiag.estimate import (
     DiagonalEstimate,
-    ProbeName,
     estimate,
     estimate_from_products,
     tolerance_of,
@@ -230,10 +230,9 @@ def gauss_newton_diagonal(
 
     def product(probe: Tensor) -> Tensor:
         with forward_mode_operators(), torch.no_grad():
-            _, change = torch.func.jvp(outputs_of, (flat,), (probe,))
-            _, curved = torch.func.jvp(gradient, (outputs.detach(),), (change,))
-        (result,) = torch.autograd.grad(outputs, leaf, curved, retain_graph=True)
-        return result
+            change = torch.func.jvp(outputs_of, (flat,), (probe,))[1]
+            curved = torch.func.jvp(gradient, (outputs.detach(),), (change,))[1]
+        return torch.autograd.grad(outputs, leaf, curved, retain_graph=True)[0]
 
     streamed, notes = estimate_from_products(
         lambda probes: torch.stack([product(probe) for probe in probes]),

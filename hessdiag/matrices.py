@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.checks import check_batch
-from hessdiag.estimate import warn_of
+from hessdiag.estimate import warn_of_forward_mode
 from hessdiag.probes import UnitVectors
 from hessdiag.products import JacobianProducts, Mode, ScoreFunction, check_samples_alone
 from hessdiag.streaming import Chunks, chunk_of
@@ -115,4 +115,4 @@ def _rows(
     for first, _, taken in Chunks(draw, products, chunk, notes).run(num_features):
         features = torch.arange(first, first + len(taken), device=x.device)
         yield features, taken.reshape(len(taken), len(x), num_features), products.mode
-    warn_of("; ".join(products.notes + notes))
+    warn_of_forward_mode(mode, products.mode, "; ".join(products.notes + notes))

@@ -81,7 +81,7 @@ class JacobianProducts:
         mode: Mode = "auto",
         batching: Batching = "auto",
     ) -> None:
-        self._score_fn, self._x = score_fn, x
+        self._function = _Function(score_fn, x)
         self._candidates = _candidates(mode, batching, x.device)
         self.notes: list[str] = []
         self._take_next()
@@ -104,7 +104,7 @@ class JacobianProducts:
         while True:
             self.mode, self.batching = self._candidates.pop(0)
             try:
-                self._products = _WAYS[self.mode, self.batching](self._score_fn, self._x)
+                self._products = _WAYS[self.mode, self.batching](self._function)
                 return
             except (NotDifferentiableError, torch.OutOfMemoryError) as error:
                 # Every way of this mode would meet the same.
@@ -140,6 +140,20 @@ def _candidates(
     return candidates
 
 
+class _Function:
+    """A function at a point, its reverse-mode graph made once, when it is first asked for."""
+
+    def __init__(self, score_fn: ScoreFunction, x: Tensor) -> None:
+        self.score_fn, self.x = score_fn, x
+        self._graph: tuple[Tensor, Tensor] | None = None
+
+    def graph(self) -> tuple[Tensor, Tensor]:
+        """Return x as a leaf, and the output with its graph to that leaf."""
+        if self._graph is None:
+            self._graph = _reverse_graph(self.score_fn, self.x)
+        return self._graph
+
+
 def _reverse_graph(score_fn: ScoreFunction, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x as a leaf, and the output of ``score_fn`` with its graph to that leaf."""
     with torch.inference_mode(False), torch.enable_grad(), reusable_graphs():
@@ -166,17 +180,19 @@ def _backward(output: Tensor, leaf: Tensor, probes: Tensor, *, batched: bool = F
     return product
 
 
-def _reverse_loop(score_fn: ScoreFunction, x: Tensor) -> Products:
-    leaf, output = _reverse_graph(score_fn, x)
+def _reverse_loop(function: _Function) -> Products:
+    leaf, output = function.graph()
     return lambda probes: torch.stack([_backward(output, leaf, probe) for probe in probes])
 
 
-def _reverse_vmap(score_fn: ScoreFunction, x: Tensor) -> Products:
-    leaf, output = _reverse_graph(score_fn, x)
+def _reverse_vmap(function: _Function) -> Products:
+    leaf, output = function.graph()
     return lambda probes: _backward(output, leaf, probes, batched=True)
 
 
-def _reverse_fold(score_fn: ScoreFunction, x: Tensor) -> Products:
+def _reverse_fold(function: _Function) -> Products:
+    score_fn, x = function.score_fn, function.x
+
     def products(probes: Tensor) -> Tensor:
         with _deterministic(x):
             leaf, output = _reverse_graph(score_fn, _folded(x, len(probes)))
@@ -210,8 +226,9 @@ def _forward_product(score_fn: ScoreFunction, x: Tensor) -> Products:
     return product
 
 
-def _forward_loop(score_fn: ScoreFunction, x: Tensor) -> Products:
-    product, random_state = _forward_product(score_fn, x), _RandomState(x)
+def _forward_loop(function: _Function) -> Products:
+    product = _forward_product(function.score_fn, function.x)
+    random_state = _RandomState(function.x)
 
     def products(probes: Tensor) -> Tensor:
         # Parameters that require gradients would record a backward graph for nothing.
@@ -225,8 +242,9 @@ def _forward_loop(score_fn: ScoreFunction, x: Tensor) -> Products:
     return products
 
 
-def _forward_vmap(score_fn: ScoreFunction, x: Tensor) -> Products:
-    product, random_state = _forward_product(score_fn, x), _RandomState(x)
+def _forward_vmap(function: _Function) -> Products:
+    product = _forward_product(function.score_fn, function.x)
+    random_state = _RandomState(function.x)
 
     def products(probes: Tensor) -> Tensor:
         with forward_mode_operators(), torch.no_grad(), random_state.same():
@@ -237,7 +255,9 @@ def _forward_vmap(score_fn: ScoreFunction, x: Tensor) -> Products:
     return products
 
 
-def _forward_fold(score_fn: ScoreFunction, x: Tensor) -> Products:
+def _forward_fold(function: _Function) -> Products:
+    score_fn, x = function.score_fn, function.x
+
     def products(probes: Tensor) -> Tensor:
         product = _forward_product(score_fn, _folded(x, len(probes)))
         with forward_mode_operators(), torch.no_grad():
@@ -253,7 +273,7 @@ def _forward_fold(score_fn: ScoreFunction, x: Tensor) -> Products:
     return products
 
 
-_WAYS: dict[tuple[str, str], Callable[[ScoreFunction, Tensor], Products]] = {
+_WAYS: dict[tuple[str, str], Callable[[_Function], Products]] = {
     ("vjp", "loop"): _reverse_loop,
     ("vjp", "vmap"): _reverse_vmap,
     ("vjp", "fold"): _reverse_fold,

@@ -99,5 +99,5 @@ def xdiag(
     QS, ZS = Q @ S, Z @ S
     # (I - Q_i Q_i^T) J omega_i = Q s_i (s_i^T R e_i), as J omega_i lies in the span of Q.
     residual = QS * (S * R).sum(dim=-2, keepdim=True)
-    diagonal = (Q * Z).sum(dim=-1) + (omega * residual - QS * ZS).mean(dim=-1)
+    diagonal: Tensor = (Q * Z).sum(dim=-1) + (omega * residual - QS * ZS).mean(dim=-1)
     return diagonal.reshape(x.shape)

@@ -61,6 +61,51 @@ def test_estimates_are_those_of_the_cpu(unet, mode):
     assert (on_gpu.cpu() - expected).norm() < 1e-3 * expected.norm()
 
 
+class TestEstimate:
+    def network(self):
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.SiLU()]
+        module = torch.nn.Sequential(*layers, torch.nn.Conv2d(8, 3, 3, padding=1)).double()
+        return module, torch.randn(4, 3, 8, 8, dtype=torch.float64)
+
+    @pytest.mark.parametrize("probes", ["rademacher", "normal", "coloring", "orthogonal", "auto"])
+    @pytest.mark.parametrize("mode", ["vjp", "jvp"])
+    def test_it_is_that_of_the_cpu(self, probes, mode):
+        module, x = self.network()
+        arguments = {"probes": probes, "max_probes": 50, "mode": mode, "seed": 3}
+        expected = hessdiag.estimate(module, x, **arguments)
+        on_gpu = hessdiag.estimate(module.cuda(), x.cuda(), **arguments)
+        torch.testing.assert_close(on_gpu.diagonal.cpu(), expected.diagonal, rtol=1e-4, atol=1e-5)
+        assert torch.equal(on_gpu.num_probes.cpu(), expected.num_probes)
+        assert torch.equal(on_gpu.num_blocks.cpu(), expected.num_blocks)
+
+    def test_a_convolutional_network_is_batched_by_vmap(self):
+        module, x = self.network()
+        result = hessdiag.estimate(module.cuda(), x.cuda(), max_probes=4)
+        assert (result.mode, result.batching) == ("vjp", "vmap")
+
+    def test_a_tolerance(self):
+        module, x = self.network()
+        expected = hessdiag.estimate(module, x, max_probes=2000, rtol=0.1)
+        on_gpu = hessdiag.estimate(module.cuda(), x.cuda(), max_probes=2000, rtol=0.1)
+        assert torch.equal(on_gpu.num_probes.cpu(), expected.num_probes)
+
+    def test_memory_that_runs_out_shrinks_the_chunk(self):
+        x = torch.randn(8, 64, 128, 128, device="cuda")  # 32 MiB
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(2**30 / total)
+        try:
+            result = hessdiag.estimate(
+                lambda x: x.sin().cos().exp(), x, max_probes=64, chunk_size=64
+            )
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        assert "out of memory" in result.note
+        expected = (x.sin().cos().exp() * -x.sin().sin() * x.cos()).float()
+        torch.testing.assert_close(result.diagonal, expected, rtol=1e-4, atol=1e-5)
+
+
 STEP = StepCoefficients(1.3, -0.4, 0.6, 0.5, 0.01, 0.3)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from trained_unet import trained_unet
 
 import hessdiag
+from hessdiag.compat import forward_mode_operators
 from hessdiag.probes import BalancedColoring, Coloring, ProbeDesign, Rademacher
 from ocm.backbones import small_unet
 from ocm.environment import Row, environment
@@ -280,9 +281,10 @@ def _peers(score_fn: ScoreFunction, x: Tensor, J: Tensor, quick: bool) -> list[R
     def image_score(image: Tensor) -> Tensor:
         return score_fn(image[None])[0]
 
-    def matrix_diagonal(transform: Callable[..., Callable[[Tensor], Tensor]], chunk: int) -> Tensor:
-        result = transform(image_score, chunk_size=chunk)(x[0])
-        return result.reshape(size, size).diagonal()
+    def matrix_diagonal(jacobian_of: Callable[[Tensor], Tensor]) -> Tensor:
+        # Without these, forward mode fails in group_norm and attention.
+        with forward_mode_operators():
+            return jacobian_of(x[0]).reshape(size, size).diagonal()
 
     candidates: dict[str, Callable[[], Tensor]] = {
         "loop over probes": lambda: naive_loop(score_fn, x, M),
@@ -293,11 +295,13 @@ def _peers(score_fn: ScoreFunction, x: Tensor, J: Tensor, quick: bool) -> list[R
         "hessdiag.exact": lambda: hessdiag.exact(score_fn, x),
     }
     if not quick:
-        for name, transform in (("jacrev", torch.func.jacrev), ("jacfwd", torch.func.jacfwd)):
-            for chunk in (1, 48):
-                candidates[f"torch.func.{name}, chunks of {chunk}"] = (
-                    lambda transform=transform, chunk=chunk: matrix_diagonal(transform, chunk)
-                )
+        candidates |= {
+            f"torch.func.jacrev, chunks of {chunk}": lambda chunk=chunk: matrix_diagonal(
+                torch.func.jacrev(image_score, chunk_size=chunk)
+            )
+            for chunk in (1, 48)
+        }
+        candidates["torch.func.jacfwd"] = lambda: matrix_diagonal(torch.func.jacfwd(image_score))
     candidates |= curvlinops_diagonals(score_fn, x, M) | skerch_diagonals(score_fn, x, M)
     rows: list[Row] = []
     working = {}
