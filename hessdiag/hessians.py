@@ -218,7 +218,8 @@ def gauss_newton_diagonal(
         return model(restore(vector[0]))
 
     def gradient(outputs: Tensor) -> Tensor:
-        return torch.func.grad(lambda y: _scalar("loss", loss(y)))(outputs)
+        result: Tensor = torch.func.grad(lambda y: _scalar("loss", loss(y)))(outputs)
+        return result
 
     with torch.inference_mode(False), torch.enable_grad():
         leaf = flat.clone().requires_grad_()
@@ -232,7 +233,8 @@ def gauss_newton_diagonal(
         with forward_mode_operators(), torch.no_grad():
             change = torch.func.jvp(outputs_of, (flat,), (probe,))[1]
             curved = torch.func.jvp(gradient, (outputs.detach(),), (change,))[1]
-        return torch.autograd.grad(outputs, leaf, curved, retain_graph=True)[0]
+        result: Tensor = torch.autograd.grad(outputs, leaf, curved, retain_graph=True)[0]
+        return result
 
     streamed, notes = estimate_from_products(
         lambda probes: torch.stack([product(probe) for probe in probes]),

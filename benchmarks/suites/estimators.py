@@ -232,10 +232,22 @@ def _errors(
             )
             error = measured.double().square().mean()
             row["auto_gain_measured"] = (plain / error).item()
+            if M in (12, 48):
+                row["xdiag_gain_measured"] = (
+                    plain / _xdiag_error(functions[t], x, truth, M)
+                ).item()
             row["auto_error"] = (error / truth.double().square().mean()).sqrt().item()
             row["seeds"] = seeds
             rows.append(row)
     return rows
+
+
+def _xdiag_error(score_fn: ScoreFunction, x: Tensor, truth: Tensor, M: int) -> Tensor:
+    errors = [
+        hessdiag.xdiag(score_fn, x, num_products=M, seed=seed).flatten(1) - truth
+        for seed in range(48 // M)
+    ]
+    return torch.stack(errors).double().square().mean()
 
 
 def _time_to_error(
@@ -403,7 +415,7 @@ def _report(record: Row) -> str:
             },
         ),
         "**Error**: of Rademacher probes, relative to the diagonal; and the variance of Rademacher "
-        "probes over that of others, exact, and of `auto` as measured\n\n"
+        "probes over that of others: exact, and of XDiag and `auto` as measured\n\n"
         + markdown(
             record["errors"],
             {
@@ -413,6 +425,7 @@ def _report(record: Row) -> str:
                 "coloring_gain": ".2f",
                 "stride_gain": ".2f",
                 "orthogonal_gain": ".2f",
+                "xdiag_gain_measured": ".2f",
                 "auto_gain_measured": ".2f",
                 "seeds": "d",
             },
