@@ -91,14 +91,16 @@ def choose_lanes(
     designs: list[ProbeDesign] = []
     if probes == "coloring" or _is_image(x, geometry):
         designs = [*_colorings(max_probes, features, tolerance)]
-    if NUM_PILOTS > _MOST_FOR_PILOTS * max_probes or len(x) == 0:
-        design = designs[0] if designs else Rademacher()
+    rest = max_probes - NUM_PILOTS
+    others: list[ProbeDesign] = []
+    if probes == "auto":
+        others = [Rademacher(), *([UnitVectors()] if features <= rest else [])]
+    affordable = NUM_PILOTS <= _MOST_FOR_PILOTS * max_probes
+    if not affordable or len(designs + others) == 1 or len(x) == 0:
+        design = [*designs, *others][0]
         notes.append(str(design))
         return [Lane(design)], 0
-    rest = max_probes - NUM_PILOTS
-    designs = [*_colorings(rest, features, tolerance)] if designs else []
-    if probes == "auto":
-        designs += [Rademacher(), *([UnitVectors()] if features <= rest else [])]
+    designs = [*(_colorings(rest, features, tolerance) if designs else []), *others]
     return _measured_lanes(products, x, designs, rest, tolerance, notes), NUM_PILOTS
 
 
@@ -141,7 +143,7 @@ class Decay:
     """What a few rows of the Jacobian say.
 
     Attributes:
-        energy: For each design the mean over the rows of E_s, shape (B, number of designs).
+        energy: For each design the mean over the rows of its E, shape (B, number of designs).
         diagonal: The mean square of the diagonal entries of the rows, shape (B,).
     """
 

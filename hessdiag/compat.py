@@ -28,7 +28,7 @@ _ADVICE = (
     (
         "mutate a captured Tensor|inplace arithmetic|vmap: .* is not possible because there exists",
         "score_fn writes into a tensor of its own, as BatchNorm in training mode does with its "
-        "running statistics; put the module in eval mode, or use mode='vjp'",
+        "running statistics; put the module in eval mode, or use mode='vjp' with batching='loop'",
     ),
     (
         "use_reentrant=True",

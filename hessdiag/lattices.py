@@ -22,7 +22,6 @@ t      m = 2  m = 4  m = 12  m = 48  m = 192  strides, m = 12  strides, m = 48
 
 from __future__ import annotations
 
-import itertools
 import math
 from functools import lru_cache
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from hessdiag.kernels.philox import philox
 
 _MOST_CANDIDATES = 2**14
-_MOST_OFFSETS = 2**12
+_MOST_IN_BALL, _MOST_OFFSETS = 2**20, 2**12
 _NEAREST, _SHORTLIST = 2**8, 2**9
 
 
@@ -87,9 +86,11 @@ def _weighted_offsets(m: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return differences between features, one of each pair of opposites, and what they cost."""
     # A ball of this radius holds several features of every color.
     reach = math.ceil((8 * m) ** (1 / (len(shape) - 1)))
-    ranges = [range(1 - shape[0], shape[0])]
-    ranges += [range(-min(reach, size - 1), min(reach, size - 1) + 1) for size in shape[1:]]
-    offsets = torch.tensor(list(itertools.product(*ranges)), dtype=torch.int64)
+    most = int((_MOST_IN_BALL / (2 * shape[0] - 1)) ** (1 / (len(shape) - 1)) / 2)
+    reach = max(1, min(reach, most))
+    ranges = [torch.arange(1 - shape[0], shape[0])]
+    ranges += [torch.arange(-min(reach, size - 1), min(reach, size - 1) + 1) for size in shape[1:]]
+    offsets = torch.cartesian_prod(*ranges)
     offsets = offsets[len(offsets) // 2 + 1 :]
     if len(offsets) == 0:  # a single feature
         return torch.zeros(1, len(shape), dtype=torch.int64), torch.ones(1, dtype=torch.int64)

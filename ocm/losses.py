@@ -81,14 +81,15 @@ def ocm_loss(
         predictions.append(denoiser.predict(x, t))
         return predictions[-1].epsilon
 
-    products = JacobianProducts(epsilon, x_t, "vjp")
     probes = rademacher(
         (num_probes, *x_t.shape), seed, sample_offset=sample_offset, device=x_t.device
     )
+    # One plain evaluation, whose features the head reads.
+    products = JacobianProducts(epsilon, x_t, "vjp", "loop")(probes)
     h = head(predictions[-1].features)
     return kernels.ocm_loss(
         h,
-        products(probes),
+        products,
         seed,
         scale=-per_sample(denoiser.schedule.beta_bar.sqrt(), t, x_t).flatten(),
         sample_offset=sample_offset,

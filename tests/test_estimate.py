@@ -570,8 +570,9 @@ class TestPasses:
 
     def test_the_way_is_named(self, network):
         module, x, _ = network
-        result = hessdiag.estimate(module, x, max_probes=2)
-        assert (result.mode, result.batching, result.note) == ("vjp", "loop", "")
+        for count, batching in ((1, "vmap"), (200, "loop")):
+            result = hessdiag.estimate(module, x.expand(count, *IMAGE), max_probes=2)
+            assert (result.mode, result.batching, result.note) == ("vjp", batching, "")
         result = hessdiag.estimate(module, x, max_probes=2, mode="jvp", batching="fold")
         assert (result.mode, result.batching, result.note) == ("jvp", "fold", "")
 
