@@ -87,5 +87,5 @@ def _cifar10(file: Path, count: int) -> Tensor:
     rows = load_dataset("parquet", data_files=str(file), split="train")
     rows = rows.select(range(0, len(rows), len(rows) // count)).cast_column("image", Image())
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in rows["image"]])
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
     return torch.nn.functional.avg_pool2d(images[:count], images.shape[-1] // SIZE)

@@ -201,7 +201,9 @@ def _reverse_vmap(function: _Function) -> Products:
     # By torch.func rather than is_grads_batched, which is slower and has rules for less. The outer
     # no_grad leaves out the graph to parameters that require gradients.
     with torch.inference_mode(False), torch.no_grad(), reusable_graphs():
-        pull_back = torch.func.vjp(checked, x.detach().clone())[1]
+        # Contiguous, since vmap has no rules for other memory formats.
+        point = x.detach().clone(memory_format=torch.contiguous_format)
+        pull_back = torch.func.vjp(checked, point)[1]
 
     def products(probes: Tensor) -> Tensor:
         with torch.no_grad():

@@ -576,6 +576,14 @@ class TestPasses:
         result = hessdiag.estimate(module, x, max_probes=2, mode="jvp", batching="fold")
         assert (result.mode, result.batching, result.note) == ("jvp", "fold", "")
 
+    def test_channels_last_is_no_hindrance_to_vmap(self, network):
+        module, x, J = network
+        x = x.expand(3, *IMAGE).contiguous(memory_format=torch.channels_last)
+        result = hessdiag.estimate(module, x, max_probes=D, probes="auto")
+        assert (result.mode, result.batching) == ("vjp", "vmap")
+        expected = J.diagonal().float().expand(3, -1)
+        torch.testing.assert_close(result.diagonal.flatten(1), expected, rtol=1e-4, atol=1e-5)
+
     def test_compile(self, network):
         module, x, _ = network
         plain = hessdiag.estimate(module, x, max_probes=8)
