@@ -11,13 +11,19 @@ the energy of a Jacobian that falls off with distance. Channels at one position 
 they are kept apart first of all; further off, a color takes turns through the channels, since
 what couples at a distance is most of all the same channel.
 
-Measured on a U-Net trained on CIFAR-10 at 16x16 (cosine schedule), the variance against the same
-number of Rademacher probes, and against colors (row mod s, column mod s, channel) of strides s = 2
-and 4 at 12 and 48 probes:
+The variance of as many Rademacher probes over that of M colors, on a U-Net trained on CIFAR-10 at
+16x16 (cosine schedule), and over that of the colors (row mod s, column mod s, channel) for strides
+s = 2 and 4 (benchmarks/results/cpu/estimators.json):
 
-=====  =====  =====  ======  ======  ======  ===============  ================
-t      m = 2  m = 4  m = 12  m = 48  m = 192  strides, m = 12  strides, m = 48
-=====  =====  =====  ======  ======  ======  ===============  ================
+=====  =====  ======  ======  =======  ===========  ===========
+t      M = 4  M = 12  M = 48  M = 192  strides, 12  strides, 48
+=====  =====  ======  ======  =======  ===========  ===========
+5      4.5    20.7    613.2   2861.8   8.99         255.53
+50     5.7    12.2    81.7    453.2    3.68         25.21
+200    2.1    4.3     13.7    72.9     1.47         3.04
+500    1.3    2.0     5.4     21.9     0.89         1.22
+900    1.1    1.5     2.8     5.1      0.87         1.07
+=====  =====  ======  ======  =======  ===========  ===========
 """
 
 from __future__ import annotations
