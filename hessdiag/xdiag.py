@@ -29,8 +29,8 @@ def xdiag(
 
     where Q_i spans the products of all probes but the i-th; unbiased.
 
-    Limits: it gains only where the singular values of J fall off fast. Scores of diffusion models
-    are close to a multiple of the identity, where its variance was 1.3 to 5 times that of
+    Limits: it gains only where the singular values of J fall off fast. On the U-Net of
+    benchmarks/results/cpu/estimators.json its variance was 2 to 30 times that of
     :func:`hessdiag.hutchinson` with as many products. All products of a batch, D k B numbers, are
     held in memory. It needs products with J and with J^T, so ``score_fn`` must have forward-mode
     and reverse-mode derivatives, unless ``symmetric`` says that one stands for the other.
