@@ -15,7 +15,7 @@ def test_processes_give_the_same_estimate(world_size):
     with tempfile.TemporaryDirectory() as directory:
         store, out = Path(directory) / "store", Path(directory) / "out.pt"
         mp.spawn(worker, (world_size, functions, str(store), str(out)), nprocs=world_size)
-        spread = torch.load(out)
+        spread = torch.load(out, weights_only=True)
     for make in functions:
         diagonal, stderr, probes = estimate(make, 0, BATCH)
         result = spread[make.__name__]

@@ -22,6 +22,7 @@ from trained_unet import trained_unet
 import hessdiag
 from hessdiag.compat import forward_mode_operators
 from hessdiag.probes import BalancedColoring, Coloring, ProbeDesign, Rademacher
+from ocm import Denoiser
 from ocm.backbones import small_unet
 from ocm.environment import Row, environment
 from suites.products import naive_loop
@@ -67,8 +68,8 @@ def run(setting: Setting) -> tuple[Row, str]:
     return record, _report(record)
 
 
-def _noisy(denoiser: object, images: Tensor, t: int) -> Tensor:
-    alpha_bar = denoiser.schedule.alpha_bar[t].item()  # type: ignore[attr-defined]
+def _noisy(denoiser: Denoiser, images: Tensor, t: int) -> Tensor:
+    alpha_bar = denoiser.schedule.alpha_bar[t].item()
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(t)).to(images)
     return math.sqrt(alpha_bar) * images + math.sqrt(1.0 - alpha_bar) * noise
 
