@@ -108,18 +108,17 @@ class JacobianProducts:
         if graph_too_large or isinstance(error, NotDifferentiableError):
             # Every way of this mode would meet the same.
             left = [way for way in self._candidates if way[0] != self.mode]
-            refused: Exception | None = error
+            if not left:
+                raise error
             note = f"not mode='{self.mode}': {error}"
         else:
             left = self._candidates[1:]
             refused = explained(error, self.mode, self.batching)
+            if refused is None:
+                raise error
+            if not left:
+                raise refused from error
             note = str(refused)
-        if refused is error and not left:
-            raise error
-        if refused is None:
-            raise error
-        if not left:
-            raise refused from error
         self.notes.append(note)
         self._candidates, self._products = left, None
 

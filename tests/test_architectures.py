@@ -24,7 +24,7 @@ def randomised(module, std=0.2):
     return module
 
 
-def unet(attention_head_dim=8):
+def unet():
     from diffusers import UNet2DModel
 
     module = UNet2DModel(
@@ -36,7 +36,7 @@ def unet(attention_head_dim=8):
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=4,
-        attention_head_dim=attention_head_dim,
+        attention_head_dim=8,
     ).eval()
     return lambda x: module(x, 9).sample
 
