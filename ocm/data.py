@@ -1,11 +1,70 @@
-"""Images, in [-1, 1] on a grid of grey levels, with a held-out split."""
+"""Labelled images, in [-1, 1] on a grid of grey levels, with a held-out split.
+
+Everything but the bundled digits is read by Hugging Face's ``datasets``: folders of images, parquet
+files, and data sets of the Hub.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hessdiag.checks import check_positive_int
+from ocm.progress import progress_bar
+
+_DIGITS_SIZE = 8
+_MAX_HELD_OUT = 10_000
+# A split without "train" in its name that may serve as the held-out one, best first.
+_TEST_SPLITS = ("test", "validation", "valid", "val")
+# Modes of PIL that hold 8 bits or fewer a channel; wider ones would be clipped to white.
+_GREY_MODES = ("1", "L", "LA", "La")
+_COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+
+
+@dataclass(frozen=True, eq=False)
+class ByteImages:
+    """Images held as bytes, a quarter of the memory of float32, and converted on access.
+
+    Indexing by integers, slices or a tensor of indices gives what the same index of a float32
+    tensor would: ``images[i]`` is -1 + 2 pixels[i] / 255.
+
+    Attributes:
+        pixels: Grey levels 0 .. 255, shape (n, C, H, W), uint8.
+
+    Example:
+        >>> images = ByteImages(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
+        >>> images[:2].flatten()
+        tensor([-1.,  1.])
+        >>> len(images), images.shape
+        (2, torch.Size([2, 1, 1, 1]))
+    """
+
+    pixels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4:
+            raise ValueError(
+                "pixels must be uint8 of shape (n, C, H, W), got "
+                f"{self.pixels.dtype} of shape {tuple(self.pixels.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        return self.pixels[index].float() / 127.5 - 1.0
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, C, H, W)."""
+        return self.pixels.shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -14,15 +73,23 @@ class Images:
 
     Attributes:
         name: What it is called on the command line.
-        train: Training images in [-1, 1], shape (n, C, H, W), float32.
+        train: Training images in [-1, 1], shape (n, C, H, W), float32: a tensor for the digits,
+            and :class:`ByteImages`, which gives tensors when indexed, for all else.
         test: Held-out images.
         levels: Number of grey levels; they lie at -1 + 2 k / (levels - 1).
+        train_labels: Classes 0 .. num_classes - 1 of the training images, shape (n,), int64, or
+            None where there are none.
+        test_labels: Classes of the held-out images, or None.
+        num_classes: Number of classes, or None without labels.
     """
 
     name: str
-    train: Tensor
-    test: Tensor
+    train: Tensor | ByteImages
+    test: Tensor | ByteImages
     levels: int
+    train_labels: Tensor | None = None
+    test_labels: Tensor | None = None
+    num_classes: int | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,27 +107,371 @@ def digits() -> Images:
     Example:
         >>> digits().test.shape
         torch.Size([297, 1, 8, 8])
+        >>> digits().test_labels[:5]
+        tensor([6, 5, 5, 7, 9])
     """
     from sklearn.datasets import load_digits
 
-    images = torch.from_numpy(load_digits().images).float().unsqueeze(1) / 8.0 - 1.0
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    return Images("digits", train=images[order[297:]], test=images[order[:297]], levels=17)
+    bundle = load_digits()
+    images = torch.from_numpy(bundle.images).float().unsqueeze(1) / 8.0 - 1.0
+    labels = torch.from_numpy(bundle.target).long()
+    order = _order(len(images))
+    train, test = order[297:], order[:297]
+    return Images(
+        "digits",
+        train=images[train],
+        test=images[test],
+        levels=17,
+        train_labels=labels[train],
+        test_labels=labels[test],
+        num_classes=10,
+    )
 
 
-DATASETS = {"digits": digits}
+def load(
+    name: str,
+    *,
+    image_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+) -> Images:
+    """Load a data set: the digits, a folder of images, parquet, or a data set of the Hub.
 
+    Args:
+        name: One of
 
-def load(name: str) -> Images:
-    """Load a data set by name.
+            - ``"digits"``: :func:`digits`;
+            - a folder of images, as the ``imagefolder`` of ``datasets`` reads it: folders of
+              classes, below ``train`` and ``test`` if there are such;
+            - a ``.parquet`` file, or a folder of ``train*.parquet`` and ``test*.parquet``;
+            - ``"owner/name"`` of a data set on the Hugging Face Hub, which is downloaded if it is
+              not in the cache.
+        image_size: Crop images to their central square and scale that to this size by PIL's box
+            filter, which averages areas. None leaves them as they are.
+        image_column: Column of the images; by default ``image`` or ``img``, or the only column
+            that holds images.
+        label_column: Column of integer labels; by default ``label`` or ``labels``, or the only
+            column of classes, or none.
+        limit: At most this many images of each split, after shuffling.
+        cache_dir: Where ``datasets`` keeps its files; by default its own cache.
+        progress: Whether to show progress bars.
+
+    Both splits are shuffled by a fixed permutation, since files are often sorted by class. Where
+    there is no test (nor validation) split, a tenth of the images, at most 10,000, is held out.
+    All but the digits have 256 grey levels and are held in memory as bytes: C H W bytes an image
+    (:class:`ByteImages`). Images are grey if all are, else all are RGB; transparency is dropped.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no such data set, it cannot be read, it has no images or no column
+            of that name, or its images differ in size and ``image_size`` is None.
 
     Example:
         >>> load("digits").levels
         17
     """
-    if name not in DATASETS:
-        raise ValueError(f"data must be one of {', '.join(DATASETS)}, got {name!r}")
-    return DATASETS[name]()
+    if image_size is not None:
+        check_positive_int("image_size", image_size)
+    if limit is not None:
+        check_positive_int("limit", limit)
+    if name == "digits":
+        return _load_digits(image_size, image_column, label_column, limit)
+    with _progress_bars(progress):
+        splits = _read(name, cache_dir)
+    features = splits["train"].features
+    images_from = _image_column(name, features, image_column)
+    labels_from = _label_column(name, features, label_column)
+
+    rows = {split: _order(len(dataset)) for split, dataset in splits.items()}
+    if "test" not in splits:
+        splits, rows = _hold_out(name, splits["train"], rows["train"])
+    pixels, labels = {}, {}
+    for split in ("train", "test"):
+        chosen = rows[split][:limit]
+        dataset = splits[split].select(chosen.tolist())
+        pixels[split] = _decode(
+            f"{split} split of {name}", dataset, images_from, chosen, image_size, progress
+        )
+        labels[split] = _labels(f"{split} split of {name}", dataset, labels_from)
+    channels = max(images.shape[1] for images in pixels.values())
+    pixels = {split: images.expand(-1, channels, -1, -1) for split, images in pixels.items()}
+    if pixels["train"].shape[1:] != pixels["test"].shape[1:]:
+        raise ValueError(
+            f"image_size must be given for data {name!r}: its training images are "
+            f"{_size(pixels['train'].shape[:1:-1])}, its test images "
+            f"{_size(pixels['test'].shape[:1:-1])} pixels"
+        )
+    return Images(
+        name,
+        train=ByteImages(pixels["train"]),
+        test=ByteImages(pixels["test"]),
+        levels=256,
+        train_labels=labels["train"],
+        test_labels=labels["test"],
+        num_classes=_num_classes(splits["train"], labels_from, labels),
+    )
+
+
+def _load_digits(
+    image_size: int | None, image_column: str | None, label_column: str | None, limit: int | None
+) -> Images:
+    if image_size not in (None, _DIGITS_SIZE):
+        raise ValueError(
+            f"image_size must be {_DIGITS_SIZE} or None for data 'digits', got {image_size}"
+        )
+    for argument, column in (("image_column", image_column), ("label_column", label_column)):
+        if column is not None:
+            raise ValueError(f"{argument} must be None for data 'digits', got {column!r}")
+    images = digits()
+    if limit is None:
+        return images
+    assert images.train_labels is not None
+    assert images.test_labels is not None
+    return Images(
+        images.name,
+        train=images.train[:limit],
+        test=images.test[:limit],
+        levels=images.levels,
+        train_labels=images.train_labels[:limit],
+        test_labels=images.test_labels[:limit],
+        num_classes=images.num_classes,
+    )
+
+
+def _order(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))
+
+
+def _hold_out(name: str, dataset: Any, order: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if len(order) < 2:
+        raise ValueError(
+            f"data {name!r} must have a test split, or two images or more to hold one out, got "
+            f"{len(order)}"
+        )
+    count = min(max(len(order) // 10, 1), _MAX_HELD_OUT)
+    return (
+        {"train": dataset, "test": dataset},
+        {"train": order[count:], "test": order[:count]},
+    )
+
+
+@contextmanager
+def _progress_bars(show: bool) -> Iterator[None]:
+    """Show or hide the bars of ``datasets``, whose switch is one for the whole process."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
+    (datasets.enable_progress_bars if show else datasets.disable_progress_bars)()
+    try:
+        yield
+    finally:
+        (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
+
+
+def _read(name: str, cache_dir: str | Path | None) -> dict[str, Any]:
+    """Return the splits of a data set, as data sets of ``datasets``: train, and test if any."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    path = Path(name).expanduser()
+    if path.exists():
+        source = _local_source(name, path)
+        kind = {"parquet": "parquet", "imagefolder": "a folder of images"}[source["path"]]
+        origin = f"data {name!r} cannot be read as {kind}"
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and path.suffix != ".parquet":
+        source = {"path": name}
+        origin = (
+            f"data {name!r} is no file or folder, and cannot be loaded from the Hugging Face Hub"
+        )
+    else:
+        raise ValueError(
+            "data must be 'digits', an existing folder or .parquet file, or 'owner/name' of a data "
+            f"set on the Hugging Face Hub, got {name!r}"
+        )
+    try:
+        found = datasets.load_dataset(
+            **source, cache_dir=None if cache_dir is None else str(cache_dir)
+        )
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(f"{origin}: {_reason(error)}") from error
+    return _choose_splits(name, dict(found))
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of what lies at the root: ``datasets`` wraps errors in vaguer ones."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _local_source(name: str, path: Path) -> dict[str, Any]:
+    """Return the arguments of ``load_dataset`` for a file or folder."""
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"data must be a folder or a .parquet file, got the file {name!r}")
+        return {"path": "parquet", "data_files": {"train": str(path)}}
+    tables = sorted(path.glob("*.parquet"))
+    if not tables:
+        return {"path": "imagefolder", "data_dir": str(path)}
+    files = {
+        split: [str(file) for file in tables if file.name.startswith(split)]
+        for split in ("train", *_TEST_SPLITS)
+    }
+    if not files["train"]:
+        raise ValueError(
+            f"data {name!r} must hold train*.parquet, got {', '.join(f.name for f in tables)}; "
+            "or name one file"
+        )
+    # One of them only: "val" matches validation*.parquet too.
+    test = next((split for split in _TEST_SPLITS if files[split]), None)
+    chosen = ["train"] if test is None else ["train", test]
+    return {"path": "parquet", "data_files": {split: files[split] for split in chosen}}
+
+
+def _choose_splits(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    if len(found) == 1:
+        splits = {"train": next(iter(found.values()))}
+    elif "train" in found:
+        test = next((found[split] for split in _TEST_SPLITS if split in found), None)
+        splits = {"train": found["train"]} | ({} if test is None else {"test": test})
+    else:
+        raise ValueError(f"data {name!r} must have a split 'train', got {', '.join(found)}")
+    for split, dataset in splits.items():
+        if len(dataset) == 0:
+            raise ValueError(f"data {name!r} must have images, got none in its {split} split")
+    return splits
+
+
+def _holds_images(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) == "binary"
+
+
+def _image_column(name: str, features: dict[str, Any], wanted: str | None) -> str:
+    found = [column for column, feature in features.items() if _holds_images(feature)]
+    if wanted is not None:
+        if wanted not in found:
+            raise ValueError(
+                f"image_column must be a column of images of data {name!r} "
+                f"({', '.join(found) or 'it has none'}), got {wanted!r}"
+            )
+        return wanted
+    if not found:
+        raise ValueError(
+            f"data {name!r} must have a column of images (encoded, as bytes or "
+            f"{{bytes, path}}), got the columns {', '.join(features)}"
+        )
+    preferred = ["image", "img"] + (found if len(found) == 1 else [])
+    for column in preferred:
+        if column in found:
+            return column
+    raise ValueError(
+        f"image_column must be given for data {name!r}, one of {', '.join(found)}, got None"
+    )
+
+
+def _label_column(name: str, features: dict[str, Any], wanted: str | None) -> str | None:
+    import datasets
+
+    found = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, datasets.ClassLabel)
+        or str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool"))
+    ]
+    if wanted is not None:
+        if wanted not in found:
+            raise ValueError(
+                f"label_column must be a column of integers of data {name!r} "
+                f"({', '.join(found) or 'it has none'}), got {wanted!r}"
+            )
+        return wanted
+    classes = [column for column in found if isinstance(features[column], datasets.ClassLabel)]
+    preferred = ["label", "labels"] + (classes if len(classes) == 1 else [])
+    return next((column for column in preferred if column in found), None)
+
+
+def _labels(what: str, dataset: Any, column: str | None) -> Tensor | None:
+    if column is None:
+        return None
+    values = list(dataset[column])
+    if None in values:
+        raise ValueError(
+            f"label_column must name integers, got {column!r}, which misses "
+            f"{values.count(None)} of {len(values)} labels in the {what}"
+        )
+    labels = torch.tensor(values, dtype=torch.int64)
+    # The Hub marks test labels that are kept secret by -1.
+    return None if bool((labels < 0).any()) else labels
+
+
+def _num_classes(dataset: Any, column: str | None, labels: dict[str, Tensor | None]) -> int | None:
+    if column is None:
+        return None
+    named = getattr(dataset.features[column], "num_classes", None)
+    if named is not None:
+        return int(named)
+    known = [int(values.max()) for values in labels.values() if values is not None]
+    return max(known) + 1 if known else None
+
+
+def _decode(
+    what: str, dataset: Any, column: str, rows: Tensor, image_size: int | None, progress: bool
+) -> Tensor:
+    """Return the images as uint8, shape (n, C, H, W); ``rows`` are their numbers in the file."""
+    import datasets
+
+    dataset = dataset.select_columns(column)
+    if not isinstance(dataset.features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image())
+    pixels: Tensor | None = None
+    for index in progress_bar(range(len(dataset)), f"decoding the {what}", show=progress):
+        where = f"row {int(rows[index])} of the {what}"
+        try:
+            image = dataset[index][column]
+        except (OSError, ValueError, SyntaxError) as error:  # PIL has all three for broken files
+            raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
+        if image is None:
+            raise ValueError(f"{where} must hold an image, got none")
+        array = _pixels(where, image, image_size)
+        if pixels is None:
+            pixels = torch.empty((len(dataset), *array.shape), dtype=torch.uint8)
+        if array.shape[1:] != pixels.shape[2:]:
+            raise ValueError(
+                f"image_size must be given for images of different sizes, got None: {where} has "
+                f"{_size(array.shape[:0:-1])} pixels, others {_size(pixels.shape[:1:-1])}"
+            )
+        if array.shape[0] > pixels.shape[1]:
+            pixels = pixels.repeat(1, 3, 1, 1)
+        pixels[index] = array  # a grey image among colours is broadcast
+    assert pixels is not None
+    return pixels
+
+
+def _size(width_height: torch.Size) -> str:
+    return "x".join(str(length) for length in width_height)
+
+
+def _pixels(where: str, image: Any, image_size: int | None) -> Tensor:
+    """Return an image of PIL as uint8, shape (1 or 3, H, W)."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode not in (*_GREY_MODES, *_COLOUR_MODES):
+        raise ValueError(
+            f"{where} must have 8 bits a channel, got an image of PIL's mode {image.mode!r}"
+        )
+    image = image.convert("L" if image.mode in _GREY_MODES else "RGB")
+    if image_size is not None:
+        side = min(image.size)
+        left, top = ((length - side) // 2 for length in image.size)
+        image = image.resize(
+            (image_size, image_size), Image.Resampling.BOX, (left, top, left + side, top + side)
+        )
+    array = torch.from_numpy(np.array(image))
+    return array.unsqueeze(0) if array.dim() == 2 else array.permute(2, 0, 1)
