@@ -18,7 +18,8 @@ from torch import Tensor
 from ocm import Denoiser, cosine
 from ocm.backbones import small_unet
 from ocm.data import digits
-from ocm.training import TrainingSettings, train_denoiser
+from ocm.learning import train_denoiser
+from ocm.training import TrainingSettings
 
 SIZE = 16
 _NUM_TRAIN, _NUM_TEST = 10_000, 64
@@ -66,13 +67,13 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
     settings = TrainingSettings(num_steps=_NUM_STEPS // 10 if short else _NUM_STEPS)
     file = cached(settings.num_steps)
     if file.exists():
-        denoiser.unet.load_state_dict(load_file(file))
+        denoiser.backbone.load_state_dict(load_file(file))
     else:
-        denoiser.unet.to(device)
+        denoiser.backbone.to(device)
         train_denoiser(denoiser, train, settings)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(denoiser.unet.state_dict(), file)
-    denoiser.unet.to(device)
+        save_file(denoiser.backbone.state_dict(), file)
+    denoiser.backbone.to(device)
     description = (
         f"{name}, {len(train)} images, cosine schedule, {settings.num_steps} steps of "
         f"{settings.batch_size} images"

@@ -52,12 +52,19 @@ def dct(num_axes: int = 2) -> Basis:
 
 def _along_last_axes(x: Tensor, num_axes: int, *, transpose: bool) -> Tensor:
     for axis in range(-num_axes, 0):
-        F = _dct_matrix(x.shape[axis], x.dtype, x.device)
+        F = dct_matrix(x.shape[axis], x.dtype, x.device)
         x = torch.movedim(torch.movedim(x, axis, -1) @ (F if transpose else F.T), -1, axis)
     return x
 
 
-def _dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return F of :func:`dct` along one axis, shape (length, length).
+
+    Example:
+        >>> F = dct_matrix(4, torch.float64, torch.device("cpu"))
+        >>> torch.allclose(F @ F.T, torch.eye(4, dtype=torch.float64))
+        True
+    """
     place = torch.arange(length, dtype=torch.float64, device=device)
     F = torch.cos(math.pi / length * place[:, None] * (place + 0.5)) * math.sqrt(2.0 / length)
     F[0] /= math.sqrt(2.0)

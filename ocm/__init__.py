@@ -1,52 +1,97 @@
 """Diffusion models with the optimal covariance (Optimal Covariance Matching, ICLR 2025).
 
-A covariance states Var[x0 | x_t]; samplers and the likelihood derive the variance of every
-reverse step from it:
+A covariance states Cov[x0 | x_t]; samplers and the likelihood derive every reverse step from it:
 
     covariance = ocm.Hutchinson(denoiser, num_probes=8)     # nothing to train
     images = ocm.sample(denoiser, covariance, (16, 1, 8, 8), ocm.even_timesteps(1000, 10))
 """
 
+from ocm.architectures import Architecture
 from ocm.covariances import (
+    NPR,
+    SN,
+    Analytic,
     Beta,
     BetaTilde,
+    Calibrated,
+    ChannelBlocks,
+    CosineDiagonal,
     Covariance,
     Exact,
+    Full,
     Hutchinson,
+    ImprovedDDPM,
+    Lanczos,
+    LearnedCovariance,
     OptimalCovarianceMatching,
+    calibrate,
+    fit_analytic,
+    fit_analytic_from_data,
+    reverse_variance,
+    variance_of_x0,
 )
 from ocm.denoiser import Denoiser, Prediction
-from ocm.heads import CovarianceHead
+from ocm.heads import CovarianceHead, ResidualHead, TokenHead
+from ocm.learning import make_head, train_denoiser, train_head
 from ocm.likelihood import BitsPerDim, bits_per_dim, quantise
-from ocm.losses import denoising_loss, ocm_loss
-from ocm.samplers import ddim, ddpm, sample
-from ocm.schedules import Schedule, cosine, even_timesteps, from_betas, linear
-from ocm.training import TrainingSettings, train_denoiser, train_head
+from ocm.losses import denoising_loss
+from ocm.parameterisation import PAPER, Parameterisation
+from ocm.posterior import PosteriorCovariance, SpectralCovariance
+from ocm.samplers import capture, ddim, ddpm, sample
+from ocm.schedules import Schedule, cosine, from_betas, from_scheduler, linear
+from ocm.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
+from ocm.training import TrainingSettings
 
 __all__ = [
+    "NPR",
+    "PAPER",
+    "SN",
+    "Analytic",
+    "Architecture",
     "Beta",
     "BetaTilde",
     "BitsPerDim",
+    "Calibrated",
+    "ChannelBlocks",
+    "CosineDiagonal",
     "Covariance",
     "CovarianceHead",
     "Denoiser",
     "Exact",
+    "Full",
     "Hutchinson",
+    "ImprovedDDPM",
+    "Lanczos",
+    "LearnedCovariance",
     "OptimalCovarianceMatching",
+    "Parameterisation",
+    "PosteriorCovariance",
     "Prediction",
+    "ResidualHead",
     "Schedule",
+    "SpectralCovariance",
+    "TokenHead",
     "TrainingSettings",
     "bits_per_dim",
+    "calibrate",
+    "capture",
     "cosine",
     "ddim",
     "ddpm",
     "denoising_loss",
     "even_timesteps",
+    "fit_analytic",
+    "fit_analytic_from_data",
     "from_betas",
+    "from_scheduler",
     "linear",
-    "ocm_loss",
+    "make_head",
+    "optimal_timesteps",
+    "quadratic_timesteps",
     "quantise",
+    "reverse_variance",
     "sample",
     "train_denoiser",
     "train_head",
+    "variance_of_x0",
 ]

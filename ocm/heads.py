@@ -1,25 +1,19 @@
-"""The covariance head: a small network on the features that enter a backbone's last layer.
+"""Covariance heads: small networks on the features that enter a backbone's last layer.
 
-A sampling step then costs one pass through the backbone and one small head. The head predicts the
-dimensionless h = beta_bar diag H, with H the Hessian of log q(x_t), from which
-Var[x0 | x_t] = (beta_bar / alpha_bar) (1 + h).
+A sampling step then costs one pass through the backbone and one small head. What the output o of
+a head means is a matter of :mod:`ocm.parameterisation`; every head here starts at o = 0.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from ocm.denoiser import Denoiser
-
 
 class CovarianceHead(nn.Module):
     """Group normalisation, SiLU and a 3x3 convolution that starts at zero.
-
-    An untrained head predicts h = 0, the variance beta_bar / alpha_bar of x0 under a flat prior.
 
     Args:
         in_channels: Channels of the backbone's features.
@@ -34,28 +28,113 @@ class CovarianceHead(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
         super().__init__()
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "num_groups": num_groups,
+        }
         self.norm = nn.GroupNorm(num_groups, in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        nn.init.zeros_(self.conv.weight)
-        nn.init.zeros_(self.conv.get_parameter("bias"))
-
-    @classmethod
-    def for_denoiser(cls, denoiser: Denoiser) -> CovarianceHead:
-        """Return an untrained head that fits the features of a denoiser, on its device.
-
-        Raises:
-            ValueError: If the feature layer is no group normalisation, whose groups the head takes.
-        """
-        layer = denoiser.unet.get_submodule(denoiser.feature_layer)
-        if not isinstance(layer, nn.GroupNorm):
-            raise ValueError(
-                f"feature_layer must be a GroupNorm, got {type(layer).__name__} for "
-                f"{denoiser.feature_layer!r}; make the head with CovarianceHead(...) instead"
-            )
-        head = cls(layer.num_channels, denoiser.unet.config.out_channels, layer.num_groups)
-        return head.to(denoiser.device)
+        _start_at_zero(self.conv)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return h, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
-        h: Tensor = self.conv(functional.silu(self.norm(features)))
-        return h
+        """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
+        o: Tensor = self.conv(functional.silu(self.norm(features)))
+        return o
+
+
+class ResidualHead(nn.Module):
+    """A residual block (GroupNorm, SiLU, convolution, twice) before the simple head.
+
+    The larger head of Optimal Covariance Matching, for images of 64 pixels and more.
+
+    Args:
+        in_channels: Channels of the backbone's features.
+        out_channels: Channels of x_t.
+        num_groups: Groups of the normalisations; divides ``in_channels``.
+
+    Example:
+        >>> import torch
+        >>> ResidualHead(32, 3, 8)(torch.randn(2, 32, 16, 16)).shape
+        torch.Size([2, 3, 16, 16])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.GroupNorm(num_groups, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1),
+        )
+        self.second = nn.Sequential(
+            nn.GroupNorm(num_groups, in_channels),
+            nn.SiLU(),
+            nn.Conv2d(in_channels, in_channels, kernel_size=3, padding=1),
+        )
+        self.head = CovarianceHead(in_channels, out_channels, num_groups)
+        self.config = self.head.config
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
+        o: Tensor = self.head(features + self.second(self.first(features)))
+        return o
+
+
+class TokenHead(nn.Module):
+    """Layer normalisation, SiLU and a linear layer on the tokens of a transformer.
+
+    Args:
+        width: Channels of a token.
+        out_channels: Channels of x_t.
+        patch_size: Side of the patch that a token stands for.
+        residual: Whether a block of two linear layers stands first.
+
+    Example:
+        >>> import torch
+        >>> TokenHead(24, 4, 2)(torch.randn(2, 16, 24)).shape    # 4x4 patches of 2x2 pixels
+        torch.Size([2, 4, 8, 8])
+    """
+
+    def __init__(
+        self, width: int, out_channels: int, patch_size: int, residual: bool = False
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "width": width,
+            "out_channels": out_channels,
+            "patch_size": patch_size,
+            "residual": residual,
+        }
+        self.block = (
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+            )
+            if residual
+            else None
+        )
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, patch_size**2 * out_channels)
+        _start_at_zero(self.out)
+        self._patch_size, self._out_channels = patch_size, out_channels
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return o, of shape (B, out_channels, H, W), from the tokens (B, n, width) of a square."""
+        if self.block is not None:
+            tokens = tokens + self.block(tokens)
+        patches = self.out(functional.silu(self.norm(tokens)))
+        side, p = round(tokens.shape[1] ** 0.5), self._patch_size
+        o = patches.reshape(len(tokens), side, side, p, p, self._out_channels)
+        return o.permute(0, 5, 1, 3, 2, 4).reshape(
+            len(tokens), self._out_channels, side * p, side * p
+        )
+
+
+def _start_at_zero(layer: nn.Module) -> None:
+    nn.init.zeros_(layer.get_parameter("weight"))
+    nn.init.zeros_(layer.get_parameter("bias"))
+
+
+# By class name, as checkpoints name them.
+HEADS: dict[str, type[nn.Module]] = {
+    head.__name__: head for head in (CovarianceHead, ResidualHead, TokenHead)
+}

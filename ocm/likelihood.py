@@ -6,10 +6,12 @@ For a trajectory t_1 < ... < t_K = N the bound on -log2 p(x_0) is the sum of
     KL(q(x_s | x_t, x_0) || p(x_s | x_t)),  (s, t) = (t_{k-1}, t_k)      a Gaussian step each
     -log p(x_0 | x_{t_1})                                                the decoder.
 
-With p(x_s | x_t) of the covariance-scaled form of :mod:`ocm.samplers` the step's KL needs nothing
-but r = SNR(s) - SNR(t), SNR = alpha_bar / beta_bar, since b^2 / beta_tilde(s, t) = r:
+With p(x_s | x_t) of the form of :mod:`ocm.samplers` the step's KL needs nothing but
+r = SNR(s) - SNR(t), SNR = alpha_bar / beta_bar, since b^2 / beta_tilde(s, t) = r. With the
+eigenvalues Var_k of Cov[x0 | x_t] in its eigenbasis F, the pixels for a diagonal one, it is the sum
+over k of
 
-    KL = 1/2 [log(1 + r Var) + (1 + r (x_0 - x0_hat)^2) / (1 + r Var) - 1].
+    1/2 [log(1 + r Var_k) + (1 + r (F (x_0 - x0_hat))_k^2) / (1 + r Var_k) - 1].
 
 The decoder is a Gaussian around x0_hat of variance beta_tilde(1, 2), integrated over the bin of
 each grey level, the outermost bins being open.
@@ -25,12 +27,14 @@ import torch
 from torch import Tensor
 
 from hessdiag.checks import check_batch
-from hessdiag.kernels import normal
-from ocm.covariances import Covariance
+from ocm.covariances.base import Covariance
 from ocm.denoiser import Denoiser, Prediction
+from ocm.divergences import discretised_gaussian_log_prob, gaussian_step_kl
+from ocm.noising import noisy_prediction
+from ocm.posterior import SpectralCovariance, spectral
 from ocm.progress import progress_bar
-from ocm.samplers import VARIANCE_RANGE, X0_RANGE
-from ocm.schedules import reverse_steps
+from ocm.samplers import X0_RANGE
+from ocm.timesteps import reverse_steps
 
 # Of a bin: float32 rounding, and nothing that is a wrong number of levels.
 _GRID_TOLERANCE = 1e-3
@@ -75,7 +79,8 @@ def bits_per_dim(
 
     Args:
         denoiser: The frozen denoiser.
-        covariance: States Var[x0 | x_t]; clipped to [0, 1] here, and x0_hat to [-1, 1].
+        covariance: States Cov[x0 | x_t], with eigenvalues: clipped here to what images in [-1, 1]
+            allow, and x0_hat to [-1, 1].
         x0: Images in [-1, 1], shape (B, C, H, W), on the grid of ``levels`` grey levels.
         timesteps: Increasing timesteps in 1 .. N, the last of them N.
         levels: Number of grey levels: bins are 2 / (levels - 1) wide.
@@ -86,6 +91,31 @@ def bits_per_dim(
     Raises:
         ValueError: If x0 leaves [-1, 1] or the grid, the timesteps do not increase to N, or
             levels < 2.
+        TypeError: If the covariance has no density (Lanczos).
+    """
+    check_images(x0, levels)
+    *steps, (_, first) = reverse_steps(timesteps)
+    N = denoiser.schedule.num_timesteps
+    if timesteps[-1] != N:
+        raise ValueError(f"timesteps must end at N = {N}, got {timesteps[-1]}")
+    terms = []
+    for s, t in progress_bar(steps, "bits/dim", unit="step", show=progress):
+        prediction = noisy_prediction(denoiser, x0, t, seed, sample_offset)
+        stated = spectral(covariance.at(prediction, s=s).bounded(X0_RANGE))
+        terms.append(step_term(denoiser, stated, prediction, x0, s))
+    prediction = noisy_prediction(denoiser, x0, first, seed, sample_offset)
+    return BitsPerDim(
+        prior=prior_term(denoiser, x0),
+        steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),
+        decoder=decoder_term(denoiser, prediction, x0, levels),
+    )
+
+
+def check_images(x0: Tensor, levels: int) -> None:
+    """Raise unless x0 are images in [-1, 1] on the grid of ``levels`` grey levels.
+
+    Raises:
+        ValueError: If they are not, or levels < 2.
     """
     check_batch("x0", x0)
     if bool((x0.abs() > 1).any()):
@@ -96,37 +126,44 @@ def bits_per_dim(
             f"x0 must lie on the grid of levels = {levels} grey levels, got values {off_grid:.2g} "
             "off it; give the right levels, or pass ocm.quantise(x0, levels)"
         )
-    schedule = denoiser.schedule
-    *steps, (_, first) = reverse_steps(timesteps)
-    if timesteps[-1] != schedule.num_timesteps:
-        raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
-    x0 = x0.to(denoiser.device)
-    snr = (schedule.alpha_bar / schedule.beta_bar).tolist()
-    terms = []
-    for s, t in progress_bar(steps, "bits/dim", unit="step", show=progress):
-        x_t, prediction = noisy_prediction(denoiser, x0, t, seed, sample_offset)
-        variance = covariance.variance(x_t, t, prediction, sample_offset=sample_offset)
-        x0_hat = denoiser.x0_hat(x_t, t, prediction.epsilon).clamp(*X0_RANGE)
-        terms.append(
-            gaussian_step_kl(
-                squared_error=(x0 - x0_hat).double() ** 2,
-                variance=variance.clamp(*VARIANCE_RANGE).double(),
-                snr_difference=snr[s] - snr[t],
-            )
+
+
+def step_term(
+    denoiser: Denoiser, covariance: SpectralCovariance, prediction: Prediction, x0: Tensor, s: int
+) -> Tensor:
+    """Return the KL of the step from the prediction's t to s, in bits/dim, shape (B,).
+
+    Args:
+        denoiser: The frozen denoiser.
+        covariance: Cov[x0 | x_t], bounded to what the data allow.
+        prediction: At x_t drawn from q(x_t | x_0).
+        x0: The images.
+        s: Where the step goes, 1 .. t - 1.
+    """
+    assert isinstance(prediction.t, int)
+    snr = denoiser.schedule.snr
+    error = x0.to(prediction.x_t) - prediction.x0_hat.clamp(*X0_RANGE)
+    return _mean_bits(
+        gaussian_step_kl(
+            squared_error=covariance.basis.analyse(error).double().square(),
+            variance=covariance.eigenvalues.double(),
+            snr_difference=(snr[s] - snr[prediction.t]).item(),
         )
-    x_t, prediction = noisy_prediction(denoiser, x0, first, seed, sample_offset)
-    x0_hat = denoiser.x0_hat(x_t, first, prediction.epsilon).clamp(*X0_RANGE)
-    std = math.sqrt(schedule.beta_tilde(1, 2))
-    decoder = -discretised_gaussian_log_prob(x0.double(), x0_hat.double(), std, levels)
-    alpha_bar = schedule.alpha_bar[-1].item()
-    prior = 0.5 * (alpha_bar * x0.double() ** 2 - alpha_bar - math.log1p(-alpha_bar))
-    return BitsPerDim(
-        prior=_mean_bits(prior),
-        steps=torch.stack([_mean_bits(term) for term in terms], dim=1)
-        if terms
-        else prior.new_zeros(len(x0), 0),
-        decoder=_mean_bits(decoder),
     )
+
+
+def decoder_term(denoiser: Denoiser, prediction: Prediction, x0: Tensor, levels: int) -> Tensor:
+    """Return -log p(x_0 | x_t1) of the discretised Gaussian, in bits/dim, shape (B,)."""
+    x0_hat = prediction.x0_hat.clamp(*X0_RANGE).double()
+    std = math.sqrt(denoiser.schedule.beta_tilde(1, 2))
+    return _mean_bits(-discretised_gaussian_log_prob(x0.to(x0_hat), x0_hat, std, levels))
+
+
+def prior_term(denoiser: Denoiser, x0: Tensor) -> Tensor:
+    """Return KL(q(x_N | x_0) || N(0, I)), in bits/dim, shape (B,)."""
+    alpha_bar = denoiser.schedule.alpha_bar[-1].item()
+    squares = x0.to(denoiser.device).double() ** 2
+    return _mean_bits(0.5 * (alpha_bar * squares - alpha_bar - math.log1p(-alpha_bar)))
 
 
 def quantise(x0: Tensor, levels: int = 256) -> Tensor:
@@ -144,57 +181,5 @@ def quantise(x0: Tensor, levels: int = 256) -> Tensor:
     return ((x0 + 1) * (levels - 1) / 2).round() * 2 / (levels - 1) - 1
 
 
-def noisy_prediction(
-    denoiser: Denoiser, x0: Tensor, t: int, seed: int, sample_offset: int = 0
-) -> tuple[Tensor, Prediction]:
-    """Return x_t drawn from q(x_t | x_0), and the backbone's prediction there."""
-    noise = normal(x0.shape, seed, step=t, sample_offset=sample_offset, device=x0.device)
-    x_t = denoiser.schedule.diffuse(x0, t, noise)
-    return x_t, denoiser.predict(x_t, t)
-
-
 def _mean_bits(nats: Tensor) -> Tensor:
     return nats.flatten(1).mean(dim=1) / math.log(2.0)
-
-
-def gaussian_step_kl(squared_error: Tensor, variance: Tensor, snr_difference: float) -> Tensor:
-    """Return the KL divergence of one reverse step, per dimension, in nats.
-
-    Args:
-        squared_error: (x_0 - x0_hat)^2.
-        variance: Var[x0 | x_t], at least 0, of the same shape or broadcast to it.
-        snr_difference: SNR(s) - SNR(t) with SNR = alpha_bar / beta_bar; at least 0.
-
-    Example:
-        At the variance that equals the squared error only the logarithm is left:
-
-        >>> gaussian_step_kl(torch.tensor(0.5), torch.tensor(0.5), 2.0)
-        tensor(0.3466)
-    """
-    ratio = 1.0 + snr_difference * variance
-    return 0.5 * (ratio.log() + (1.0 + snr_difference * squared_error) / ratio - 1.0)
-
-
-def discretised_gaussian_log_prob(x0: Tensor, mean: Tensor, std: float, levels: int) -> Tensor:
-    """Return log of the mass of N(mean, std^2) on the bin of each grey level x0, in nats.
-
-    Bins are 2 / (levels - 1) wide and centred on the levels of [-1, 1]; the outermost are open.
-    The difference of the two tails is taken in logarithms, so that no mass underflows to zero.
-
-    Example:
-        >>> x0 = torch.tensor([-1.0, 0.0, 1.0])
-        >>> discretised_gaussian_log_prob(x0, torch.zeros(3), 0.5, levels=3).exp()
-        tensor([0.1587, 0.6827, 0.1587])
-    """
-    half_bin = 1.0 / (levels - 1)
-    # Mirrored so that the nearer edge is the upper one of the lower tail, where logs are accurate.
-    distance = (x0 - mean).abs()
-    sign = torch.where(x0 >= mean, 1.0, -1.0)
-    nearer = (half_bin - distance) / std
-    farther = -(half_bin + distance) / std
-    away = sign * x0 >= 1.0 - half_bin  # the open end lies beyond x0, seen from the mean
-    towards = -sign * x0 >= 1.0 - half_bin  # the open end lies behind the mean
-    upper = torch.special.log_ndtr(torch.where(towards, torch.inf, nearer))
-    lower = torch.where(away, -torch.inf, torch.special.log_ndtr(farther))
-    log_mass: Tensor = upper + torch.log1p(-torch.exp(lower - upper))
-    return log_mass

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,34 @@ class Schedule:
         """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
         return self.beta(s, t) * self.beta_bar[s].item() / self.beta_bar[t].item()
 
-    def x0_from_epsilon(self, t: int) -> tuple[float, float]:
-        """Return p and q of the posterior mean x0_hat = p x_t + q epsilon."""
-        alpha_bar, beta_bar = self.alpha_bar[t].item(), self.beta_bar[t].item()
-        return 1.0 / math.sqrt(alpha_bar), -math.sqrt(beta_bar / alpha_bar)
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratios alpha_bar / beta_bar of t = 0 .. N, float64; the first is inf."""
+        return self.alpha_bar / self.beta_bar
+
+    def x0_from(self, prediction_type: str) -> tuple[Tensor, Tensor]:
+        """Return tables p and q of the posterior mean x0_hat = p_t x_t + q_t output, t = 0 .. N.
+
+        Args:
+            prediction_type: What the network's output predicts, by diffusers' names: "epsilon",
+                the noise; "sample", x0; or "v_prediction", v = sqrt(alpha_bar) noise -
+                sqrt(beta_bar) x0 (Salimans and Ho, 2022).
+
+        Raises:
+            ValueError: If there is no such type.
+
+        Example:
+            >>> p, q = linear().x0_from("sample")
+            >>> p[500].item(), q[500].item()
+            (0.0, 1.0)
+        """
+        check_prediction_type(prediction_type)
+        alpha, sigma = self.alpha_bar.sqrt(), self.beta_bar.sqrt()
+        if prediction_type == "epsilon":
+            return 1.0 / alpha, -sigma / alpha
+        if prediction_type == "v_prediction":
+            return alpha, -sigma
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
 
     def diffuse(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """Return x_t = sqrt(alpha_bar_t) x0 + sqrt(beta_bar_t) noise.
@@ -92,6 +117,21 @@ class Schedule:
         return (self.log_alpha_bar[t] - self.log_alpha_bar[s]).item()
 
 
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """Raise unless ``prediction_type`` is one of :data:`PREDICTION_TYPES`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
+        )
+
+
 def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule:
     """Return the schedule of beta_1 .. beta_N, for example those of a diffusers scheduler.
 
@@ -110,6 +150,36 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
         )
     log_alpha = torch.log1p(-betas)
     return Schedule(name, torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)]))
+
+
+def from_scheduler(scheduler: Any) -> Schedule:
+    """Return the schedule of a diffusers scheduler, or of its configuration.
+
+    Args:
+        scheduler: An object with ``config``, or the configuration itself (a mapping), of any
+            scheduler whose betas are those of a ``DDPMScheduler``: ``beta_schedule``,
+            ``beta_start``, ``beta_end``, ``trained_betas``, ``num_train_timesteps``.
+
+    Raises:
+        ValueError: If the betas are none of a variance-preserving process with signal left at N
+            (``rescale_betas_zero_snr``), or the configuration makes none.
+
+    Example:
+        >>> from_scheduler({"num_train_timesteps": 10, "beta_schedule": "linear"}).num_timesteps
+        10
+    """
+    from diffusers import DDPMScheduler
+
+    config = dict(getattr(scheduler, "config", scheduler))
+    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    config = {name: config[name] for name in kept if name in config} | {
+        "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr", False)
+    }
+    try:
+        betas = DDPMScheduler(**config).betas
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise ValueError(f"scheduler has no betas of a DDPMScheduler: {error}") from error
+    return from_betas(betas)
 
 
 def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
@@ -147,47 +217,6 @@ def _check_num_timesteps(num_timesteps: int) -> None:
 
 
 SCHEDULES: dict[str, Callable[[int], Schedule]] = {"linear": linear, "cosine": cosine}
-
-
-def even_timesteps(num_timesteps: int, K: int) -> list[int]:
-    """Return K evenly spaced timesteps 1 = t_1 < ... < t_K = N, or [N] for K = 1.
-
-    t_k = round(1 + (k - 1) (N - 1) / (K - 1)), as in Analytic-DPM (Bao et al., 2022).
-
-    Raises:
-        TypeError: If K is not an int.
-        ValueError: If K lies outside 1 .. N.
-
-    Example:
-        >>> even_timesteps(1000, 5)
-        [1, 251, 500, 750, 1000]
-    """
-    check_positive_int("K", K)
-    if K > num_timesteps:
-        raise ValueError(f"K must lie in 1 .. {num_timesteps}, got {K}")
-    if K == 1:
-        return [num_timesteps]
-    stride = (num_timesteps - 1) / (K - 1)
-    return [round(1 + k * stride) for k in range(K)]
-
-
-def reverse_steps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the steps (s, t) of the reverse process, from the noisiest t down to s = 0.
-
-    Args:
-        timesteps: Increasing timesteps, the first at least 1.
-
-    Raises:
-        ValueError: If they do not increase from at least 1.
-
-    Example:
-        >>> reverse_steps([1, 500, 1000])
-        [(500, 1000), (1, 500), (0, 1)]
-    """
-    pairs = list(zip([0, *timesteps], timesteps, strict=False))
-    if not pairs or any(s >= t for s, t in pairs):
-        raise ValueError(f"timesteps must increase from at least 1, got {list(timesteps)}")
-    return pairs[::-1]
 
 
 def per_sample(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:

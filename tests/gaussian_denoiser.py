@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from ocm.architectures import UNET
 from ocm.denoiser import Denoiser
 
 
@@ -24,7 +25,7 @@ class GaussianUNet(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.schedule = schedule
 
-    def forward(self, x, t):
+    def forward(self, x, t, class_labels=None):
         t = torch.as_tensor(t).reshape(-1).expand(len(x)) + 1
         alpha_bar, beta_bar = (
             table[t][:, None] for table in (self.schedule.alpha_bar, self.schedule.beta_bar)
@@ -38,7 +39,8 @@ class GaussianUNet(nn.Module):
 
 def gaussian_denoiser(mean, covariance, schedule):
     """The denoiser of N(mean, covariance); images are (1, 1, D)."""
-    return Denoiser(GaussianUNet(mean, covariance, schedule), schedule).freeze()
+    unet = GaussianUNet(mean, covariance, schedule)
+    return Denoiser(unet, schedule, architecture=UNET).freeze()
 
 
 def posterior_covariance(covariance, schedule, t):

@@ -21,7 +21,7 @@ def gaussian():
 def test_exact_is_the_posterior_variance(gaussian, schedule, t):
     denoiser = gaussian_denoiser(*gaussian, schedule)
     x_t = torch.randn(3, 1, 1, D, dtype=torch.float64)
-    variance = ocm.Exact(denoiser).variance(x_t, t, denoiser.predict(x_t, t))
+    variance = ocm.Exact(denoiser).at(denoiser.predict(x_t, t)).diagonal()
     expected = posterior_covariance(gaussian[1], schedule, t).diagonal().expand_as(x_t)
     torch.testing.assert_close(variance, expected, rtol=1e-5, atol=1e-9)
 
@@ -30,7 +30,8 @@ def test_hutchinson_is_unbiased(gaussian):
     schedule, t = ocm.linear(), 200
     denoiser = gaussian_denoiser(*gaussian, schedule)
     x_t = torch.randn(2000, 1, 1, D, dtype=torch.float64)
-    variance = ocm.Hutchinson(denoiser, num_probes=2).variance(x_t, t, denoiser.predict(x_t, t))
+    prediction = denoiser.predict(x_t, t)
+    variance = ocm.Hutchinson(denoiser, num_probes=2).at(prediction).diagonal()
     estimates = variance.reshape(-1, D)
     expected = posterior_covariance(gaussian[1], schedule, t).diagonal()
     standard_error = estimates.std(dim=0) / len(estimates) ** 0.5
@@ -41,13 +42,12 @@ def test_hutchinson_draws_new_probes_at_each_timestep_and_sample(gaussian):
     denoiser = gaussian_denoiser(*gaussian, ocm.linear())
     covariance = ocm.Hutchinson(denoiser, num_probes=1)
     x_t = torch.randn(1, 1, 1, D).expand(4, -1, -1, -1)
-    prediction = denoiser.predict(x_t, 200)
-    whole = covariance.variance(x_t, 200, prediction)
+    whole = covariance.at(denoiser.predict(x_t, 200)).diagonal()
     assert not torch.equal(whole[0], whole[1])
-    part = covariance.variance(x_t[2:], 200, prediction, sample_offset=2)
+    part = covariance.at(denoiser.predict(x_t[2:], 200, sample_offset=2)).diagonal()
     torch.testing.assert_close(whole[2:], part)
     signs = whole - whole.mean(dim=0)
-    other = covariance.variance(x_t, 201, prediction)
+    other = covariance.at(denoiser.predict(x_t, 201)).diagonal()
     assert not torch.allclose(signs, other - other.mean(dim=0), rtol=0.1)
 
 
@@ -56,20 +56,21 @@ def test_the_two_variances_of_ddpm_come_back_in_the_step(s, t):
     schedule = ocm.cosine()
     step = ddpm(schedule, s, t)
     x_t = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    prediction = ocm.Prediction(x_t, t, x_t, x_t, x_t)
     for covariance, expected in (
         (ocm.Beta(schedule), schedule.beta(s, t)),
         (ocm.BetaTilde(), schedule.beta_tilde(s, t)),
     ):
-        variance = covariance.variance(x_t, t, None).item()
+        variance = covariance.at(prediction).diagonal().item()
         noise = step.noise_variance + step.noise_from_variance * variance
         assert noise == pytest.approx(expected, rel=1e-9)
 
 
 def test_an_untrained_head_states_the_variance_of_a_flat_prior(unet):
     denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
-    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.CovarianceHead.for_denoiser(denoiser))
+    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
     x_t = torch.randn(2, 2, 8, 8)
-    variance = covariance.variance(x_t, 100, denoiser.predict(x_t, 100))
+    variance = covariance.at(denoiser.predict(x_t, 100)).diagonal()
     expected = denoiser.schedule.beta_bar[100] / denoiser.schedule.alpha_bar[100]
     torch.testing.assert_close(variance, expected.float().expand(2, 2, 8, 8))
 
@@ -79,7 +80,7 @@ def test_features_are_the_input_of_the_last_layers(unet):
     x_t = torch.randn(2, 2, 8, 8)
     prediction = denoiser.predict(x_t, torch.tensor([3, 700]))
     after = unet.conv_out(unet.conv_act(unet.conv_norm_out(prediction.features)))
-    torch.testing.assert_close(after, prediction.epsilon)
+    torch.testing.assert_close(after, prediction.output)
     assert not unet.conv_norm_out._forward_pre_hooks
 
 
@@ -87,4 +88,4 @@ def test_features_are_the_input_of_the_last_layers(unet):
 def test_a_timestep_out_of_range(unet, t):
     denoiser = ocm.Denoiser(unet, ocm.linear())
     with pytest.raises(ValueError, match=r"t must lie in 1 \.\. 1000"):
-        denoiser.epsilon(torch.randn(2, 2, 8, 8), t)
+        denoiser.output(torch.randn(2, 2, 8, 8), t)

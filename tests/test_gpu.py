@@ -169,25 +169,14 @@ def test_the_step_compiles_in_one_graph():
 def test_a_whole_sampling_loop_in_one_cuda_graph(unet):
     """Captured once, replayed with a new seed written into the seed's tensor."""
     denoiser = ocm.Denoiser(unet.cuda(), ocm.cosine()).freeze()
-    head = ocm.CovarianceHead.for_denoiser(denoiser).requires_grad_(False)
+    head = ocm.make_head(denoiser).requires_grad_(False)
     covariance = ocm.OptimalCovarianceMatching(denoiser, head)
     timesteps = ocm.even_timesteps(1000, 4)
-    seed = torch.tensor(0, device="cuda")
-
-    def draw(seed):
-        return ocm.sample(denoiser, covariance, (3, 2, 8, 8), timesteps, seed=seed)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        draw(seed)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        images = draw(seed)
-    for value in (7, 2**40):
-        seed.fill_(value)
-        graph.replay()
-        torch.testing.assert_close(images, draw(value), rtol=1e-3, atol=1e-3)
+    arguments = denoiser, covariance, (3, 2, 8, 8), timesteps
+    draw = ocm.capture(*arguments)
+    for seed in (7, 2**40):
+        expected = ocm.sample(*arguments, seed=seed)
+        torch.testing.assert_close(draw(seed), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_samples_are_those_of_the_cpu(unet):

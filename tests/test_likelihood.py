@@ -9,7 +9,7 @@ from torch.distributions import Normal, kl_divergence
 
 import ocm
 from hessdiag.kernels import normal
-from ocm.likelihood import discretised_gaussian_log_prob, gaussian_step_kl
+from ocm.divergences import discretised_gaussian_log_prob, gaussian_step_kl
 from ocm.samplers import ddpm
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from ocm import schedules
+from ocm import schedules, timesteps
 
 
 @pytest.fixture(params=["linear", "cosine"])
@@ -63,23 +63,23 @@ def test_timesteps_out_of_order(schedule, s, t):
 
 
 def test_even_timesteps():
-    assert schedules.even_timesteps(1000, 1) == [1000]
-    assert schedules.even_timesteps(1000, 2) == [1, 1000]
-    assert schedules.even_timesteps(1000, 1000) == list(range(1, 1001))
+    assert timesteps.even_timesteps(1000, 1) == [1000]
+    assert timesteps.even_timesteps(1000, 2) == [1, 1000]
+    assert timesteps.even_timesteps(1000, 1000) == list(range(1, 1001))
     for K in (3, 10, 25, 50, 999):
-        timesteps = schedules.even_timesteps(1000, K)
-        assert (len(timesteps), timesteps[0], timesteps[-1]) == (K, 1, 1000)
-        assert all(s < t for s, t in itertools.pairwise(timesteps))
+        chosen = timesteps.even_timesteps(1000, K)
+        assert (len(chosen), chosen[0], chosen[-1]) == (K, 1, 1000)
+        assert all(s < t for s, t in itertools.pairwise(chosen))
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: schedules.even_timesteps(1000, 0), "K must be at least 1, got 0"),
-        (lambda: schedules.even_timesteps(1000, 1001), "K must lie in .* got 1001"),
-        (lambda: schedules.reverse_steps([1, 5, 5]), r"must increase .* got \[1, 5, 5\]"),
-        (lambda: schedules.reverse_steps([]), r"must increase .* got \[\]"),
-        (lambda: schedules.reverse_steps([0, 3]), r"must increase .* got \[0, 3\]"),
+        (lambda: timesteps.even_timesteps(1000, 0), "K must be at least 1, got 0"),
+        (lambda: timesteps.even_timesteps(1000, 1001), "K must lie in .* got 1001"),
+        (lambda: timesteps.reverse_steps([1, 5, 5]), r"must increase .* got \[1, 5, 5\]"),
+        (lambda: timesteps.reverse_steps([]), r"must increase .* got \[\]"),
+        (lambda: timesteps.reverse_steps([0, 3]), r"must increase .* got \[0, 3\]"),
         (lambda: schedules.from_betas([0.1, 1.0]), "betas must be"),
         (lambda: schedules.from_betas([]), "betas must be"),
         (lambda: schedules.cosine(1), "num_timesteps must be at least 2, got 1"),

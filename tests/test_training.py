@@ -9,16 +9,15 @@ from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 import hessdiag
 import ocm
 from ocm.backbones import small_unet
-from ocm.losses import training_noise
-from ocm.training import train_denoiser, train_head
+from ocm.learning import train_denoiser, train_head
+from ocm.noising import noisy
 
 
 def test_training_images_have_the_moments_of_the_forward_process():
     schedule = ocm.cosine()
     x0 = torch.full((5000, 1, 2, 2), 0.5)
     t = torch.full((5000,), 400)
-    noise = training_noise(x0, seed=0, sample_offset=0)
-    x_t = schedule.diffuse(x0, t, noise)
+    x_t, noise = noisy(schedule, x0, t, seed=0, sample_offset=0)
     alpha_bar, beta_bar = schedule.alpha_bar[400].item(), schedule.beta_bar[400].item()
     assert x_t.mean().item() == pytest.approx(0.5 * alpha_bar**0.5, abs=0.03)
     assert x_t.var().item() == pytest.approx(beta_bar, rel=0.05)
@@ -28,11 +27,11 @@ def test_training_images_have_the_moments_of_the_forward_process():
 def test_the_ocm_target_is_the_hutchinson_estimate_of_the_scaled_hessian(unet):
     schedule = ocm.linear()
     denoiser = ocm.Denoiser(unet, schedule).freeze()
-    head = ocm.CovarianceHead.for_denoiser(denoiser)
     x0, t = torch.rand(3, 2, 8, 8) * 2 - 1, torch.tensor([5, 300, 900])
-    loss = ocm.ocm_loss(denoiser, head, x0, t, seed=4, sample_offset=9, num_probes=2)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser), num_probes=2)
+    loss = covariance.loss(x0, t, seed=4, sample_offset=9)
 
-    x_t = schedule.diffuse(x0, t, training_noise(x0, seed=4, sample_offset=9))
+    x_t, _ = noisy(schedule, x0, t, seed=4, sample_offset=9)
     target = torch.zeros_like(x_t)
     for image in range(3):
         beta_bar = schedule.beta_bar[t[image]].item()
@@ -48,9 +47,10 @@ def test_the_ocm_target_is_the_hutchinson_estimate_of_the_scaled_hessian(unet):
 
 def test_the_ocm_loss_reaches_the_head_alone(unet):
     denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
-    head = ocm.CovarianceHead.for_denoiser(denoiser)
+    head = ocm.make_head(denoiser)
     x0, t = torch.rand(2, 2, 8, 8), torch.tensor([5, 300])
-    ocm.ocm_loss(denoiser, head, x0, t, seed=0, sample_offset=0).backward()
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
+    covariance.loss(x0, t, seed=0, sample_offset=0).backward()
     assert head.conv.weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in unet.parameters())
     assert not unet.training
@@ -64,18 +64,17 @@ def test_a_head_learns_the_variance_of_independent_pixels():
     head.weight.data.zero_()
     head.bias.data.zero_()
     t = torch.full((64,), 300)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.2)
     for step in range(100):
         x0 = variance**0.5 * torch.randn(64, 1, 1, 4)
-        loss = ocm.ocm_loss(denoiser, head, x0, t, seed=0, sample_offset=64 * step)
+        loss = covariance.loss(x0, t, seed=0, sample_offset=64 * step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     x_t = torch.randn(8, 1, 1, 4)
     with torch.no_grad():
-        learned = ocm.OptimalCovarianceMatching(denoiser, head).variance(
-            x_t, 300, denoiser.predict(x_t, 300)
-        )
+        learned = covariance.at(denoiser.predict(x_t, 300)).diagonal()
     expected = posterior_covariance(variance * torch.eye(4), schedule, 300)[0, 0].float()
     torch.testing.assert_close(learned, expected.expand_as(learned), rtol=2e-2, atol=0)
 
@@ -91,8 +90,9 @@ def train(images, **changes):
         **{"num_steps": 12, "batch_size": 8, "warmup_steps": 2, **changes}
     )
     losses = train_denoiser(denoiser, images, settings, progress=False)
-    head = ocm.CovarianceHead.for_denoiser(denoiser)
-    head_losses = train_head(denoiser, head, images, settings, progress=False)
+    head = ocm.make_head(denoiser)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
+    head_losses = train_head(covariance, images, settings, progress=False)
     return denoiser, head, losses, head_losses
 
 
@@ -100,7 +100,7 @@ def test_training_lowers_the_losses_and_leaves_a_frozen_model(images):
     denoiser, head, losses, head_losses = train(images, num_steps=40)
     assert sum(losses[-5:]) < sum(losses[:5])
     assert sum(head_losses[-5:]) < sum(head_losses[:5])
-    for module in (denoiser.unet, head):
+    for module in (denoiser.backbone, head):
         assert not module.training
         assert all(not p.requires_grad and torch.isfinite(p).all() for p in module.parameters())
 

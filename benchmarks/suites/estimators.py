@@ -40,7 +40,7 @@ def run(setting: Setting) -> tuple[Row, str]:
     trained = trained_unet(setting.data, _CACHE, device, quick=quick)
     images = trained.test_images[: 2 if quick else 8].to(device)
     points = {t: _noisy(trained.denoiser, images, t) for t in TIMESTEPS}
-    functions = {t: trained.denoiser.scaled_score(t) for t in TIMESTEPS}
+    functions = {t: trained.denoiser.output_at(t) for t in TIMESTEPS}
     jacobians = {t: hessdiag.jacobian(functions[t], x) for t, x in points.items()}
 
     checks = _check(functions, points, jacobians, quick)

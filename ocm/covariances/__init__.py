@@ -1,48 +1,70 @@
-"""Covariances of x0 given x_t: each states Var[x0 | x_t] per dimension, independent of s.
+"""Covariances of x0 given x_t: each states Cov[x0 | x_t], and samplers derive their steps from it.
 
-Samplers and the likelihood derive the variance of a reverse step from t to s from it:
+=================================  ===============================================  ==============
+covariance                         states                                           passes a step
+=================================  ===============================================  ==============
+:class:`Beta`, :class:`BetaTilde`  the two variances of DDPM                        0
+:class:`Analytic`                  one number for each timestep                     0
+:class:`ImprovedDDPM`              a head, trained by the variational bound         0
+:class:`NPR`, :class:`SN`          heads that regress errors and noise              0
+:class:`OptimalCovarianceMatching` a head that regresses the Hessian's diagonal     0
+:class:`Hutchinson`                the diagonal from M probes of any design         M + 1
+:class:`Exact`                     the diagonal                                     D + 1
+:class:`ChannelBlocks`             a matrix over channels for each pixel            D + 1, or fewer
+:class:`CosineDiagonal`            diagonal in frequency                            M + 1
+:class:`Lanczos`                   the full covariance's noise from k products      k + 1
+:class:`Full`                      the full covariance                              D + 1
+:class:`Calibrated`                any of these, rescaled and shifted on data       as that one
+=================================  ===============================================  ==============
+
+The variance of the reverse step from t to s, and back (with DDPM's coefficients):
 
     sigma^2 = beta_tilde(s, t) + (alpha_bar_s beta(s, t)^2 / beta_bar_t^2) Var[x0 | x_t].
 
-A new covariance is a small frozen dataclass with a ``variance`` method, in a file of its own.
+A new covariance is a small frozen dataclass with the method ``at``, in a file of its own; one that
+learns has a ``loss`` too.
 """
 
-from __future__ import annotations
-
-from typing import Protocol
-
-from torch import Tensor
-
+from ocm.covariances.analytic import Analytic, fit_analytic, fit_analytic_from_data
+from ocm.covariances.base import (
+    Covariance,
+    LearnedCovariance,
+    reverse_variance,
+    variance_of_x0,
+)
+from ocm.covariances.calibrated import Calibrated, calibrate
+from ocm.covariances.channels import ChannelBlocks
+from ocm.covariances.cosine import CosineDiagonal
+from ocm.covariances.exact import Exact, Full
 from ocm.covariances.fixed import Beta, BetaTilde
-from ocm.covariances.from_score import Exact, Hutchinson
-from ocm.covariances.learned import OptimalCovarianceMatching
-from ocm.denoiser import Prediction
+from ocm.covariances.hutchinson import Hutchinson
+from ocm.covariances.improved_ddpm import ImprovedDDPM
+from ocm.covariances.lanczos import Lanczos, LanczosCovariance
+from ocm.covariances.npr import NPR
+from ocm.covariances.optimal import OptimalCovarianceMatching
+from ocm.covariances.sn import SN
 
 __all__ = [
+    "NPR",
+    "SN",
+    "Analytic",
     "Beta",
     "BetaTilde",
+    "Calibrated",
+    "ChannelBlocks",
+    "CosineDiagonal",
     "Covariance",
     "Exact",
+    "Full",
     "Hutchinson",
+    "ImprovedDDPM",
+    "Lanczos",
+    "LanczosCovariance",
+    "LearnedCovariance",
     "OptimalCovarianceMatching",
+    "calibrate",
+    "fit_analytic",
+    "fit_analytic_from_data",
+    "reverse_variance",
+    "variance_of_x0",
 ]
-
-
-class Covariance(Protocol):
-    """What samplers and the likelihood ask of a covariance."""
-
-    def variance(
-        self, x_t: Tensor, t: int, prediction: Prediction, *, sample_offset: int = 0
-    ) -> Tensor:
-        """Return Var[x0 | x_t], not clipped.
-
-        Args:
-            x_t: Shape (B, C, H, W).
-            t: Timestep in 1 .. N.
-            prediction: The backbone's prediction at (x_t, t).
-            sample_offset: Number of the first sample, for covariances that draw probes.
-
-        Returns:
-            A tensor that broadcasts to x_t.
-        """
-        ...

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from ocm.covariances.base import constant
 from ocm.denoiser import Prediction
-from ocm.schedules import Schedule, per_sample
+from ocm.posterior import SpectralCovariance, diagonal
+from ocm.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,16 @@ class Beta:
 
     schedule: Schedule
 
-    def variance(
-        self, x_t: Tensor, t: int, prediction: Prediction, *, sample_offset: int = 0
-    ) -> Tensor:
-        """Return beta_bar_t, shape (1, 1, 1, 1)."""
-        return per_sample(self.schedule.beta_bar, t, x_t)
+    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+        """Return beta_bar_t I."""
+        return constant(self.schedule.beta_bar, prediction)
 
 
 @dataclass(frozen=True)
 class BetaTilde:
     """The variance beta_tilde(s, t) of q(x_s | x_t, x_0): Var[x0 | x_t] = 0."""
 
-    def variance(
-        self, x_t: Tensor, t: int, prediction: Prediction, *, sample_offset: int = 0
-    ) -> Tensor:
-        """Return zero, shape (1, 1, 1, 1)."""
-        return x_t.new_zeros([1] * x_t.dim())
+    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+        """Return zero."""
+        x_t = prediction.x_t
+        return diagonal(x_t.new_zeros([1] * x_t.dim()), x_t.shape)

@@ -1,0 +1,108 @@
+"""How diffusers' backbones are called, and where a covariance head reads their features.
+
+A head reads what enters a backbone's last output layer. diffusers counts noise levels from 0, so
+that timestep t here is t - 1 there. An architecture that is not listed is one more
+:class:`Architecture`, handed to :class:`ocm.Denoiser`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ocm.heads import CovarianceHead, ResidualHead, TokenHead
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the project needs to know of a family of backbones.
+
+    Attributes:
+        class_name: The class of diffusers, as ``config.json`` names it.
+        feature_layer: Name of the submodule whose input are the features: the normalisation
+            before the last layer.
+        call: From (backbone, x_t, t - 1 of shape (B,), class labels or None) to the output, of the
+            shape of x_t.
+        heads: Untrained heads by name, each made from the backbone.
+    """
+
+    class_name: str
+    feature_layer: str
+    call: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
+    heads: Mapping[str, Callable[[Any], nn.Module]]
+
+
+def _call_unet(unet: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
+    output: Tensor = unet(x_t, level, class_labels=labels).sample
+    return output
+
+
+def _unet_head(unet: Any) -> nn.Module:
+    norm = unet.conv_norm_out
+    return CovarianceHead(norm.num_channels, unet.config.in_channels, norm.num_groups)
+
+
+def _unet_residual_head(unet: Any) -> nn.Module:
+    norm = unet.conv_norm_out
+    return ResidualHead(norm.num_channels, unet.config.in_channels, norm.num_groups)
+
+
+UNET = Architecture(
+    "UNet2DModel",
+    "conv_norm_out",
+    _call_unet,
+    {"simple": _unet_head, "residual": _unet_residual_head},
+)
+
+
+def _call_dit(dit: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
+    if labels is None:
+        raise ValueError(
+            "DiTTransformer2DModel needs a class label for each sample: use "
+            "denoiser.conditioned(labels)"
+        )
+    output: Tensor = dit(x_t, timestep=level, class_labels=labels).sample
+    # A model that learned I-DDPM's variance beside the noise has twice the channels.
+    return output[:, : x_t.shape[1]]
+
+
+def _dit_head(dit: Any) -> nn.Module:
+    return TokenHead(dit.inner_dim, dit.config.in_channels, dit.config.patch_size)
+
+
+def _dit_residual_head(dit: Any) -> nn.Module:
+    return TokenHead(dit.inner_dim, dit.config.in_channels, dit.config.patch_size, residual=True)
+
+
+DIT = Architecture(
+    "DiTTransformer2DModel",
+    "norm_out",
+    _call_dit,
+    {"simple": _dit_head, "residual": _dit_residual_head},
+)
+
+ARCHITECTURES = {architecture.class_name: architecture for architecture in (UNET, DIT)}
+
+
+def architecture_of(backbone: nn.Module) -> Architecture:
+    """Return the architecture of a backbone.
+
+    Raises:
+        ValueError: If its class is none of :data:`ARCHITECTURES`.
+
+    Example:
+        >>> architecture_of(nn.Linear(1, 1))    # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: backbone must be one of UNet2DModel, DiTTransformer2DModel, got Linear; ...
+    """
+    name = type(backbone).__name__
+    if name not in ARCHITECTURES:
+        raise ValueError(
+            f"backbone must be one of {', '.join(ARCHITECTURES)}, got {name}; for another pass "
+            "architecture=ocm.Architecture(...), which says how it is called"
+        )
+    return ARCHITECTURES[name]

@@ -1,0 +1,126 @@
+"""Analytic-DPM (Bao et al., 2022): one variance for each timestep, from one pass over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ocm.covariances.hutchinson import timestep
+from ocm.denoiser import Denoiser, Prediction
+from ocm.noising import noisy_prediction
+from ocm.posterior import SpectralCovariance, diagonal, variance_bound
+from ocm.progress import progress_bar
+from ocm.schedules import Schedule
+from ocm.tables import TimestepTable
+
+
+@dataclass(frozen=True, eq=False)
+class Analytic:
+    """Cov[x0 | x_t] = Var_t I.
+
+    Attributes:
+        schedule: The noise schedule.
+        fractions: Var_t alpha_bar / beta_bar by timestep, in [0, 1] for a true score; kept in this
+            form because it changes slowly with t.
+    """
+
+    schedule: Schedule
+    fractions: TimestepTable
+
+    def variances(self) -> Tensor:
+        """Return Var_t for t = 1 .. N, float64; for :func:`ocm.optimal_timesteps`.
+
+        Raises:
+            ValueError: If the table does not reach from 1 to N.
+        """
+        N = self.schedule.num_timesteps
+        fractions = torch.stack([self.fractions.at(t)[0] for t in range(1, N + 1)])
+        return fractions / self.schedule.snr[1:]
+
+    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+        """Return Var_t I; no pass through the backbone.
+
+        Raises:
+            ValueError: If t lies outside the table.
+        """
+        t, x_t = timestep(prediction), prediction.x_t
+        variance = (self.fractions.at(t)[0] / self.schedule.snr[t]).item()
+        return diagonal(x_t.new_full([1] * x_t.dim(), variance), x_t.shape)
+
+
+@torch.no_grad()
+def fit_analytic(
+    denoiser: Denoiser,
+    x0: Tensor,
+    timesteps: Sequence[int],
+    *,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Analytic:
+    """Estimate Var_t = (beta_bar / alpha_bar) (1 - E|epsilon|^2 / D) from the score.
+
+    Args:
+        denoiser: The frozen denoiser.
+        x0: Training data, shape (n, ...); a thousand images are plenty.
+        timesteps: Where to estimate it; between them the fraction is interpolated.
+        seed: Seed of the noise.
+        batch_size: Samples at a time.
+        progress: Whether to show a progress bar.
+    """
+
+    def fraction(t: int) -> float:
+        total = 0.0
+        schedule = denoiser.schedule
+        alpha_bar, beta_bar = schedule.alpha_bar[t].item(), schedule.beta_bar[t].item()
+        for first in range(0, len(x0), batch_size):
+            prediction = noisy_prediction(denoiser, x0[first : first + batch_size], t, seed, first)
+            noise = prediction.x_t.double() - alpha_bar**0.5 * prediction.x0_hat.double()
+            total += noise.square().sum().item() / beta_bar
+        return 1.0 - total / x0.numel()
+
+    return Analytic(denoiser.schedule, _tabulate(fraction, timesteps, progress))
+
+
+@torch.no_grad()
+def fit_analytic_from_data(
+    denoiser: Denoiser,
+    x0: Tensor,
+    timesteps: Sequence[int],
+    *,
+    x0_range: tuple[float, float] | None = (-1.0, 1.0),
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Analytic:
+    """Estimate Var_t = Var[x0] - E|x0_hat - mu|^2 / D from the data, by the law of total variance.
+
+    mu and Var[x0] are the mean of each dimension and the mean variance over dimensions. The
+    result is bounded to [0, ((high - low) / 2)^2] for data in ``x0_range``, and x0_hat clipped to
+    it. The arguments are those of :func:`fit_analytic`.
+    """
+    mean = x0.double().mean(dim=0)
+    data_variance = (x0.double() - mean).square().mean().item()
+    bound = torch.inf if x0_range is None else variance_bound(x0_range)
+
+    def fraction(t: int) -> float:
+        total = 0.0
+        for first in range(0, len(x0), batch_size):
+            prediction = noisy_prediction(denoiser, x0[first : first + batch_size], t, seed, first)
+            x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
+            total += (x0_hat.double().cpu() - mean.cpu()).square().sum().item()
+        variance = min(max(data_variance - total / x0.numel(), 0.0), bound)
+        return variance * denoiser.schedule.snr[t].item()
+
+    return Analytic(denoiser.schedule, _tabulate(fraction, timesteps, progress))
+
+
+def _tabulate(
+    fraction: Callable[[int], float], timesteps: Sequence[int], progress: bool
+) -> TimestepTable:
+    ordered = sorted(set(timesteps))
+    values = [[fraction(t)] for t in progress_bar(ordered, "analytic", unit="t", show=progress)]
+    return TimestepTable.of(ordered, values)

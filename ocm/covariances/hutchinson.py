@@ -1,0 +1,69 @@
+"""The diagonal of the covariance by probes, with nothing to train.
+
+Near t = N the variance of a network that predicts the noise is a small difference, 1 + h, times a
+large beta_bar / alpha_bar: the error of the network's Jacobian is amplified, and float32 has no
+digits left once alpha_bar falls below 1e-6 or so. Samplers and the likelihood clip the variance to
+what the data allow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hessdiag
+from hessdiag.checks import check_positive_int
+from ocm.denoiser import Denoiser, Prediction
+from ocm.posterior import SpectralCovariance, diagonal
+
+
+@dataclass(frozen=True)
+class Hutchinson:
+    """Var[x0 | x_t] from M probes of the Jacobian: unbiased, may be negative.
+
+    The probes of different timesteps are different ones of the same seed.
+
+    Attributes:
+        denoiser: Whose output is differentiated.
+        num_probes: M.
+        seed: Seed of the probes.
+        probes: The design; ``hessdiag.Coloring(M)`` colors images by a lattice. The number of
+            probes is a multiple of its block.
+
+    Raises:
+        TypeError: If ``num_probes`` is not an int.
+        ValueError: If it is below 1.
+    """
+
+    denoiser: Denoiser
+    num_probes: int
+    seed: int = 0
+    probes: hessdiag.ProbeDesign = hessdiag.Rademacher()
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_probes", self.num_probes)
+
+    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+        """Return the estimate; it costs M + 1 passes."""
+        x_t, t = prediction.x_t, timestep(prediction)
+        J = hessdiag.estimate(
+            self.denoiser.output_at(t),
+            x_t,
+            max_probes=self.num_probes,
+            probes=self.probes,
+            seed=self.seed,
+            sample_offset=prediction.sample_offset,
+            probe_offset=t * self.num_probes,
+        ).diagonal
+        c, k = self.denoiser.covariance_coefficients(t, x_t)
+        return diagonal(c + k * J.to(x_t), x_t.shape)
+
+
+def timestep(prediction: Prediction) -> int:
+    """Return t, which must be the same for the whole batch.
+
+    Raises:
+        TypeError: If it is a tensor of a timestep for each sample.
+    """
+    if not isinstance(prediction.t, int):
+        raise TypeError("prediction.t must be one timestep for the whole batch, got a tensor")
+    return prediction.t

@@ -1,0 +1,147 @@
+"""The full covariance by a few products: the Lanczos sampler (arXiv 2605.22723).
+
+Noise of covariance C is C^(1/2) z = |z| V T^(1/2) e_1 to the accuracy of k products from z. The
+recurrence takes C as symmetric; a learned Jacobian is so up to a few percent, and either mode alone
+then mixes its antisymmetric part into the off-diagonal of T. ``symmetric=True`` takes one product
+of each kind, which costs twice as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hessdiag.checks import check_positive_int
+from hessdiag.lanczos import lanczos
+from ocm.covariances.hutchinson import timestep
+from ocm.denoiser import Denoiser, Prediction
+from ocm.posterior import variance_bound
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """The full Cov[x0 | x_t] through k products for every vector it is applied to.
+
+    Attributes:
+        denoiser: Whose output is differentiated.
+        num_products: k; exact from D on.
+        symmetric: Whether to average J and its transpose, at two products a step of k.
+
+    Raises:
+        TypeError: If ``num_products`` is not an int.
+        ValueError: If it is below 1.
+    """
+
+    denoiser: Denoiser
+    num_products: int = 3
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_products", self.num_products)
+
+    def at(self, prediction: Prediction, *, s: int | None = None) -> LanczosCovariance:
+        """Return the covariance, one pass; each use of it costs k products."""
+        x_t, t = prediction.x_t, timestep(prediction)
+        backward = self.denoiser.covariance_products(x_t, t, mode="vjp")
+        if not self.symmetric:
+            return LanczosCovariance(backward, x_t, self.num_products)
+        forward = self.denoiser.covariance_products(x_t, t, mode="jvp")
+        return LanczosCovariance(lambda v: (backward(v) + forward(v)) / 2.0, x_t, self.num_products)
+
+
+@dataclass(frozen=True, eq=False)
+class LanczosCovariance:
+    """scale g(C) + shift I, applied to vectors by the Lanczos recurrence.
+
+    g clamps the eigenvalues from below, and scales them down where the mean variance of a draw
+    would exceed ``limit``. The draws are no Gaussian of a density one could state, so there is no
+    likelihood bound.
+
+    Attributes:
+        products: v -> C v, on (1, B, ...).
+        like: A tensor of the shape and type of x_t.
+        num_products: k.
+        scale: Factor.
+        shift: Shift.
+        low: Least eigenvalue.
+        limit: Largest mean variance.
+        highest: Largest eigenvalue of the result.
+    """
+
+    products: Callable[[Tensor], Tensor]
+    like: Tensor
+    num_products: int
+    scale: float = 1.0
+    shift: float = 0.0
+    low: float = -torch.inf
+    limit: float = torch.inf
+    highest: float = torch.inf
+
+    def diagonal(self) -> Tensor:
+        """Return the variance of each dimension, by the recurrence from D unit vectors."""
+        return self._quadrature(lambda values: values).reshape(self.like.shape)
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """Return C v."""
+        return self._apply(lambda values: values, v)
+
+    def solve(self, v: Tensor) -> Tensor:
+        """Return C^-1 v."""
+        return self._apply(lambda values: 1.0 / values, v)
+
+    def noise(self, z: Tensor) -> Tensor:
+        """Return C^(1/2) z."""
+        return self._apply(Tensor.sqrt, z)
+
+    def log_determinant(self) -> Tensor:
+        """Return log det C, by the recurrence's quadrature from D unit vectors."""
+        return self._quadrature(Tensor.log).sum(dim=1)
+
+    def affine(self, scale: float, shift: float) -> LanczosCovariance:
+        """Return scale C + shift I."""
+        return replace(self, scale=scale * self.scale, shift=scale * self.shift + shift)
+
+    def clamped(self, low: float, high: float) -> LanczosCovariance:
+        """Return C with its eigenvalues clamped.
+
+        Raises:
+            ValueError: If ``low`` is neither 0 nor below what is there already.
+        """
+        if low > 0.0:
+            raise ValueError(f"low must be at most 0, got {low}")
+        return replace(self, highest=min(self.highest, high))
+
+    def bounded(self, x0_range: tuple[float, float] | None) -> LanczosCovariance:
+        """Return C without negative eigenvalues, its mean variance at most that of the data."""
+        limit = torch.inf if x0_range is None else variance_bound(x0_range)
+        return replace(self, low=max(self.low, 0.0), limit=min(self.limit, limit))
+
+    def _decomposed(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return V, the eigenvalues of the result (B, k) and the eigenvectors of T (B, k, k)."""
+        V, T = lanczos(self.products, start, self.num_products)
+        values, vectors = torch.linalg.eigh(T)
+        values = values.clamp(min=self.low)
+        mean = (vectors[:, 0].square() * values).sum(dim=1, keepdim=True)
+        if self.limit < torch.inf:
+            values = values * (self.limit / mean.clamp(min=self.limit))
+        return V, (self.scale * values + self.shift).clamp(max=self.highest), vectors
+
+    def _apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        V, values, vectors = self._decomposed(v)
+        weights = (vectors @ (function(values) * vectors[:, 0])[..., None])[..., 0]  # f(T) e_1
+        norm = v.flatten(1).norm(dim=1, keepdim=True)
+        per_vector = (norm * weights).T.reshape(len(V), -1, *[1] * (v.dim() - 1))
+        return (per_vector * V).sum(dim=0)
+
+    def _quadrature(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return e_i^T f(C) e_i for every dimension i, shape (B, D)."""
+        entries = []
+        for i in range(self.like[0].numel()):
+            unit = torch.zeros_like(self.like).flatten(1)
+            unit[:, i] = 1.0
+            _, values, vectors = self._decomposed(unit.reshape(self.like.shape))
+            entries.append((vectors[:, 0].square() * function(values)).sum(dim=1))
+        return torch.stack(entries, dim=1)

@@ -1,0 +1,150 @@
+"""What is trained: a denoiser, and the head of a covariance on a frozen one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ocm.covariances.base import LearnedCovariance
+from ocm.denoiser import Denoiser
+from ocm.losses import denoising_loss
+from ocm.training import ImageSource, TrainingSettings, train
+
+
+def make_head(denoiser: Denoiser, kind: str = "simple", *, seed: int = 0) -> nn.Module:
+    """Return an untrained covariance head that fits the features of a denoiser, on its device.
+
+    Args:
+        denoiser: Whose features the head reads.
+        kind: "simple", or "residual" for the larger one.
+        seed: Seed of the weights that do not start at zero; the global generator stays as it was.
+
+    Raises:
+        ValueError: If the denoiser's architecture has no head of that kind.
+    """
+    assert denoiser.architecture is not None  # set by the denoiser
+    heads = denoiser.architecture.heads
+    if kind not in heads:
+        raise ValueError(f"kind must be one of {', '.join(heads)}, got {kind!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return heads[kind](denoiser.backbone).to(denoiser.device)
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    images: Tensor | ImageSource,
+    settings: TrainingSettings,
+    *,
+    labels: Tensor | None = None,
+    directory: Path | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> list[float]:
+    """Train the backbone to predict the noise, x0 or v, and freeze it.
+
+    Args:
+        denoiser: Its backbone is trained in place and left in eval mode, without gradients.
+        images: Training data, shape (n, ...), in [-1, 1] for images.
+        settings: Length, batch size, learning rate and seed.
+        labels: Class of each image, for a backbone that takes them.
+        directory: Where the state is written, and read again after an interruption; None for
+            nowhere.
+        tensorboard: Whether to log for TensorBoard, into ``directory``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
+
+    def loss(
+        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+    ) -> Tensor:
+        return denoising_loss(
+            denoiser,
+            x0,
+            t,
+            seed=settings.seed,
+            sample_offset=sample_offset,
+            labels=labels,
+            backbone=module,
+        )
+
+    denoiser.backbone.requires_grad_(True)
+    losses = train(
+        "denoiser",
+        denoiser.backbone,
+        loss,
+        images,
+        labels,
+        denoiser.schedule.num_timesteps,
+        settings,
+        device=denoiser.device,
+        directory=directory,
+        tensorboard=tensorboard,
+        progress=progress,
+    )
+    denoiser.freeze()
+    return losses
+
+
+def train_head(
+    covariance: LearnedCovariance,
+    images: Tensor | ImageSource,
+    settings: TrainingSettings,
+    *,
+    labels: Tensor | None = None,
+    name: str = "head",
+    directory: Path | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> list[float]:
+    """Train the head of a covariance by its own loss, on the frozen denoiser.
+
+    Args:
+        covariance: Its head is trained in place and left in eval mode, without gradients; its
+            denoiser is frozen first.
+        images: Training data, shape (n, ...), in [-1, 1] for images.
+        settings: Length, batch size, learning rate and seed.
+        labels: Class of each image, for a backbone that takes them.
+        name: What the progress bar calls it.
+        directory: As in :func:`train_denoiser`.
+        tensorboard: Whether to log for TensorBoard, into ``directory``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
+
+    def loss(
+        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+    ) -> Tensor:
+        return covariance.loss(
+            x0, t, seed=settings.seed, sample_offset=sample_offset, labels=labels, head=module
+        )
+
+    covariance.denoiser.freeze()
+    covariance.head.requires_grad_(True)
+    losses = train(
+        name,
+        covariance.head,
+        loss,
+        images,
+        labels,
+        covariance.denoiser.schedule.num_timesteps,
+        settings,
+        device=covariance.denoiser.device,
+        directory=directory,
+        tensorboard=tensorboard,
+        progress=progress,
+    )
+    covariance.head.eval().requires_grad_(False)
+    return losses
