@@ -6,6 +6,10 @@ A covariance states Cov[x0 | x_t]; samplers and the likelihood derive every reve
     images = ocm.sample(denoiser, covariance, (16, 1, 8, 8), ocm.even_timesteps(1000, 10))
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ocm.adapters import KDiffusionDenoiser, posterior_mean_given_measurement, x0_given
 from ocm.architectures import Architecture
 from ocm.covariances import (
     NPR,
@@ -42,6 +46,11 @@ from ocm.schedules import Schedule, cosine, from_betas, from_scheduler, linear
 from ocm.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
 from ocm.training import TrainingSettings
 
+if TYPE_CHECKING:
+    from ocm.attached import CovarianceModel, attach
+    from ocm.pipelines import OCMDiTPipeline
+    from ocm.scheduler import OCMScheduler
+
 __all__ = [
     "NPR",
     "PAPER",
@@ -56,13 +65,17 @@ __all__ = [
     "CosineDiagonal",
     "Covariance",
     "CovarianceHead",
+    "CovarianceModel",
     "Denoiser",
     "Exact",
     "Full",
     "Hutchinson",
     "ImprovedDDPM",
+    "KDiffusionDenoiser",
     "Lanczos",
     "LearnedCovariance",
+    "OCMDiTPipeline",
+    "OCMScheduler",
     "OptimalCovarianceMatching",
     "Parameterisation",
     "PosteriorCovariance",
@@ -72,6 +85,7 @@ __all__ = [
     "SpectralCovariance",
     "TokenHead",
     "TrainingSettings",
+    "attach",
     "bits_per_dim",
     "calibrate",
     "capture",
@@ -87,6 +101,7 @@ __all__ = [
     "linear",
     "make_head",
     "optimal_timesteps",
+    "posterior_mean_given_measurement",
     "quadratic_timesteps",
     "quantise",
     "reverse_variance",
@@ -94,4 +109,19 @@ __all__ = [
     "train_denoiser",
     "train_head",
     "variance_of_x0",
+    "x0_given",
 ]
+
+# Classes of diffusers, which `import ocm` does not import.
+_FROM_DIFFUSERS = {
+    "CovarianceModel": "ocm.attached",
+    "OCMDiTPipeline": "ocm.pipelines",
+    "OCMScheduler": "ocm.scheduler",
+    "attach": "ocm.attached",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _FROM_DIFFUSERS:
+        return getattr(importlib.import_module(_FROM_DIFFUSERS[name]), name)
+    raise AttributeError(f"module 'ocm' has no attribute {name!r}")

@@ -27,12 +27,14 @@ class Architecture:
         call: From (backbone, x_t, t - 1 of shape (B,), class labels or None) to the output, of the
             shape of x_t.
         heads: Untrained heads by name, each made from the backbone.
+        takes_labels: Whether a backbone is trained with class labels.
     """
 
     class_name: str
     feature_layer: str
     call: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
     heads: Mapping[str, Callable[[Any], nn.Module]]
+    takes_labels: Callable[[Any], bool] = lambda backbone: False
 
 
 def _call_unet(unet: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
@@ -55,6 +57,7 @@ UNET = Architecture(
     "conv_norm_out",
     _call_unet,
     {"simple": _unet_head, "residual": _unet_residual_head},
+    lambda unet: unet.config.num_class_embeds is not None,
 )
 
 
@@ -82,6 +85,7 @@ DIT = Architecture(
     "norm_out",
     _call_dit,
     {"simple": _dit_head, "residual": _dit_residual_head},
+    lambda dit: True,
 )
 
 ARCHITECTURES = {architecture.class_name: architecture for architecture in (UNET, DIT)}

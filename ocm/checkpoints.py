@@ -1,14 +1,16 @@
 """Checkpoints: a directory of safetensors and JSON; nothing is unpickled.
 
-ocm.json                    what this is: schedule, data, head
+ocm.json                    what this is: schedule, data, learned covariances
 denoiser/                   the backbone, as diffusers' save_pretrained writes it
-head.safetensors            the covariance head, if one was trained
+heads/NAME.safetensors      the head of each learned covariance
+tables.json                 numbers by timestep: analytic variances, calibrations
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,31 @@ import torch
 from torch import nn
 
 from hessdiag.checks import check_positive_int
+from ocm.architectures import ARCHITECTURES, architecture_of
+from ocm.covariances import (
+    NPR,
+    SN,
+    Analytic,
+    ImprovedDDPM,
+    LearnedCovariance,
+    OptimalCovarianceMatching,
+)
 from ocm.denoiser import Denoiser
-from ocm.heads import CovarianceHead
-from ocm.schedules import SCHEDULES
+from ocm.heads import HEADS
+from ocm.parameterisation import Parameterisation
+from ocm.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
+from ocm.tables import TimestepTable
 
 _FORMAT = "ocm-checkpoint"
-_VERSION = 1
+_VERSION = 2
+
+# What learned covariances are called in checkpoints and on the command line.
+LEARNED: dict[str, Any] = {
+    "iddpm": ImprovedDDPM,
+    "npr": NPR,
+    "sn": SN,
+    "ocm": OptimalCovarianceMatching,
+}
 
 
 class CheckpointError(ValueError):
@@ -30,56 +51,66 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A trained denoiser, with its head if there is one.
+    """A trained denoiser, with what was learned and fitted about its covariance.
 
     Attributes:
         denoiser: The denoiser; frozen when it was loaded.
-        head: The covariance head, or None.
-        image_shape: (C, H, W) of an image.
+        image_shape: (C, H, W) of a sample.
         levels: Grey levels of the images it was trained on.
         data: Name of the data set.
+        learned: Covariances with a trained head, by the names of :data:`LEARNED`.
+        analytic: Analytic covariances by name.
+        calibrations: Weights of :class:`ocm.Calibrated` by the name of the covariance.
+        x0_range: Where the data lie; None for data without bounds: latents.
     """
 
     denoiser: Denoiser
-    head: CovarianceHead | None
     image_shape: tuple[int, int, int]
     levels: int
     data: str
+    learned: Mapping[str, LearnedCovariance] = field(default_factory=dict)
+    analytic: Mapping[str, Analytic] = field(default_factory=dict)
+    calibrations: Mapping[str, TimestepTable] = field(default_factory=dict)
+    x0_range: tuple[float, float] | None = (-1.0, 1.0)
 
 
 def save(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Write a checkpoint to the directory ``path``, which is made if need be.
-
-    Raises:
-        ValueError: If the schedule is not one of :data:`ocm.schedules.SCHEDULES`.
-    """
+    """Write a checkpoint to the directory ``path``, which is made if need be."""
     from safetensors.torch import save_file
 
-    directory = Path(path)
-    schedule, head = checkpoint.denoiser.schedule, checkpoint.head
-    if schedule.name not in SCHEDULES:
-        raise ValueError(
-            f"the schedule must be one of {', '.join(SCHEDULES)}, got {schedule.name!r}"
-        )
-    checkpoint.denoiser.unet.save_pretrained(directory / "denoiser")
+    directory, denoiser = Path(path), checkpoint.denoiser
+    (directory / "heads").mkdir(parents=True, exist_ok=True)
+    denoiser.backbone.save_pretrained(directory / "denoiser")
     description: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
-        "feature_layer": checkpoint.denoiser.feature_layer,
-        "schedule": {"name": schedule.name, "num_timesteps": schedule.num_timesteps},
+        "schedule": _schedule_entry(denoiser.schedule),
+        "prediction_type": denoiser.prediction_type,
         "image_shape": list(checkpoint.image_shape),
         "levels": checkpoint.levels,
         "data": checkpoint.data,
-        "head": None,
+        "x0_range": None if checkpoint.x0_range is None else list(checkpoint.x0_range),
+        "learned": {},
     }
-    if head is not None:
-        save_file(head.state_dict(), directory / "head.safetensors")
-        description["head"] = {
-            "in_channels": head.norm.num_channels,
-            "out_channels": head.conv.out_channels,
-            "num_groups": head.norm.num_groups,
+    for name, covariance in checkpoint.learned.items():
+        head: Any = covariance.head
+        save_file(head.state_dict(), directory / "heads" / f"{name}.safetensors")
+        description["learned"][name] = {
+            "head": type(head).__name__,
+            "config": head.config,
+            "parameterisation": covariance.parameterisation.to_json(),
         }
-    (directory / "ocm.json").write_text(json.dumps(description, indent=2) + "\n")
+    _write_json(directory / "ocm.json", description)
+    save_tables(checkpoint, directory)
+
+
+def save_tables(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Write only what was fitted by timestep into the directory of a checkpoint."""
+    tables = {
+        "analytic": {name: c.fractions.to_json() for name, c in checkpoint.analytic.items()},
+        "calibrations": {name: table.to_json() for name, table in checkpoint.calibrations.items()},
+    }
+    _write_json(Path(path) / "tables.json", tables)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -93,49 +124,148 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     file = directory / "ocm.json"
     description = _read_description(file)
     try:
-        schedule_entry, head_entry = description["schedule"], description["head"]
-        schedule = SCHEDULES[schedule_entry["name"]](schedule_entry["num_timesteps"])
+        schedule = _schedule(description["schedule"])
         channels, height, width = (int(size) for size in description["image_shape"])
-        head = None if head_entry is None else CovarianceHead(**head_entry)
         check_positive_int("levels", description["levels"])
-        data = str(description["data"])
-    except (KeyError, TypeError, ValueError) as error:
+        data, prediction_type = str(description["data"]), description["prediction_type"]
+        bounds = description["x0_range"]
+        x0_range = None if bounds is None else (float(bounds[0]), float(bounds[1]))
+        entries = {
+            name: (_head(entry), Parameterisation.from_json(entry["parameterisation"]))
+            for name, entry in description["learned"].items()
+        }
+        if not set(entries) <= set(LEARNED):
+            raise ValueError(
+                f"learned must be among {', '.join(LEARNED)}, got {', '.join(entries)}"
+            )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
 
+    backbone = load_backbone(directory / "denoiser").to(device)
     try:
-        unet = _load_unet(directory / "denoiser").to(device)
-        denoiser = Denoiser(unet, schedule, description["feature_layer"]).freeze()
-    except KeyError as error:
-        raise CheckpointError(f"{file} lacks an entry: {error!r}") from error
-    _check_channels(file, "image_shape", channels, unet.config.in_channels)
-    if head is not None:
-        _load_weights(head, directory / "head.safetensors")
-        _check_channels(file, "head.out_channels", head.conv.out_channels, channels)
-        layer = unet.get_submodule(denoiser.feature_layer)
-        _check_channels(file, "head.in_channels", head.norm.num_channels, layer.num_channels)
+        denoiser = Denoiser(backbone, schedule, prediction_type).freeze()
+    except ValueError as error:
+        raise CheckpointError(f"{file} misstates an entry: {error}") from error
+    _check_same(file, "image_shape", channels, backbone.config.in_channels)
+    learned: dict[str, LearnedCovariance] = {}
+    for name, (head, parameterisation) in entries.items():
+        _check_fit(file, name, head, denoiser)
+        _load_weights(head, directory / "heads" / f"{name}.safetensors")
         head.to(device).eval().requires_grad_(False)
-    return Checkpoint(denoiser, head, (channels, height, width), description["levels"], data)
+        learned[name] = LEARNED[name](denoiser, head, parameterisation)
+    analytic, calibrations = _read_tables(directory / "tables.json", schedule)
+    return Checkpoint(
+        denoiser,
+        (channels, height, width),
+        description["levels"],
+        data,
+        learned,
+        analytic,
+        calibrations,
+        x0_range,
+    )
 
 
-def _check_channels(file: Path, name: str, got: int, expected: int) -> None:
+def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
+    """Read a frozen denoiser from any of the places one is kept.
+
+    Args:
+        path: A checkpoint of :func:`save`; a pipeline of diffusers as ``save_pretrained`` writes
+            it, with a ``scheduler`` beside its ``unet`` or ``transformer``; all of them local.
+        device: Where to put it.
+
+    Raises:
+        CheckpointError: A ValueError that names the file, as :func:`load`.
+    """
+    directory = Path(path)
+    if not (directory / "model_index.json").exists():
+        return load(directory, device).denoiser
+    config_file = directory / "scheduler" / "scheduler_config.json"
+    config = _read_json(config_file)
+    try:
+        schedule = from_scheduler(config)
+    except ValueError as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
+    for part in ("unet", "transformer"):
+        if (directory / part).is_dir():
+            backbone = load_backbone(directory / part).to(device)
+            return Denoiser(backbone, schedule, config.get("prediction_type", "epsilon")).freeze()
+    raise CheckpointError(f"{directory} must hold a folder unet or transformer")
+
+
+def load_backbone(directory: str | Path) -> Any:
+    """Read a backbone that ``save_pretrained`` wrote, with exactly the weights of its model.
+
+    Raises:
+        CheckpointError: A ValueError that names the file.
+    """
+    import diffusers
+
+    directory = Path(directory)
+    file = directory / "config.json"
+    config = _read_json(file)
+    name = config.get("_class_name")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{directory} must hold one of {', '.join(ARCHITECTURES)}, got {name!r}"
+        )
+    try:
+        backbone = getattr(diffusers, name).from_config(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} makes no model: {error}") from error
+    # Strictly, where from_pretrained leaves weights that it does not find at their random start.
+    _load_weights(backbone, directory / "diffusion_pytorch_model.safetensors")
+    return backbone
+
+
+def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
+    if schedule.name in SCHEDULES:
+        return {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
+    betas = [schedule.beta(t - 1, t) for t in range(1, schedule.num_timesteps + 1)]
+    return {"name": schedule.name, "betas": betas}
+
+
+def _schedule(entry: dict[str, Any]) -> Schedule:
+    if "betas" in entry:
+        return from_betas(entry["betas"], str(entry["name"]))
+    return SCHEDULES[entry["name"]](entry["num_timesteps"])
+
+
+def _head(entry: dict[str, Any]) -> nn.Module:
+    return HEADS[entry["head"]](**entry["config"])
+
+
+def _check_fit(file: Path, name: str, head: nn.Module, denoiser: Denoiser) -> None:
+    """Raise unless the head is one that the denoiser's architecture would make."""
+    config: Any = getattr(head, "config", None)
+    heads = architecture_of(denoiser.backbone).heads
+    fitting = [make(denoiser.backbone) for make in heads.values()]
+    alike = [other for other in fitting if type(other) is type(head)]
+    if not alike:
+        raise CheckpointError(
+            f"{file} is of another model: learned.{name} has a {type(head).__name__}, the denoiser "
+            f"beside it takes {' or '.join(type(other).__name__ for other in fitting)}"
+        )
+    for key, expected in vars(alike[0])["config"].items():
+        if key != "residual":
+            _check_same(file, f"learned.{name}.{key}", config[key], expected)
+
+
+def _check_same(file: Path, name: str, got: int, expected: int) -> None:
     if got != expected:
         raise CheckpointError(
-            f"{file} is of another model: {name} has {got} channels, the denoiser beside it "
-            f"{expected}"
+            f"{file} is of another model: {name} has {got}, the denoiser beside it {expected}"
         )
 
 
 def _read_description(file: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(file.read_text())
-    except FileNotFoundError:
+    if not file.exists():
         raise CheckpointError(
             f"no checkpoint at {file.parent}: {file} is missing; `ocm train` writes one"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        )
+    description = _read_json(file)
+    if description.get("format") != _FORMAT:
         raise CheckpointError(f'{file} is no checkpoint of ocm: "format" must be "{_FORMAT}"')
     if description.get("version") != _VERSION:
         raise CheckpointError(
@@ -144,26 +274,38 @@ def _read_description(file: Path) -> dict[str, Any]:
     return description
 
 
-def _load_unet(directory: Path) -> Any:
-    from diffusers import UNet2DModel
+def _read_tables(
+    file: Path, schedule: Schedule
+) -> tuple[dict[str, Analytic], dict[str, TimestepTable]]:
+    if not file.exists():
+        return {}, {}
+    record = _read_json(file)
+    try:
+        analytic = {
+            name: Analytic(schedule, TimestepTable.from_json(table))
+            for name, table in record["analytic"].items()
+        }
+        calibrations = {
+            name: TimestepTable.from_json(table) for name, table in record["calibrations"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
+    return analytic, calibrations
 
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads((directory / "config.json").read_text())
+        record = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
-        raise CheckpointError(f"{directory / 'config.json'} is no configuration of a model")
-    if config.get("_class_name") != UNet2DModel.__name__:
-        raise CheckpointError(
-            f"{directory} must hold a {UNet2DModel.__name__}, got {config.get('_class_name')!r}"
-        )
-    try:
-        unet = UNet2DModel.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{directory / 'config.json'} makes no model: {error}") from error
-    # Strictly, where from_pretrained leaves weights that it does not find at their random start.
-    _load_weights(unet, directory / "diffusion_pytorch_model.safetensors")
-    return unet
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _write_json(file: Path, record: dict[str, Any]) -> None:
+    file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 def _load_weights(module: nn.Module, file: Path) -> None:

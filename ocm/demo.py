@@ -13,26 +13,27 @@ from torch import Tensor
 
 from ocm import data
 from ocm.backbones import small_unet
+from ocm.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints import Checkpoint, save
+from ocm.covariances import OptimalCovarianceMatching
 from ocm.denoiser import Denoiser
 from ocm.environment import environment
 from ocm.evaluation import (
-    COVARIANCES,
-    CovarianceSettings,
-    build_covariance,
     likelihood_record,
     likelihood_table,
     variance_errors,
 )
-from ocm.heads import CovarianceHead
+from ocm.learning import make_head, train_denoiser, train_head
 from ocm.plots import label, report_plot, sample_rows
 from ocm.progress import progress_bar
 from ocm.report import likelihood_markdown, variance_error_markdown
 from ocm.samplers import sample
-from ocm.schedules import SCHEDULES, even_timesteps
-from ocm.training import TrainingSettings, mean_of_last, train_denoiser, train_head
+from ocm.schedules import SCHEDULES
+from ocm.timesteps import even_timesteps
+from ocm.training import TrainingSettings, mean_of_last
 
 _SAMPLES_PER_ROW = 12
+_COVARIANCES = ("beta", "beta_tilde", "ocm", "hutchinson", "exact")
 
 # Sizes at which every line runs in seconds, and the figures mean nothing.
 QUICK: dict[str, Any] = {
@@ -111,11 +112,13 @@ def run(
     denoiser_losses = train_denoiser(denoiser, images.train, training, progress=progress)
     stages.end("train denoiser")
 
-    head = CovarianceHead.for_denoiser(denoiser)
+    covariance = OptimalCovarianceMatching(denoiser, make_head(denoiser))
     # Another seed: the head sees other noisy images than those the denoiser was fitted to.
     training = TrainingSettings(settings.head_steps, learning_rate=1e-2, seed=settings.seed + 1)
-    head_losses = train_head(denoiser, head, images.train, training, progress=progress)
-    checkpoint = Checkpoint(denoiser, head, images.shape, images.levels, images.name)
+    head_losses = train_head(covariance, images.train, training, progress=progress)
+    checkpoint = Checkpoint(
+        denoiser, images.shape, images.levels, images.name, learned={"ocm": covariance}
+    )
     save(checkpoint, out / "checkpoint")
     stages.end("train head")
 
@@ -124,7 +127,7 @@ def run(
     table = likelihood_table(
         checkpoint,
         held_out,
-        list(COVARIANCES),
+        list(_COVARIANCES),
         settings.step_counts,
         settings=probes,
         seed=settings.seed,
@@ -193,7 +196,7 @@ def _sample_rows(
     timesteps = even_timesteps(checkpoint.denoiser.schedule.num_timesteps, settings.sample_steps)
     probes = CovarianceSettings(settings.num_probes, settings.seed)
     rows = {"held-out": images.test[:_SAMPLES_PER_ROW]}
-    for name in progress_bar(list(COVARIANCES), "samples", show=progress):
+    for name in progress_bar(list(_COVARIANCES), "samples", show=progress):
         rows[label(name)] = sample(
             checkpoint.denoiser,
             build_covariance(name, checkpoint, probes),

@@ -95,7 +95,8 @@ class Denoiser:
     sampling, scoring or training a head.
 
     Attributes:
-        backbone: ``UNet2DModel``, ``DiTTransformer2DModel``, or any module with an ``architecture``.
+        backbone: A ``UNet2DModel`` or ``DiTTransformer2DModel``, or any module with an
+            ``architecture``.
         schedule: The noise schedule.
         prediction_type: What the backbone predicts: "epsilon", "sample" or "v_prediction".
         architecture: How it is called and where its features are; None finds out by its class.
@@ -163,6 +164,11 @@ class Denoiser:
             null_label = getattr(config, "num_embeds_ada_norm", None)
         condition = Condition(labels.to(self.device), guidance_scale, null_label)
         return replace(self, condition=condition)
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the backbone is trained with class labels."""
+        return self._architecture.takes_labels(self.backbone)
 
     @property
     def device(self) -> torch.device:
@@ -311,7 +317,8 @@ class Denoiser:
         elif t.device.type == "cpu":
             self._check_timesteps(int(t.min()), int(t.max()))
         module = self.backbone if backbone is None else backbone
-        return self._architecture.call(module, x_t, t - 1, labels)
+        # Under autocast or in half precision, the output has another type than x_t.
+        return self._architecture.call(module, x_t, t - 1, labels).to(x_t.dtype)
 
     def _check_timesteps(self, lowest: int, highest: int) -> None:
         if not 1 <= lowest <= highest <= self.schedule.num_timesteps:

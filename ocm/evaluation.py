@@ -1,71 +1,30 @@
-"""Scores of a checkpoint: the bound for every covariance and K, and the head's error."""
+"""Scores of a checkpoint: the bound, sample quality, and the error of each variance."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ocm.checkpoints import Checkpoint
-from ocm.covariances import (
-    Beta,
-    BetaTilde,
-    Covariance,
-    Exact,
-    Hutchinson,
-    OptimalCovarianceMatching,
+from ocm.catalogue import (
+    CALIBRATED,
+    WITHOUT_DENSITY,
+    CovarianceSettings,
+    build_covariance,
 )
-from ocm.likelihood import bits_per_dim, noisy_prediction
+from ocm.checkpoints import Checkpoint
+from ocm.covariances import Calibrated, ImprovedDDPM
+from ocm.likelihood import check_images, decoder_term, prior_term, step_term
+from ocm.metrics import FeatureExtractor, frechet_distance, precision_recall
+from ocm.noising import noisy_prediction
+from ocm.posterior import PosteriorCovariance, spectral
 from ocm.progress import progress_bar
-from ocm.samplers import VARIANCE_RANGE
-from ocm.schedules import even_timesteps
-
-
-@dataclass(frozen=True)
-class CovarianceSettings:
-    """What the covariances that draw probes need.
-
-    Attributes:
-        num_probes: Probes M of ``hutchinson``.
-        seed: Seed of the probes.
-    """
-
-    num_probes: int = 8
-    seed: int = 0
-
-
-def _optimal(checkpoint: Checkpoint, settings: CovarianceSettings) -> Covariance:
-    if checkpoint.head is None:
-        raise ValueError("covariance 'ocm' needs a trained head, and this checkpoint has none")
-    return OptimalCovarianceMatching(checkpoint.denoiser, checkpoint.head)
-
-
-COVARIANCES: dict[str, Callable[[Checkpoint, CovarianceSettings], Covariance]] = {
-    "beta": lambda checkpoint, settings: Beta(checkpoint.denoiser.schedule),
-    "beta_tilde": lambda checkpoint, settings: BetaTilde(),
-    "ocm": _optimal,
-    "hutchinson": lambda checkpoint, settings: Hutchinson(
-        checkpoint.denoiser, settings.num_probes, settings.seed
-    ),
-    "exact": lambda checkpoint, settings: Exact(checkpoint.denoiser),
-}
-
-
-def build_covariance(
-    name: str, checkpoint: Checkpoint, settings: CovarianceSettings | None = None
-) -> Covariance:
-    """Return the covariance of that name for a checkpoint.
-
-    Raises:
-        ValueError: If there is none of that name, or it needs a head and there is none.
-    """
-    if name not in COVARIANCES:
-        raise ValueError(f"covariance must be one of {', '.join(COVARIANCES)}, got {name!r}")
-    return COVARIANCES[name](checkpoint, settings or CovarianceSettings())
+from ocm.samplers import X0_RANGE, Sampler, sample
+from ocm.timesteps import even_timesteps, reverse_steps
 
 
 @dataclass(frozen=True)
@@ -88,12 +47,14 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), error)
 
 
+@torch.no_grad()
 def likelihood_table(
     checkpoint: Checkpoint,
     images: Tensor,
     names: Sequence[str],
     step_counts: Sequence[int],
     *,
+    calibrated: Sequence[str] = (),
     settings: CovarianceSettings | None = None,
     seed: int = 0,
     batch_size: int = 128,
@@ -102,37 +63,97 @@ def likelihood_table(
     """Return bits/dim of ``images`` for every covariance and every number of steps K.
 
     Every entry scores the same noisy images (:func:`ocm.likelihood.bits_per_dim`), whatever the
-    ``batch_size``.
+    ``batch_size``; so a covariance is evaluated once for all K that visit a timestep.
+
+    Args:
+        checkpoint: The denoiser, with what the covariances need.
+        images: Held-out images in [-1, 1], on the grid of the checkpoint's levels.
+        names: Covariances with a density.
+        step_counts: Numbers of steps K, evenly spaced.
+        calibrated: Those of ``names`` to score calibrated too, as ``NAME_calibrated``.
+        settings: For covariances that take products.
+        seed: Seed of the noise.
+        batch_size: Images at a time.
+        progress: Whether to show a progress bar.
 
     Raises:
         FloatingPointError: If a bound is not finite.
+        ValueError: If a name is of no covariance with a density.
     """
-    num_timesteps = checkpoint.denoiser.schedule.num_timesteps
-    table: dict[str, dict[int, Estimate]] = {name: {} for name in names}
-    cells = [(name, K) for name in names for K in step_counts]
-    bar = progress_bar(cells, "bits/dim", show=progress)
-    for name, K in bar:
-        bar.set_postfix_str(f"{name}, K = {K}")
-        covariance = build_covariance(name, checkpoint, settings)
-        totals = [
-            bits_per_dim(
-                checkpoint.denoiser,
-                covariance,
-                images[first : first + batch_size],
-                even_timesteps(num_timesteps, K),
-                levels=checkpoint.levels,
-                seed=seed,
-                sample_offset=first,
-            ).total
-            for first in range(0, len(images), batch_size)
-        ]
-        table[name][K] = estimate(torch.cat(totals))
-        if not math.isfinite(table[name][K].mean):
-            raise FloatingPointError(
-                f"bits/dim of {name} at K = {K} is {table[name][K].mean}; does the denoiser "
-                "return NaN?"
-            )
+    for name in names:
+        if name in WITHOUT_DENSITY:
+            raise ValueError(f"covariance {name!r} has no density, and so no bits/dim")
+    check_images(images, checkpoint.levels)
+    denoiser = checkpoint.denoiser
+    covariances = {name: build_covariance(name, checkpoint, settings) for name in names}
+    shifts = {name: _calibration(checkpoint, name, settings) for name in calibrated}
+    rows = [*names, *(name + CALIBRATED for name in calibrated)]
+    visits = _visits(denoiser.schedule.num_timesteps, step_counts)
+    starts = range(0, len(images), batch_size)
+    totals = {
+        (row, K): torch.zeros(len(images), dtype=torch.float64, device=denoiser.device)
+        for row in rows
+        for K in step_counts
+    }
+    work = [(first, t) for first in starts for t in visits]
+    for first, t in progress_bar(work, "bits/dim", unit="t", show=progress):
+        batch = slice(first, first + batch_size)
+        x0 = images[batch].to(denoiser.device)
+        prediction = noisy_prediction(denoiser, x0, t, seed, first)
+        shared: dict[str, PosteriorCovariance] = {}
+        for K, s in visits[t]:
+            if s == 0:
+                ends = prior_term(denoiser, x0)
+                ends = ends + decoder_term(denoiser, prediction, x0, checkpoint.levels)
+                for row in rows:
+                    totals[row, K][batch] += ends
+                continue
+            for name, covariance in covariances.items():
+                stated = shared.get(name)
+                if stated is None or isinstance(covariance, ImprovedDDPM):  # which looks at s
+                    stated = covariance.at(prediction, s=s).bounded(X0_RANGE)
+                    shared[name] = stated
+                versions = {name: stated}
+                if name in shifts:
+                    versions[name + CALIBRATED] = shifts[name].rescaled(stated, t)
+                for row, version in versions.items():
+                    bounded = spectral(version.bounded(X0_RANGE))
+                    totals[row, K][batch] += step_term(denoiser, bounded, prediction, x0, s)
+    table = {row: {K: estimate(totals[row, K]) for K in step_counts} for row in rows}
+    for row, cells in table.items():
+        for K, cell in cells.items():
+            if not math.isfinite(cell.mean):
+                raise FloatingPointError(
+                    f"bits/dim of {row} at K = {K} is {cell.mean}; does the denoiser return NaN?"
+                )
     return table
+
+
+def _visits(num_timesteps: int, step_counts: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
+    """Return (K, s) of every step by the timestep t that it starts from."""
+    visits: dict[int, list[tuple[int, int]]] = {}
+    for K in step_counts:
+        for s, t in reverse_steps(even_timesteps(num_timesteps, K)):
+            visits.setdefault(t, []).append((K, s))
+    return visits
+
+
+def timesteps_of(num_timesteps: int, step_counts: Sequence[int]) -> list[int]:
+    """Return every timestep that one of the evenly spaced trajectories visits.
+
+    Example:
+        >>> timesteps_of(1000, [2, 3])
+        [1, 500, 1000]
+    """
+    return sorted(_visits(num_timesteps, step_counts))
+
+
+def _calibration(
+    checkpoint: Checkpoint, name: str, settings: CovarianceSettings | None
+) -> Calibrated:
+    covariance = build_covariance(name + CALIBRATED, checkpoint, settings)
+    assert isinstance(covariance, Calibrated)
+    return covariance
 
 
 def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, Any]:
@@ -152,6 +173,148 @@ def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, 
     }
 
 
+class Quality(NamedTuple):
+    """How close samples are to held-out images, in the features of a network.
+
+    Attributes:
+        frechet: Fréchet distance.
+        precision: Fraction of the samples within the manifold of the images.
+        recall: Fraction of the images within the manifold of the samples.
+    """
+
+    frechet: float
+    precision: float
+    recall: float
+
+
+def quality(real_features: Tensor, features: Tensor) -> Quality:
+    """Return Fréchet distance, precision and recall of samples from their features."""
+    manifold = precision_recall(real_features, features)
+    return Quality(frechet_distance(real_features, features), manifold.precision, manifold.recall)
+
+
+def quality_table(
+    checkpoint: Checkpoint,
+    real_features: Tensor,
+    extractor: FeatureExtractor,
+    names: Sequence[str],
+    step_counts: Sequence[int],
+    *,
+    sampler: Sampler,
+    num_images: int,
+    label: str = "samples",
+    settings: CovarianceSettings | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    max_last_noise: float | None = None,
+    progress: bool = False,
+) -> dict[str, dict[int, Quality]]:
+    """Return the quality of samples for every covariance and every number of steps K.
+
+    Args:
+        checkpoint: The denoiser, with what the covariances need.
+        real_features: Features of real images, shape (n, d).
+        extractor: What made them.
+        names: Covariances, calibrated ones among them.
+        step_counts: Numbers of steps K, evenly spaced.
+        sampler: Reverse process.
+        num_images: Samples for each cell; every cell starts from the same noise.
+        label: What the progress bar calls it.
+        settings: For covariances that take products.
+        seed: Seed of the noise.
+        batch_size: Samples at a time.
+        max_last_noise: As in :func:`ocm.sample`.
+        progress: Whether to show a progress bar.
+    """
+    table: dict[str, dict[int, Quality]] = {name: {} for name in names}
+    cells = [(name, K) for name in names for K in step_counts]
+    bar = progress_bar(cells, label, show=progress)
+    for name, K in bar:
+        bar.set_postfix_str(f"{name}, K = {K}")
+        images = draw(
+            checkpoint,
+            name,
+            num_images,
+            even_timesteps(checkpoint.denoiser.schedule.num_timesteps, K),
+            sampler=sampler,
+            settings=settings,
+            seed=seed,
+            batch_size=batch_size,
+            max_last_noise=max_last_noise,
+        )
+        table[name][K] = quality(real_features, extractor(images))
+    return table
+
+
+def draw(
+    checkpoint: Checkpoint,
+    name: str,
+    num_images: int,
+    timesteps: Sequence[int],
+    *,
+    sampler: Sampler,
+    settings: CovarianceSettings | None = None,
+    labels: Sequence[int] | None = None,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+    batch_size: int = 256,
+    max_last_noise: float | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Draw samples number ``first`` onwards, a batch at a time, onto the CPU.
+
+    Args:
+        checkpoint: The denoiser, with what the covariance needs.
+        name: Covariance, as :func:`ocm.catalogue.build_covariance` names it.
+        num_images: How many.
+        timesteps: Increasing timesteps up to N.
+        sampler: Reverse process.
+        settings: For covariances that take products.
+        labels: Classes that the samples take in turns, for a denoiser with classes.
+        guidance_scale: Of classifier-free guidance; 1 for none.
+        seed: Seed of the noise.
+        first: Number of the first sample.
+        batch_size: Samples at a time.
+        max_last_noise: As in :func:`ocm.sample`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        FloatingPointError: If a sample is not finite.
+        ValueError: If labels are given for a denoiser without classes, or not for one with them.
+    """
+    if checkpoint.denoiser.takes_labels != bool(labels):
+        raise ValueError(
+            f"labels must be given for a denoiser with classes and for no other, got {labels} for "
+            f"one {'with' if checkpoint.denoiser.takes_labels else 'without'} classes"
+        )
+    batches = []
+    for offset in range(first, first + num_images, batch_size):
+        count = min(batch_size, first + num_images - offset)
+        conditioned = checkpoint
+        if labels:
+            turns = torch.tensor([labels[i % len(labels)] for i in range(offset, offset + count)])
+            denoiser = checkpoint.denoiser.conditioned(turns, guidance_scale)
+            conditioned = replace(checkpoint, denoiser=denoiser)
+        samples = sample(
+            conditioned.denoiser,
+            build_covariance(name, conditioned, settings),
+            (count, *checkpoint.image_shape),
+            timesteps,
+            sampler=sampler,
+            seed=seed,
+            sample_offset=offset,
+            x0_range=checkpoint.x0_range,
+            max_last_noise=max_last_noise,
+            progress=progress,
+        )
+        batches.append(samples.cpu())
+    images = torch.cat(batches) if batches else torch.zeros(0, *checkpoint.image_shape)
+    if not bool(torch.isfinite(images).all()):
+        raise FloatingPointError("the samples hold NaN or infinity; does the denoiser?")
+    return images
+
+
 @torch.no_grad()
 def variance_errors(
     checkpoint: Checkpoint,
@@ -166,26 +329,25 @@ def variance_errors(
     """Return each covariance's error against the exact diagonal, at each noise level.
 
     Args:
-        checkpoint: The denoiser, with the head if one is asked for.
+        checkpoint: The denoiser, with what the covariances need.
         images: Images in [-1, 1], shape (n, C, H, W).
         names: Covariances to compare.
         timesteps: Noise levels, in 1 .. N.
-        settings: For covariances that draw probes.
+        settings: For covariances that take products.
         seed: Seed of the noise.
         progress: Whether to show a progress bar.
 
     The error is the root mean square of Var - Var_exact over that of Var_exact, over images and
     pixels, with both variances clipped to [0, 1] as samplers do.
     """
-    denoiser = checkpoint.denoiser
     errors: dict[str, dict[int, float]] = {name: {} for name in names}
     for t in progress_bar(timesteps, "variance error", unit="t", show=progress):
-        x_t, prediction = noisy_prediction(denoiser, images.to(denoiser.device), t, seed)
-
+        prediction = noisy_prediction(checkpoint.denoiser, images, t, seed)
         variances = {
             name: build_covariance(name, checkpoint, settings)
-            .variance(x_t, t, prediction)
-            .clamp(*VARIANCE_RANGE)
+            .at(prediction)
+            .bounded(X0_RANGE)
+            .diagonal()
             for name in {"exact", *names}
         }
         exact = variances["exact"]

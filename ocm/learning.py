@@ -40,6 +40,7 @@ def train_denoiser(
     *,
     labels: Tensor | None = None,
     directory: Path | None = None,
+    resume: bool = True,
     tensorboard: bool = False,
     progress: bool = True,
 ) -> list[float]:
@@ -52,6 +53,7 @@ def train_denoiser(
         labels: Class of each image, for a backbone that takes them.
         directory: Where the state is written, and read again after an interruption; None for
             nowhere.
+        resume: Whether to go on from a state in ``directory``; if not, it is removed.
         tensorboard: Whether to log for TensorBoard, into ``directory``.
         progress: Whether to show a progress bar.
 
@@ -86,6 +88,8 @@ def train_denoiser(
         settings,
         device=denoiser.device,
         directory=directory,
+        resume=resume,
+        details={"prediction_type": denoiser.prediction_type, **_schedule(denoiser)},
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -101,6 +105,7 @@ def train_head(
     labels: Tensor | None = None,
     name: str = "head",
     directory: Path | None = None,
+    resume: bool = True,
     tensorboard: bool = False,
     progress: bool = True,
 ) -> list[float]:
@@ -114,6 +119,7 @@ def train_head(
         labels: Class of each image, for a backbone that takes them.
         name: What the progress bar calls it.
         directory: As in :func:`train_denoiser`.
+        resume: As in :func:`train_denoiser`.
         tensorboard: Whether to log for TensorBoard, into ``directory``.
         progress: Whether to show a progress bar.
 
@@ -143,8 +149,24 @@ def train_head(
         settings,
         device=covariance.denoiser.device,
         directory=directory,
+        resume=resume,
+        details={"covariance": type(covariance).__name__}
+        | {
+            key: value
+            for key, value in vars(covariance).items()
+            if isinstance(value, (str, int, float))
+        }
+        | covariance.parameterisation.to_json()
+        | _schedule(covariance.denoiser),
         tensorboard=tensorboard,
         progress=progress,
     )
     covariance.head.eval().requires_grad_(False)
     return losses
+
+
+def _schedule(denoiser: Denoiser) -> dict[str, str | float]:
+    """Return what tells one noise schedule from another."""
+    schedule = denoiser.schedule
+    middle = schedule.log_alpha_bar[schedule.num_timesteps // 2].item()
+    return {"schedule": schedule.name, "log_alpha_bar_of_the_middle": middle}

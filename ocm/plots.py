@@ -12,17 +12,38 @@ from torch import Tensor
 _STYLES: dict[str, tuple[str, str]] = {
     "beta": ("#E69F00", "s"),
     "beta_tilde": ("#CC79A7", "v"),
+    "analytic": ("#56B4E9", "D"),
+    "analytic_data": ("#56B4E9", "d"),
+    "iddpm": ("#D55E00", "P"),
+    "npr": ("#D55E00", "<"),
+    "sn": ("#E69F00", ">"),
     "ocm": ("#0072B2", "o"),
     "hutchinson": ("#009E73", "^"),
+    "coloring": ("#009E73", "*"),
     "exact": ("#000000", "x"),
+    "blocks": ("#000000", "1"),
+    "cosine": ("#CC79A7", "p"),
+    "lanczos": ("#777777", "h"),
+    "full": ("#777777", "+"),
 }
 _LABELS = {
     "beta": "β",
     "beta_tilde": "β̃",
+    "analytic": "analytic",
+    "analytic_data": "analytic, from data",
+    "iddpm": "I-DDPM head",
+    "npr": "NPR head",
+    "sn": "SN head",
     "ocm": "OCM head",
     "hutchinson": "Hutchinson",
+    "coloring": "coloring",
     "exact": "exact diagonal",
+    "blocks": "channel blocks",
+    "cosine": "cosine diagonal",
+    "lanczos": "Lanczos",
+    "full": "exact full",
 }
+_CALIBRATED = "_calibrated"
 
 
 def label(name: str) -> str:
@@ -31,8 +52,12 @@ def label(name: str) -> str:
     Example:
         >>> label("ocm")
         'OCM head'
+        >>> label("beta_calibrated")
+        'β, calibrated'
     """
-    return _LABELS.get(name, name)
+    plain = name.removesuffix(_CALIBRATED)
+    written = _LABELS.get(plain, plain)
+    return written if plain == name else f"{written}, calibrated"
 
 
 def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = "") -> None:
@@ -117,9 +142,62 @@ def report_plot(
     _save(figure, path)
 
 
+def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str = "") -> None:
+    """Draw bits/dim, and Fréchet distances where there are some, against the number of steps.
+
+    Args:
+        record: What `ocm evaluate` writes as JSON.
+        path: Where the PNG goes.
+        title: Stands above.
+    """
+    plt = _pyplot()
+    bits = record["nll_bits_per_dim"]
+    panels: list[tuple[str, str, Mapping[str, Mapping[int, float]]]] = [
+        ("Likelihood bound", "bits/dim on held-out images", _plain(bits))
+    ]
+    if _calibrated_ones(bits):
+        panels.append(("calibrated", "bits/dim on held-out images", _calibrated_ones(bits)))
+    for sampler, table in record.get("quality", {}).items():
+        distances = {
+            name: {K: cell["frechet"] for K, cell in row.items()}
+            for name, row in _plain(table).items()
+        }
+        panels.append((f"Samples of {sampler.upper()}", "Fréchet distance", distances))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels) + 1.8, 4.2), squeeze=False
+    )
+    for axis, (heading, unit, rows) in zip(axes.flat, panels, strict=True):
+        _lines(axis, rows)
+        _limit_to_the_close_lines(axis, rows)
+        axis.set(xscale="log", xlabel="steps K", ylabel=unit, title=heading)
+        ticks = sorted({K for row in rows.values() for K in row})
+        axis.set_xticks(ticks, [str(K) for K in ticks])
+        axis.xaxis.minorticks_off()
+        axis.grid(alpha=0.3)
+    longest = max(axes.flat, key=lambda axis: len(axis.lines))
+    handles, labels = longest.get_legend_handles_labels()
+    figure.suptitle(title, fontsize=10)
+    figure.tight_layout(rect=(0, 0, 1 - 1.7 / figure.get_figwidth(), 1))
+    figure.legend(
+        handles,
+        [written.removesuffix(", calibrated") for written in labels],
+        loc="center right",
+        fontsize=8,
+    )
+    _save(figure, path)
+
+
+def _plain(rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row for name, row in rows.items() if not name.endswith(_CALIBRATED)}
+
+
+def _calibrated_ones(rows: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row for name, row in rows.items() if name.endswith(_CALIBRATED)}
+
+
 def _lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
     for name, row in rows.items():
-        color, marker = _STYLES.get(name, ("#56B4E9", "d"))
+        color, marker = _STYLES.get(name.removesuffix(_CALIBRATED), ("#56B4E9", "d"))
         axis.plot(list(row), list(row.values()), color=color, marker=marker, label=label(name))
 
 

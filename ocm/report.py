@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ocm.evaluation import Estimate
+from ocm.evaluation import Estimate, Quality
 from ocm.plots import label
 
 
@@ -35,6 +35,25 @@ def variance_error_markdown(errors: Mapping[str, Mapping[int, float]]) -> str:
     timesteps = list(next(iter(errors.values())))
     rows = {name: [f"{row[t]:.3f}" for t in timesteps] for name, row in errors.items()}
     return _markdown([f"t = {t}" for t in timesteps], rows)
+
+
+def quality_markdown(table: Mapping[str, Mapping[int, Quality]], step_counts: Sequence[int]) -> str:
+    """Return a table of Fréchet distances by covariance and K, with precision and recall.
+
+    Example:
+        >>> print(quality_markdown({"ocm": {10: Quality(1.25, 0.9, 0.8)}}, [10]))
+        | covariance | K = 10 |
+        |:---|---:|
+        | OCM head | 1.250 (0.90, 0.80) |
+    """
+    rows = {
+        name: [
+            f"{row[K].frechet:.3f} ({row[K].precision:.2f}, {row[K].recall:.2f})"
+            for K in step_counts
+        ]
+        for name, row in table.items()
+    }
+    return _markdown([f"K = {K}" for K in step_counts], rows)
 
 
 def _with_error(cell: Estimate) -> str:

@@ -28,7 +28,7 @@ def even_timesteps(num_timesteps: int, K: int) -> list[int]:
         >>> even_timesteps(1000, 5)
         [1, 251, 500, 750, 1000]
     """
-    _check_K(num_timesteps, K)
+    _check_number(num_timesteps, K)
     if K == 1:
         return [num_timesteps]
     stride = (num_timesteps - 1) / (K - 1)
@@ -68,7 +68,7 @@ def quadratic_timesteps(num_timesteps: int, K: int) -> list[int]:
         >>> quadratic_timesteps(1000, 5)
         [1, 63, 251, 563, 1000]
     """
-    _check_K(num_timesteps, K)
+    _check_number(num_timesteps, K)
     if K == 1:
         return [num_timesteps]
     timesteps = [1]
@@ -107,7 +107,7 @@ def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[int
         True
     """
     N = schedule.num_timesteps
-    _check_K(N, K)
+    _check_number(N, K)
     if variances.shape != (N,) or not bool((variances >= 0).all()):
         raise ValueError(
             f"variances must be {N} numbers of at least 0, got shape {tuple(variances.shape)} "
@@ -131,7 +131,7 @@ def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[int
     return [t + 1 for t in reversed(path)]
 
 
-def _check_K(num_timesteps: int, K: int) -> None:
+def _check_number(num_timesteps: int, K: int) -> None:
     check_positive_int("K", K)
     if K > num_timesteps:
         raise ValueError(f"K must lie in 1 .. {num_timesteps}, got {K}")

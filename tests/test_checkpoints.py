@@ -9,14 +9,32 @@ import torch
 import ocm
 from ocm import checkpoints
 from ocm.backbones import small_unet
+from ocm.catalogue import build_covariance
+from ocm.tables import TimestepTable
 
 
 @pytest.fixture(scope="module")
 def original():
     denoiser = ocm.Denoiser(small_unet((1, 4, 4)), ocm.cosine()).freeze()
-    head = ocm.CovarianceHead.for_denoiser(denoiser).requires_grad_(False)
-    torch.nn.init.normal_(head.conv.weight)
-    return checkpoints.Checkpoint(denoiser, head, (1, 4, 4), 17, "digits")
+    learned = {}
+    for seed, (name, covariance) in enumerate(checkpoints.LEARNED.items()):
+        head = ocm.make_head(denoiser, "residual" if name == "npr" else "simple", seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in head.requires_grad_(False).parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        units = ocm.Parameterisation(0.5, positive=True) if name == "sn" else ocm.PAPER
+        learned[name] = covariance(denoiser, head, units)
+    table = TimestepTable.of([1, 500, 1000], [[0.1], [0.7], [0.9]])
+    weights = TimestepTable.of([1, 1000], [[1.0, 0.0], [0.5, 0.1]])
+    return checkpoints.Checkpoint(
+        denoiser,
+        (1, 4, 4),
+        17,
+        "digits",
+        learned,
+        {"analytic": ocm.Analytic(denoiser.schedule, table)},
+        {"ocm": weights},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +53,21 @@ def test_round_trip(original, saved):
     loaded = checkpoints.load(saved)
     x_t = torch.randn(2, 1, 4, 4)
     before, after = (c.denoiser.predict(x_t, 7) for c in (original, loaded))
-    assert torch.equal(before.epsilon, after.epsilon)
-    assert torch.equal(original.head(before.features), loaded.head(after.features))
+    assert torch.equal(before.output, after.output)
+    for name in [*checkpoints.LEARNED, "analytic", "ocm_calibrated"]:
+        one, other = (
+            build_covariance(name, checkpoint).at(prediction).diagonal()
+            for checkpoint, prediction in ((original, before), (loaded, after))
+        )
+        assert torch.equal(one, other)
+    assert loaded.learned["sn"].parameterisation == ocm.Parameterisation(0.5, positive=True)
+    assert loaded.x0_range == (-1.0, 1.0)
     assert torch.equal(
         original.denoiser.schedule.log_alpha_bar, loaded.denoiser.schedule.log_alpha_bar
     )
     assert (loaded.image_shape, loaded.levels, loaded.data) == ((1, 4, 4), 17, "digits")
-    assert not loaded.denoiser.unet.training
-    assert not any(p.requires_grad for p in loaded.denoiser.unet.parameters())
+    assert not loaded.denoiser.backbone.training
+    assert not any(p.requires_grad for p in loaded.denoiser.backbone.parameters())
 
 
 def test_nothing_is_pickled(saved):
@@ -54,9 +79,37 @@ def test_nothing_is_pickled(saved):
 
 def test_without_a_head(original, tmp_path):
     checkpoints.save(
-        checkpoints.Checkpoint(original.denoiser, None, (1, 4, 4), 17, "digits"), tmp_path
+        checkpoints.Checkpoint(original.denoiser, (1, 4, 4), 17, "digits", x0_range=None), tmp_path
     )
-    assert checkpoints.load(tmp_path).head is None
+    loaded = checkpoints.load(tmp_path)
+    assert not loaded.learned
+    assert loaded.x0_range is None
+
+
+def test_schedules_of_other_betas_and_prediction_types(original, tmp_path):
+    betas = torch.linspace(0.001, 0.05, 60, dtype=torch.float64)
+    denoiser = ocm.Denoiser(original.denoiser.backbone, ocm.from_betas(betas), "v_prediction")
+    checkpoints.save(checkpoints.Checkpoint(denoiser, (1, 4, 4), 17, "digits"), tmp_path)
+    loaded = checkpoints.load(tmp_path).denoiser
+    assert loaded.prediction_type == "v_prediction"
+    torch.testing.assert_close(
+        loaded.schedule.log_alpha_bar, denoiser.schedule.log_alpha_bar, rtol=1e-12, atol=0
+    )
+
+
+def test_the_denoiser_of_a_pipeline_of_diffusers(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    DDPMPipeline(small_unet((1, 4, 4)), scheduler).save_pretrained(tmp_path)
+    denoiser = checkpoints.load_denoiser(tmp_path)
+    assert denoiser.prediction_type == "v_prediction"
+    torch.testing.assert_close(
+        denoiser.schedule.alpha_bar[1:], scheduler.alphas_cumprod.double(), rtol=1e-4, atol=1e-8
+    )
+    x_t = torch.randn(2, 1, 4, 4)
+    expected = small_unet((1, 4, 4)).eval()(x_t, 6).sample
+    torch.testing.assert_close(denoiser.output(x_t, 7), expected)
 
 
 def damage(name):
@@ -94,16 +147,21 @@ def damage(name):
     def other_head(path):
         from safetensors.torch import save_file
 
-        save_file(ocm.CovarianceHead(64, 1, 8).state_dict(), path / "head.safetensors")
+        save_file(ocm.CovarianceHead(64, 1, 8).state_dict(), path / "heads" / "ocm.safetensors")
 
     def nan_weights(path):
         from safetensors.torch import load_file, save_file
 
-        tensors = load_file(path / "head.safetensors")
+        tensors = load_file(path / "heads" / "ocm.safetensors")
         tensors["conv.bias"].fill_(float("nan"))
-        save_file(tensors, path / "head.safetensors")
+        save_file(tensors, path / "heads" / "ocm.safetensors")
 
     weights = "diffusion_pytorch_model.safetensors"
+    wide_head = {
+        "head": "CovarianceHead",
+        "config": {"in_channels": 64, "out_channels": 1, "num_groups": 8},
+        "parameterisation": {"data_std": None, "positive": False},
+    }
     return {
         "no directory": lambda path: shutil.rmtree(path),
         "no description": lambda path: (path / "ocm.json").unlink(),
@@ -119,7 +177,11 @@ def damage(name):
         ),
         "text for levels": lambda path: edit(path / "ocm.json", levels="x"),
         "images of another shape": lambda path: edit(path / "ocm.json", image_shape=[3, 4, 4]),
-        "another feature layer": lambda path: edit(path / "ocm.json", feature_layer="nowhere"),
+        "another prediction type": lambda path: edit(path / "ocm.json", prediction_type="x"),
+        "an unknown head": lambda path: edit(path / "ocm.json", learned={"ocm": {"head": "x"}}),
+        "a timestep that is text": lambda path: edit(
+            path / "tables.json", analytic={"analytic": {"timesteps": ["x"], "values": [[1.0]]}}
+        ),
         "a list for a configuration": lambda path: (path / "denoiser" / "config.json").write_text(
             "[1]"
         ),
@@ -131,15 +193,12 @@ def damage(name):
             path / "denoiser" / "config.json", _class_name="AutoencoderKL"
         ),
         "another model's weights": other_unet,
-        "no head": lambda path: (path / "head.safetensors").unlink(),
-        "truncated head": lambda path: truncate(path / "head.safetensors"),
+        "no head": lambda path: (path / "heads" / "ocm.safetensors").unlink(),
+        "truncated head": lambda path: truncate(path / "heads" / "ocm.safetensors"),
         "another head": other_head,
         "a head for other features": lambda path: (
             other_head(path),
-            edit(
-                path / "ocm.json",
-                head={"in_channels": 64, "out_channels": 1, "num_groups": 8},
-            ),
+            edit(path / "ocm.json", learned={"ocm": wide_head}),
         ),
     }[name]
 
@@ -151,26 +210,28 @@ def damage(name):
         ("no description", "no checkpoint at .*copy: .*ocm.json is missing"),
         ("truncated description", "ocm.json cannot be read as JSON"),
         ("another format", 'ocm.json is no checkpoint of ocm: "format" must be'),
-        ("another version", "ocm.json has version 99, this ocm reads 1"),
+        ("another version", "ocm.json has version 99, this ocm reads 2"),
         ("no schedule", "ocm.json lacks or misstates an entry: KeyError"),
         ("unknown schedule", "ocm.json lacks or misstates an entry: KeyError"),
         ("negative timesteps", "ocm.json .* num_timesteps must be at least 1, got -5"),
         ("text for levels", "ocm.json .* levels must be an int, got 'x'"),
-        ("images of another shape", "ocm.json .* image_shape has 3 channels, .* 1"),
-        ("another feature layer", "feature_layer must name a submodule of unet, got 'nowhere'"),
-        ("a list for a configuration", "config.json is no configuration of a model"),
-        ("weights that are NaN", "head.safetensors holds NaN or infinite weights"),
+        ("images of another shape", "ocm.json .* image_shape has 3, .* 1"),
+        ("another prediction type", "ocm.json misstates .* prediction_type must be one of"),
+        ("an unknown head", "ocm.json lacks or misstates an entry: KeyError: 'x'"),
+        ("a timestep that is text", "tables.json lacks or misstates an entry"),
+        ("a list for a configuration", "config.json must hold a JSON object, got list"),
+        ("weights that are NaN", "heads/ocm.safetensors holds NaN or infinite weights"),
         ("no denoiser", "denoiser/config.json cannot be read"),
         ("no weights", "diffusion_pytorch_model.safetensors cannot be read"),
         ("truncated weights", "diffusion_pytorch_model.safetensors cannot be read"),
-        ("another class", "denoiser must hold a UNet2DModel, got 'AutoencoderKL'"),
+        ("another class", "denoiser must hold one of UNet2DModel, .* got 'AutoencoderKL'"),
         ("another model's weights", "diffusion_pytorch_model.safetensors is of another model"),
-        ("no head", "head.safetensors cannot be read"),
-        ("truncated head", "head.safetensors cannot be read"),
-        ("another head", "head.safetensors is of another model"),
+        ("no head", "heads/ocm.safetensors cannot be read"),
+        ("truncated head", "heads/ocm.safetensors cannot be read"),
+        ("another head", "heads/ocm.safetensors is of another model"),
         (
             "a head for other features",
-            "ocm.json is of another model: head.in_channels has 64 .* 32",
+            "ocm.json is of another model: learned.ocm.in_channels has 64, .* 32",
         ),
     ],
 )

@@ -66,11 +66,16 @@ class Calibrated:
         *scales, shift = self.weights.at(timestep(prediction)).tolist()
         parts = [c.at(prediction, s=s).bounded(self.x0_range) for c in self.covariances]
         if len(parts) == 1:
-            return parts[0].affine(scales[0], shift)
+            return self.rescaled(parts[0], timestep(prediction))
         variances = [_pixels(part).eigenvalues for part in parts]
         mixed = sum(scale * variance for scale, variance in zip(scales, variances, strict=True))
         assert isinstance(mixed, Tensor)
         return diagonal(mixed + shift, prediction.x_t.shape)
+
+    def rescaled(self, covariance: PosteriorCovariance, t: int) -> PosteriorCovariance:
+        """Return a_t C + b_t I for what the one covariance states at t, bounded already."""
+        scale, shift = self.weights.at(t).tolist()
+        return covariance.affine(scale, shift)
 
 
 @torch.no_grad()
@@ -83,6 +88,7 @@ def calibrate(
     x0_range: tuple[float, float] | None = (-1.0, 1.0),
     seed: int = 0,
     batch_size: int = 256,
+    label: str = "calibration",
     progress: bool = False,
 ) -> Calibrated:
     """Fit a calibration to data.
@@ -96,6 +102,7 @@ def calibrate(
             samplers and the likelihood do; None for data without bounds.
         seed: Seed of the noise.
         batch_size: Samples at a time.
+        label: What the progress bar calls it.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -105,7 +112,7 @@ def calibrate(
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
     ordered = sorted(set(timesteps))
     rows = []
-    for t in progress_bar(ordered, "calibration", unit="t", show=progress):
+    for t in progress_bar(ordered, label, unit="t", show=progress):
         terms: list[Tensor] = []
         errors: list[Tensor] = []
         for first in range(0, len(x0), batch_size):

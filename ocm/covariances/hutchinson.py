@@ -8,7 +8,7 @@ what the data allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import hessdiag
 from hessdiag.checks import check_positive_int
@@ -37,7 +37,7 @@ class Hutchinson:
     denoiser: Denoiser
     num_probes: int
     seed: int = 0
-    probes: hessdiag.ProbeDesign = hessdiag.Rademacher()
+    probes: hessdiag.ProbeDesign = field(default_factory=hessdiag.Rademacher)
 
     def __post_init__(self) -> None:
         check_positive_int("num_probes", self.num_probes)

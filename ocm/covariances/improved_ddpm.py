@@ -82,7 +82,7 @@ class ImprovedDDPM:
         labels: Tensor | None = None,
         head: nn.Module | None = None,
     ) -> Tensor:
-        """Return the loss; :meth:`ocm.covariances.base.LearnedCovariance.loss` has its arguments.
+        """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
 
         It is the mean KL times N, in nats per dimension: the bound's own sum over timesteps.
         """

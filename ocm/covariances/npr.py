@@ -52,7 +52,7 @@ class NPR:
         labels: Tensor | None = None,
         head: nn.Module | None = None,
     ) -> Tensor:
-        """Return the loss; :meth:`ocm.covariances.base.LearnedCovariance.loss` has its arguments."""
+        """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`."""
         schedule = self.denoiser.schedule
         x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
         with torch.no_grad():

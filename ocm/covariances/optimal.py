@@ -1,8 +1,8 @@
-"""Optimal Covariance Matching (Ou et al., ICLR 2025): a head that learned the Hessian's diagonal."""
+"""Optimal Covariance Matching (Ou et al., ICLR 2025): a head that learned the diagonal itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class OptimalCovarianceMatching:
     head: nn.Module
     parameterisation: Parameterisation = PAPER
     num_probes: int = 1
-    probes: hessdiag.ProbeDesign = hessdiag.Rademacher()
+    probes: hessdiag.ProbeDesign = field(default_factory=hessdiag.Rademacher)
     mode: Mode = "vjp"
     network_error: float = 0.02
 
@@ -69,7 +69,7 @@ class OptimalCovarianceMatching:
         labels: Tensor | None = None,
         head: nn.Module | None = None,
     ) -> Tensor:
-        """Return the loss; :meth:`ocm.covariances.base.LearnedCovariance.loss` has its arguments.
+        """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
 
         Raises:
             ValueError: If ``num_probes`` is no multiple of the design's block.

@@ -1,0 +1,197 @@
+"""The covariances by the names that the command line and reports use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+import hessdiag
+from ocm.checkpoints import LEARNED, Checkpoint
+from ocm.covariances import (
+    Analytic,
+    Beta,
+    BetaTilde,
+    Calibrated,
+    ChannelBlocks,
+    CosineDiagonal,
+    Covariance,
+    Exact,
+    Full,
+    Hutchinson,
+    Lanczos,
+    calibrate,
+    fit_analytic,
+    fit_analytic_from_data,
+)
+
+# Fitted on data by timestep; the arguments of both are the same.
+ANALYTIC: dict[str, Callable[..., Analytic]] = {
+    "analytic": fit_analytic,
+    "analytic_data": fit_analytic_from_data,
+}
+
+# What stands behind the name of a covariance that was calibrated.
+CALIBRATED = "_calibrated"
+
+
+@dataclass(frozen=True)
+class CovarianceSettings:
+    """What the covariances that take products need.
+
+    Attributes:
+        num_probes: Probes M of ``hutchinson``, ``coloring`` and ``cosine``.
+        num_products: Products k of ``lanczos``.
+        seed: Seed of the probes.
+    """
+
+    num_probes: int = 8
+    num_products: int = 3
+    seed: int = 0
+
+
+Builder = Callable[[Checkpoint, CovarianceSettings], Covariance]
+
+
+def _learned(name: str) -> Builder:
+    def build(checkpoint: Checkpoint, settings: CovarianceSettings) -> Covariance:
+        if name not in checkpoint.learned:
+            raise ValueError(
+                f"covariance {name!r} needs a trained head, and this checkpoint has "
+                f"{', '.join(checkpoint.learned) or 'none'}; `ocm train --head {name}` trains it"
+            )
+        return checkpoint.learned[name]
+
+    return build
+
+
+def _analytic(name: str) -> Builder:
+    def build(checkpoint: Checkpoint, settings: CovarianceSettings) -> Covariance:
+        if name not in checkpoint.analytic:
+            raise ValueError(
+                f"covariance {name!r} needs a pass over data, which this checkpoint has not seen; "
+                "`ocm calibrate` makes it"
+            )
+        return checkpoint.analytic[name]
+
+    return build
+
+
+def _coloring(checkpoint: Checkpoint, settings: CovarianceSettings) -> Covariance:
+    probes = hessdiag.Coloring(settings.num_probes)
+    return Hutchinson(checkpoint.denoiser, settings.num_probes, settings.seed, probes)
+
+
+COVARIANCES: dict[str, Builder] = {
+    "beta": lambda checkpoint, settings: Beta(checkpoint.denoiser.schedule),
+    "beta_tilde": lambda checkpoint, settings: BetaTilde(),
+    **{name: _analytic(name) for name in ANALYTIC},
+    **{name: _learned(name) for name in LEARNED},
+    "hutchinson": lambda checkpoint, settings: Hutchinson(
+        checkpoint.denoiser, settings.num_probes, settings.seed
+    ),
+    "coloring": _coloring,
+    "exact": lambda checkpoint, settings: Exact(checkpoint.denoiser),
+    "blocks": lambda checkpoint, settings: ChannelBlocks(checkpoint.denoiser),
+    "cosine": lambda checkpoint, settings: CosineDiagonal(
+        checkpoint.denoiser, settings.num_probes, settings.seed
+    ),
+    "lanczos": lambda checkpoint, settings: Lanczos(checkpoint.denoiser, settings.num_products),
+    "full": lambda checkpoint, settings: Full(checkpoint.denoiser),
+}
+
+# Known through products with vectors alone, so that there is no density to fit or to score.
+WITHOUT_DENSITY = ("lanczos",)
+
+
+def build_covariance(
+    name: str, checkpoint: Checkpoint, settings: CovarianceSettings | None = None
+) -> Covariance:
+    """Return the covariance of that name for a checkpoint.
+
+    Args:
+        name: A name of :data:`COVARIANCES`, or one followed by "_calibrated".
+        checkpoint: The denoiser, and what was learned and fitted about it.
+        settings: For covariances that take products.
+
+    Raises:
+        ValueError: If there is none of that name, or it needs a head, a pass over data or a
+            calibration that the checkpoint has not got.
+    """
+    settings = settings or CovarianceSettings()
+    plain = name.removesuffix(CALIBRATED)
+    if plain not in COVARIANCES:
+        raise ValueError(f"covariance must be one of {', '.join(COVARIANCES)}, got {name!r}")
+    covariance = COVARIANCES[plain](checkpoint, settings)
+    if plain == name:
+        return covariance
+    if plain not in checkpoint.calibrations:
+        raise ValueError(
+            f"covariance {name!r} needs a calibration, and this checkpoint has "
+            f"{', '.join(checkpoint.calibrations) or 'none'}; `ocm calibrate` fits it"
+        )
+    return Calibrated((covariance,), checkpoint.calibrations[plain], checkpoint.x0_range)
+
+
+def available(checkpoint: Checkpoint) -> list[str]:
+    """Return the names whose covariance this checkpoint can state, in the order of the catalogue.
+
+    Left out are heads that were not trained, and blocks over a single channel, which are the exact
+    diagonal.
+    """
+    channels = checkpoint.image_shape[0]
+    return [
+        name
+        for name in COVARIANCES
+        if (name not in LEARNED or name in checkpoint.learned)
+        and (name != "blocks" or channels > 1)
+    ]
+
+
+def fitted(
+    checkpoint: Checkpoint,
+    x0: Tensor,
+    names: Sequence[str],
+    timesteps: Sequence[int],
+    *,
+    calibrated: Sequence[str] = (),
+    settings: CovarianceSettings | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Checkpoint:
+    """Return the checkpoint with what its covariances need from training data.
+
+    Args:
+        checkpoint: The denoiser.
+        x0: Training data, shape (n, ...).
+        names: Covariances that will be used; the analytic ones among them are fitted.
+        timesteps: Where.
+        calibrated: Covariances to calibrate.
+        settings: For covariances that take products.
+        seed: Seed of the noise.
+        batch_size: Samples at a time.
+        progress: Whether to show a progress bar.
+    """
+    options = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    analytic = dict(checkpoint.analytic)
+    for name in ANALYTIC:
+        if name in names or name in calibrated:
+            bounds = {} if name == "analytic" else {"x0_range": checkpoint.x0_range}
+            fit = ANALYTIC[name]
+            analytic[name] = fit(checkpoint.denoiser, x0, timesteps, **bounds, **options)
+    checkpoint = replace(checkpoint, analytic=analytic)
+    calibrations = dict(checkpoint.calibrations)
+    for name in calibrated:
+        covariance = build_covariance(name, checkpoint, settings)
+        calibrations[name] = calibrate(
+            checkpoint.denoiser,
+            covariance,
+            x0,
+            timesteps,
+            x0_range=checkpoint.x0_range,
+            label=f"calibration of {name}",
+            **options,
+        ).weights
+    return replace(checkpoint, calibrations=calibrations)

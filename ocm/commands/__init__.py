@@ -1,0 +1,1 @@
+"""The commands of ``ocm``, a module each: options in, JSON and pictures out."""

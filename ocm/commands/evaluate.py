@@ -1,0 +1,298 @@
+"""``ocm evaluate``: bits/dim and sample quality of a checkpoint's covariances."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ocm.commands.options import (
+    CheckpointPath,
+    CovarianceName,
+    Device,
+    NumProbes,
+    NumProducts,
+    Quiet,
+    Seed,
+    prepare_directory,
+    resolve_device,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from ocm.checkpoints import Checkpoint
+    from ocm.data import Images
+    from ocm.metrics import FeatureExtractor
+
+_CALIBRATION_IMAGES = 256
+
+
+def evaluate(
+    checkpoint: CheckpointPath,
+    out: Annotated[Path, typer.Option(help="Directory for evaluation.json and the report.")] = Path(
+        "runs/evaluate"
+    ),
+    covariance: Annotated[
+        list[CovarianceName] | None,
+        typer.Option(
+            help="Covariance to score; may be given several times. Default: all that the "
+            "checkpoint can state."
+        ),
+    ] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Steps K; may be given several times. Default: 5, 10, 25, 50."),
+    ] = None,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Score every covariance calibrated too.")
+    ] = False,
+    quality: Annotated[
+        bool,
+        typer.Option(
+            "--quality",
+            help="Draw samples by DDPM and DDIM: Fréchet distance, precision and recall.",
+        ),
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Both --calibrated and --quality.")
+    ] = False,
+    num_images: Annotated[int, typer.Option(min=1, help="Held-out images to score.")] = 64,
+    num_samples: Annotated[
+        int, typer.Option(min=8, help="Samples for each figure of quality.")
+    ] = 256,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="Inception weights of torch-fidelity for the features. Default: a classifier "
+            "that is trained on the labelled data."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Data set; default: the checkpoint's own.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
+    num_probes: NumProbes = 8,
+    num_products: NumProducts = 3,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Score covariances on held-out images: bits/dim, and with --all sample quality.
+
+    Analytic variances and calibrations are fitted on training images where the checkpoint lacks
+    them for the timesteps in use. Writes evaluation.json, report.md and evaluation.png.
+    """
+    from ocm import checkpoints
+    from ocm.catalogue import WITHOUT_DENSITY, CovarianceSettings, available
+    from ocm.environment import environment
+    from ocm.evaluation import likelihood_record, likelihood_table
+    from ocm.plots import evaluation_plot
+    from ocm.report import likelihood_markdown
+
+    place = resolve_device(device)
+    prepare_directory(out)
+    loaded = checkpoints.load(checkpoint, place)
+    if loaded.x0_range is None:
+        raise ValueError(f"{checkpoint} is a model of latents, which have no grey levels to score")
+    images = images_for(loaded, data)
+    if num_images > len(images.test):
+        raise ValueError(
+            f"--num-images must be at most {len(images.test)}, the held-out images of "
+            f"{images.name}, got {num_images}"
+        )
+    calibrated, quality = calibrated or everything, quality or everything
+    names = [name.value for name in covariance or []] or available(loaded)
+    scored = [name for name in names if name not in WITHOUT_DENSITY]
+    step_counts = sorted(set(steps or (5, 10, 25, 50)))
+    settings = CovarianceSettings(num_probes, num_products, seed)
+    start = time.perf_counter()
+    loaded = _fitted(loaded, images, names, step_counts, calibrated, settings, seed, not quiet)
+    table = likelihood_table(
+        loaded,
+        images.test[:num_images],
+        scored,
+        step_counts,
+        calibrated=scored if calibrated else (),
+        settings=settings,
+        seed=seed,
+        batch_size=batch_size,
+        progress=not quiet,
+    )
+    record: dict[str, Any] = likelihood_record(table) | {
+        "checkpoint": str(checkpoint),
+        "data": images.name,
+        "num_images": num_images,
+        "num_probes": num_probes,
+        "num_products": num_products,
+        "calibration_images": _CALIBRATION_IMAGES,
+        "seed": seed,
+        "step_counts": step_counts,
+        "environment": environment(place),
+    }
+    sections = [
+        f"Bits/dim on {num_images} held-out images of {images.name}, ± the standard error over "
+        f"images\n\n{likelihood_markdown(table, step_counts)}"
+    ]
+    if quality:
+        part, more = _quality(
+            loaded, images, names, step_counts, calibrated, settings, num_samples, inception, seed,
+            batch_size, out, not quiet,
+        )  # fmt: skip
+        record |= part
+        sections += more
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    write_json(out / "evaluation.json", record)
+    text = "\n\n".join(sections)
+    (out / "report.md").write_text(f"# {checkpoint}\n\n{text}\n\n![Curves](evaluation.png)\n")
+    evaluation_plot(record, out / "evaluation.png", title=f"{checkpoint}, {images.name}")
+    typer.echo(text)
+    typer.echo(f"\nfigures: {out / 'evaluation.json'}   picture: {out / 'evaluation.png'}")
+
+
+def images_for(loaded: Checkpoint, data: str | None) -> Images:
+    """Return the data set of a checkpoint, or another of the same shape.
+
+    Raises:
+        ValueError: If its images are of another shape.
+    """
+    from ocm import data as datasets
+
+    images = datasets.load(data or loaded.data, image_size=loaded.image_shape[-1])
+    if images.shape != loaded.image_shape:
+        raise ValueError(
+            f"the checkpoint takes images of shape {loaded.image_shape}, but those of --data "
+            f"{images.name} have {images.shape}"
+        )
+    return images
+
+
+def _fitted(
+    loaded: Checkpoint,
+    images: Images,
+    names: list[str],
+    step_counts: list[int],
+    calibrated: bool,
+    settings: Any,
+    seed: int,
+    progress: bool,
+) -> Checkpoint:
+    """Fit what the checkpoint lacks for these numbers of steps."""
+    from ocm.catalogue import ANALYTIC, WITHOUT_DENSITY, fitted
+    from ocm.evaluation import timesteps_of
+    from ocm.tables import TimestepTable
+
+    timesteps = timesteps_of(loaded.denoiser.schedule.num_timesteps, step_counts)
+
+    def lacks(table: TimestepTable | None) -> bool:
+        return table is None or not set(timesteps) <= set(table.timesteps.tolist())
+
+    analytic = {name: c.fractions for name, c in loaded.analytic.items()}
+    wanted = [name for name in names if name in ANALYTIC and lacks(analytic.get(name))]
+    to_calibrate = [
+        name
+        for name in names
+        if calibrated and name not in WITHOUT_DENSITY and lacks(loaded.calibrations.get(name))
+    ]
+    return fitted(
+        loaded,
+        images.train[:_CALIBRATION_IMAGES],
+        wanted,
+        timesteps,
+        calibrated=to_calibrate,
+        settings=settings,
+        seed=seed + 1,
+        progress=progress,
+    )
+
+
+def _quality(
+    loaded: Checkpoint,
+    images: Images,
+    names: list[str],
+    step_counts: list[int],
+    calibrated: bool,
+    settings: Any,
+    num_samples: int,
+    inception: Path | None,
+    seed: int,
+    batch_size: int,
+    out: Path,
+    progress: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the record and the tables of sample quality under DDPM and DDIM."""
+    from functools import partial
+
+    from ocm.catalogue import CALIBRATED, WITHOUT_DENSITY
+    from ocm.evaluation import quality, quality_table
+    from ocm.report import quality_markdown
+    from ocm.samplers import ddim, ddpm
+
+    extractor, said = _features(images, inception, seed, out, progress)
+    real = extractor(images.train)
+    rows = [*names]
+    if calibrated:
+        rows += [name + CALIBRATED for name in names if name not in WITHOUT_DENSITY]
+    floor = quality(real, extractor(images.test))
+    record: dict[str, Any] = {
+        "features": extractor.name,
+        "num_samples": num_samples,
+        "num_real": len(real),
+        "held_out": floor._asdict() | {"num_images": len(images.test)},
+        "quality": {},
+    }
+    sections = [
+        f"{said} {num_samples} samples a cell are compared with {len(real)} training images; "
+        f"{len(images.test)} held-out images are at a Fréchet distance of {floor.frechet:.3f}."
+    ]
+    for title, sampler in (("ddpm", ddpm), ("ddim", partial(ddim, eta=0.0))):
+        table = quality_table(
+            loaded,
+            real,
+            extractor,
+            rows,
+            step_counts,
+            sampler=sampler,
+            num_images=num_samples,
+            label=f"samples of {title}",
+            settings=settings,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        record["quality"][title] = {
+            name: {K: cell._asdict() for K, cell in row.items()} for name, row in table.items()
+        }
+        sections.append(
+            f"Fréchet distance of {title.upper()} samples (precision, recall)\n\n"
+            f"{quality_markdown(table, step_counts)}"
+        )
+    return record, sections
+
+
+def _features(
+    images: Images, inception: Path | None, seed: int, out: Path, progress: bool
+) -> tuple[FeatureExtractor, str]:
+    """Return the features of quality, and a sentence on what they are."""
+    from ocm import classifier as classifiers
+    from ocm import metrics
+
+    if inception is not None:
+        extractor = metrics.inception(inception)
+        return extractor, f"Features: {extractor.name}."
+    if images.train_labels is None or images.num_classes is None:
+        raise ValueError(
+            f"--quality needs labels to train a classifier on, and {images.name} has none; pass "
+            "--inception with the weights of torch-fidelity"
+        )
+    trained = classifiers.train_classifier(
+        images.train, images.train_labels, images.num_classes, seed=seed, progress=progress
+    )
+    classifiers.save(trained, out / "classifier")
+    said = "a classifier trained on the same training images"
+    if images.test_labels is not None:
+        right = classifiers.accuracy(trained, images.test, images.test_labels)
+        said += f", right on {right:.1%} of the held-out ones"
+    extractor = metrics.classifier_features(trained)
+    return extractor, f"Features: {extractor.name}, {said}."

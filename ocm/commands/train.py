@@ -1,0 +1,338 @@
+"""``ocm train``: a denoiser and the heads of its covariances."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, replace
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ocm.commands.options import (
+    Device,
+    HeadName,
+    Quiet,
+    Seed,
+    prepare_directory,
+    resolve_device,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from ocm.checkpoints import Checkpoint
+    from ocm.data import Images
+    from ocm.denoiser import Denoiser
+
+
+class ScheduleName(str, Enum):
+    """Noise schedules."""
+
+    linear = "linear"
+    cosine = "cosine"
+
+
+class PredictionName(str, Enum):
+    """What a denoiser predicts."""
+
+    epsilon = "epsilon"
+    sample = "sample"
+    v_prediction = "v_prediction"
+
+
+class HeadKind(str, Enum):
+    """Sizes of heads."""
+
+    simple = "simple"
+    residual = "residual"
+
+
+class ParameterisationName(str, Enum):
+    """What the output of a head means."""
+
+    paper = "paper"
+    preconditioned = "preconditioned"
+    positive = "positive"
+
+
+class Precision(str, Enum):
+    """Mixed precision."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+# Of a new denoiser, refused beside --denoiser.
+_OF_A_NEW_DENOISER = ("schedule", "prediction_type", "denoiser_steps", "learning_rate")
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Directory for the checkpoint.")] = Path("runs/train"),
+    data: Annotated[
+        str,
+        typer.Option(
+            help="'digits', a folder of images, a parquet file or a folder of them, or the name "
+            "of a data set on the Hugging Face Hub."
+        ),
+    ] = "digits",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side to which images are cropped and resized.")
+    ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of an AutoencoderKL: train in its latent space."),
+    ] = None,
+    denoiser: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint, or pipeline of diffusers, whose denoiser is kept, so that only "
+            "heads are trained; the heads of a checkpoint are kept too."
+        ),
+    ] = None,
+    head: Annotated[
+        list[HeadName] | None,
+        typer.Option(help="Covariance whose head is trained; may be given several times."),
+    ] = None,
+    head_kind: Annotated[HeadKind, typer.Option(help="Size of the heads.")] = HeadKind.simple,
+    parameterisation: Annotated[
+        ParameterisationName,
+        typer.Option(
+            help="What the heads predict: the papers' units; those of Gaussian data of the same "
+            "variance, bounded at every noise level; or these with a positive variance."
+        ),
+    ] = ParameterisationName.paper,
+    schedule: Annotated[
+        ScheduleName | None,
+        typer.Option(help="Noise schedule of a new denoiser, N = 1000. Default: cosine."),
+    ] = None,
+    prediction_type: Annotated[
+        PredictionName | None,
+        typer.Option(help="What a new denoiser predicts. Default: epsilon, the noise."),
+    ] = None,
+    denoiser_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps for a new denoiser. Default: 900.")
+    ] = None,
+    head_steps: Annotated[int, typer.Option(min=1, help="Steps for each head.")] = 400,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images in a step, over all processes.")
+    ] = 64,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak rate of a new denoiser. Default: 0.001.")
+    ] = None,
+    head_learning_rate: Annotated[float, typer.Option(help="Peak rate of the heads.")] = 1e-2,
+    target_probes: Annotated[
+        int, typer.Option(min=1, help="Probes M in each target of the OCM head.")
+    ] = 1,
+    forward_mode: Annotated[
+        bool,
+        typer.Option(
+            "--forward-mode", help="Targets of the OCM head by forward mode: less memory."
+        ),
+    ] = False,
+    mixed_precision: Annotated[Precision, typer.Option(help="Type of the passes.")] = Precision.no,
+    accumulation: Annotated[
+        int, typer.Option(min=1, help="Micro-batches in which a process takes a step.")
+    ] = 1,
+    flip: Annotated[bool, typer.Option("--flip", help="Flip images at random.")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, help="Steps between states from which training goes on.")
+    ] = 200,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Log into --out for TensorBoard.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint in --out.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
+
+    A training that was interrupted goes on where it was when the same command is given again. On
+    several processes: `accelerate launch -m ocm train ...`, or torchrun.
+    """
+    from ocm import checkpoints
+    from ocm import data as datasets
+    from ocm.environment import environment
+    from ocm.learning import train_denoiser, train_head
+    from ocm.training import TrainingSettings, mean_of_last
+
+    place = resolve_device(device)
+    prepare_directory(out)
+    if (out / "ocm.json").exists() and not overwrite:
+        raise ValueError(f"--out {out} holds a checkpoint; choose another or pass --overwrite")
+    loop = {
+        "resume": not (out / "ocm.json").exists(),
+        "tensorboard": tensorboard,
+        "progress": not quiet,
+    }
+    given = {
+        "schedule": schedule,
+        "prediction_type": prediction_type,
+        "denoiser_steps": denoiser_steps,
+        "learning_rate": learning_rate,
+    }
+    settings = TrainingSettings(
+        denoiser_steps or 900,
+        batch_size,
+        learning_rate or 1e-3,
+        seed=seed,
+        gradient_accumulation_steps=accumulation,
+        mixed_precision=mixed_precision.value,
+        horizontal_flip=flip,
+        checkpoint_every=checkpoint_every,
+    )
+    # Another seed: the heads see other noisy images than those the denoiser was fitted to.
+    head_settings = replace(
+        settings, num_steps=head_steps, learning_rate=head_learning_rate, seed=seed + 1
+    )
+    images = datasets.load(data, image_size=image_size)
+    if vae is not None:
+        images = _latents(images, vae, place)
+    record: dict[str, Any] = {"data": data, "head": asdict(head_settings), "head_loss": {}}
+    record["head"] |= {"target_probes": target_probes, "parameterisation": parameterisation.value}
+    start = time.perf_counter()
+    if denoiser is None:
+        name = (schedule or ScheduleName.cosine).value
+        kind = (prediction_type or PredictionName.epsilon).value
+        model = _new_denoiser(images, name, kind, seed, place)
+        losses = train_denoiser(
+            model, images.train, settings, directory=out / "training" / "denoiser", **loop
+        )
+        base = checkpoints.Checkpoint(model, images.shape, images.levels, images.name)
+        record["denoiser"] = asdict(settings) | {"schedule": name, "prediction_type": kind}
+        record["denoiser_loss"] = mean_of_last(losses)
+    else:
+        for option in _OF_A_NEW_DENOISER:
+            value: Any = given[option]
+            if value is not None:
+                raise ValueError(
+                    f"--{option.replace('_', '-')} {getattr(value, 'value', value)} is for a new "
+                    "denoiser; leave it out with --denoiser"
+                )
+        base = _existing(denoiser, images, data, place)
+        record["denoiser"] = str(denoiser)
+    if vae is not None:
+        base = replace(base, x0_range=None)
+    learned = dict(base.learned)
+    for name in dict.fromkeys(head or [HeadName.ocm]):
+        covariance = untrained(
+            name.value,
+            base,
+            images,
+            kind=head_kind.value,
+            parameterisation=parameterisation.value,
+            target_probes=target_probes,
+            forward_mode=forward_mode,
+            seed=seed,
+        )
+        losses = train_head(
+            covariance,
+            images.train,
+            head_settings,
+            labels=images.train_labels if base.denoiser.takes_labels else None,
+            name=f"{name.value} head",
+            directory=out / "training" / name.value,
+            **loop,
+        )
+        learned[name.value] = covariance
+        record["head_loss"][name.value] = mean_of_last(losses)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes, and not the first
+        return
+    record["seconds"] = round(time.perf_counter() - start, 2)
+    record["environment"] = environment(place)
+    checkpoints.save(replace(base, learned=learned), out)
+    write_json(out / "train.json", record)
+    summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
+    typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
+    typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")
+
+
+def untrained(
+    name: str,
+    checkpoint: Checkpoint,
+    images: Images,
+    *,
+    kind: str = "simple",
+    parameterisation: str = "paper",
+    target_probes: int = 1,
+    forward_mode: bool = False,
+    seed: int = 0,
+) -> Any:
+    """Return a learned covariance with an untrained head.
+
+    Args:
+        name: A name of :data:`ocm.checkpoints.LEARNED`.
+        checkpoint: The denoiser.
+        images: Whose standard deviation is the unit of a preconditioned head.
+        kind: "simple" or "residual".
+        parameterisation: "paper", "preconditioned" or "positive".
+        target_probes: Probes in each target of OCM.
+        forward_mode: Whether OCM's targets come from forward mode.
+        seed: Seed of the head's weights.
+    """
+    from ocm.checkpoints import LEARNED
+    from ocm.learning import make_head
+    from ocm.parameterisation import PAPER, Parameterisation
+
+    units = PAPER
+    if parameterisation != "paper":
+        std = images.train[:1000].std().item()
+        units = Parameterisation(round(std, 4), positive=parameterisation == "positive")
+    options: dict[str, Any] = {}
+    if name == "ocm":
+        options = {"num_probes": target_probes, "mode": "jvp" if forward_mode else "vjp"}
+    head = make_head(checkpoint.denoiser, kind, seed=seed)
+    return LEARNED[name](checkpoint.denoiser, head, units, **options)
+
+
+def _new_denoiser(
+    images: Images, schedule: str, prediction_type: str, seed: int, place: Any
+) -> Denoiser:
+    from ocm.backbones import small_unet
+    from ocm.denoiser import Denoiser
+    from ocm.schedules import SCHEDULES
+
+    unet = small_unet(images.shape, seed=seed).to(place)
+    return Denoiser(unet, SCHEDULES[schedule](1000), prediction_type)
+
+
+def _existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
+    """Return the checkpoint at ``path``, or one of a pipeline's denoiser, for these images."""
+    from ocm import checkpoints
+
+    if (path / "model_index.json").exists():
+        model = checkpoints.load_denoiser(path, place)
+        base = checkpoints.Checkpoint(model, images.shape, images.levels, images.name)
+        channels = model.backbone.config.in_channels
+        if channels != images.shape[0]:
+            raise ValueError(
+                f"--denoiser takes {channels} channels, but the samples of --data {data} have "
+                f"{images.shape[0]}; for a latent model pass --vae"
+            )
+    else:
+        base = checkpoints.load(path, place)
+        if base.image_shape != images.shape:
+            raise ValueError(
+                f"--denoiser takes images of shape {base.image_shape}, but those of --data "
+                f"{data} have {images.shape}"
+            )
+    if base.denoiser.takes_labels and images.train_labels is None:
+        raise ValueError(f"--denoiser takes class labels, and --data {data} has none")
+    return base
+
+
+def _latents(images: Images, vae: Path, place: Any) -> Images:
+    """Return the data set as latents of an autoencoder."""
+    from ocm.latents import encode, load_autoencoder
+
+    autoencoder = load_autoencoder(vae, place)
+    return replace(
+        images,
+        train=encode(autoencoder, images.train[:]),
+        test=encode(autoencoder, images.test[:]),
+    )
