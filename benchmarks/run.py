@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 from harness import Setting, write
-from suites import estimators, kernels, machine_code, products
+from suites import estimators, kernels, machine_code, products, sampling
 
 SUITES = {
     "estimators": estimators,
     "kernels": kernels,
     "machine_code": machine_code,
     "products": products,
+    "sampling": sampling,
 }
 
 

@@ -182,7 +182,9 @@ def choose_timesteps(loaded: object, spacing: str, steps: int) -> list[int]:
             "--spacing optimal needs analytic variances, which this checkpoint has not got; "
             "`ocm calibrate` fits them"
         )
-    return optimal_timesteps(schedule, loaded.analytic["analytic"].variances().clamp(min=0), steps)
+    return optimal_timesteps(
+        schedule, loaded.analytic["analytic"].variances(loaded.x0_range), steps
+    )
 
 
 def _gather(images: Tensor, place: object) -> Tensor | None:

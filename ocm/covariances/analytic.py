@@ -30,15 +30,18 @@ class Analytic:
     schedule: Schedule
     fractions: TimestepTable
 
-    def variances(self) -> Tensor:
-        """Return Var_t for t = 1 .. N, float64; for :func:`ocm.optimal_timesteps`.
+    def variances(self, x0_range: tuple[float, float] | None = (-1.0, 1.0)) -> Tensor:
+        """Return Var_t for t = 1 .. N, float64, bounded to what data in ``x0_range`` allow.
+
+        These are what :func:`ocm.optimal_timesteps` takes.
 
         Raises:
             ValueError: If the table does not reach from 1 to N.
         """
         N = self.schedule.num_timesteps
         fractions = torch.stack([self.fractions.at(t)[0] for t in range(1, N + 1)])
-        return fractions / self.schedule.snr[1:]
+        bound = torch.inf if x0_range is None else variance_bound(x0_range)
+        return (fractions / self.schedule.snr[1:]).clamp(0.0, bound)
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return Var_t I; no pass through the backbone.
@@ -63,6 +66,10 @@ def fit_analytic(
 ) -> Analytic:
     """Estimate Var_t = (beta_bar / alpha_bar) (1 - E|epsilon|^2 / D) from the score.
 
+    The 1 is taken as the mean square of the noise that was drawn, which has that expectation and
+    moves with epsilon: near t = N, where the two are nearly equal, a few samples would not tell
+    1 - E|epsilon|^2 / D from zero.
+
     Args:
         denoiser: The frozen denoiser.
         x0: Training data, shape (n, ...); a thousand images are plenty.
@@ -72,15 +79,20 @@ def fit_analytic(
         progress: Whether to show a progress bar.
     """
 
+    schedule = denoiser.schedule
+
     def fraction(t: int) -> float:
+        alpha, sigma = schedule.alpha_bar[t].sqrt().item(), schedule.beta_bar[t].sqrt().item()
         total = 0.0
-        schedule = denoiser.schedule
-        alpha_bar, beta_bar = schedule.alpha_bar[t].item(), schedule.beta_bar[t].item()
         for first in range(0, len(x0), batch_size):
-            prediction = noisy_prediction(denoiser, x0[first : first + batch_size], t, seed, first)
-            noise = prediction.x_t.double() - alpha_bar**0.5 * prediction.x0_hat.double()
-            total += noise.square().sum().item() / beta_bar
-        return 1.0 - total / x0.numel()
+            batch = x0[first : first + batch_size]
+            prediction = noisy_prediction(denoiser, batch, t, seed, first)
+            noise, epsilon = (
+                (prediction.x_t.double() - alpha * mean.to(prediction.x_t).double()) / sigma
+                for mean in (batch, prediction.x0_hat)
+            )
+            total += (noise.square() - epsilon.square()).sum().item()
+        return total / x0.numel()
 
     return Analytic(denoiser.schedule, _tabulate(fraction, timesteps, progress))
 
