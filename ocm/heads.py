@@ -39,7 +39,7 @@ class CovarianceHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
-        o: Tensor = self.conv(functional.silu(self.norm(features)))
+        o: Tensor = self.conv(functional.silu(self.norm(_for_group_norm(features))))
         return o
 
 
@@ -76,6 +76,7 @@ class ResidualHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
+        features = _for_group_norm(features)
         o: Tensor = self.head(features + self.second(self.first(features)))
         return o
 
@@ -127,6 +128,15 @@ class TokenHead(nn.Module):
         return o.permute(0, 5, 1, 3, 2, 4).reshape(
             len(tokens), self._out_channels, side * p, side * p
         )
+
+
+def _for_group_norm(features: Tensor) -> Tensor:
+    """Return the features in the layout whose gradients PyTorch can take.
+
+    On a CPU the backward pass of GroupNorm crashes (PyTorch 2.13) for an input that lies channels
+    last and needs no gradient: the features of a frozen backbone.
+    """
+    return features.contiguous() if features.device.type == "cpu" else features
 
 
 def _start_at_zero(layer: nn.Module) -> None:
