@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from harness import Setting, write
-from suites import estimators, kernels, machine_code, products, sampling
+from suites import estimators, kernels, machine_code, products, sampling, toy
 
 SUITES = {
     "estimators": estimators,
@@ -20,6 +20,7 @@ SUITES = {
     "machine_code": machine_code,
     "products": products,
     "sampling": sampling,
+    "toy": toy,
 }
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +38,8 @@ from ocm.schedules import Schedule, check_prediction_type
 
 # Counter of the data's random numbers, apart from those of samplers (0 .. N) and of training.
 _DATA_STEP = 2**32 - 2
-_EMBEDDING_FREQUENCIES = (1, 2, 4)
+# Hat functions that stand for the noise level.
+NUM_LEVELS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,31 +214,31 @@ class _Posterior:
         marginal = alpha_bar[:, None, None] * components.values + beta_bar[:, None, None]
         return _Posterior(components, alpha_bar, beta_bar, rotated, marginal)
 
-    @property
+    @cached_property
     def log_joint(self) -> Tensor:
         """Log of w_i N(x_t; sqrt(alpha_bar) mu_i, M_i), shape (B, n)."""
         exponents = self.rotated.square() / self.marginal + (2.0 * math.pi * self.marginal).log()
         return self.components.log_weights - 0.5 * exponents.sum(dim=2)
 
-    @property
+    @cached_property
     def responsibilities(self) -> Tensor:
         """Each r_i, shape (B, n)."""
         return self.log_joint.softmax(dim=1)
 
-    @property
+    @cached_property
     def negative_score(self) -> Tensor:
         """Sum of r_i M_i^-1 (x_t - sqrt(alpha_bar) mu_i), shape (B, d)."""
         solved = self.responsibilities[..., None] * self.rotated / self.marginal
         return torch.einsum("njk,bnk->bj", self.components.vectors, solved)
 
-    @property
+    @cached_property
     def component_means(self) -> Tensor:
         """Each m_i, shape (B, n, d)."""
         gain = self.alpha_bar.sqrt()[:, None, None] * self.components.values / self.marginal
         moved = torch.einsum("njk,bnk->bnj", self.components.vectors, gain * self.rotated)
         return self.components.means + moved
 
-    @property
+    @cached_property
     def mean(self) -> Tensor:
         """The mean m, shape (B, d)."""
         return (self.responsibilities[..., None] * self.component_means).sum(dim=1)
@@ -282,7 +284,7 @@ class MixtureBackbone(nn.Module):
 
     Computed in float64 and returned in the type of x. As in a trained network the features
     determine the prediction: they are x_t and the mean of x0 in units of their standard deviations,
-    the mean of the noise, and an embedding of the noise level.
+    the mean of the noise, and :data:`NUM_LEVELS` hat functions of the noise level.
 
     Args:
         mixture: The data.
@@ -295,7 +297,7 @@ class MixtureBackbone(nn.Module):
         check_prediction_type(prediction_type)
         self.prediction_type = prediction_type
         self.out_features = mixture.num_features
-        self.num_features = 3 * mixture.num_features + _embedding_size()
+        self.num_features = 3 * mixture.num_features + NUM_LEVELS
         self.data_std = mixture.std
         components = _Components.of(mixture)
         # What a trained network would have in its weights.
@@ -323,8 +325,8 @@ class MixtureBackbone(nn.Module):
         signal, sigma = alpha_bar.sqrt()[:, None], beta_bar.sqrt()[:, None]
         epsilon, mean = sigma * posterior.negative_score, posterior.mean
         scaled = _scaled(x.double().flatten(1), alpha_bar, self.data_std)
-        embedded = _embedding(log_alpha_bar)
-        features = torch.cat([scaled, mean / self.data_std, epsilon, embedded], dim=1)
+        level_weights = _levels(level + 1, len(self.get_buffer("log_alpha_bar")) - 1)
+        features = torch.cat([scaled, mean / self.data_std, epsilon, level_weights], dim=1)
         self.features(features.to(x.dtype))
         output = {
             "epsilon": epsilon,
@@ -354,33 +356,40 @@ class PointNetwork(nn.Module):
         depth: int = 3,
     ) -> None:
         super().__init__()
-        self.out_features, self.num_features, self.data_std = out_features, width, data_std
+        self.out_features, self.num_features = out_features, width + NUM_LEVELS
+        self.data_std = data_std
         self.register_buffer("log_alpha_bar", schedule.log_alpha_bar)
-        self.hidden = _hidden_layers(out_features + _embedding_size(), width, depth)
+        self.hidden = _hidden_layers(out_features + NUM_LEVELS, width, depth)
         self.features = nn.Identity()
-        self.out = nn.Linear(width, out_features)
+        self.out = _LevelwiseLinear(width, out_features)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
         """Return the prediction, of the shape and type of x; the arguments are the backbone's."""
-        log_alpha_bar = self.get_buffer("log_alpha_bar")[level + 1]
-        scaled = _scaled(x.flatten(1), log_alpha_bar.exp().to(x.dtype), self.data_std)
-        entered = torch.cat([scaled, _embedding(log_alpha_bar).to(x.dtype)], dim=1)
-        output: Tensor = self.out(self.features(self.hidden(entered)))
+        log_alpha_bars = self.get_buffer("log_alpha_bar")
+        alpha_bar = log_alpha_bars[level + 1].exp().to(x.dtype)
+        scaled = _scaled(x.flatten(1), alpha_bar, self.data_std)
+        level_weights = _levels(level + 1, len(log_alpha_bars) - 1).to(x.dtype)
+        hidden = self.hidden(torch.cat([scaled, level_weights], dim=1))
+        output: Tensor = self.out(self.features(torch.cat([hidden, level_weights], dim=1)))
         return output.reshape(x.shape)
 
 
 class PointHead(nn.Module):
     """A covariance head for points: hidden layers with SiLU, and an output that starts at zero.
 
+    The last layer has weights of its own for each of :data:`NUM_LEVELS` noise levels, and
+    interpolates: as Adam scales the gradient of each weight by itself, a level of large residuals
+    does not slow down another one of small residuals.
+
     Args:
-        in_features: Features of the backbone.
+        in_features: Features of the backbone, the last of them the levels.
         out_features: d.
         width: Channels of the hidden layers.
         depth: Number of hidden layers.
 
     Example:
-        >>> PointHead(13, 2)(torch.randn(5, 13))[0]
-        tensor([0., 0.], grad_fn=<SelectBackward0>)
+        >>> PointHead(22, 2)(torch.randn(5, 22)).abs().max().item()
+        0.0
     """
 
     def __init__(
@@ -394,14 +403,28 @@ class PointHead(nn.Module):
             "depth": depth,
         }
         self.hidden = _hidden_layers(in_features, width, depth)
-        self.out = nn.Linear(width, out_features)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = _LevelwiseLinear(width, out_features)
+        nn.init.zeros_(self.out.linear.weight)
+        nn.init.zeros_(self.out.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, shape (B, d), from features of shape (B, in_features)."""
-        o: Tensor = self.out(self.hidden(features))
+        hidden = self.hidden(features)
+        o: Tensor = self.out(torch.cat([hidden, features[:, -NUM_LEVELS:]], dim=1))
         return o
+
+
+class _LevelwiseLinear(nn.Module):
+    """A linear layer for each noise level, interpolated by the last :data:`NUM_LEVELS` inputs."""
+
+    def __init__(self, width: int, out_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, out_features * NUM_LEVELS)
+
+    def forward(self, entered: Tensor) -> Tensor:
+        hidden, level_weights = entered[:, :-NUM_LEVELS], entered[:, -NUM_LEVELS:]
+        outputs = self.linear(hidden).reshape(len(entered), -1, NUM_LEVELS)
+        return (outputs @ level_weights[..., None])[..., 0]
 
 
 def _call_points(backbone: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
@@ -467,7 +490,7 @@ def point_denoiser(
     Example:
         >>> from ocm import linear
         >>> point_denoiser(2, linear(), 2.0).predict(torch.randn(5, 2), 10).features.shape
-        torch.Size([5, 128])
+        torch.Size([5, 144])
     """
     for name, number in (("num_features", num_features), ("width", width), ("depth", depth)):
         check_positive_int(name, number)
@@ -492,13 +515,8 @@ def _scaled(x: Tensor, alpha_bar: Tensor, data_std: float) -> Tensor:
     return x / (alpha_bar * data_std**2 + 1.0 - alpha_bar).sqrt()[:, None]
 
 
-def _embedding_size() -> int:
-    return 1 + 2 * len(_EMBEDDING_FREQUENCIES)
-
-
-def _embedding(log_alpha_bar: Tensor) -> Tensor:
-    """Return log SNR / 10 and sines and cosines of it, shape (B, embedding size)."""
-    level = (log_alpha_bar - (-torch.expm1(log_alpha_bar)).log())[:, None] / 10.0
-    turns = [math.pi * frequency * level for frequency in _EMBEDDING_FREQUENCIES]
-    waves = [wave for turn in turns for wave in (turn.sin(), turn.cos())]
-    return torch.cat([level, *waves], dim=1)
+def _levels(t: Tensor, num_timesteps: int) -> Tensor:
+    """Return hat functions of sqrt(t / N) around evenly spaced knots, shape (B, knots)."""
+    place = (t.double() / num_timesteps).sqrt()[:, None] * (NUM_LEVELS - 1)
+    knots = torch.arange(NUM_LEVELS, device=t.device)
+    return (1.0 - (place - knots).abs()).clamp(min=0.0)

@@ -52,33 +52,29 @@ class Lanczos:
         return LanczosCovariance(lambda v: (backward(v) + forward(v)) / 2.0, x_t, self.num_products)
 
 
+# From the eigenvalues of T and their weights in a draw, both (B, k), to those of the result.
+Transform = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class LanczosCovariance:
-    """scale g(C) + shift I, applied to vectors by the Lanczos recurrence.
+    """g(C), applied to vectors by the Lanczos recurrence.
 
-    g clamps the eigenvalues from below, and scales them down where the mean variance of a draw
-    would exceed ``limit``. The draws are no Gaussian of a density one could state, so there is no
-    likelihood bound.
+    g is a chain of scalings, shifts and clamps of the eigenvalues in the order in which they were
+    asked for. The draws are no Gaussian of a density one could state, so there is no likelihood
+    bound.
 
     Attributes:
         products: v -> C v, on (1, B, ...).
         like: A tensor of the shape and type of x_t.
         num_products: k.
-        scale: Factor.
-        shift: Shift.
-        low: Least eigenvalue.
-        limit: Largest mean variance.
-        highest: Largest eigenvalue of the result.
+        transforms: The chain g.
     """
 
     products: Callable[[Tensor], Tensor]
     like: Tensor
     num_products: int
-    scale: float = 1.0
-    shift: float = 0.0
-    low: float = -torch.inf
-    limit: float = torch.inf
-    highest: float = torch.inf
+    transforms: tuple[Transform, ...] = ()
 
     def diagonal(self) -> Tensor:
         """Return the variance of each dimension, by the recurrence from D unit vectors."""
@@ -102,32 +98,38 @@ class LanczosCovariance:
 
     def affine(self, scale: float, shift: float) -> LanczosCovariance:
         """Return scale C + shift I."""
-        return replace(self, scale=scale * self.scale, shift=scale * self.shift + shift)
+        return self._transformed(lambda values, weights: scale * values + shift)
 
     def clamped(self, low: float, high: float) -> LanczosCovariance:
-        """Return C with its eigenvalues clamped.
-
-        Raises:
-            ValueError: If ``low`` is neither 0 nor below what is there already.
-        """
-        if low > 0.0:
-            raise ValueError(f"low must be at most 0, got {low}")
-        return replace(self, highest=min(self.highest, high))
+        """Return C with its eigenvalues clamped."""
+        return self._transformed(lambda values, weights: values.clamp(low, high))
 
     def bounded(self, x0_range: tuple[float, float] | None) -> LanczosCovariance:
-        """Return C without negative eigenvalues, its mean variance at most that of the data."""
+        """Return C without negative eigenvalues, its mean variance at most that of the data.
+
+        The mean variance along a vector; so the variance of a dimension obeys the bound too.
+        """
         limit = torch.inf if x0_range is None else variance_bound(x0_range)
-        return replace(self, low=max(self.low, 0.0), limit=min(self.limit, limit))
+
+        def bound(values: Tensor, weights: Tensor) -> Tensor:
+            values = values.clamp(min=0.0)
+            if limit == torch.inf:
+                return values
+            mean = (weights * values).sum(dim=1, keepdim=True)
+            return values * (limit / mean.clamp(min=limit))
+
+        return self._transformed(bound)
+
+    def _transformed(self, transform: Transform) -> LanczosCovariance:
+        return replace(self, transforms=(*self.transforms, transform))
 
     def _decomposed(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return V, the eigenvalues of the result (B, k) and the eigenvectors of T (B, k, k)."""
         V, T = lanczos(self.products, start, self.num_products)
         values, vectors = torch.linalg.eigh(T)
-        values = values.clamp(min=self.low)
-        mean = (vectors[:, 0].square() * values).sum(dim=1, keepdim=True)
-        if self.limit < torch.inf:
-            values = values * (self.limit / mean.clamp(min=self.limit))
-        return V, (self.scale * values + self.shift).clamp(max=self.highest), vectors
+        for transform in self.transforms:
+            values = transform(values, vectors[:, 0].square())
+        return V, values, vectors
 
     def _apply(self, function: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         V, values, vectors = self._decomposed(v)
