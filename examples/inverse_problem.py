@@ -72,6 +72,4 @@ for name, covariance in {
         x = x0 + smaller / sigma * (x - x0)
     error = ((x.mean(dim=0) - best) / spread).square().mean().sqrt()
     ratio = (x.std(dim=0) / spread).square().mean().sqrt()
-    print(
-        f"{name:13} mean off by {error:.2f} of the true spread, spread {ratio:.2f} times the true one"
-    )
+    print(f"{name:13} mean off by {error:.2f} true spreads, spread {ratio:.2f} times the true one")

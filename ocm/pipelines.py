@@ -4,7 +4,7 @@ diffusers' own ``DiTPipeline`` drops the channels of the variance and hands its 
 generator; ``DDPMPipeline`` needs no replacement.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: diffusers 0.35 reads the constructor's annotations.
 
 from collections.abc import Sequence
 from typing import Any
@@ -94,12 +94,12 @@ class OCMDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"class_labels must be classes in 0 .. {null - 1}, got {labels.tolist()}"
             )
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         labels = labels.to(device)
         guided = guidance_scale != 1.0
         if guided:
             labels = torch.cat([torch.full_like(labels, null), labels])
 
-        shape = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
         latents = randn_tensor(
             shape, generator=generator, device=device, dtype=self.transformer.dtype
         )

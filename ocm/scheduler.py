@@ -276,12 +276,13 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
         levels = self.timesteps.tolist()
         if isinstance(timestep, Tensor) and timestep.numel() != 1:
             raise ValueError(f"timestep must be one number, got shape {tuple(timestep.shape)}")
-        if timestep not in levels:
+        level = timestep.item() if isinstance(timestep, Tensor) else timestep
+        if level not in levels:
             raise ValueError(
                 f"timestep must be one of scheduler.timesteps, {levels[:3]} ... {levels[-1]}, got "
-                f"{timestep}"
+                f"{level}"
             )
-        place = levels.index(timestep)
+        place = levels.index(level)
         s = levels[place + 1] + 1 if place + 1 < len(levels) else 0
         return s, levels[place] + 1, place + 2 == len(levels)
 

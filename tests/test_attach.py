@@ -119,7 +119,9 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path, caplog):
 
 def test_the_papers_unit_survives_json(tmp_path):
     attached("unet").save_pretrained(tmp_path)
-    assert CovarianceModel.from_pretrained(tmp_path).parameterisation == ocm.PAPER
+    loaded, info = CovarianceModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.parameterisation == ocm.PAPER
+    assert not info["missing_keys"]
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,17 @@ def test_timesteps(spacing, steps):
         assert timesteps.tolist() == theirs.timesteps.tolist()
 
 
+def test_the_offset_of_leading_timesteps():
+    theirs, ours = (
+        cls(timestep_spacing="leading", steps_offset=1) for cls in (DDIMScheduler, OCMScheduler)
+    )
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(10)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    with pytest.raises(ValueError, match=r"timesteps must decrease from at most 999.*1000"):
+        ours.set_timesteps(1000)  # whose first would be 1000
+
+
 def test_before_set_timesteps_every_level_is_visited():
     scheduler = OCMScheduler(num_train_timesteps=10)
     assert scheduler.timesteps.tolist() == list(range(9, -1, -1))
