@@ -142,7 +142,8 @@ class Mixture:
             t: One timestep in 0 .. N, or an int64 tensor of shape (B,).
             schedule: The noise schedule.
         """
-        return _Posterior.of(self, x_t, t, schedule).log_joint.logsumexp(dim=1)
+        log_density: Tensor = _Posterior.of(self, x_t, t, schedule).log_joint.logsumexp(dim=1)
+        return log_density
 
     def score(self, x_t: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
         """Return the gradient of log q(x_t), float64 of the shape of x_t."""
@@ -424,7 +425,8 @@ class _LevelwiseLinear(nn.Module):
     def forward(self, entered: Tensor) -> Tensor:
         hidden, level_weights = entered[:, :-NUM_LEVELS], entered[:, -NUM_LEVELS:]
         outputs = self.linear(hidden).reshape(len(entered), -1, NUM_LEVELS)
-        return (outputs @ level_weights[..., None])[..., 0]
+        interpolated: Tensor = (outputs @ level_weights[..., None])[..., 0]
+        return interpolated
 
 
 def _call_points(backbone: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:

@@ -38,8 +38,8 @@ _STYLES = {
     "I-DDPM": ("#CC79A7", "D"),
     "OCM": ("#0072B2", "o"),
     "Analytic": ("#000000", "x"),
-    "Hutchinson-1": ("#888888", "1"),
-    "Hutchinson-100": ("#888888", "2"),
+    "Hutchinson-1": ("#777777", "v"),
+    "Hutchinson-100": ("#777777", "P"),
 }
 _LINES = {"paper": ":", "preconditioned": "-", "preconditioned, positive": "--", "": "-"}
 
@@ -228,6 +228,7 @@ def plot(record: Row, out: Path) -> None:
                 markersize=5,
                 linestyle=_LINES[kind],
                 linewidth=2.2 if method == "OCM" else 1.2,
+                markerfacecolor="white" if kind == "paper" else colour,
                 color=colour,
                 label=f"{method}, {kind}" if kind else method,
                 zorder=3 if method == "OCM" else 2,
@@ -235,11 +236,13 @@ def plot(record: Row, out: Path) -> None:
         panel.set(xlabel="timestep t", yscale="log")
         panel.set_title(mixture, fontsize=10)
         panel.grid(alpha=0.25)
-    panels[0].set(ylabel="relative squared error of Var[x0 | x_t]")
+    panels[0].set(ylabel=r"relative squared error of $\mathrm{Var}[x_0 \mid x_t]$")
     panels[0].text(
         0.02, 0.02, "Hutchinson is exact here", transform=panels[0].transAxes, fontsize=8
     )
     handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=4, fontsize=8, handlelength=4.0
+    )
     figure.savefig(out, dpi=130, facecolor="white")
     plt.close(figure)
