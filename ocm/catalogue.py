@@ -25,6 +25,7 @@ from ocm.covariances import (
     fit_analytic,
     fit_analytic_from_data,
 )
+from ocm.covariances.base import looks_at_s
 
 # Fitted on data by timestep; the arguments of both are the same.
 ANALYTIC: dict[str, Callable[..., Analytic]] = {
@@ -153,7 +154,7 @@ def fitted(
     checkpoint: Checkpoint,
     x0: Tensor,
     names: Sequence[str],
-    timesteps: Sequence[int],
+    steps: Sequence[tuple[int, int]],
     *,
     calibrated: Sequence[str] = (),
     settings: CovarianceSettings | None = None,
@@ -167,13 +168,15 @@ def fitted(
         checkpoint: The denoiser.
         x0: Training data, shape (n, ...).
         names: Covariances that will be used; the analytic ones among them are fitted.
-        timesteps: Where.
+        steps: The steps (s, t) that will be taken; those to s = 0 need nothing.
         calibrated: Covariances to calibrate.
         settings: For covariances that take products.
         seed: Seed of the noise.
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
     """
+    steps = [(s, t) for s, t in steps if s > 0]
+    timesteps = sorted({t for _, t in steps})
     options = {"seed": seed, "batch_size": batch_size, "progress": progress}
     analytic = dict(checkpoint.analytic)
     for name in ANALYTIC:
@@ -189,7 +192,7 @@ def fitted(
             checkpoint.denoiser,
             covariance,
             x0,
-            timesteps,
+            steps if looks_at_s(covariance) else timesteps,
             x0_range=checkpoint.x0_range,
             label=f"calibration of {name}",
             **options,

@@ -31,7 +31,7 @@ from ocm.denoiser import Denoiser
 from ocm.heads import HEADS
 from ocm.parameterisation import Parameterisation
 from ocm.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
-from ocm.tables import TimestepTable
+from ocm.tables import StepTable, TimestepTable, table_from_json
 
 _FORMAT = "ocm-checkpoint"
 _VERSION = 2
@@ -62,6 +62,8 @@ class Checkpoint:
         analytic: Analytic covariances by name.
         calibrations: Weights of :class:`ocm.Calibrated` by the name of the covariance.
         x0_range: Where the data lie; None for data without bounds: latents.
+        num_calibration: How many of the training images, the last ones, nothing was trained on:
+            they are there for calibrations.
     """
 
     denoiser: Denoiser
@@ -70,8 +72,9 @@ class Checkpoint:
     data: str
     learned: Mapping[str, LearnedCovariance] = field(default_factory=dict)
     analytic: Mapping[str, Analytic] = field(default_factory=dict)
-    calibrations: Mapping[str, TimestepTable] = field(default_factory=dict)
+    calibrations: Mapping[str, TimestepTable | StepTable] = field(default_factory=dict)
     x0_range: tuple[float, float] | None = (-1.0, 1.0)
+    num_calibration: int = 0
 
 
 def save(checkpoint: Checkpoint, path: str | Path) -> None:
@@ -90,6 +93,7 @@ def save(checkpoint: Checkpoint, path: str | Path) -> None:
         "levels": checkpoint.levels,
         "data": checkpoint.data,
         "x0_range": None if checkpoint.x0_range is None else list(checkpoint.x0_range),
+        "num_calibration": checkpoint.num_calibration,
         "learned": {},
     }
     for name, covariance in checkpoint.learned.items():
@@ -128,6 +132,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         channels, height, width = (int(size) for size in description["image_shape"])
         check_positive_int("levels", description["levels"])
         data, prediction_type = str(description["data"]), description["prediction_type"]
+        num_calibration = int(description["num_calibration"])
         bounds = description["x0_range"]
         x0_range = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         entries = {
@@ -164,6 +169,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         analytic,
         calibrations,
         x0_range,
+        num_calibration,
     )
 
 
@@ -276,7 +282,7 @@ def _read_description(file: Path) -> dict[str, Any]:
 
 def _read_tables(
     file: Path, schedule: Schedule
-) -> tuple[dict[str, Analytic], dict[str, TimestepTable]]:
+) -> tuple[dict[str, Analytic], dict[str, TimestepTable | StepTable]]:
     if not file.exists():
         return {}, {}
     record = _read_json(file)
@@ -286,7 +292,7 @@ def _read_tables(
             for name, table in record["analytic"].items()
         }
         calibrations = {
-            name: TimestepTable.from_json(table) for name, table in record["calibrations"].items()
+            name: table_from_json(table) for name, table in record["calibrations"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"

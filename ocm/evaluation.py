@@ -17,13 +17,15 @@ from ocm.catalogue import (
     build_covariance,
 )
 from ocm.checkpoints import Checkpoint
-from ocm.covariances import Calibrated, ImprovedDDPM
+from ocm.covariances import Calibrated
+from ocm.covariances.base import looks_at_s
 from ocm.likelihood import check_images, decoder_term, prior_term, step_term
 from ocm.metrics import FeatureExtractor, frechet_distance, precision_recall
 from ocm.noising import noisy_prediction
 from ocm.posterior import PosteriorCovariance, spectral
 from ocm.progress import progress_bar
 from ocm.samplers import X0_RANGE, Sampler, sample
+from ocm.tables import StepTable, TimestepTable
 from ocm.timesteps import even_timesteps, reverse_steps
 
 
@@ -86,7 +88,7 @@ def likelihood_table(
     check_images(images, checkpoint.levels)
     denoiser = checkpoint.denoiser
     covariances = {name: build_covariance(name, checkpoint, settings) for name in names}
-    shifts = {name: _calibration(checkpoint, name, settings) for name in calibrated}
+    weights = {name: _weights(checkpoint, name, settings) for name in calibrated}
     rows = [*names, *(name + CALIBRATED for name in calibrated)]
     visits = _visits(denoiser.schedule.num_timesteps, step_counts)
     starts = range(0, len(images), batch_size)
@@ -110,12 +112,13 @@ def likelihood_table(
                 continue
             for name, covariance in covariances.items():
                 stated = shared.get(name)
-                if stated is None or isinstance(covariance, ImprovedDDPM):  # which looks at s
+                if stated is None or looks_at_s(covariance):
                     stated = covariance.at(prediction, s=s).bounded(X0_RANGE)
                     shared[name] = stated
                 versions = {name: stated}
-                if name in shifts:
-                    versions[name + CALIBRATED] = shifts[name].rescaled(stated, t)
+                if name in weights:
+                    scale, shift = weights[name].at(t, s).tolist()
+                    versions[name + CALIBRATED] = stated.affine(scale, shift)
                 for row, version in versions.items():
                     bounded = spectral(version.bounded(X0_RANGE))
                     totals[row, K][batch] += step_term(denoiser, bounded, prediction, x0, s)
@@ -138,22 +141,23 @@ def _visits(num_timesteps: int, step_counts: Sequence[int]) -> dict[int, list[tu
     return visits
 
 
-def timesteps_of(num_timesteps: int, step_counts: Sequence[int]) -> list[int]:
-    """Return every timestep that one of the evenly spaced trajectories visits.
+def steps_of(num_timesteps: int, step_counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Return every step (s, t) of the evenly spaced trajectories.
 
     Example:
-        >>> timesteps_of(1000, [2, 3])
-        [1, 500, 1000]
+        >>> steps_of(1000, [2, 3])
+        [(0, 1), (1, 500), (1, 1000), (500, 1000)]
     """
-    return sorted(_visits(num_timesteps, step_counts))
+    visits = _visits(num_timesteps, step_counts)
+    return sorted({(s, t) for t, pairs in visits.items() for _, s in pairs})
 
 
-def _calibration(
+def _weights(
     checkpoint: Checkpoint, name: str, settings: CovarianceSettings | None
-) -> Calibrated:
+) -> TimestepTable | StepTable:
     covariance = build_covariance(name + CALIBRATED, checkpoint, settings)
     assert isinstance(covariance, Calibrated)
-    return covariance
+    return covariance.weights
 
 
 def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, Any]:

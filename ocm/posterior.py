@@ -155,7 +155,8 @@ class SpectralCovariance:
             return positive
         if self.basis.rescaled is not None:
             scale = (bound / variances.clamp(min=bound)).sqrt()
-            return self.basis.rescaled(positive.eigenvalues, scale)
+            # Again, since the eigenvalues of the product may be negative by rounding.
+            return self.basis.rescaled(positive.eigenvalues, scale).clamped(0.0, torch.inf)
         largest = variances.flatten(1).amax(dim=1).clamp(min=bound)
         factor = (bound / largest).reshape(-1, *[1] * (positive.eigenvalues.dim() - 1))
         return replace(positive, eigenvalues=positive.eigenvalues * factor)

@@ -144,7 +144,7 @@ def test_what_cannot_be_calibrated(denoiser):
     calibrated = ocm.calibrate(denoiser, ocm.BetaTilde(), data(10), T)
     with pytest.raises(ValueError, match=r"t must lie in 50 \.\. 400, .* got 401"):
         calibrated.at(denoiser.predict(data(1), 401))
-    with pytest.raises(ValueError, match="weights must have 2 columns, .* got 3"):
+    with pytest.raises(ValueError, match=r"weights must have 2 columns, .* got 3"):
         ocm.Calibrated((ocm.BetaTilde(),), TimestepTable.of([1], [[1.0, 2.0, 3.0]]))
 
 

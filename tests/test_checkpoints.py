@@ -10,7 +10,7 @@ import ocm
 from ocm import checkpoints
 from ocm.backbones import small_unet
 from ocm.catalogue import build_covariance
-from ocm.tables import TimestepTable
+from ocm.tables import StepTable, TimestepTable
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def original():
         "digits",
         learned,
         {"analytic": ocm.Analytic(denoiser.schedule, table)},
-        {"ocm": weights},
+        {"ocm": weights, "iddpm": StepTable.of([(3, 7)], [[0.5, 0.1]])},
+        num_calibration=150,
     )
 
 
@@ -54,14 +55,14 @@ def test_round_trip(original, saved):
     x_t = torch.randn(2, 1, 4, 4)
     before, after = (c.denoiser.predict(x_t, 7) for c in (original, loaded))
     assert torch.equal(before.output, after.output)
-    for name in [*checkpoints.LEARNED, "analytic", "ocm_calibrated"]:
+    for name in [*checkpoints.LEARNED, "analytic", "ocm_calibrated", "iddpm_calibrated"]:
         one, other = (
-            build_covariance(name, checkpoint).at(prediction).diagonal()
+            build_covariance(name, checkpoint).at(prediction, s=3).diagonal()
             for checkpoint, prediction in ((original, before), (loaded, after))
         )
         assert torch.equal(one, other)
     assert loaded.learned["sn"].parameterisation == ocm.Parameterisation(0.5, positive=True)
-    assert loaded.x0_range == (-1.0, 1.0)
+    assert (loaded.x0_range, loaded.num_calibration) == ((-1.0, 1.0), 150)
     assert torch.equal(
         original.denoiser.schedule.log_alpha_bar, loaded.denoiser.schedule.log_alpha_bar
     )

@@ -1,14 +1,19 @@
 """The command line, run as a user would; and the demonstration at its smallest size."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from ocm import cli
+from ocm import checkpoints, classifier, cli
+from ocm.catalogue import COVARIANCES
+from ocm.checkpoints import LEARNED
 from ocm.demo import QUICK, DemoSettings, run
 
 
@@ -98,7 +103,135 @@ def test_train_from_scratch_and_on_a_denoiser_that_exists(invoke, tmp_path):
     assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("command", [(), ("train",), ("sample",), ("evaluate",), ("demo",)])
+@pytest.fixture(scope="module")
+def trained(invoke, tmp_path_factory):
+    """A checkpoint with every head, none of which has learned much, and its calibration."""
+    out = tmp_path_factory.mktemp("trained")
+    heads = [argument for name in LEARNED for argument in ("--head", name)]
+    answer = invoke(
+        "train", "--out", out, "--denoiser-steps", 3, "--head-steps", 2, "--batch-size", 4,
+        "--parameterisation", "preconditioned", "--prediction-type", "v_prediction", *heads,
+        "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    answer = invoke("calibrate", out, "--num-images", 4, "--steps", 3, "--device", "cpu", "--quiet")
+    assert answer.exit_code == 0, answer.output
+    assert "analytic_data" in answer.output
+    return out
+
+
+def test_calibrate_writes_into_the_checkpoint(trained):
+    loaded = checkpoints.load(trained)
+    assert set(loaded.learned) == set(LEARNED)
+    assert loaded.denoiser.prediction_type == "v_prediction"
+    assert set(loaded.calibrations) == {*LEARNED, "analytic", "analytic_data"}
+    assert loaded.calibrations["ocm"].timesteps.tolist() == [1, 500, 1000]
+    record = json.loads((trained / "calibration.json").read_text())
+    assert record["calibrations"]["npr"] == loaded.calibrations["npr"].to_json()
+
+
+def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
+    quick = partial(classifier.train_classifier, num_steps=20)
+    monkeypatch.setattr(classifier, "train_classifier", quick)
+    answer = invoke(
+        "evaluate", trained, "--all", "--out", tmp_path, "--steps", 2, "--steps", 3,
+        "--num-images", 2, "--num-samples", 8, "--num-probes", 2, "--fit-images", 2,
+        "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    densities = set(COVARIANCES) - {"blocks", "lanczos"}  # one channel, and no density
+    rows = densities | {f"{name}_calibrated" for name in densities}
+    assert set(record["nll_bits_per_dim"]) == rows
+    for sampler in ("ddpm", "ddim"):
+        assert set(record["quality"][sampler]) == rows | {"lanczos"}
+        assert set(record["quality"][sampler]["ocm"]) == {"2", "3"}
+    assert "classifier" in record["features"]
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("| OCM head, calibrated |") == 3
+    assert "right on" in report
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--covariance", "ocm", "--calibrated"),
+        ("--covariance", "lanczos", "--num-products", 2),
+        ("--covariance", "full"),
+        ("--covariance", "cosine", "--spacing", "quadratic"),
+        ("--covariance", "analytic", "--spacing", "optimal"),
+    ],
+)
+def test_sample_with_other_covariances_and_timesteps(trained, invoke, tmp_path, arguments):
+    answer = invoke(
+        "sample", trained, "--steps", 3, "--num-images", 2, "--out", tmp_path, *arguments,
+        "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    if "analytic" in arguments or "--calibrated" in arguments:
+        # Fitted at the timesteps of 3 even steps; others lie between them.
+        assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert len(record["timesteps"]) == 3
+    if "quadratic" in arguments:
+        assert record["timesteps"] == [1, 251, 1000]
+    elif "optimal" not in arguments:
+        assert record["timesteps"] == [1, 500, 1000]
+
+
+def test_two_processes_share_the_samples_out(trained, tmp_path):
+    from safetensors.torch import load_file
+
+    def command(out):
+        return [
+            sys.executable, "-m", "ocm", "sample", str(trained), "--steps", "2", "--quiet",
+            "--num-images", "5", "--device", "cpu", "--out", str(out),
+        ]  # fmt: skip
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(command(tmp_path / "two"), env={**os.environ, **meeting, "RANK": rank})
+        for rank in ("0", "1")
+    ]
+    subprocess.run(command(tmp_path / "one"), check=True)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    one, two = (load_file(tmp_path / n / "samples.safetensors")["images"] for n in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+
+
+def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    arguments = (
+        "train", "--denoiser-steps", 6, "--head-steps", 4, "--batch-size", 4, "--device", "cpu",
+        "--quiet", "--checkpoint-every", 2,
+    )  # fmt: skip
+    assert invoke(*arguments, "--out", tmp_path / "whole").exit_code == 0
+
+    from ocm import learning
+
+    def interrupted(covariance, *rest, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "train_head", interrupted)
+        assert invoke(*arguments, "--out", tmp_path / "part").exit_code != 0
+    assert not (tmp_path / "part" / "ocm.json").exists()
+    assert invoke(*arguments, "--out", tmp_path / "part").exit_code == 0
+    for file in ("heads/ocm.safetensors", "denoiser/diffusion_pytorch_model.safetensors"):
+        whole, part = (load_file(tmp_path / name / file) for name in ("whole", "part"))
+        assert all(torch.equal(whole[key], part[key]) for key in whole)
+    other = invoke(*arguments[:-1], 3, "--out", tmp_path / "part", "--overwrite", "--seed", 1)
+    assert other.exit_code == 0, other.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(), ("train",), ("calibrate",), ("sample",), ("evaluate",), ("demo",)],
+)
 def test_help_explains(invoke, command):
     answer = invoke(*command, "--help")
     assert answer.exit_code == 0
@@ -118,6 +251,8 @@ def test_help_explains(invoke, command):
         (["sample", "nowhere", "--eta", "0.5"], "error: --eta 0.5 is for --sampler ddim"),
         (["sample", "nowhere", "--steps", "0"], "Invalid value for '--steps'"),
         (["evaluate", "nowhere", "--covariance", "gamma"], "'gamma' is not one of"),
+        (["calibrate", "nowhere"], "error: no checkpoint at nowhere"),
+        (["train", "--vae", "nowhere"], "error: path must be the folder of an AutoencoderKL"),
     ],
 )
 def test_wrong_input_ends_in_one_line_and_status_2(arguments, message, tmp_path):

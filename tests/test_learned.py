@@ -38,7 +38,7 @@ def denoiser():
 
 @pytest.fixture
 def batch(denoiser):
-    """x0, x_t, noise, the network's noise, its mean of x0 and o; all float64 of shape (4, 1, 1, 3)."""
+    """x0, x_t, noise, the network's noise, its mean of x0 and o: float64, (4, 1, 1, 3)."""
     x0 = torch.randn(4, 1, 1, 3, generator=torch.Generator().manual_seed(0)).double() / 2
     x_t, noise = noisy(denoiser.schedule, x0, T, seed=5, sample_offset=2)
     alpha_bar = ALPHA_BAR[T - 1].reshape(-1, 1, 1, 1)

@@ -54,7 +54,7 @@ def test_the_optimal_path_lowers_the_bound_of_gaussian_data():
     std = torch.tensor([0.02, 0.05, 0.3, 0.2])
     denoiser = gaussian_denoiser(torch.zeros(4), torch.diag(std**2), ocm.linear())
     x0 = ocm.quantise(torch.randn(500, 1, 1, 4) * std).clamp(-1, 1)
-    covariance = ocm.fit_analytic(denoiser, x0, [1, *range(25, 1001, 25)], seed=1)
+    covariance = ocm.fit_analytic_from_data(denoiser, x0, [1, *range(25, 1001, 25)], seed=1)
     best = ocm.optimal_timesteps(denoiser.schedule, covariance.variances(), 6)
     bits = {
         name: ocm.bits_per_dim(denoiser, covariance, x0, path).total.mean().item()

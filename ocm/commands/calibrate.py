@@ -41,9 +41,20 @@ def calibrate(
             "numbers are interpolated. Default: 5, 10, 25, 50.",
         ),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=2, help="Training images to fit to.")] = 512,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Most images to fit to: those kept from training, where some were."
+        ),
+    ] = 512,
     data: Annotated[
         str | None, typer.Option(help="Data set; default: the checkpoint's own.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images before --vae encodes them.")
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="Folder of the AutoencoderKL, for a model of latents.")
     ] = None,
     num_probes: NumProbes = 8,
     seed: Seed = 0,
@@ -57,26 +68,25 @@ def calibrate(
     """
     from ocm import checkpoints
     from ocm.catalogue import ANALYTIC, WITHOUT_DENSITY, CovarianceSettings, available, fitted
-    from ocm.commands.evaluate import images_for
+    from ocm.commands.evaluate import calibration_images, images_for
     from ocm.environment import environment
-    from ocm.evaluation import timesteps_of
+    from ocm.evaluation import steps_of
 
     place = resolve_device(device)
     prepare_directory(out or checkpoint)
     loaded = checkpoints.load(checkpoint, place)
-    images = images_for(loaded, data)
+    images = images_for(loaded, data, vae, image_size)
     chosen = [name.value for name in covariance or []]
     names = chosen or [n for n in available(loaded) if n in ANALYTIC or n in loaded.learned]
     for name in names:
         if name in WITHOUT_DENSITY:
             raise ValueError(f"--covariance {name} has no density, and so nothing to calibrate")
-    timesteps = timesteps_of(loaded.denoiser.schedule.num_timesteps, steps or [5, 10, 25, 50])
-    x0 = images.train[: min(num_images, len(images.train))]
+    x0 = calibration_images(loaded, images, num_images)
     result = fitted(
         loaded,
         x0,
         names,
-        timesteps,
+        steps_of(loaded.denoiser.schedule.num_timesteps, steps or [5, 10, 25, 50]),
         calibrated=names,
         settings=CovarianceSettings(num_probes, seed=seed),
         seed=seed,
@@ -95,7 +105,7 @@ def calibrate(
     typer.echo("covariance       scale a and shift b at the lowest, a middle and the highest t")
     for name in names:
         table = result.calibrations[name]
-        shown = [0, len(table.timesteps) // 2, len(table.timesteps) - 1]
+        shown = [0, len(table.values) // 2, len(table.values) - 1]
         cells = "   ".join(f"{table.values[i, 0]:.3g}, {table.values[i, 1]:.3g}" for i in shown)
         typer.echo(f"{name:<16} {cells}")
     typer.echo(f"written into {checkpoint}; figures: {(out or checkpoint) / 'calibration.json'}")

@@ -22,11 +22,11 @@ from ocm.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ocm.checkpoints import Checkpoint
     from ocm.data import Images
     from ocm.metrics import FeatureExtractor
-
-_CALIBRATION_IMAGES = 256
 
 
 def evaluate(
@@ -59,6 +59,9 @@ def evaluate(
         bool, typer.Option("--all", help="Both --calibrated and --quality.")
     ] = False,
     num_images: Annotated[int, typer.Option(min=1, help="Held-out images to score.")] = 64,
+    fit_images: Annotated[
+        int, typer.Option(min=2, help="Training images that calibrations are fitted to.")
+    ] = 256,
     num_samples: Annotated[
         int, typer.Option(min=8, help="Samples for each figure of quality.")
     ] = 256,
@@ -108,7 +111,8 @@ def evaluate(
     step_counts = sorted(set(steps or (5, 10, 25, 50)))
     settings = CovarianceSettings(num_probes, num_products, seed)
     start = time.perf_counter()
-    loaded = _fitted(loaded, images, names, step_counts, calibrated, settings, seed, not quiet)
+    x0 = calibration_images(loaded, images, fit_images)
+    loaded = _fitted(loaded, x0, names, step_counts, calibrated, settings, seed, not quiet)
     table = likelihood_table(
         loaded,
         images.test[:num_images],
@@ -126,7 +130,7 @@ def evaluate(
         "num_images": num_images,
         "num_probes": num_probes,
         "num_products": num_products,
-        "calibration_images": _CALIBRATION_IMAGES,
+        "fit_images": fit_images,
         "seed": seed,
         "step_counts": step_counts,
         "environment": environment(place),
@@ -151,15 +155,30 @@ def evaluate(
     typer.echo(f"\nfigures: {out / 'evaluation.json'}   picture: {out / 'evaluation.png'}")
 
 
-def images_for(loaded: Checkpoint, data: str | None) -> Images:
+def images_for(
+    loaded: Checkpoint, data: str | None, vae: Path | None = None, image_size: int | None = None
+) -> Images:
     """Return the data set of a checkpoint, or another of the same shape.
 
+    Args:
+        loaded: The checkpoint.
+        data: Name of another data set, or None.
+        vae: Autoencoder of a model of latents.
+        image_size: Side of the images that it encodes.
+
     Raises:
-        ValueError: If its images are of another shape.
+        ValueError: If its images are of another shape, or there is no autoencoder for latents.
     """
     from ocm import data as datasets
+    from ocm.commands.train import encoded
 
-    images = datasets.load(data or loaded.data, image_size=loaded.image_shape[-1])
+    if loaded.x0_range is None and vae is None:
+        raise ValueError("--vae must be given, since this is a model of latents")
+    if vae is None:
+        images = datasets.load(data or loaded.data, image_size=loaded.image_shape[-1])
+    else:
+        images = datasets.load(data or loaded.data, image_size=image_size)
+        images = encoded(images, vae, loaded.denoiser.device)
     if images.shape != loaded.image_shape:
         raise ValueError(
             f"the checkpoint takes images of shape {loaded.image_shape}, but those of --data "
@@ -168,9 +187,21 @@ def images_for(loaded: Checkpoint, data: str | None) -> Images:
     return images
 
 
+def calibration_images(loaded: Checkpoint, images: Images, count: int) -> Tensor:
+    """Return at most ``count`` training images, those that nothing was trained on where possible.
+
+    A denoiser errs less on what it was trained on, and a calibration there would be too narrow.
+    """
+    kept = loaded.num_calibration
+    if kept == 0:
+        return images.train[: min(count, len(images.train))]
+    first = len(images.train) - kept
+    return images.train[first : first + min(count, kept)]
+
+
 def _fitted(
     loaded: Checkpoint,
-    images: Images,
+    x0: Tensor,
     names: list[str],
     step_counts: list[int],
     calibrated: bool,
@@ -178,15 +209,15 @@ def _fitted(
     seed: int,
     progress: bool,
 ) -> Checkpoint:
-    """Fit what the checkpoint lacks for these numbers of steps."""
+    """Fit to x0 what the checkpoint lacks for these numbers of steps."""
     from ocm.catalogue import ANALYTIC, WITHOUT_DENSITY, fitted
-    from ocm.evaluation import timesteps_of
-    from ocm.tables import TimestepTable
+    from ocm.evaluation import steps_of
+    from ocm.tables import StepTable, TimestepTable
 
-    timesteps = timesteps_of(loaded.denoiser.schedule.num_timesteps, step_counts)
+    steps = steps_of(loaded.denoiser.schedule.num_timesteps, step_counts)
 
-    def lacks(table: TimestepTable | None) -> bool:
-        return table is None or not set(timesteps) <= set(table.timesteps.tolist())
+    def lacks(table: TimestepTable | StepTable | None) -> bool:
+        return table is None or not table.covers([(s, t) for s, t in steps if s > 0])
 
     analytic = {name: c.fractions for name, c in loaded.analytic.items()}
     wanted = [name for name in names if name in ANALYTIC and lacks(analytic.get(name))]
@@ -197,9 +228,9 @@ def _fitted(
     ]
     return fitted(
         loaded,
-        images.train[:_CALIBRATION_IMAGES],
+        x0,
         wanted,
-        timesteps,
+        steps,
         calibrated=to_calibrate,
         settings=settings,
         seed=seed + 1,

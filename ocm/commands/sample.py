@@ -177,13 +177,14 @@ def choose_timesteps(loaded: object, spacing: str, steps: int) -> list[int]:
         return quadratic_timesteps(schedule.num_timesteps, steps)
     if spacing != "optimal":
         raise ValueError(f"--spacing must be even, quadratic or optimal, got {spacing!r}")
-    if "analytic" not in loaded.analytic:
+    # From data, since near t = N the one from the score needs many images to be told from zero.
+    if "analytic_data" not in loaded.analytic:
         raise ValueError(
             "--spacing optimal needs analytic variances, which this checkpoint has not got; "
             "`ocm calibrate` fits them"
         )
     return optimal_timesteps(
-        schedule, loaded.analytic["analytic"].variances(loaded.x0_range), steps
+        schedule, loaded.analytic["analytic_data"].variances(loaded.x0_range), steps
     )
 
 

@@ -66,7 +66,7 @@ class Precision(str, Enum):
 
 
 # Of a new denoiser, refused beside --denoiser.
-_OF_A_NEW_DENOISER = ("schedule", "prediction_type", "denoiser_steps", "learning_rate")
+_OF_A_NEW_DENOISER = ("width", "schedule", "prediction_type", "denoiser_steps", "learning_rate")
 
 
 def train(
@@ -104,6 +104,10 @@ def train(
             "variance, bounded at every noise level; or these with a positive variance."
         ),
     ] = ParameterisationName.paper,
+    width: Annotated[
+        int | None,
+        typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8. Default: 32."),
+    ] = None,
     schedule: Annotated[
         ScheduleName | None,
         typer.Option(help="Noise schedule of a new denoiser, N = 1000. Default: cosine."),
@@ -143,6 +147,14 @@ def train(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Log into --out for TensorBoard.")
     ] = False,
+    hold_out: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Training images, the last ones, that nothing is trained on, for `ocm "
+            "calibrate`. Default: a tenth, at most 1000; with --denoiser those of its checkpoint.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint in --out.")
     ] = False,
@@ -171,6 +183,7 @@ def train(
         "progress": not quiet,
     }
     given = {
+        "width": width,
         "schedule": schedule,
         "prediction_type": prediction_type,
         "denoiser_steps": denoiser_steps,
@@ -192,19 +205,27 @@ def train(
     )
     images = datasets.load(data, image_size=image_size)
     if vae is not None:
-        images = _latents(images, vae, place)
+        images = encoded(images, vae, place)
     record: dict[str, Any] = {"data": data, "head": asdict(head_settings), "head_loss": {}}
     record["head"] |= {"target_probes": target_probes, "parameterisation": parameterisation.value}
     start = time.perf_counter()
     if denoiser is None:
         name = (schedule or ScheduleName.cosine).value
         kind = (prediction_type or PredictionName.epsilon).value
-        model = _new_denoiser(images, name, kind, seed, place)
+        kept = min(len(images.train) // 10, 1000) if hold_out is None else hold_out
+        shown = images.train[: _rest(images, kept)]
+        model = _new_denoiser(images, width or 32, name, kind, seed, place)
         losses = train_denoiser(
-            model, images.train, settings, directory=out / "training" / "denoiser", **loop
+            model, shown, settings, directory=out / "training" / "denoiser", **loop
         )
-        base = checkpoints.Checkpoint(model, images.shape, images.levels, images.name)
-        record["denoiser"] = asdict(settings) | {"schedule": name, "prediction_type": kind}
+        base = checkpoints.Checkpoint(
+            model, images.shape, images.levels, images.name, num_calibration=kept
+        )
+        record["denoiser"] = asdict(settings) | {
+            "width": width or 32,
+            "schedule": name,
+            "prediction_type": kind,
+        }
         record["denoiser_loss"] = mean_of_last(losses)
     else:
         for option in _OF_A_NEW_DENOISER:
@@ -215,6 +236,9 @@ def train(
                     "denoiser; leave it out with --denoiser"
                 )
         base = _existing(denoiser, images, data, place)
+        if hold_out is not None:
+            base = replace(base, num_calibration=hold_out)
+        shown = images.train[: _rest(images, base.num_calibration)]
         record["denoiser"] = str(denoiser)
     if vae is not None:
         base = replace(base, x0_range=None)
@@ -232,9 +256,9 @@ def train(
         )
         losses = train_head(
             covariance,
-            images.train,
+            shown,
             head_settings,
-            labels=images.train_labels if base.denoiser.takes_labels else None,
+            labels=_labels(images, len(shown)) if base.denoiser.takes_labels else None,
             name=f"{name.value} head",
             directory=out / "training" / name.value,
             **loop,
@@ -243,6 +267,7 @@ def train(
         record["head_loss"][name.value] = mean_of_last(losses)
     if os.environ.get("RANK", "0") != "0":  # one of several processes, and not the first
         return
+    record["trained_on"] = len(shown)
     record["seconds"] = round(time.perf_counter() - start, 2)
     record["environment"] = environment(place)
     checkpoints.save(replace(base, learned=learned), out)
@@ -291,14 +316,27 @@ def untrained(
 
 
 def _new_denoiser(
-    images: Images, schedule: str, prediction_type: str, seed: int, place: Any
+    images: Images, width: int, schedule: str, prediction_type: str, seed: int, place: Any
 ) -> Denoiser:
     from ocm.backbones import small_unet
     from ocm.denoiser import Denoiser
     from ocm.schedules import SCHEDULES
 
-    unet = small_unet(images.shape, seed=seed).to(place)
+    unet = small_unet(images.shape, width=width, seed=seed).to(place)
     return Denoiser(unet, SCHEDULES[schedule](1000), prediction_type)
+
+
+def _rest(images: Images, kept: int) -> int:
+    """Return how many training images are left for training."""
+    if not 0 <= kept < len(images.train):
+        raise ValueError(
+            f"--hold-out must be below {len(images.train)}, the training images, got {kept}"
+        )
+    return len(images.train) - kept
+
+
+def _labels(images: Images, count: int) -> Any:
+    return None if images.train_labels is None else images.train_labels[:count]
 
 
 def _existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
@@ -326,8 +364,8 @@ def _existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
     return base
 
 
-def _latents(images: Images, vae: Path, place: Any) -> Images:
-    """Return the data set as latents of an autoencoder."""
+def encoded(images: Images, vae: Path, place: Any) -> Images:
+    """Return the data set as latents of the autoencoder in the folder ``vae``."""
     from ocm.latents import encode, load_autoencoder
 
     autoencoder = load_autoencoder(vae, place)

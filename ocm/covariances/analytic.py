@@ -33,7 +33,8 @@ class Analytic:
     def variances(self, x0_range: tuple[float, float] | None = (-1.0, 1.0)) -> Tensor:
         """Return Var_t for t = 1 .. N, float64, bounded to what data in ``x0_range`` allow.
 
-        These are what :func:`ocm.optimal_timesteps` takes.
+        These are what :func:`ocm.optimal_timesteps` takes; those that were fitted from data, since
+        near t = N many samples are needed to tell the ones from the score from zero.
 
         Raises:
             ValueError: If the table does not reach from 1 to N.
@@ -66,9 +67,8 @@ def fit_analytic(
 ) -> Analytic:
     """Estimate Var_t = (beta_bar / alpha_bar) (1 - E|epsilon|^2 / D) from the score.
 
-    The 1 is taken as the mean square of the noise that was drawn, which has that expectation and
-    moves with epsilon: near t = N, where the two are nearly equal, a few samples would not tell
-    1 - E|epsilon|^2 / D from zero.
+    The mean square of the noise that was drawn, whose expectation is 1, is a control variate: near
+    t = N, where epsilon nearly equals it, a few samples would not tell the difference from zero.
 
     Args:
         denoiser: The frozen denoiser.
@@ -78,21 +78,23 @@ def fit_analytic(
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
     """
-
     schedule = denoiser.schedule
 
     def fraction(t: int) -> float:
         alpha, sigma = schedule.alpha_bar[t].sqrt().item(), schedule.beta_bar[t].sqrt().item()
-        total = 0.0
+        squares = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size]
             prediction = noisy_prediction(denoiser, batch, t, seed, first)
-            noise, epsilon = (
+            pair = [
                 (prediction.x_t.double() - alpha * mean.to(prediction.x_t).double()) / sigma
                 for mean in (batch, prediction.x0_hat)
-            )
-            total += (noise.square() - epsilon.square()).sum().item()
-        return total / x0.numel()
+            ]
+            squares.append(torch.stack([noise.square().flatten() for noise in pair]).cpu())
+        drawn, predicted = torch.cat(squares, dim=1)
+        covariance = torch.cov(torch.stack([drawn, predicted]))
+        weight = covariance[0, 1] / covariance[0, 0].clamp(min=torch.finfo(torch.float64).tiny)
+        return (1.0 - predicted.mean() + weight * (drawn.mean() - 1.0)).item()
 
     return Analytic(denoiser.schedule, _tabulate(fraction, timesteps, progress))
 

@@ -72,6 +72,11 @@ class LearnedCovariance(Protocol):
         ...
 
 
+def looks_at_s(covariance: Covariance) -> bool:
+    """Return whether a covariance depends on the end s of the step, which few do."""
+    return bool(getattr(covariance, "looks_at_s", False))
+
+
 def from_branches(
     prediction: Prediction, variance: Callable[[Prediction], Tensor]
 ) -> SpectralCovariance:

@@ -5,8 +5,10 @@ that is too small in a few dimensions dominates the bound. So
 
     Cov' = a_t Cov + b_t I,    a_t, b_t >= 0,
 
-with both chosen to maximise the Gaussian likelihood of x0 around x0_hat on training data. b_t is
-then a measure of the mean's error. Several diagonal covariances may be mixed,
+with both chosen to maximise the Gaussian likelihood of x0 around x0_hat on training data, best on
+images that the denoiser itself was not trained on. b_t is then a measure of the mean's error. For a
+covariance that looks at the end s of a step (I-DDPM's) there are two numbers for each step (s, t).
+ Several diagonal covariances may be mixed,
 sum_j a_tj Cov_j + b_t I, by the same fit.
 """
 
@@ -30,7 +32,7 @@ from ocm.posterior import (
     spectral,
 )
 from ocm.progress import progress_bar
-from ocm.tables import TimestepTable
+from ocm.tables import StepTable, TimestepTable
 
 _MOST_ITERATIONS = 2000
 _TOLERANCE = 1e-7
@@ -42,12 +44,12 @@ class Calibrated:
 
     Attributes:
         covariances: What is calibrated; each is bounded to what data in ``x0_range`` allow first.
-        weights: a_t1 .. a_tn and b_t by timestep, shape (timesteps, n + 1).
+        weights: a_t1 .. a_tn and b_t by timestep or step, shape (rows, n + 1).
         x0_range: Where the data lie, or None.
     """
 
     covariances: tuple[Covariance, ...]
-    weights: TimestepTable
+    weights: TimestepTable | StepTable
     x0_range: tuple[float, float] | None = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -63,19 +65,14 @@ class Calibrated:
         Raises:
             TypeError: If one of several is no diagonal covariance.
         """
-        *scales, shift = self.weights.at(timestep(prediction)).tolist()
+        *scales, shift = self.weights.at(timestep(prediction), s).tolist()
         parts = [c.at(prediction, s=s).bounded(self.x0_range) for c in self.covariances]
         if len(parts) == 1:
-            return self.rescaled(parts[0], timestep(prediction))
+            return parts[0].affine(scales[0], shift)
         variances = [_pixels(part).eigenvalues for part in parts]
         mixed = sum(scale * variance for scale, variance in zip(scales, variances, strict=True))
         assert isinstance(mixed, Tensor)
         return diagonal(mixed + shift, prediction.x_t.shape)
-
-    def rescaled(self, covariance: PosteriorCovariance, t: int) -> PosteriorCovariance:
-        """Return a_t C + b_t I for what the one covariance states at t, bounded already."""
-        scale, shift = self.weights.at(t).tolist()
-        return covariance.affine(scale, shift)
 
 
 @torch.no_grad()
@@ -83,7 +80,7 @@ def calibrate(
     denoiser: Denoiser,
     covariances: Covariance | Sequence[Covariance],
     x0: Tensor,
-    timesteps: Sequence[int],
+    timesteps: Sequence[int] | Sequence[tuple[int, int]],
     *,
     x0_range: tuple[float, float] | None = (-1.0, 1.0),
     seed: int = 0,
@@ -97,7 +94,8 @@ def calibrate(
         denoiser: The frozen denoiser.
         covariances: One covariance with eigenvalues, or several diagonal ones to be mixed.
         x0: Training data, shape (n, ...); a few hundred images are enough.
-        timesteps: Where to fit; between them both numbers are interpolated.
+        timesteps: Where to fit; between them both numbers are interpolated. Pairs (s, t) fit each
+            step by itself, for a covariance that looks at s.
         x0_range: Where the data lie: x0_hat is clipped to it and each covariance bounded, as
             samplers and the likelihood do; None for data without bounds.
         seed: Seed of the noise.
@@ -110,15 +108,15 @@ def calibrate(
             diagonal.
     """
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
-    ordered = sorted(set(timesteps))
+    steps = sorted({(None, t) if isinstance(t, int) else t for t in timesteps}, key=_by_t)
     rows = []
-    for t in progress_bar(ordered, label, unit="t", show=progress):
+    for s, t in progress_bar(steps, label, unit="t", show=progress):
         terms: list[Tensor] = []
         errors: list[Tensor] = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size].to(denoiser.device)
             prediction = noisy_prediction(denoiser, batch, t, seed, first)
-            parts = [spectral(c.at(prediction).bounded(x0_range)) for c in several]
+            parts = [spectral(c.at(prediction, s=s).bounded(x0_range)) for c in several]
             if len(parts) > 1:
                 parts = [_pixels(part) for part in parts]
             x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
@@ -127,7 +125,14 @@ def calibrate(
             variances = [part.eigenvalues.expand(error.shape) for part in parts]
             terms.append(torch.stack([v.double().flatten() for v in variances]))
         rows.append(fit_variance_components(torch.cat(terms, dim=1), torch.cat(errors)).tolist())
-    return Calibrated(several, TimestepTable.of(ordered, rows), x0_range)
+    pairs = [(s, t) for s, t in steps if s is not None]
+    if pairs:
+        return Calibrated(several, StepTable.of(pairs, rows), x0_range)
+    return Calibrated(several, TimestepTable.of([t for _, t in steps], rows), x0_range)
+
+
+def _by_t(step: tuple[int | None, int]) -> tuple[int, int]:
+    return step[1], step[0] or 0
 
 
 def fit_variance_components(variances: Tensor, squared_errors: Tensor) -> Tensor:

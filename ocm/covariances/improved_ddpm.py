@@ -41,6 +41,11 @@ class ImprovedDDPM:
     head: nn.Module
     parameterisation: Parameterisation = PAPER
 
+    @property
+    def looks_at_s(self) -> bool:
+        """Whether the variance depends on s: in the interpolation it does."""
+        return math.isinf(self.parameterisation.data_std)
+
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the variance of each dimension; no pass through the backbone.
 
