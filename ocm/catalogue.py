@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -177,7 +178,7 @@ def fitted(
     """
     steps = [(s, t) for s, t in steps if s > 0]
     timesteps = sorted({t for _, t in steps})
-    options = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
     analytic = dict(checkpoint.analytic)
     for name in ANALYTIC:
         if name in names or name in calibrated:

@@ -232,8 +232,7 @@ class Denoiser:
                 (1.0 - w, w), zip(outputs.chunk(2), features.chunk(2), strict=True), strict=True
             )
         )
-        output = sum(weight * branch.output for weight, branch in branches)
-        assert isinstance(output, Tensor)
+        output = torch.stack([weight * branch.output for weight, branch in branches]).sum(dim=0)
         whole = self._prediction(x_t, t, output, branches[1][1].features, sample_offset)
         return replace(whole, branches=branches)
 

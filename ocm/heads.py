@@ -125,9 +125,9 @@ class TokenHead(nn.Module):
         patches = self.out(functional.silu(self.norm(tokens)))
         side, p = round(tokens.shape[1] ** 0.5), self._patch_size
         o = patches.reshape(len(tokens), side, side, p, p, self._out_channels)
-        return o.permute(0, 5, 1, 3, 2, 4).reshape(
-            len(tokens), self._out_channels, side * p, side * p
-        )
+        o = o.permute(0, 5, 1, 3, 2, 4)
+        image: Tensor = o.reshape(len(tokens), self._out_channels, side * p, side * p)
+        return image
 
 
 def _for_group_norm(features: Tensor) -> Tensor:

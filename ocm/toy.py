@@ -132,7 +132,8 @@ class Mixture:
         uniform = torch.special.ndtr(z[:, 0])
         i = torch.searchsorted(self.weights.cumsum(0), uniform).clamp(max=len(self.weights) - 1)
         factor = torch.linalg.cholesky(self.covariances)
-        return (self.means[i] + (factor[i] @ z[:, 1:, None])[..., 0]).float()
+        points: Tensor = self.means[i] + (factor[i] @ z[:, 1:, None])[..., 0]
+        return points.float()
 
     def log_density(self, x_t: Tensor, t: int | Tensor, schedule: Schedule) -> Tensor:
         """Return log q(x_t), shape (B,), float64; t = 0 is the data's own.

@@ -31,7 +31,10 @@ def wheel_files(tmp_path_factory):
 
 def test_the_wheel_holds_the_packages_and_no_top_level_kernels(wheel_files):
     packages = {name.rpartition("/")[0] for name in wheel_files if name.endswith("__init__.py")}
-    assert packages == {"hessdiag", "hessdiag/kernels", "ocm", "ocm/covariances"}
+    assert packages == {
+        *("hessdiag", "hessdiag/kernels"),
+        *("ocm", "ocm/commands", "ocm/covariances"),
+    }
     assert {name for name in wheel_files if name.endswith("py.typed")} == {
         "hessdiag/py.typed",
         "hessdiag/kernels/py.typed",
@@ -53,8 +56,8 @@ def test_the_wheel_holds_every_module(wheel_files):
 
 
 EXTRAS = [
-    *("accelerate", "diffusers", "matplotlib", "pynvml", "pytest", "pytest_benchmark"),
-    *("safetensors", "scipy", "sklearn", "tqdm", "typer"),
+    *("accelerate", "datasets", "diffusers", "matplotlib", "PIL", "pynvml", "pytest"),
+    *("pytest_benchmark", "safetensors", "scipy", "sklearn", "torchmetrics", "tqdm", "typer"),
 ]
 
 

@@ -177,7 +177,7 @@ def train(
     prepare_directory(out)
     if (out / "ocm.json").exists() and not overwrite:
         raise ValueError(f"--out {out} holds a checkpoint; choose another or pass --overwrite")
-    loop = {
+    loop: dict[str, Any] = {
         "resume": not (out / "ocm.json").exists(),
         "tensorboard": tensorboard,
         "progress": not quiet,

@@ -136,7 +136,8 @@ class LanczosCovariance:
         weights = (vectors @ (function(values) * vectors[:, 0])[..., None])[..., 0]  # f(T) e_1
         norm = v.flatten(1).norm(dim=1, keepdim=True)
         per_vector = (norm * weights).T.reshape(len(V), -1, *[1] * (v.dim() - 1))
-        return (per_vector * V).sum(dim=0)
+        applied: Tensor = (per_vector * V).sum(dim=0)
+        return applied
 
     def _quadrature(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         """Return e_i^T f(C) e_i for every dimension i, shape (B, D)."""
