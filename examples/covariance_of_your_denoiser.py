@@ -23,7 +23,7 @@ unet = UNet2DModel(
 )
 scheduler = DDPMScheduler(num_train_timesteps=1000)
 
-denoiser = ocm.Denoiser(unet, ocm.from_betas(scheduler.betas)).freeze()
+denoiser = ocm.Denoiser(unet, ocm.from_scheduler(scheduler)).freeze()
 covariance = ocm.Hutchinson(denoiser, num_probes=4)
 images = ocm.sample(denoiser, covariance, (4, 3, 16, 16), ocm.even_timesteps(1000, 10))
 print(f"{len(images)} images of shape {tuple(images.shape[1:])} in 10 steps")

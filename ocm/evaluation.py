@@ -20,7 +20,12 @@ from ocm.checkpoints import Checkpoint
 from ocm.covariances import Calibrated
 from ocm.covariances.base import looks_at_s
 from ocm.likelihood import check_images, decoder_term, prior_term, step_term
-from ocm.metrics import FeatureExtractor, frechet_distance, precision_recall
+from ocm.metrics import (
+    FeatureExtractor,
+    frechet_distance,
+    maximum_mean_discrepancy,
+    precision_recall,
+)
 from ocm.noising import noisy_prediction
 from ocm.posterior import PosteriorCovariance, spectral
 from ocm.progress import progress_bar
@@ -184,17 +189,36 @@ class Quality(NamedTuple):
         frechet: Fréchet distance.
         precision: Fraction of the samples within the manifold of the images.
         recall: Fraction of the images within the manifold of the samples.
+        mmd: Squared maximum mean discrepancy, without bias, with a Gaussian kernel of the
+            bandwidth of :func:`median_distance`.
     """
 
     frechet: float
     precision: float
     recall: float
+    mmd: float
 
 
 def quality(real_features: Tensor, features: Tensor) -> Quality:
-    """Return Fréchet distance, precision and recall of samples from their features."""
+    """Return how close samples are to real images, from the features of both."""
     manifold = precision_recall(real_features, features)
-    return Quality(frechet_distance(real_features, features), manifold.precision, manifold.recall)
+    bandwidth = median_distance(real_features)
+    return Quality(
+        frechet_distance(real_features, features),
+        manifold.precision,
+        manifold.recall,
+        maximum_mean_discrepancy(real_features, features, bandwidth),
+    )
+
+
+def median_distance(features: Tensor, count: int = 500) -> float:
+    """Return the median distance between the first ``count`` features, the kernel's bandwidth.
+
+    Example:
+        >>> median_distance(torch.tensor([[0.0], [3.0], [4.0]]))
+        3.0
+    """
+    return torch.pdist(features[:count].double()).median().item()
 
 
 def quality_table(

@@ -41,7 +41,7 @@ def quality_markdown(table: Mapping[str, Mapping[int, Quality]], step_counts: Se
     """Return a table of Fréchet distances by covariance and K, with precision and recall.
 
     Example:
-        >>> print(quality_markdown({"ocm": {10: Quality(1.25, 0.9, 0.8)}}, [10]))
+        >>> print(quality_markdown({"ocm": {10: Quality(1.25, 0.9, 0.8, 0.01)}}, [10]))
         | covariance | K = 10 |
         |:---|---:|
         | OCM head | 1.250 (0.90, 0.80) |

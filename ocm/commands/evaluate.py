@@ -52,7 +52,7 @@ def evaluate(
         bool,
         typer.Option(
             "--quality",
-            help="Draw samples by DDPM and DDIM: Fréchet distance, precision and recall.",
+            help="Draw samples by DDPM and DDIM: Fréchet distance, precision, recall and MMD.",
         ),
     ] = False,
     everything: Annotated[
@@ -256,7 +256,7 @@ def _quality(
     from functools import partial
 
     from ocm.catalogue import CALIBRATED, WITHOUT_DENSITY
-    from ocm.evaluation import quality, quality_table
+    from ocm.evaluation import median_distance, quality, quality_table
     from ocm.report import quality_markdown
     from ocm.samplers import ddim, ddpm
 
@@ -270,6 +270,7 @@ def _quality(
         "features": extractor.name,
         "num_samples": num_samples,
         "num_real": len(real),
+        "mmd_bandwidth": median_distance(real),
         "held_out": floor._asdict() | {"num_images": len(images.test)},
         "quality": {},
     }
