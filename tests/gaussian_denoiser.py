@@ -17,7 +17,7 @@ class GaussianUNet(nn.Module):
 
     def __init__(self, mean, covariance, schedule):
         super().__init__()
-        self.config = SimpleNamespace(in_channels=1, out_channels=1)
+        self.config = SimpleNamespace(in_channels=1, out_channels=1, num_class_embeds=None)
         self.conv_norm_out = nn.Identity()
         self.conv_norm_out.num_channels, self.conv_norm_out.num_groups = 1, 1
         self.register_buffer("mean", mean.double())
