@@ -17,6 +17,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -71,7 +72,8 @@ class Parameterisation:
         return per_sample(table, t, x_t) * x_t
 
     def ratio(self, output: Tensor) -> Tensor:
-        """Return 1 + o, or softplus(o + log(e - 1)), which is 1 at 0 too."""
+        """Return 1 + o, or softplus(o + log(e - 1)), which is 1 at 0 too; at least in float32."""
+        output = full_precision(output)
         return functional.softplus(output + _SOFTPLUS_OF_ONE) if self.positive else 1.0 + output
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +85,11 @@ class Parameterisation:
         """Return the parameterisation that :meth:`to_json` wrote."""
         std = record["data_std"]
         return Parameterisation(math.inf if std is None else float(std), bool(record["positive"]))
+
+
+def full_precision(output: Tensor) -> Tensor:
+    """Return what a head put out under autocast in float32; float64 stays what it is."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 PAPER = Parameterisation()

@@ -187,3 +187,28 @@ def test_samples_are_those_of_the_cpu(unet):
         covariance = ocm.Hutchinson(denoiser, num_probes=2)
         images.append(ocm.sample(denoiser, covariance, (3, 2, 8, 8), timesteps, seed=1).cpu())
     assert (images[1] - images[0]).norm() < 1e-2 * images[0].norm()
+
+
+@pytest.mark.parametrize("name", ["Full", "Lanczos", "CosineDiagonal"])
+def test_samples_of_other_bases_are_those_of_the_cpu(unet, name):
+    images = []
+    for device in ("cpu", "cuda"):
+        denoiser = ocm.Denoiser(unet.to(device), ocm.cosine()).freeze()
+        covariance = getattr(ocm, name)(denoiser)
+        images.append(ocm.sample(denoiser, covariance, (2, 2, 8, 8), [1, 400, 1000], seed=1).cpu())
+    assert (images[1] - images[0]).norm() < 2e-2 * images[0].norm()
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_head_is_trained_and_calibrated(unet, precision):
+    denoiser = ocm.Denoiser(unet.cuda(), ocm.cosine()).freeze()
+    head = ocm.make_head(denoiser)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head, ocm.Parameterisation(0.5))
+    images = torch.rand(16, 2, 8, 8) * 2 - 1
+    settings = ocm.TrainingSettings(num_steps=5, batch_size=8, mixed_precision=precision)
+    losses = ocm.train_head(covariance, images, settings, progress=False)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert head.conv.weight.abs().sum() > 0
+    calibrated = ocm.calibrate(denoiser, covariance, images, [1, 500, 1000])
+    samples = ocm.sample(denoiser, calibrated, (2, 2, 8, 8), [1, 500, 1000])
+    assert torch.isfinite(samples).all()

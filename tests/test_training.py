@@ -8,6 +8,7 @@ from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 
 import hessdiag
 import ocm
+from ocm import checkpoints
 from ocm.backbones import small_unet
 from ocm.learning import train_denoiser, train_head
 from ocm.noising import noisy
@@ -147,3 +148,30 @@ def test_a_backbone_that_predicts_a_variance_too_is_refused():
     )
     with pytest.raises(ValueError, match="in_channels = 1, out_channels = 2"):
         ocm.Denoiser(unet, ocm.linear())
+
+
+@pytest.mark.parametrize("method", checkpoints.LEARNED)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_mixed_precision_trains_what_full_precision_does(images, method, prediction_type):
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine(), prediction_type)
+    losses = {}
+    for precision in ("no", "bf16"):
+        covariance = checkpoints.LEARNED[method](denoiser, ocm.make_head(denoiser))
+        settings = ocm.TrainingSettings(4, batch_size=8, mixed_precision=precision)
+        losses[precision] = train_head(covariance, images, settings, progress=False)
+    torch.testing.assert_close(losses["bf16"], losses["no"], rtol=0.05, atol=0.02)
+    assert losses["bf16"] != losses["no"]
+
+
+@pytest.mark.parametrize("prediction_type", ocm.schedules.PREDICTION_TYPES)
+def test_a_denoiser_learns_what_it_predicts(prediction_type):
+    """On a single image every prediction type knows x0, and so the output, from x_t alone."""
+    image = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine(), prediction_type)
+    settings = ocm.TrainingSettings(150, batch_size=16, learning_rate=5e-3, ema_decay=0.95)
+    losses = train_denoiser(denoiser, image, settings, progress=False)
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    x_t, _ = noisy(denoiser.schedule, image, torch.tensor([300]), seed=9, sample_offset=0)
+    with torch.no_grad():
+        x0_hat = denoiser.predict(x_t, 300).x0_hat
+    assert (x0_hat - image).square().mean() < 0.1

@@ -12,7 +12,7 @@ from ocm.covariances.base import from_branches
 from ocm.denoiser import Denoiser, Prediction
 from ocm.divergences import gaussian_step_kl
 from ocm.noising import noisy
-from ocm.parameterisation import PAPER, Parameterisation
+from ocm.parameterisation import PAPER, Parameterisation, full_precision
 from ocm.posterior import SpectralCovariance
 from ocm.schedules import per_sample
 
@@ -63,7 +63,7 @@ class ImprovedDDPM:
         if math.isfinite(self.parameterisation.data_std):
             unit = self.parameterisation.scale(schedule, t, x_t)
             return unit * self.parameterisation.ratio(output)
-        fraction = (1.0 + output) / 2.0
+        fraction = (1.0 + full_precision(output)) / 2.0
         before = t - 1 if s is None else s
         if isinstance(before, int) and before == 0:
             return per_sample(schedule.beta_bar, t, x_t) * fraction
