@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -117,16 +117,15 @@ def x0_given(
         >>> posterior.mean.shape, posterior.covariance.diagonal().shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 3, 8, 8]))
     """
-    prediction = _prediction(denoiser, x, sigma, sample_offset)
+    prediction, mean = _prediction(denoiser, x, sigma, sample_offset)
     stated = covariance.at(prediction).bounded(x0_range)
-    mean = prediction.x0_hat
     return Posterior(mean if x0_range is None else mean.clamp(*x0_range), stated)
 
 
 def _prediction(
     denoiser: Denoiser, x: Tensor, sigma: float | Tensor, sample_offset: int = 0
-) -> Prediction:
-    """Return the prediction at x / sqrt(1 + sigma^2), with x0_hat for sigma itself."""
+) -> tuple[Prediction, Tensor]:
+    """Return the prediction at x / sqrt(1 + sigma^2) of the nearest level, and sigma's mean."""
     levels = torch.as_tensor(sigma, dtype=torch.float64, device=_device_of(sigma)).reshape(-1)
     if len(levels) not in (1, len(x)):
         raise ValueError(
@@ -139,14 +138,9 @@ def _prediction(
     x_t = per_sample(at_sigma.alpha_bar.sqrt(), index, x) * x
     t = int(nearest) if len(levels) == 1 else nearest.to(x.device)
     prediction = denoiser.predict(x_t, t, sample_offset=sample_offset)
-
-    def with_mean_for_sigma(prediction: Prediction) -> Prediction:
-        p, q = at_sigma.x0_from(denoiser.prediction_type)
-        mean = per_sample(p, index, x) * x_t + per_sample(q, index, x) * prediction.output
-        branches = tuple((weight, with_mean_for_sigma(b)) for weight, b in prediction.branches)
-        return replace(prediction, x0_hat=mean, branches=branches)
-
-    return with_mean_for_sigma(prediction)
+    p, q = at_sigma.x0_from(denoiser.prediction_type)
+    mean = per_sample(p, index, x) * x_t + per_sample(q, index, x) * prediction.output
+    return prediction, mean
 
 
 def _device_of(sigma: float | Tensor) -> torch.device:
@@ -205,7 +199,7 @@ class KDiffusionDenoiser:
             raise TypeError(
                 f"extra_args must be empty, got {', '.join(ignored)}: use denoiser.conditioned(...)"
             )
-        mean = _prediction(self.denoiser, x, sigma).x0_hat
+        _, mean = _prediction(self.denoiser, x, sigma)
         return mean if self.x0_range is None else mean.clamp(*self.x0_range)
 
 

@@ -27,14 +27,16 @@ class Architecture:
         call: From (backbone, x_t, t - 1 of shape (B,), class labels or None) to the output, of the
             shape of x_t.
         heads: Untrained heads by name, each made from the backbone.
-        takes_labels: Whether a backbone is trained with class labels.
+        num_classes: How many classes a backbone is trained with, or None for none.
+        null_label: The label that stands for no class, or None.
     """
 
     class_name: str
     feature_layer: str
     call: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
     heads: Mapping[str, Callable[[Any], nn.Module]]
-    takes_labels: Callable[[Any], bool] = lambda backbone: False
+    num_classes: Callable[[Any], int | None] = lambda backbone: None
+    null_label: Callable[[Any], int | None] = lambda backbone: None
 
 
 def _call_unet(unet: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
@@ -57,7 +59,7 @@ UNET = Architecture(
     "conv_norm_out",
     _call_unet,
     {"simple": _unet_head, "residual": _unet_residual_head},
-    lambda unet: unet.config.num_class_embeds is not None,
+    lambda unet: unet.config.num_class_embeds,
 )
 
 
@@ -85,7 +87,8 @@ DIT = Architecture(
     "norm_out",
     _call_dit,
     {"simple": _dit_head, "residual": _dit_residual_head},
-    lambda dit: True,
+    lambda dit: dit.config.num_embeds_ada_norm,
+    lambda dit: dit.config.num_embeds_ada_norm,
 )
 
 ARCHITECTURES = {architecture.class_name: architecture for architecture in (UNET, DIT)}

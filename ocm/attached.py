@@ -151,7 +151,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         finally:
             hook.remove()
         ratio = self.parameterisation.ratio(self.head(features[0].detach()))
-        both = torch.cat([prediction, ratio], dim=1)
+        both = torch.cat([prediction, ratio.to(prediction)], dim=1)
         return CovarianceModelOutput(both) if return_dict else (both,)
 
     def denoiser(self, schedule: Schedule | Any, prediction_type: str | None = None) -> Denoiser:

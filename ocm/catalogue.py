@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,6 +107,10 @@ COVARIANCES: dict[str, Builder] = {
 # Known through products with vectors alone, so that there is no density to fit or to score.
 WITHOUT_DENSITY = ("lanczos",)
 
+# Take a product for each of the D dimensions; left out of what is scored by default beyond this.
+OF_D_PRODUCTS = ("exact", "blocks", "full")
+_MOST_PRODUCTS = 1024
+
 
 def build_covariance(
     name: str, checkpoint: Checkpoint, settings: CovarianceSettings | None = None
@@ -128,6 +133,8 @@ def build_covariance(
     covariance = COVARIANCES[plain](checkpoint, settings)
     if plain == name:
         return covariance
+    if plain in WITHOUT_DENSITY:
+        raise ValueError(f"covariance {plain!r} has no density, and so nothing to calibrate")
     if plain not in checkpoint.calibrations:
         raise ValueError(
             f"covariance {name!r} needs a calibration, and this checkpoint has "
@@ -151,6 +158,14 @@ def available(checkpoint: Checkpoint) -> list[str]:
     ]
 
 
+def affordable(checkpoint: Checkpoint) -> list[str]:
+    """Return those of :func:`available` that cost less than a thousand products for a sample."""
+    features = math.prod(checkpoint.image_shape)
+    return [
+        n for n in available(checkpoint) if features <= _MOST_PRODUCTS or n not in OF_D_PRODUCTS
+    ]
+
+
 def fitted(
     checkpoint: Checkpoint,
     x0: Tensor,
@@ -158,6 +173,7 @@ def fitted(
     steps: Sequence[tuple[int, int]],
     *,
     calibrated: Sequence[str] = (),
+    labels: Tensor | None = None,
     settings: CovarianceSettings | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -171,14 +187,21 @@ def fitted(
         names: Covariances that will be used; the analytic ones among them are fitted.
         steps: The steps (s, t) that will be taken; those to s = 0 need nothing.
         calibrated: Covariances to calibrate.
+        labels: Class of each sample, for a denoiser that takes them.
         settings: For covariances that take products.
         seed: Seed of the noise.
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
     """
+    # By timestep from 1 on, so that every trajectory lies within; by step where there is noise.
+    timesteps = sorted({1, *(t for _, t in steps)})
     steps = [(s, t) for s, t in steps if s > 0]
-    timesteps = sorted({t for _, t in steps})
-    options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {
+        "labels": labels,
+        "seed": seed,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
     analytic = dict(checkpoint.analytic)
     for name in ANALYTIC:
         if name in names or name in calibrated:

@@ -227,7 +227,9 @@ def load_backbone(directory: str | Path) -> Any:
 
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
     if schedule.name in SCHEDULES:
-        return {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
+        usual = SCHEDULES[schedule.name](schedule.num_timesteps)
+        if torch.equal(usual.log_alpha_bar, schedule.log_alpha_bar):
+            return {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
     betas = [schedule.beta(t - 1, t) for t in range(1, schedule.num_timesteps + 1)]
     return {"name": schedule.name, "betas": betas}
 
@@ -268,7 +270,8 @@ def _check_same(file: Path, name: str, got: int, expected: int) -> None:
 def _read_description(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise CheckpointError(
-            f"no checkpoint at {file.parent}: {file} is missing; `ocm train` writes one"
+            f"no checkpoint at {file.parent}: {file} is missing; `ocm train` writes one, and "
+            "diffusers a pipeline, with model_index.json"
         )
     description = _read_json(file)
     if description.get("format") != _FORMAT:

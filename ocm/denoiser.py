@@ -76,6 +76,7 @@ class Prediction:
             (B, tokens, channels); under guidance that of the conditional branch.
         sample_offset: Number of the first sample, for covariances that draw probes.
         branches: Under guidance, the weights and predictions of the branches that make it up.
+        condition: Labels and guidance that it was made with, or None.
     """
 
     x_t: Tensor
@@ -85,6 +86,7 @@ class Prediction:
     features: Tensor
     sample_offset: int = 0
     branches: tuple[tuple[float, Prediction], ...] = ()
+    condition: Condition | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,17 +160,40 @@ class Denoiser:
             guidance_scale: w, 1 for none.
             null_label: The label for no class; for ``DiTTransformer2DModel`` its number of
                 classes, which is the default there.
+
+        Raises:
+            ValueError: If a label is none of the backbone's, on the CPU; or there is guidance and
+                no null label.
         """
-        if null_label is None:
-            config = getattr(self.backbone, "config", None)
-            null_label = getattr(config, "num_embeds_ada_norm", None)
+        null_label = self.null_label if null_label is None else null_label
+        if self.num_classes is not None and labels.device.type == "cpu" and len(labels):
+            highest = self.num_classes if null_label is None else max(self.num_classes, null_label)
+            if int(labels.min()) < 0 or int(labels.max()) > highest:
+                raise ValueError(
+                    f"labels must lie in 0 .. {self.num_classes - 1}, got {int(labels.min())} .. "
+                    f"{int(labels.max())}"
+                )
         condition = Condition(labels.to(self.device), guidance_scale, null_label)
         return replace(self, condition=condition)
 
     @property
     def takes_labels(self) -> bool:
         """Whether the backbone is trained with class labels."""
-        return self._architecture.takes_labels(self.backbone)
+        return self.num_classes is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the backbone is trained with, or None for none."""
+        return self._architecture.num_classes(self.backbone)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that the backbone was trained with for no class, or None."""
+        return self._architecture.null_label(self.backbone)
+
+    def conditioned_as(self, prediction: Prediction) -> Denoiser:
+        """Return the denoiser with the labels and the guidance of a prediction."""
+        return replace(self, condition=prediction.condition or self.condition)
 
     @property
     def device(self) -> torch.device:
@@ -254,7 +279,9 @@ class Denoiser:
         """
         p, q = self.schedule.x0_from(self.prediction_type)
         factor = self.schedule.beta_bar / self.schedule.alpha_bar.sqrt()
-        return per_sample(factor * p, t, x), per_sample(factor * q, t, x)
+        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        like = like.reshape([0] + [1] * (x.dim() - 1))
+        return per_sample(factor * p, t, like), per_sample(factor * q, t, like)
 
     def output_at(self, t: int | Tensor) -> Callable[[Tensor], Tensor]:
         """Return the function x_t -> output, whose Jacobian the covariances take."""
@@ -283,7 +310,8 @@ class Denoiser:
         features: Tensor,
         sample_offset: int,
     ) -> Prediction:
-        return Prediction(x_t, t, output, self.x0_hat(x_t, t, output), features, sample_offset)
+        x0_hat = self.x0_hat(x_t, t, output)
+        return Prediction(x_t, t, output, x0_hat, features, sample_offset, condition=self.condition)
 
     def _call_with_features(
         self, x_t: Tensor, t: int | Tensor, labels: Tensor | None
@@ -329,7 +357,8 @@ class Denoiser:
         # Products may lay probes out as further samples of the batch.
         if len(labels) == 0 or len(x_t) % len(labels):
             raise ValueError(
-                f"labels must be one for each sample, got {len(labels)} for {len(x_t)} samples"
+                "labels must be one for each sample of a batch, or of each of its copies, got "
+                f"{len(labels)} for {len(x_t)} samples"
             )
         return labels.repeat(len(x_t) // len(labels))
 

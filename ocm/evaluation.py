@@ -62,6 +62,7 @@ def likelihood_table(
     step_counts: Sequence[int],
     *,
     calibrated: Sequence[str] = (),
+    labels: Tensor | None = None,
     settings: CovarianceSettings | None = None,
     seed: int = 0,
     batch_size: int = 128,
@@ -78,6 +79,7 @@ def likelihood_table(
         names: Covariances with a density.
         step_counts: Numbers of steps K, evenly spaced.
         calibrated: Those of ``names`` to score calibrated too, as ``NAME_calibrated``.
+        labels: Class of each image, for a denoiser that takes them.
         settings: For covariances that take products.
         seed: Seed of the noise.
         batch_size: Images at a time.
@@ -106,7 +108,7 @@ def likelihood_table(
     for first, t in progress_bar(work, "bits/dim", unit="t", show=progress):
         batch = slice(first, first + batch_size)
         x0 = images[batch].to(denoiser.device)
-        prediction = noisy_prediction(denoiser, x0, t, seed, first)
+        prediction = noisy_prediction(denoiser, x0, t, seed, first, labels=labels)
         shared: dict[str, PosteriorCovariance] = {}
         for K, s in visits[t]:
             if s == 0:
@@ -246,7 +248,8 @@ def quality_table(
         names: Covariances, calibrated ones among them.
         step_counts: Numbers of steps K, evenly spaced.
         sampler: Reverse process.
-        num_images: Samples for each cell; every cell starts from the same noise.
+        num_images: Samples for each cell; every cell starts from the same noise, and classes take
+            turns where there are some.
         label: What the progress bar calls it.
         settings: For covariances that take products.
         seed: Seed of the noise.
@@ -254,6 +257,9 @@ def quality_table(
         max_last_noise: As in :func:`ocm.sample`.
         progress: Whether to show a progress bar.
     """
+    labels: Sequence[int] | None = None
+    if checkpoint.denoiser.num_classes is not None:
+        labels = range(checkpoint.denoiser.num_classes)
     table: dict[str, dict[int, Quality]] = {name: {} for name in names}
     cells = [(name, K) for name in names for K in step_counts]
     bar = progress_bar(cells, label, show=progress)
@@ -266,6 +272,7 @@ def quality_table(
             even_timesteps(checkpoint.denoiser.schedule.num_timesteps, K),
             sampler=sampler,
             settings=settings,
+            labels=labels,
             seed=seed,
             batch_size=batch_size,
             max_last_noise=max_last_noise,
@@ -311,6 +318,10 @@ def draw(
         FloatingPointError: If a sample is not finite.
         ValueError: If labels are given for a denoiser without classes, or not for one with them.
     """
+    if guidance_scale != 1.0 and not labels:
+        raise ValueError(
+            f"guidance_scale must be 1 without labels, which it leads to, got {guidance_scale}"
+        )
     if checkpoint.denoiser.takes_labels != bool(labels):
         raise ValueError(
             f"labels must be given for a denoiser with classes and for no other, got {labels} for "

@@ -22,6 +22,9 @@ from torch import Tensor
 from hessdiag.checks import check_positive_int
 from hessdiag.kernels import normal
 
+# Counter of the encoder's noise, apart from those of the samplers, which use 0 .. N.
+_ENCODER_STEP = 2**32 - 3
+
 
 def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Any:
     """Return the ``AutoencoderKL`` of a folder, frozen, in eval mode and on ``device``.
@@ -86,7 +89,7 @@ def encode(
         posterior = vae.encode(batch.to(device=vae.device, dtype=vae.dtype)).latent_dist
         z = posterior.mean
         if not mean:
-            noise = normal(z.shape, seed, sample_offset=first, device=z.device)
+            noise = normal(z.shape, seed, step=_ENCODER_STEP, sample_offset=first, device=z.device)
             z = z + posterior.std * noise.to(z)
         # A convolution may leave them channels last.
         latents.append(((z - shift) * scale).to(images.device).contiguous())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from ocm.covariances.base import LearnedCovariance
 from ocm.denoiser import Denoiser
 from ocm.losses import denoising_loss
+from ocm.noising import chosen
 from ocm.training import ImageSource, TrainingSettings, train
 
 
@@ -89,7 +92,7 @@ def train_denoiser(
         device=denoiser.device,
         directory=directory,
         resume=resume,
-        details={"prediction_type": denoiser.prediction_type, **_schedule(denoiser)},
+        details=_told_apart_by(denoiser, images),
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -110,6 +113,9 @@ def train_head(
     progress: bool = True,
 ) -> list[float]:
     """Train the head of a covariance by its own loss, on the frozen denoiser.
+
+    For a denoiser with classes and a label for none, a tenth of the labels are that one: guidance
+    reads the head in both branches.
 
     Args:
         covariance: Its head is trained in place and left in eval mode, without gradients; its
@@ -133,6 +139,7 @@ def train_head(
     def loss(
         module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
     ) -> Tensor:
+        labels = _without_some_classes(covariance.denoiser, labels, settings.seed, sample_offset)
         return covariance.loss(
             x0, t, seed=settings.seed, sample_offset=sample_offset, labels=labels, head=module
         )
@@ -157,7 +164,9 @@ def train_head(
             if isinstance(value, (str, int, float))
         }
         | covariance.parameterisation.to_json()
-        | _schedule(covariance.denoiser),
+        | {"probes": repr(getattr(covariance, "probes", None))}
+        | {"denoiser": _digest(covariance.denoiser.backbone.state_dict().values())}
+        | _told_apart_by(covariance.denoiser, images),
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -165,8 +174,29 @@ def train_head(
     return losses
 
 
-def _schedule(denoiser: Denoiser) -> dict[str, str | float]:
-    """Return what tells one noise schedule from another."""
-    schedule = denoiser.schedule
-    middle = schedule.log_alpha_bar[schedule.num_timesteps // 2].item()
-    return {"schedule": schedule.name, "log_alpha_bar_of_the_middle": middle}
+def _told_apart_by(denoiser: Denoiser, images: Tensor | ImageSource) -> dict[str, str]:
+    """Return what tells one training from another beside its settings, as digests."""
+    some = images[torch.arange(0, len(images), max(1, len(images) // 64))]
+    return {
+        "prediction_type": denoiser.prediction_type,
+        "schedule": _digest([denoiser.schedule.log_alpha_bar]),
+        "images": _digest([some]),
+    }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _without_some_classes(
+    denoiser: Denoiser, labels: Tensor | None, seed: int, sample_offset: int
+) -> Tensor | None:
+    """Put the label for no class in the place of a tenth, as guidance asks for both branches."""
+    if labels is None or denoiser.null_label is None:
+        return labels
+    return torch.where(
+        chosen(len(labels), seed, sample_offset, labels.device), denoiser.null_label, labels
+    )

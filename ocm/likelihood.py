@@ -68,6 +68,7 @@ def bits_per_dim(
     timesteps: Sequence[int],
     *,
     levels: int = 256,
+    labels: Tensor | None = None,
     seed: int = 0,
     sample_offset: int = 0,
     progress: bool = False,
@@ -84,6 +85,7 @@ def bits_per_dim(
         x0: Images in [-1, 1], shape (B, C, H, W), on the grid of ``levels`` grey levels.
         timesteps: Increasing timesteps in 1 .. N, the last of them N.
         levels: Number of grey levels: bins are 2 / (levels - 1) wide.
+        labels: Classes by sample number, for a denoiser that takes them.
         seed: Seed of the noise.
         sample_offset: Number of the first sample.
         progress: Whether to show a progress bar.
@@ -100,10 +102,10 @@ def bits_per_dim(
         raise ValueError(f"timesteps must end at N = {N}, got {timesteps[-1]}")
     terms = []
     for s, t in progress_bar(steps, "bits/dim", unit="step", show=progress):
-        prediction = noisy_prediction(denoiser, x0, t, seed, sample_offset)
+        prediction = noisy_prediction(denoiser, x0, t, seed, sample_offset, labels=labels)
         stated = spectral(covariance.at(prediction, s=s).bounded(X0_RANGE))
         terms.append(step_term(denoiser, stated, prediction, x0, s))
-    prediction = noisy_prediction(denoiser, x0, first, seed, sample_offset)
+    prediction = noisy_prediction(denoiser, x0, first, seed, sample_offset, labels=labels)
     return BitsPerDim(
         prior=prior_term(denoiser, x0),
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),

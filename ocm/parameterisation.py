@@ -53,9 +53,9 @@ class Parameterisation:
             raise ValueError(f"data_std must be positive, got {self.data_std}")
 
     def scale(self, schedule: Schedule, t: int | Tensor, x: Tensor | None = None) -> Tensor:
-        """Return c_t, float64; or like x and broadcast to it."""
+        """Return c_t, float64; or like x, at least in float32, and broadcast to it."""
         table = schedule.beta_bar / (schedule.alpha_bar + schedule.beta_bar / self.data_std**2)
-        return table[t] if x is None else per_sample(table, t, x)
+        return table[t] if x is None else per_sample(table, t, full_precision(x))
 
     def amplification(self, schedule: Schedule, t: int | Tensor) -> Tensor:
         """Return (beta_bar / alpha_bar) / c_t, by which errors of epsilon^2 are multiplied."""
@@ -69,7 +69,7 @@ class Parameterisation:
         table = schedule.alpha_bar.sqrt() / (
             schedule.alpha_bar + schedule.beta_bar / self.data_std**2
         )
-        return per_sample(table, t, x_t) * x_t
+        return per_sample(table, t, full_precision(x_t)) * x_t
 
     def ratio(self, output: Tensor) -> Tensor:
         """Return 1 + o, or softplus(o + log(e - 1)), which is 1 at 0 too; at least in float32."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.bases import dct_matrix
+from ocm.parameterisation import full_precision
 
 
 class PosteriorCovariance(Protocol):
@@ -229,6 +230,7 @@ def _blocks(
     from_blocks: Callable[[Tensor], Tensor],
 ) -> SpectralCovariance:
     """Return the covariance of matrices (B, L, k, k), for maps (B, ...) to (B, L, k) and back."""
+    matrices = full_precision(matrices)
     values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
 
     def rescaled(eigenvalues: Tensor, scale: Tensor) -> SpectralCovariance:
@@ -238,7 +240,7 @@ def _blocks(
         return _blocks(scaled, shape, to_blocks, from_blocks)
 
     basis = Eigenbasis(
-        analyse=lambda v: (vectors.mT @ to_blocks(v)[..., None])[..., 0],
+        analyse=lambda v: (vectors.mT @ full_precision(to_blocks(v))[..., None])[..., 0],
         synthesise=lambda b: from_blocks((vectors @ b[..., None])[..., 0]),
         diagonal=lambda b: from_blocks((vectors.square() @ b[..., None])[..., 0]),
         rescaled=rescaled,

@@ -220,7 +220,7 @@ def reverse_step(
     if max_noise_std is not None:
         reverse = reverse.clamped(0.0, max_noise_std**2)
     z = normal(x_t.shape, seed, step=step, sample_offset=offset, device=x_t.device)
-    return mean + reverse.noise(z.to(x_t))
+    return mean + reverse.noise(z.to(x_t)).to(x_t)
 
 
 def capture(

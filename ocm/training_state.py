@@ -29,7 +29,10 @@ _DESCRIPTION = "state.json"
 _TENSORS = "state.safetensors"
 _FOLDER = re.compile(r"training-state-(\d{8,})")
 _PARTIAL = "training-state.partial"
-_WAY_OUT = "or give another directory, or resume=False, which starts again and replaces the state"
+_WAY_OUT = (
+    "or give another directory, or resume=False (--overwrite on the command line), which starts "
+    "again and replaces the state"
+)
 
 
 class TrainingStateError(ValueError):

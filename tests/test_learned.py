@@ -90,7 +90,7 @@ def test_sn_in_the_units_of_the_paper(denoiser, batch):
 def test_sn_preconditioned_is_a_second_moment_around_a_gaussian_mean(denoiser, batch):
     x0, x_t, _, _, mean, o = batch
     alpha_bar = ALPHA_BAR[T - 1].reshape(-1, 1, 1, 1)
-    covariance = SN(denoiser, Affine(), PRECONDITIONED, network_error=0.0)
+    covariance = SN(denoiser, Affine(), PRECONDITIONED)
     std = PRECONDITIONED.data_std
     guess = alpha_bar.sqrt() * std**2 / (alpha_bar * std**2 + 1 - alpha_bar) * x_t
     unit = scales(PRECONDITIONED, alpha_bar)

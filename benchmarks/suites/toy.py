@@ -135,7 +135,7 @@ def _heads(
             positive = ocm.Parameterisation(data_std=mixture.std, positive=True)
             several["preconditioned, positive"] = positive
         # The score is the true one: no error of a network is to be weighted down.
-        options = {} if method == "I-DDPM" else {"network_error": 0.0}
+        options = {"network_error": 0.0} if method in ("NPR", "OCM") else {}
         for kind, parameterisation in several.items():
             head = ocm.make_head(denoiser)
             heads.append((method, kind, make(denoiser, head, parameterisation, **options)))

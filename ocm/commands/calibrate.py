@@ -36,7 +36,7 @@ def calibrate(
     steps: Annotated[
         list[int] | None,
         typer.Option(
-            min=1,
+            min=2,
             help="Fit the timesteps of K steps; may be given several times. Between them the "
             "numbers are interpolated. Default: 5, 10, 25, 50.",
         ),
@@ -68,7 +68,7 @@ def calibrate(
     """
     from ocm import checkpoints
     from ocm.catalogue import ANALYTIC, WITHOUT_DENSITY, CovarianceSettings, available, fitted
-    from ocm.commands.evaluate import calibration_images, images_for
+    from ocm.commands.inputs import calibration_images, calibration_labels, images_for
     from ocm.environment import environment
     from ocm.evaluation import steps_of
 
@@ -88,6 +88,7 @@ def calibrate(
         names,
         steps_of(loaded.denoiser.schedule.num_timesteps, steps or [5, 10, 25, 50]),
         calibrated=names,
+        labels=calibration_labels(loaded, images, len(x0)),
         settings=CovarianceSettings(num_probes, seed=seed),
         seed=seed,
         progress=not quiet,

@@ -38,7 +38,7 @@ def evaluate(
         list[CovarianceName] | None,
         typer.Option(
             help="Covariance to score; may be given several times. Default: all that the "
-            "checkpoint can state."
+            "checkpoint can state, but those of D products only for D up to 1024."
         ),
     ] = None,
     steps: Annotated[
@@ -88,7 +88,8 @@ def evaluate(
     them for the timesteps in use. Writes evaluation.json, report.md and evaluation.png.
     """
     from ocm import checkpoints
-    from ocm.catalogue import WITHOUT_DENSITY, CovarianceSettings, available
+    from ocm.catalogue import WITHOUT_DENSITY, CovarianceSettings, affordable
+    from ocm.commands.inputs import calibration_images, calibration_labels, images_for
     from ocm.environment import environment
     from ocm.evaluation import likelihood_record, likelihood_table
     from ocm.plots import evaluation_plot
@@ -106,19 +107,25 @@ def evaluate(
             f"{images.name}, got {num_images}"
         )
     calibrated, quality = calibrated or everything, quality or everything
-    names = [name.value for name in covariance or []] or available(loaded)
+    names = [name.value for name in covariance or []] or affordable(loaded)
     scored = [name for name in names if name not in WITHOUT_DENSITY]
+    if not scored and not quality:
+        raise ValueError(
+            f"--covariance {' '.join(names)} has no density, and so no bits/dim; pass --quality"
+        )
     step_counts = sorted(set(steps or (5, 10, 25, 50)))
     settings = CovarianceSettings(num_probes, num_products, seed)
     start = time.perf_counter()
     x0 = calibration_images(loaded, images, fit_images)
-    loaded = _fitted(loaded, x0, names, step_counts, calibrated, settings, seed, not quiet)
+    classes = calibration_labels(loaded, images, len(x0))
+    loaded = _fitted(loaded, x0, classes, names, step_counts, calibrated, settings, seed, not quiet)
     table = likelihood_table(
         loaded,
         images.test[:num_images],
         scored,
         step_counts,
         calibrated=scored if calibrated else (),
+        labels=images.test_labels if loaded.denoiser.takes_labels else None,
         settings=settings,
         seed=seed,
         batch_size=batch_size,
@@ -135,10 +142,12 @@ def evaluate(
         "step_counts": step_counts,
         "environment": environment(place),
     }
-    sections = [
-        f"Bits/dim on {num_images} held-out images of {images.name}, ± the standard error over "
-        f"images\n\n{likelihood_markdown(table, step_counts)}"
-    ]
+    sections = []
+    if scored:
+        sections.append(
+            f"Bits/dim on {num_images} held-out images of {images.name}, ± the standard error "
+            f"over images\n\n{likelihood_markdown(table, step_counts)}"
+        )
     if quality:
         part, more = _quality(
             loaded, images, names, step_counts, calibrated, settings, num_samples, inception, seed,
@@ -155,53 +164,10 @@ def evaluate(
     typer.echo(f"\nfigures: {out / 'evaluation.json'}   picture: {out / 'evaluation.png'}")
 
 
-def images_for(
-    loaded: Checkpoint, data: str | None, vae: Path | None = None, image_size: int | None = None
-) -> Images:
-    """Return the data set of a checkpoint, or another of the same shape.
-
-    Args:
-        loaded: The checkpoint.
-        data: Name of another data set, or None.
-        vae: Autoencoder of a model of latents.
-        image_size: Side of the images that it encodes.
-
-    Raises:
-        ValueError: If its images are of another shape, or there is no autoencoder for latents.
-    """
-    from ocm import data as datasets
-    from ocm.commands.train import encoded
-
-    if loaded.x0_range is None and vae is None:
-        raise ValueError("--vae must be given, since this is a model of latents")
-    if vae is None:
-        images = datasets.load(data or loaded.data, image_size=loaded.image_shape[-1])
-    else:
-        images = datasets.load(data or loaded.data, image_size=image_size)
-        images = encoded(images, vae, loaded.denoiser.device)
-    if images.shape != loaded.image_shape:
-        raise ValueError(
-            f"the checkpoint takes images of shape {loaded.image_shape}, but those of --data "
-            f"{images.name} have {images.shape}"
-        )
-    return images
-
-
-def calibration_images(loaded: Checkpoint, images: Images, count: int) -> Tensor:
-    """Return at most ``count`` training images, those that nothing was trained on where possible.
-
-    A denoiser errs less on what it was trained on, and a calibration there would be too narrow.
-    """
-    kept = loaded.num_calibration
-    if kept == 0:
-        return images.train[: min(count, len(images.train))]
-    first = len(images.train) - kept
-    return images.train[first : first + min(count, kept)]
-
-
 def _fitted(
     loaded: Checkpoint,
     x0: Tensor,
+    labels: Tensor | None,
     names: list[str],
     step_counts: list[int],
     calibrated: bool,
@@ -232,8 +198,9 @@ def _fitted(
         wanted,
         steps,
         calibrated=to_calibrate,
+        labels=labels,
         settings=settings,
-        seed=seed + 1,
+        seed=seed,
         progress=progress,
     )
 

@@ -96,6 +96,8 @@ def sample(
     prepare_directory(out)
     step = resolve_sampler(sampler, eta)
     loaded = checkpoints.load(checkpoint, place)
+    if vae is not None and loaded.x0_range is not None:
+        raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
     timesteps = choose_timesteps(loaded, spacing, steps)
     name = covariance.value + (CALIBRATED if calibrated else "")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -156,7 +156,11 @@ def train(
         ),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint in --out.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Start anew, whatever checkpoint or unfinished training --out holds.",
+        ),
     ] = False,
     seed: Seed = 0,
     device: Device = "auto",
@@ -164,11 +168,12 @@ def train(
 ) -> None:
     """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
 
-    A training that was interrupted goes on where it was when the same command is given again. On
-    several processes: `accelerate launch -m ocm train ...`, or torchrun.
+    A training that was interrupted goes on where it was when the same command is given again,
+    without --overwrite. On several processes: `torchrun -m ocm train ...`, or accelerate launch.
     """
     from ocm import checkpoints
     from ocm import data as datasets
+    from ocm.commands.inputs import encoded, existing
     from ocm.environment import environment
     from ocm.learning import train_denoiser, train_head
     from ocm.training import TrainingSettings, mean_of_last
@@ -178,7 +183,7 @@ def train(
     if (out / "ocm.json").exists() and not overwrite:
         raise ValueError(f"--out {out} holds a checkpoint; choose another or pass --overwrite")
     loop: dict[str, Any] = {
-        "resume": not (out / "ocm.json").exists(),
+        "resume": not overwrite,
         "tensorboard": tensorboard,
         "progress": not quiet,
     }
@@ -192,7 +197,7 @@ def train(
     settings = TrainingSettings(
         denoiser_steps or 900,
         batch_size,
-        learning_rate or 1e-3,
+        1e-3 if learning_rate is None else learning_rate,
         seed=seed,
         gradient_accumulation_steps=accumulation,
         mixed_precision=mixed_precision.value,
@@ -210,20 +215,21 @@ def train(
     record["head"] |= {"target_probes": target_probes, "parameterisation": parameterisation.value}
     start = time.perf_counter()
     if denoiser is None:
-        name = (schedule or ScheduleName.cosine).value
+        schedule_name = (schedule or ScheduleName.cosine).value
         kind = (prediction_type or PredictionName.epsilon).value
-        kept = min(len(images.train) // 10, 1000) if hold_out is None else hold_out
-        shown = images.train[: _rest(images, kept)]
-        model = _new_denoiser(images, width or 32, name, kind, seed, place)
+        apart = min(len(images.train) // 10, 1000) if hold_out is None else hold_out
+        shown = images.train[: _rest(images, apart)]
+        (out / "ocm.json").unlink(missing_ok=True)
+        model = _new_denoiser(images, width or 32, schedule_name, kind, seed, place)
         losses = train_denoiser(
             model, shown, settings, directory=out / "training" / "denoiser", **loop
         )
         base = checkpoints.Checkpoint(
-            model, images.shape, images.levels, images.name, num_calibration=kept
+            model, images.shape, images.levels, images.name, num_calibration=apart
         )
         record["denoiser"] = asdict(settings) | {
             "width": width or 32,
-            "schedule": name,
+            "schedule": schedule_name,
             "prediction_type": kind,
         }
         record["denoiser_loss"] = mean_of_last(losses)
@@ -235,17 +241,24 @@ def train(
                     f"--{option.replace('_', '-')} {getattr(value, 'value', value)} is for a new "
                     "denoiser; leave it out with --denoiser"
                 )
-        base = _existing(denoiser, images, data, place)
+        base = existing(denoiser, images, data, place)
+        (out / "ocm.json").unlink(missing_ok=True)
         if hold_out is not None:
+            if (denoiser / "ocm.json").exists() and hold_out > base.num_calibration:
+                raise ValueError(
+                    f"--hold-out must be at most {base.num_calibration}, the images that the "
+                    f"denoiser in {denoiser} was not trained on, got {hold_out}"
+                )
             base = replace(base, num_calibration=hold_out)
         shown = images.train[: _rest(images, base.num_calibration)]
         record["denoiser"] = str(denoiser)
     if vae is not None:
         base = replace(base, x0_range=None)
     learned = dict(base.learned)
-    for name in dict.fromkeys(head or [HeadName.ocm]):
+    trained = list(dict.fromkeys(name.value for name in head or [HeadName.ocm]))
+    for name in trained:
         covariance = untrained(
-            name.value,
+            name,
             base,
             images,
             kind=head_kind.value,
@@ -259,18 +272,19 @@ def train(
             shown,
             head_settings,
             labels=_labels(images, len(shown)) if base.denoiser.takes_labels else None,
-            name=f"{name.value} head",
-            directory=out / "training" / name.value,
+            name=f"{name} head",
+            directory=out / "training" / name,
             **loop,
         )
-        learned[name.value] = covariance
-        record["head_loss"][name.value] = mean_of_last(losses)
+        learned[name] = covariance
+        record["head_loss"][name] = mean_of_last(losses)
     if os.environ.get("RANK", "0") != "0":  # one of several processes, and not the first
         return
     record["trained_on"] = len(shown)
     record["seconds"] = round(time.perf_counter() - start, 2)
     record["environment"] = environment(place)
-    checkpoints.save(replace(base, learned=learned), out)
+    kept = {name: table for name, table in base.calibrations.items() if name not in trained}
+    checkpoints.save(replace(base, learned=learned, calibrations=kept), out)
     write_json(out / "train.json", record)
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
@@ -337,40 +351,3 @@ def _rest(images: Images, kept: int) -> int:
 
 def _labels(images: Images, count: int) -> Any:
     return None if images.train_labels is None else images.train_labels[:count]
-
-
-def _existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
-    """Return the checkpoint at ``path``, or one of a pipeline's denoiser, for these images."""
-    from ocm import checkpoints
-
-    if (path / "model_index.json").exists():
-        model = checkpoints.load_denoiser(path, place)
-        base = checkpoints.Checkpoint(model, images.shape, images.levels, images.name)
-        channels = model.backbone.config.in_channels
-        if channels != images.shape[0]:
-            raise ValueError(
-                f"--denoiser takes {channels} channels, but the samples of --data {data} have "
-                f"{images.shape[0]}; for a latent model pass --vae"
-            )
-    else:
-        base = checkpoints.load(path, place)
-        if base.image_shape != images.shape:
-            raise ValueError(
-                f"--denoiser takes images of shape {base.image_shape}, but those of --data "
-                f"{data} have {images.shape}"
-            )
-    if base.denoiser.takes_labels and images.train_labels is None:
-        raise ValueError(f"--denoiser takes class labels, and --data {data} has none")
-    return base
-
-
-def encoded(images: Images, vae: Path, place: Any) -> Images:
-    """Return the data set as latents of the autoencoder in the folder ``vae``."""
-    from ocm.latents import encode, load_autoencoder
-
-    autoencoder = load_autoencoder(vae, place)
-    return replace(
-        images,
-        train=encode(autoencoder, images.train[:]),
-        test=encode(autoencoder, images.test[:]),
-    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ocm.covariances.hutchinson import timestep
 from ocm.denoiser import Denoiser, Prediction
-from ocm.noising import noisy_prediction
+from ocm.noising import FITTING, noisy_prediction
 from ocm.posterior import SpectralCovariance, diagonal, variance_bound
 from ocm.progress import progress_bar
 from ocm.schedules import Schedule
@@ -61,6 +61,7 @@ def fit_analytic(
     x0: Tensor,
     timesteps: Sequence[int],
     *,
+    labels: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = False,
@@ -74,6 +75,7 @@ def fit_analytic(
         denoiser: The frozen denoiser.
         x0: Training data, shape (n, ...); a thousand images are plenty.
         timesteps: Where to estimate it; between them the fraction is interpolated.
+        labels: Class of each sample, for a denoiser that takes them.
         seed: Seed of the noise.
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
@@ -85,7 +87,9 @@ def fit_analytic(
         squares = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size]
-            prediction = noisy_prediction(denoiser, batch, t, seed, first)
+            prediction = noisy_prediction(
+                denoiser, batch, t, seed, first, labels=labels, draw=FITTING
+            )
             pair = [
                 (prediction.x_t.double() - alpha * mean.to(prediction.x_t).double()) / sigma
                 for mean in (batch, prediction.x0_hat)
@@ -105,6 +109,7 @@ def fit_analytic_from_data(
     x0: Tensor,
     timesteps: Sequence[int],
     *,
+    labels: Tensor | None = None,
     x0_range: tuple[float, float] | None = (-1.0, 1.0),
     seed: int = 0,
     batch_size: int = 256,
@@ -123,7 +128,15 @@ def fit_analytic_from_data(
     def fraction(t: int) -> float:
         total = 0.0
         for first in range(0, len(x0), batch_size):
-            prediction = noisy_prediction(denoiser, x0[first : first + batch_size], t, seed, first)
+            prediction = noisy_prediction(
+                denoiser,
+                x0[first : first + batch_size],
+                t,
+                seed,
+                first,
+                labels=labels,
+                draw=FITTING,
+            )
             x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
             total += (x0_hat.double().cpu() - mean.cpu()).square().sum().item()
         variance = min(max(data_variance - total / x0.numel(), 0.0), bound)

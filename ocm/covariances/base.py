@@ -92,29 +92,31 @@ def regression_loss(
     ratio: Tensor,
     target: Tensor,
     parameterisation: Parameterisation,
-    schedule: Schedule,
+    denoiser: Denoiser,
     t: Tensor,
-    network_error: float,
+    network_error: float = 0.0,
 ) -> Tensor:
     """Return the mean of w_t (ratio - target / c_t)^2, with the weight of :func:`loss_weight`."""
-    scale = parameterisation.scale(schedule, t, target)
-    weight = loss_weight(parameterisation, schedule, t, network_error).to(target)
+    scale = parameterisation.scale(denoiser.schedule, t, target)
+    weight = loss_weight(parameterisation, denoiser, t, network_error).to(target)
     weight = weight.reshape(-1, *[1] * (target.dim() - 1))
     return (weight * (ratio - target / scale).square()).mean()
 
 
 def loss_weight(
-    parameterisation: Parameterisation, schedule: Schedule, t: Tensor, network_error: float
+    parameterisation: Parameterisation, denoiser: Denoiser, t: Tensor, network_error: float
 ) -> Tensor:
     """Return 1 / (1 + (network_error (A_t - 1))^2), float64 of the shape of t.
 
     A_t multiplies the errors of a network that predicts the noise when their unit is c_t
     (:meth:`ocm.parameterisation.Parameterisation.amplification`). Where it makes them larger than
     the variance itself, the target says little, and without the weight it would say it loudest.
-    In the papers' parameterisation A_t = 1, and so is the weight.
+    In the papers' parameterisation A_t = 1, and so is the weight. It is for targets that hold the
+    network's output or its Jacobian; a network that predicts x0 or v amplifies nothing.
     """
-    schedule_t = t.cpu()
-    excess = parameterisation.amplification(schedule, schedule_t) - 1.0
+    if denoiser.prediction_type != "epsilon":
+        network_error = 0.0
+    excess = parameterisation.amplification(denoiser.schedule, t.cpu()) - 1.0
     return (1.0 / (1.0 + (network_error * excess) ** 2)).to(t.device)
 
 

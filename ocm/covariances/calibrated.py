@@ -10,6 +10,9 @@ images that the denoiser itself was not trained on. b_t is then a measure of the
 covariance that looks at the end s of a step (I-DDPM's) there are two numbers for each step (s, t).
  Several diagonal covariances may be mixed,
 sum_j a_tj Cov_j + b_t I, by the same fit.
+
+Samplers and the bound clamp the result to what data allow, like any covariance. That cuts it off
+only for a mean that errs by more than half of the data's range.
 """
 
 from __future__ import annotations
@@ -20,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, looks_at_s
 from ocm.covariances.hutchinson import timestep
 from ocm.denoiser import Denoiser, Prediction
-from ocm.noising import noisy_prediction
+from ocm.noising import FITTING, noisy_prediction
 from ocm.posterior import (
     PIXELS,
     PosteriorCovariance,
@@ -59,6 +62,11 @@ class Calibrated:
                 f"and the shift, got {self.weights.values.shape[1]}"
             )
 
+    @property
+    def looks_at_s(self) -> bool:
+        """Whether one of the covariances depends on the end s of the step."""
+        return any(looks_at_s(covariance) for covariance in self.covariances)
+
     def at(self, prediction: Prediction, *, s: int | None = None) -> PosteriorCovariance:
         """Return the calibrated covariance; it costs what the covariances in it cost.
 
@@ -82,6 +90,7 @@ def calibrate(
     x0: Tensor,
     timesteps: Sequence[int] | Sequence[tuple[int, int]],
     *,
+    labels: Tensor | None = None,
     x0_range: tuple[float, float] | None = (-1.0, 1.0),
     seed: int = 0,
     batch_size: int = 256,
@@ -96,6 +105,7 @@ def calibrate(
         x0: Training data, shape (n, ...); a few hundred images are enough.
         timesteps: Where to fit; between them both numbers are interpolated. Pairs (s, t) fit each
             step by itself, for a covariance that looks at s.
+        labels: Class of each sample, for a denoiser that takes them.
         x0_range: Where the data lie: x0_hat is clipped to it and each covariance bounded, as
             samplers and the likelihood do; None for data without bounds.
         seed: Seed of the noise.
@@ -106,8 +116,14 @@ def calibrate(
     Raises:
         TypeError: If a covariance has no eigenvalues to fit (Lanczos), or one of several is no
             diagonal.
+        ValueError: If a covariance looks at s and there are no steps (s, t).
     """
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
+    if any(isinstance(t, int) and looks_at_s(c) for c in several for t in timesteps):
+        raise ValueError(
+            "timesteps must be the steps (s, t) that will be taken, for a covariance that looks at "
+            "s, got timesteps t alone"
+        )
     steps = sorted({(None, t) if isinstance(t, int) else t for t in timesteps}, key=_by_t)
     rows = []
     for s, t in progress_bar(steps, label, unit="t", show=progress):
@@ -115,7 +131,9 @@ def calibrate(
         errors: list[Tensor] = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size].to(denoiser.device)
-            prediction = noisy_prediction(denoiser, batch, t, seed, first)
+            prediction = noisy_prediction(
+                denoiser, batch, t, seed, first, labels=labels, draw=FITTING
+            )
             parts = [spectral(c.at(prediction, s=s).bounded(x0_range)) for c in several]
             if len(parts) > 1:
                 parts = [_pixels(part) for part in parts]

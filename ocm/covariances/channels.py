@@ -29,13 +29,14 @@ class ChannelBlocks:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the blocks; they cost D + 1 passes, or ``num_probes`` + 1."""
+        denoiser = self.denoiser.conditioned_as(prediction)
         x_t, t = prediction.x_t, timestep(prediction)
-        c, k = self.denoiser.covariance_coefficients(t, x_t)
+        c, k = denoiser.covariance_coefficients(t, x_t)
         J = hessdiag.block_diagonal(
-            self.denoiser.output_at(t),
+            denoiser.output_at(t),
             x_t,
             max_probes=self.num_probes,
-            seed=self.seed,
+            seed=(self.seed + t) % 2**64,  # other probes at each timestep
             sample_offset=prediction.sample_offset,
         ).blocks.to(x_t)
         identity = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)

@@ -31,13 +31,14 @@ class CosineDiagonal:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the estimate; it costs M + 1 passes."""
+        denoiser = self.denoiser.conditioned_as(prediction)
         x_t, t = prediction.x_t, timestep(prediction)
         if x_t.dim() < 3:
             raise ValueError(f"x_t must have two axes of positions, got shape {tuple(x_t.shape)}")
         exact = self.num_probes == "exact"
         num_probes = x_t[0].numel() if self.num_probes == "exact" else self.num_probes
         J = hessdiag.estimate(
-            self.denoiser.output_at(t),
+            denoiser.output_at(t),
             x_t,
             max_probes=num_probes,
             probes=hessdiag.UnitVectors() if exact else hessdiag.Rademacher(),
@@ -46,5 +47,5 @@ class CosineDiagonal:
             sample_offset=prediction.sample_offset,
             probe_offset=0 if exact else t * num_probes,
         ).diagonal
-        c, k = self.denoiser.covariance_coefficients(t, x_t)
+        c, k = denoiser.covariance_coefficients(t, x_t)
         return cosine_diagonal(c + k * J.to(x_t), x_t.shape)

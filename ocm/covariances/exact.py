@@ -20,9 +20,10 @@ class Exact:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the diagonal; it costs D + 1 passes."""
+        denoiser = self.denoiser.conditioned_as(prediction)
         x_t, t = prediction.x_t, timestep(prediction)
-        c, k = self.denoiser.covariance_coefficients(t, x_t)
-        J = hessdiag.exact(self.denoiser.output_at(t), x_t)
+        c, k = denoiser.covariance_coefficients(t, x_t)
+        J = hessdiag.exact(denoiser.output_at(t), x_t)
         return diagonal(c + k * J, x_t.shape)
 
 
@@ -37,8 +38,9 @@ class Full:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the covariance; it costs D + 1 passes."""
+        denoiser = self.denoiser.conditioned_as(prediction)
         x_t, t = prediction.x_t, timestep(prediction)
-        c, k = (number.reshape(1, 1, 1) for number in self.denoiser.covariance_coefficients(t, x_t))
-        J = hessdiag.jacobian(self.denoiser.output_at(t), x_t)
+        c, k = (number.reshape(1, 1, 1) for number in denoiser.covariance_coefficients(t, x_t))
+        J = hessdiag.jacobian(denoiser.output_at(t), x_t)
         identity = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
         return full(c * identity + k * J, x_t.shape)

@@ -44,9 +44,10 @@ class Hutchinson:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the estimate; it costs M + 1 passes."""
+        denoiser = self.denoiser.conditioned_as(prediction)
         x_t, t = prediction.x_t, timestep(prediction)
         J = hessdiag.estimate(
-            self.denoiser.output_at(t),
+            denoiser.output_at(t),
             x_t,
             max_probes=self.num_probes,
             probes=self.probes,
@@ -54,7 +55,7 @@ class Hutchinson:
             sample_offset=prediction.sample_offset,
             probe_offset=t * self.num_probes,
         ).diagonal
-        c, k = self.denoiser.covariance_coefficients(t, x_t)
+        c, k = denoiser.covariance_coefficients(t, x_t)
         return diagonal(c + k * J.to(x_t), x_t.shape)
 
 

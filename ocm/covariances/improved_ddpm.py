@@ -27,7 +27,7 @@ class ImprovedDDPM:
 
     which as a statement about x0 is Var = ((beta_bar_t / beta_bar_s)^v - 1) / (SNR(s) - SNR(t)):
     the only covariance here that depends on s. The head is trained on the KL of the steps to
-    s = t - 1, t drawn uniformly from 2 .. N, with the mean stopped.
+    s = t - 1, with the mean stopped.
 
     With a ``parameterisation`` of finite ``data_std`` the same bound trains Var = c_t ratio(o).
 
@@ -65,8 +65,9 @@ class ImprovedDDPM:
             return unit * self.parameterisation.ratio(output)
         fraction = (1.0 + full_precision(output)) / 2.0
         before = t - 1 if s is None else s
+        limit = per_sample(schedule.beta_bar, t, x_t) * fraction
         if isinstance(before, int) and before == 0:
-            return per_sample(schedule.beta_bar, t, x_t) * fraction
+            return limit
         log_beta_bar = schedule.beta_bar.log()
         snr = schedule.snr
         step_log = _difference(log_beta_bar, t, before).to(x_t)
@@ -75,7 +76,8 @@ class ImprovedDDPM:
         step_log, snr_difference = (
             number.reshape(-1, *spread) for number in (step_log, snr_difference)
         )
-        return torch.expm1(fraction * step_log) / snr_difference
+        variance = torch.expm1(fraction * step_log) / snr_difference
+        return torch.where(torch.isfinite(snr_difference), variance, limit)
 
     def loss(
         self,
@@ -89,7 +91,8 @@ class ImprovedDDPM:
     ) -> Tensor:
         """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
 
-        It is the mean KL times N, in nats per dimension: the bound's own sum over timesteps.
+        It is the mean KL times N, in nats per dimension, about the bound's sum over timesteps; the
+        step from t = 1, which has no interpolation, counts as another from t = 2.
         """
         schedule = self.denoiser.schedule
         t = t.clamp(min=2)

@@ -44,11 +44,12 @@ class Lanczos:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> LanczosCovariance:
         """Return the covariance, one pass; each use of it costs k products."""
+        denoiser = self.denoiser.conditioned_as(prediction)
         x_t, t = prediction.x_t, timestep(prediction)
-        backward = self.denoiser.covariance_products(x_t, t, mode="vjp")
+        backward = denoiser.covariance_products(x_t, t, mode="vjp")
         if not self.symmetric:
             return LanczosCovariance(backward, x_t, self.num_products)
-        forward = self.denoiser.covariance_products(x_t, t, mode="jvp")
+        forward = denoiser.covariance_products(x_t, t, mode="jvp")
         return LanczosCovariance(lambda v: (backward(v) + forward(v)) / 2.0, x_t, self.num_products)
 
 
@@ -107,7 +108,9 @@ class LanczosCovariance:
     def bounded(self, x0_range: tuple[float, float] | None) -> LanczosCovariance:
         """Return C without negative eigenvalues, its mean variance at most that of the data.
 
-        The mean variance along a vector; so the variance of a dimension obeys the bound too.
+        The mean variance is that of the vector the recurrence starts from, v^T C v / v^T v, so
+        that the factor is one for each vector: it brings a runaway covariance down, without being
+        linear. Leave it out where products must be, in conjugate gradients say.
         """
         limit = torch.inf if x0_range is None else variance_bound(x0_range)
 

@@ -60,5 +60,5 @@ class NPR:
         ratio = self.parameterisation.ratio((head or self.head)(prediction.features))
         target = (x0 - prediction.x0_hat).square()
         return regression_loss(
-            ratio, target, self.parameterisation, schedule, t, self.network_error
+            ratio, target, self.parameterisation, self.denoiser, t, self.network_error
         )

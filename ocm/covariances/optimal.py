@@ -92,7 +92,7 @@ class OptimalCovarianceMatching:
 
         unit = self.parameterisation.scale(schedule, t, x_t)
         c, k = (number / unit for number in denoiser.covariance_coefficients(t, x_t))
-        w = loss_weight(self.parameterisation, schedule, t, self.network_error).to(x_t)
+        w = loss_weight(self.parameterisation, denoiser, t, self.network_error).to(x_t)
         if isinstance(self.probes, hessdiag.Rademacher):
             return kernels.ocm_loss(
                 ratio,

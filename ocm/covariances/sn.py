@@ -27,13 +27,11 @@ class SN:
         denoiser: The frozen denoiser, whose features the head reads.
         head: The head.
         parameterisation: What its output means.
-        network_error: As in :class:`ocm.OptimalCovarianceMatching`.
     """
 
     denoiser: Denoiser
     head: nn.Module
     parameterisation: Parameterisation = PAPER
-    network_error: float = 0.02
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the variance of each dimension; no pass through the backbone."""
@@ -62,6 +60,4 @@ class SN:
             features = self.denoiser.predict(x_t, t, labels=labels).features
         ratio = self.parameterisation.ratio((head or self.head)(features))
         target = (x0 - self.parameterisation.gaussian_mean(schedule, t, x_t)).square()
-        return regression_loss(
-            ratio, target, self.parameterisation, schedule, t, self.network_error
-        )
+        return regression_loss(ratio, target, self.parameterisation, self.denoiser, t)
