@@ -159,3 +159,62 @@ def test_a_table_interpolates_and_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             TimestepTable.of(timesteps, values)
+
+
+@pytest.fixture
+def classes():
+    """A network with two classes, that predicts x0 = 0.2 or -0.3 by the class."""
+    from types import SimpleNamespace
+
+    from ocm.architectures import Architecture
+
+    class TwoClasses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = torch.nn.Identity()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, level, labels):
+            mean = torch.where(labels == 1, 0.2, -0.3).reshape(-1, 1, 1, 1)
+            return SimpleNamespace(sample=mean + 0.0 * self.features(x) * self.scale)
+
+    architecture = Architecture(
+        "TwoClasses", "features", lambda m, x, t, labels: m(x, t, labels).sample, {},
+        num_classes=lambda backbone: 2,
+    )  # fmt: skip
+    return ocm.Denoiser(TwoClasses(), ocm.linear(), "sample", architecture).freeze()
+
+
+def test_each_sample_is_fitted_and_scored_with_its_own_class(classes):
+    labels = torch.arange(40) % 2
+    x0 = torch.where(labels == 1, 0.2, -0.3).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    wrong = 1 - labels
+    for given, error in ((labels, 0.0), (wrong, 0.25)):
+        calibrated = ocm.calibrate(classes, ocm.BetaTilde(), x0, [500], labels=given, batch_size=16)
+        assert calibrated.weights.at(500)[1].item() == pytest.approx(error, abs=1e-6)
+    x0 = ocm.quantise(x0)
+    timesteps = ocm.even_timesteps(1000, 4)
+    right, off = (
+        ocm.bits_per_dim(classes, ocm.Exact(classes), x0, timesteps, labels=given).total.mean()
+        for given in (labels, wrong)
+    )
+    assert right + 1 < off
+
+
+def test_a_label_that_is_none_of_the_classes(classes):
+    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\. 1, got 0 \.\. 7"):
+        classes.conditioned(torch.tensor([0, 7]))
+
+
+def test_a_covariance_that_looks_at_s_is_calibrated_by_steps(denoiser):
+    covariance = ocm.ImprovedDDPM(denoiser, torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"timesteps must be the steps \(s, t\)"):
+        ocm.calibrate(denoiser, covariance, data(4), [100])
+    assert ocm.calibrate(denoiser, covariance, data(4), [(50, 100)]).looks_at_s
+
+
+def test_fits_draw_other_noise_than_scores(denoiser):
+    from ocm.noising import FITTING
+
+    fits, scores = (noisy_prediction(denoiser, data(2), 9, 0, draw=d).x_t for d in (FITTING, 0))
+    assert not torch.allclose(fits, scores)

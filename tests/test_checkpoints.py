@@ -240,3 +240,11 @@ def test_a_wrong_checkpoint_raises_value_error(copy, name, message):
     damage(name)(copy)
     with pytest.raises(ValueError, match=message):
         checkpoints.load(copy)
+
+
+@pytest.mark.parametrize("schedule", [ocm.linear(1000, 0.00085, 0.012), ocm.cosine(50, 0.1)])
+def test_a_schedule_of_other_arguments_stays_what_it_is(original, tmp_path, schedule):
+    denoiser = ocm.Denoiser(original.denoiser.backbone, schedule)
+    checkpoints.save(checkpoints.Checkpoint(denoiser, (1, 4, 4), 17, "digits"), tmp_path)
+    loaded = checkpoints.load(tmp_path).denoiser.schedule
+    torch.testing.assert_close(loaded.log_alpha_bar, schedule.log_alpha_bar, rtol=1e-12, atol=0)

@@ -202,6 +202,48 @@ def test_two_processes_share_the_samples_out(trained, tmp_path):
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
 
 
+def test_a_retrained_head_loses_its_calibration(trained, invoke, tmp_path):
+    sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
+    answer = invoke("train", "--denoiser", trained, "--out", tmp_path, "--head", "sn", *sizes)
+    assert answer.exit_code == 0, answer.output
+    loaded = checkpoints.load(tmp_path)
+    assert set(loaded.learned) == set(LEARNED)
+    assert set(loaded.calibrations) == set(checkpoints.load(trained).calibrations) - {"sn"}
+    assert loaded.num_calibration == 150
+
+
+def test_a_head_of_another_denoiser_is_not_taken_for_finished(trained, invoke, tmp_path):
+    sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
+    other = tmp_path / "other"
+    assert invoke("train", "--out", other, "--denoiser-steps", 2, *sizes).exit_code == 0
+    out = tmp_path / "out"
+    assert invoke("train", "--out", out, "--denoiser", trained, *sizes).exit_code == 0
+    (out / "ocm.json").unlink()
+    answer = invoke("train", "--out", out, "--denoiser", other, *sizes)
+    assert "--overwrite" in str(answer.exception)
+    assert "denoiser" in str(answer.exception)
+    answer = invoke("train", "--out", out, "--denoiser", other, *sizes, "--overwrite")
+    assert answer.exit_code == 0, answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sample", "--guidance", 2), "guidance_scale must be 1 without labels"),
+        (("sample", "--vae", "x"), "is for a model of latents"),
+        (("calibrate", "--image-size", 16), "--image-size 16 is for --vae"),
+        (("evaluate", "--covariance", "lanczos"), "no density"),
+        (("sample", "--covariance", "lanczos", "--calibrated"), "no density"),
+        (("train", "--hold-out", 800), "--hold-out must be at most 150"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(trained, invoke, tmp_path, arguments, message):
+    command, *rest = arguments
+    place = ("--denoiser", trained) if command == "train" else (trained,)
+    answer = invoke(command, *place, "--out", tmp_path, *rest, "--device", "cpu", "--quiet")
+    assert message in str(answer.exception)
+
+
 def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
     from safetensors.torch import load_file
 

@@ -229,3 +229,26 @@ def test_a_ratio_of_one_is_the_start_of_every_parameterisation(denoiser):
 def test_an_impossible_unit():
     with pytest.raises(ValueError, match=r"data_std must be positive, got 0\.0"):
         ocm.Parameterisation(data_std=0.0)
+
+
+def test_iddpm_at_the_lowest_timestep_of_a_batch(denoiser):
+    x_t = torch.randn(2, 1, 1, 3).double()
+    covariance = ImprovedDDPM(denoiser, Affine())
+    both = covariance.at(denoiser.predict(x_t, torch.tensor([1, 40]))).diagonal()
+    for i, t in enumerate((1, 40)):
+        alone = covariance.at(denoiser.predict(x_t[i : i + 1], t)).diagonal()
+        torch.testing.assert_close(both[i : i + 1], alone)
+    assert torch.isfinite(both).all()
+
+
+def test_only_what_holds_the_predicted_noise_is_weighted_down(unet):
+    """For a network that predicts x0, and for SN's target, every noise level counts the same."""
+    from ocm.covariances.base import loss_weight
+
+    t = torch.tensor([10, 1000])
+    for prediction_type, expected in (("epsilon", 1e-3), ("sample", 1.0), ("v_prediction", 1.0)):
+        denoiser = ocm.Denoiser(unet, ocm.linear(), prediction_type)
+        weight = loss_weight(PRECONDITIONED, denoiser, t, 0.02)
+        assert weight[0] == pytest.approx(1.0, abs=1e-3)
+        assert weight[1] <= expected
+        assert loss_weight(ocm.PAPER, denoiser, t, 0.02).tolist() == [1.0, 1.0]
