@@ -85,3 +85,64 @@ def test_files_that_are_linked_exist():
 def test_make_targets_that_are_named_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
+
+
+DIGITS = ("beta", "analytic", "iddpm", "npr", "sn", "ocm", "exact", "cosine", "full")
+
+
+def digits_evaluation():
+    return json.loads((RESULTS / "digits" / "evaluation.json").read_text())
+
+
+def test_the_digits_table_is_the_recorded_one():
+    record = digits_evaluation()
+    rows = [*DIGITS, *(f"{name}_calibrated" for name in DIGITS)]
+    table = {
+        name: {
+            K: Estimate(record["nll_bits_per_dim"][name][str(K)], None)
+            for K in record["step_counts"]
+        }
+        for name in rows
+    }
+    (quoted,) = re.findall(r"<!-- digits table -->\n\n(.*?)\n\n<!-- end", README, re.DOTALL)
+    assert quoted == likelihood_markdown(table, record["step_counts"])
+
+
+def test_the_recorded_digits_show_what_is_claimed():
+    """Calibration lowers every bound up to K = 25, and the lowest of all is a calibrated one.
+
+    A number for each timestep has nothing to gain from another: the calibrated analytic variance
+    may differ from the plain one by its own error of estimation, but not by more.
+    """
+    bits = digits_evaluation()["nll_bits_per_dim"]
+    plain = [name for name in bits if not name.endswith("_calibrated")]
+    for name in plain:
+        for K in ("5", "10", "25"):
+            gain = bits[name][K] - bits[f"{name}_calibrated"][K]
+            assert gain > (-0.002 if name == "analytic" else 0.0), (name, K)
+    for K in ("5", "10", "25"):
+        best = min(bits[f"{name}_calibrated"][K] for name in plain)
+        assert best < min(bits[name][K] for name in plain)
+
+
+def test_the_recorded_toy_shows_what_is_claimed():
+    """The error of the OCM head in bounded units is the least of all heads at every level."""
+    rows = json.loads((RESULTS / "cpu" / "toy.json").read_text())["rows"]
+    heads = [row for row in rows if row["parameterisation"]]
+    for mixture in {row["mixture"] for row in heads}:
+        for t in {row["t"] for row in heads}:
+            errors = {
+                (row["method"], row["parameterisation"]): row["mse"]
+                for row in heads
+                if (row["mixture"], row["t"]) == (mixture, t)
+            }
+            ours = errors.pop(("OCM", "preconditioned"))
+            others = [error for (method, _), error in errors.items() if method != "OCM"]
+            assert ours < min(others), (mixture, t)
+
+
+def test_a_head_costs_one_pass_and_little_time():
+    rows = json.loads((RESULTS / "cpu" / "sampling.json").read_text())["rows"]
+    heads = [row for row in rows if "simple head" in row["covariance"]]
+    assert {row["network"] for row in heads} and all(row["passes"] == 1 for row in heads)
+    assert all(row["over_plain"] <= 1.05 for row in heads)

@@ -98,7 +98,7 @@ def fit_analytic(
         drawn, predicted = torch.cat(squares, dim=1)
         covariance = torch.cov(torch.stack([drawn, predicted]))
         weight = covariance[0, 1] / covariance[0, 0].clamp(min=torch.finfo(torch.float64).tiny)
-        return 1.0 - predicted.mean().item() + weight.item() * (drawn.mean().item() - 1.0)
+        return float(1.0 - predicted.mean() + weight * (drawn.mean() - 1.0))
 
     return Analytic(denoiser.schedule, _tabulate(fraction, timesteps, progress))
 
