@@ -125,24 +125,9 @@ def test_the_recorded_digits_show_what_is_claimed():
         assert best < min(bits[name][K] for name in plain)
 
 
-def test_the_recorded_toy_shows_what_is_claimed():
-    """The error of the OCM head in bounded units is the least of all heads at every level."""
-    rows = json.loads((RESULTS / "cpu" / "toy.json").read_text())["rows"]
-    heads = [row for row in rows if row["parameterisation"]]
-    for mixture in {row["mixture"] for row in heads}:
-        for t in {row["t"] for row in heads}:
-            errors = {
-                (row["method"], row["parameterisation"]): row["mse"]
-                for row in heads
-                if (row["mixture"], row["t"]) == (mixture, t)
-            }
-            ours = errors.pop(("OCM", "preconditioned"))
-            others = [error for (method, _), error in errors.items() if method != "OCM"]
-            assert ours < min(others), (mixture, t)
-
-
 def test_a_head_costs_one_pass_and_little_time():
     rows = json.loads((RESULTS / "cpu" / "sampling.json").read_text())["rows"]
     heads = [row for row in rows if "simple head" in row["covariance"]]
-    assert {row["network"] for row in heads} and all(row["passes"] == 1 for row in heads)
+    assert len({row["network"] for row in heads}) == 2
+    assert all(row["passes"] == 1 for row in heads)
     assert all(row["over_plain"] <= 1.05 for row in heads)
