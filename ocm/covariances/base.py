@@ -88,6 +88,13 @@ def from_branches(
     return diagonal(combined[0] + combined[1], shape)
 
 
+def scaled_ratio(covariance: LearnedCovariance, prediction: Prediction) -> Tensor:
+    """Return c_t ratio(o), o what the head puts out for the features of the prediction."""
+    units, schedule = covariance.parameterisation, covariance.denoiser.schedule
+    ratio = units.ratio(covariance.head(prediction.features))
+    return units.scale(schedule, prediction.t, prediction.x_t) * ratio
+
+
 def regression_loss(
     ratio: Tensor,
     target: Tensor,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ocm.covariances.base import from_branches, regression_loss
+from ocm.covariances.base import from_branches, regression_loss, scaled_ratio
 from ocm.denoiser import Denoiser, Prediction
 from ocm.noising import noisy
 from ocm.parameterisation import PAPER, Parameterisation
@@ -35,12 +35,7 @@ class NPR:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the variance of each dimension; no pass through the backbone."""
-        return from_branches(prediction, self._variance)
-
-    def _variance(self, prediction: Prediction) -> Tensor:
-        ratio = self.parameterisation.ratio(self.head(prediction.features))
-        schedule = self.denoiser.schedule
-        return self.parameterisation.scale(schedule, prediction.t, prediction.x_t) * ratio
+        return from_branches(prediction, lambda branch: scaled_ratio(self, branch))
 
     def loss(
         self,

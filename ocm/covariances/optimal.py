@@ -11,7 +11,7 @@ import hessdiag
 from hessdiag import kernels
 from hessdiag.kernels.philox import seed_tensor
 from hessdiag.products import JacobianProducts, Mode
-from ocm.covariances.base import from_branches, loss_weight
+from ocm.covariances.base import from_branches, loss_weight, scaled_ratio
 from ocm.denoiser import Denoiser, Prediction
 from ocm.noising import noisy
 from ocm.parameterisation import PAPER, Parameterisation
@@ -52,12 +52,7 @@ class OptimalCovarianceMatching:
 
     def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
         """Return the variance of each dimension; no pass through the backbone."""
-        return from_branches(prediction, self._variance)
-
-    def _variance(self, prediction: Prediction) -> Tensor:
-        ratio = self.parameterisation.ratio(self.head(prediction.features))
-        schedule = self.denoiser.schedule
-        return self.parameterisation.scale(schedule, prediction.t, prediction.x_t) * ratio
+        return from_branches(prediction, lambda branch: scaled_ratio(self, branch))
 
     def loss(
         self,

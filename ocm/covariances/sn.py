@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ocm.covariances.base import from_branches, regression_loss
+from ocm.covariances.base import from_branches, regression_loss, scaled_ratio
 from ocm.denoiser import Denoiser, Prediction
 from ocm.noising import noisy
 from ocm.parameterisation import PAPER, Parameterisation
@@ -39,9 +39,8 @@ class SN:
 
     def _variance(self, prediction: Prediction) -> Tensor:
         schedule, t, x_t = self.denoiser.schedule, prediction.t, prediction.x_t
-        ratio = self.parameterisation.ratio(self.head(prediction.features))
         offset = prediction.x0_hat - self.parameterisation.gaussian_mean(schedule, t, x_t)
-        return self.parameterisation.scale(schedule, t, x_t) * ratio - offset.square()
+        return scaled_ratio(self, prediction) - offset.square()
 
     def loss(
         self,
