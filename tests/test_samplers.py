@@ -10,6 +10,7 @@ from gaussian_denoiser import gaussian_denoiser
 
 import ocm
 from hessdiag.kernels import gaussian_step
+from ocm.checkpoints import LEARNED
 from ocm.samplers import ddim, ddpm, last_step_noise
 
 SCHEDULES = {"linear": ocm.linear(), "cosine": ocm.cosine()}
@@ -132,3 +133,14 @@ def test_timesteps_must_increase_to_the_noise(timesteps):
     denoiser = gaussian_denoiser(torch.zeros(4), torch.eye(4), ocm.linear())
     with pytest.raises(ValueError, match="timesteps must"):
         ocm.sample(denoiser, ocm.BetaTilde(), (2, 1, 1, 4), timesteps)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("kind", ["simple", "residual"])
+def test_a_head_costs_no_further_pass_through_the_backbone(unet, method, kind):
+    denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
+    covariance = LEARNED[method](denoiser, ocm.make_head(denoiser, kind).requires_grad_(False))
+    passes = []
+    unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    ocm.sample(denoiser, covariance, (3, 2, 8, 8), ocm.even_timesteps(1000, 4))
+    assert passes == [3] * 4
