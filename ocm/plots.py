@@ -44,6 +44,8 @@ _LABELS = {
     "full": "exact full",
 }
 _CALIBRATED = "_calibrated"
+# Times the lowest value that an evaluation's plot reaches up to.
+_TALLEST = 2.5
 
 
 def label(name: str) -> str:
@@ -146,7 +148,7 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
     """Draw bits/dim, and Fréchet distances where there are some, against the number of steps.
 
     Args:
-        record: What `ocm evaluate` writes as JSON.
+        record: What `ocm evaluate` writes as JSON, or that file read again.
         path: Where the PNG goes.
         title: Stands above.
     """
@@ -156,7 +158,9 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         ("Likelihood bound", "bits/dim on held-out images", _plain(bits))
     ]
     if _calibrated_ones(bits):
-        panels.append(("calibrated", "bits/dim on held-out images", _calibrated_ones(bits)))
+        panels.append(
+            ("Likelihood bound, calibrated", "bits/dim on held-out images", _calibrated_ones(bits))
+        )
     for sampler, table in record.get("quality", {}).items():
         distances = {
             name: {K: cell["frechet"] for K, cell in row.items()}
@@ -167,8 +171,14 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         1, len(panels), figsize=(4.2 * len(panels) + 1.8, 4.2), squeeze=False
     )
     for axis, (heading, unit, rows) in zip(axes.flat, panels, strict=True):
+        rows = {name: {int(K): value for K, value in row.items()} for name, row in rows.items()}
         _lines(axis, rows)
-        _limit_to_the_close_lines(axis, rows)
+        lowest = min(min(row.values()) for row in rows.values())
+        highest = max(max(row.values()) for row in rows.values())
+        top = min(highest + 0.05 * (highest - lowest), _TALLEST * lowest)
+        axis.set_ylim(lowest - 0.05 * (top - lowest), top)
+        if highest > top:
+            heading += "\n(what is higher leaves the plot)"
         axis.set(xscale="log", xlabel="steps K", ylabel=unit, title=heading)
         ticks = sorted({K for row in rows.values() for K in row})
         axis.set_xticks(ticks, [str(K) for K in ticks])

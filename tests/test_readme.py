@@ -26,11 +26,11 @@ def test_the_demo_table_is_the_recorded_one():
 
 
 def test_the_recorded_demo_shows_what_it_is_for():
-    """From K = 10 on the head's bound is below both of DDPM's, and within 2% of the exact one."""
+    """From K = 10 on the head's bound is below both of DDPM's, and within 3% of the exact one."""
     bits = json.loads((RESULTS / "demo" / "metrics.json").read_text())["nll_bits_per_dim"]
     for K in ("10", "25", "50"):
         assert bits["ocm"][K] < min(bits["beta"][K], bits["beta_tilde"][K])
-        assert abs(bits["ocm"][K] / bits["exact"][K] - 1) < 0.02
+        assert abs(bits["ocm"][K] / bits["exact"][K] - 1) < 0.03
 
 
 def test_the_ratio_to_the_loop_is_the_recorded_one():
