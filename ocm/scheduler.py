@@ -180,12 +180,9 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: If both or neither of the two are given, or they do not fit N.
         """
         N = self.schedule.num_timesteps
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                "one of num_inference_steps and timesteps must be given, got "
-                f"{num_inference_steps} and {timesteps}"
-            )
-        if num_inference_steps is not None:
+        if timesteps is not None and num_inference_steps is None:
+            levels = [int(level) for level in timesteps]
+        elif num_inference_steps is not None and timesteps is None:
             check_positive_int("num_inference_steps", num_inference_steps)
             if num_inference_steps > N:
                 raise ValueError(
@@ -194,7 +191,10 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
                 )
             levels = self._spaced(num_inference_steps)
         else:
-            levels = [int(level) for level in timesteps]  # type: ignore[union-attr]  # one is given
+            raise ValueError(
+                "one of num_inference_steps and timesteps must be given, got "
+                f"{num_inference_steps} and {timesteps}"
+            )
         falls = all(low < high for high, low in itertools.pairwise(levels))
         if not levels or not falls or levels[0] >= N or levels[-1] < 0:
             raise ValueError(f"timesteps must decrease from at most {N - 1} to 0, got {levels}")

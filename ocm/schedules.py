@@ -177,6 +177,7 @@ def from_scheduler(scheduler: Any) -> Schedule:
     }
     try:
         betas = DDPMScheduler(**config).betas
+    # NotImplementedError is diffusers' word for a beta_schedule that it does not know.
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"scheduler has no betas of a DDPMScheduler: {error}") from error
     return from_betas(betas)
