@@ -47,4 +47,6 @@ def worker(rank, world_size, functions, store, out):
             gathered[make.__name__].append(torch.cat(parts))
     if rank == 0:
         torch.save(gathered, out)
+    # Together: no process leaves while another still uses the connection.
+    dist.barrier()
     dist.destroy_process_group()

@@ -200,6 +200,7 @@ def _gather(images: Tensor, place: object) -> Tensor | None:
     parts: list[object] = [None] * distributed.get_world_size()
     distributed.gather_object(images, parts if distributed.get_rank() == 0 else None)
     rank = distributed.get_rank()
+    distributed.barrier()  # not while another process still sends
     distributed.destroy_process_group()
     if rank != 0:
         return None
