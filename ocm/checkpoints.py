@@ -8,6 +8,7 @@ tables.json                 numbers by timestep: analytic variances, calibration
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,11 @@ from ocm.tables import StepTable, TimestepTable, table_from_json
 
 _FORMAT = "ocm-checkpoint"
 _VERSION = 2
+# As diffusers' save_pretrained names them: one file, or several and an index.
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+# Small enough to be carried one by one.
+_MAX_SHARD_SIZE = "14MB"
 
 # What learned covariances are called in checkpoints and on the command line.
 LEARNED: dict[str, Any] = {
@@ -77,13 +83,33 @@ class Checkpoint:
     num_calibration: int = 0
 
 
-def save(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Write a checkpoint to the directory ``path``, which is made if need be."""
+def save(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = _MAX_SHARD_SIZE,
+) -> None:
+    """Write a checkpoint to the directory ``path``, which is made if need be.
+
+    Args:
+        checkpoint: What to write.
+        path: The directory.
+        dtype: What the denoiser's weights are rounded to on disk, torch.float16 say; None leaves
+            them as they are. :func:`load` reads them into float32 all the same: heads that were
+            trained before belong to the weights before.
+        max_shard_size: Most bytes of a file of the denoiser's weights, as ``save_pretrained`` of
+            diffusers takes it.
+    """
     from safetensors.torch import save_file
 
     directory, denoiser = Path(path), checkpoint.denoiser
     (directory / "heads").mkdir(parents=True, exist_ok=True)
-    denoiser.backbone.save_pretrained(directory / "denoiser")
+    backbone = denoiser.backbone if dtype is None else copy.deepcopy(denoiser.backbone).to(dtype)
+    # save_pretrained would leave the index of an earlier one, or its single file, beside its own.
+    for file in (_WEIGHTS, _INDEX):
+        (directory / "denoiser" / file).unlink(missing_ok=True)
+    backbone.save_pretrained(directory / "denoiser", max_shard_size=max_shard_size)
     description: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -221,7 +247,7 @@ def load_backbone(directory: str | Path) -> Any:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{file} makes no model: {error}") from error
     # Strictly, where from_pretrained leaves weights that it does not find at their random start.
-    _load_weights(backbone, directory / "diffusion_pytorch_model.safetensors")
+    _load_weights(backbone, directory / _WEIGHTS, directory / _INDEX)
     return backbone
 
 
@@ -317,15 +343,37 @@ def _write_json(file: Path, record: dict[str, Any]) -> None:
     file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
-def _load_weights(module: nn.Module, file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _load_weights(module: nn.Module, file: Path, index: Path | None = None) -> None:
+    """Load weights strictly from one file, or from the several of an index if that is there."""
+    files = [file]
+    if index is not None and not file.exists() and index.exists():
+        files, file = _indexed(index), index
+    tensors: dict[str, torch.Tensor] = {}
+    for part in files:
+        tensors |= _read_weights(part)
     try:
-        module.load_state_dict(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         raise CheckpointError(f"{file} is of another model: {error}") from error
     if not all(bool(torch.isfinite(weight).all()) for weight in module.parameters()):
         raise CheckpointError(f"{file} holds NaN or infinite weights")
+
+
+def _read_weights(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return tensors
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the files of an index, which lie beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{index} must hold a weight_map to files beside it, got {names}")
+    return [index.parent / name for name in names]

@@ -1,11 +1,12 @@
 """The state of a training on disk, from which it goes on to the same bits after a kill.
 
-    directory/training-state-00000200/state.json           step, settings, digest of the tensors
-    directory/training-state-00000200/state.safetensors    weights, average, optimiser, losses
+    training-state-00000200/state.json                           step, settings, digests
+    training-state-00000200/state-00001-of-00002.safetensors     weights, average, optimiser, losses
 
-Nothing is unpickled. A state is written to a folder of another name, flushed to the disk and then
-renamed, and only then are older ones removed: whenever the process is killed, the newest folder
-of the name above is complete.
+Nothing is unpickled. The tensors are spread over files small enough to be carried one by one. A
+state is written to a folder of another name, flushed to the disk and then renamed, and only then
+are older ones removed: whenever the process is killed, the newest folder of the name above is
+complete.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 _FORMAT = "ocm-training-state"
-_VERSION = 1
+_VERSION = 2
 _DESCRIPTION = "state.json"
-_TENSORS = "state.safetensors"
+_FILE = re.compile(r"state-\d{5}-of-\d{5}\.safetensors")
+# Of the tensors in a file: with its header the file stays below 15 MB.
+_MAX_FILE_BYTES = 14_000_000
 _FOLDER = re.compile(r"training-state-(\d{8,})")
 _PARTIAL = "training-state.partial"
 _WAY_OUT = (
@@ -64,13 +67,20 @@ class TrainingState:
         return [float(loss) for loss in self.tensors["losses"].tolist()]
 
 
-def write_state(directory: Path, state: TrainingState, run: Mapping[str, object]) -> Path:
+def write_state(
+    directory: Path,
+    state: TrainingState,
+    run: Mapping[str, object],
+    *,
+    max_file_bytes: int = _MAX_FILE_BYTES,
+) -> Path:
     """Write a state, then remove older ones.
 
     Args:
         directory: Made if need be.
         state: What to write.
         run: The settings that a training must share to go on from it, as JSON can hold them.
+        max_file_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
 
     Returns:
         The folder of the state.
@@ -83,7 +93,10 @@ def write_state(directory: Path, state: TrainingState, run: Mapping[str, object]
         shutil.rmtree(partial)
     partial.mkdir()
     tensors = {name: _own(tensor) for name, tensor in state.tensors.items()}
-    save_file(tensors, partial / _TENSORS)
+    groups = _groups(tensors, max_file_bytes)
+    files = [f"state-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    for name, group in zip(files, groups, strict=True):
+        save_file(group, partial / name)
     description = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -91,10 +104,10 @@ def write_state(directory: Path, state: TrainingState, run: Mapping[str, object]
         "num_processes": state.num_processes,
         "run": dict(run),
         "scaler": None if state.scaler is None else dict(state.scaler),
-        "sha256": _sha256(partial / _TENSORS),
+        "files": {name: _sha256(partial / name) for name in files},
     }
     (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    for path in (partial / _TENSORS, partial / _DESCRIPTION, partial):
+    for path in (*(partial / name for name in files), partial / _DESCRIPTION, partial):
         _flush(path)
     folder = directory / f"training-state-{state.step:08d}"
     os.rename(partial, folder)
@@ -134,11 +147,15 @@ def read_state(directory: Path, run: Mapping[str, object]) -> TrainingState | No
     scaler = description.get("scaler")
     if scaler is not None and not isinstance(scaler, dict):
         raise _damaged(file, f"its entry scaler must be null or an object, got {scaler!r}")
-    tensors = _read_tensors(folder / _TENSORS, _entry(file, description, "sha256", str))
+    tensors: dict[str, Tensor] = {}
+    for name, sha256 in _entry(file, description, "files", dict).items():
+        if not _FILE.fullmatch(name):
+            raise _damaged(file, f"its entry files must name files of tensors, got {name!r}")
+        tensors |= _read_tensors(folder / name, sha256)
     losses = tensors.get("losses")
     if losses is None or losses.shape != (step,):
         shape = None if losses is None else tuple(losses.shape)
-        raise _damaged(file, f"its step is {step}, but {_TENSORS} has losses of shape {shape}")
+        raise _damaged(file, f"its step is {step}, but its files have losses of shape {shape}")
     return TrainingState(step, tensors, scaler, num_processes, folder)
 
 
@@ -215,15 +232,14 @@ def restore_tensors(
             if f"optimizer/{entry}/{name}" in state.tensors:
                 targets[f"optimizer/{entry}/{name}"] = torch.empty_like(parameter)
                 targets[f"optimizer/step/{name}"] = torch.empty(())
-    file = None if state.path is None else state.path / _TENSORS
     for name in [*targets, *state.tensors]:
         if name == "losses":
             continue
         got, expected = _kind(state.tensors.get(name)), _kind(targets.get(name))
         if got != expected:
             raise TrainingStateError(
-                f"{file} is of another module: {name} is {got} there, and {expected} here; train "
-                f"the module that was trained there, {_WAY_OUT}"
+                f"{state.path} is of another module: {name} is {got} there, and {expected} here; "
+                f"train the module that was trained there, {_WAY_OUT}"
             )
     with torch.no_grad():
         for name, target in targets.items():
@@ -246,6 +262,19 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _kind(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _groups(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+    """Split tensors, in order, into groups of at most ``max_bytes``, or of one larger tensor."""
+    groups: list[dict[str, Tensor]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not groups or tensor.nbytes > room:
+            groups.append({})
+            room = max_bytes
+        groups[-1][name] = tensor
+        room -= tensor.nbytes
+    return groups
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -306,7 +335,7 @@ def _entry(file: Path, description: Mapping[str, Any], name: str, kind: type) ->
     return value
 
 
-def _read_tensors(file: Path, sha256: str) -> dict[str, Tensor]:
+def _read_tensors(file: Path, sha256: object) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -113,6 +113,75 @@ def test_the_denoiser_of_a_pipeline_of_diffusers(tmp_path):
     torch.testing.assert_close(denoiser.output(x_t, 7), expected)
 
 
+@pytest.fixture(scope="module")
+def sharded(original, tmp_path_factory):
+    path = tmp_path_factory.mktemp("sharded")
+    checkpoints.save(original, path, max_shard_size="1MB")
+    return path
+
+
+def test_weights_over_several_files(original, saved, sharded, tmp_path):
+    weights = sorted((sharded / "denoiser").glob("*.safetensors"))
+    assert len(weights) > 1
+    assert all(file.stat().st_size < 1.1e6 for file in weights)
+    expected = original.denoiser.backbone.state_dict()
+
+    def check(path):
+        found = checkpoints.load(path).denoiser.backbone.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+    check(sharded)
+    both_ways = shutil.copytree(sharded, tmp_path / "both")
+    checkpoints.save(original, both_ways)
+    assert sorted(f.name for f in (both_ways / "denoiser").iterdir()) == sorted(
+        f.name for f in (saved / "denoiser").iterdir()
+    )
+    check(both_ways)
+    checkpoints.save(original, both_ways, max_shard_size="1MB")
+    check(both_ways)
+
+
+def test_weights_in_half_precision_are_read_into_float32(original, saved, tmp_path):
+    checkpoints.save(original, tmp_path, dtype=torch.float16)
+    name = "denoiser/diffusion_pytorch_model.safetensors"
+    sizes = [(path / name).stat().st_size for path in (tmp_path, saved)]
+    assert sizes[0] < 0.55 * sizes[1]
+    weights = original.denoiser.backbone.state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    found = checkpoints.load(tmp_path).denoiser.backbone.state_dict()
+    for key, weight in found.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, weights[key].half().float())
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (".index.json", lambda file: file.write_text("{"), "index.json cannot be read as JSON"),
+        (".index.json", lambda file: file.write_text("{}"), "index.json must hold a weight_map"),
+        (
+            ".index.json",
+            lambda file: file.write_text('{"weight_map": {"a": "../ocm.json"}}'),
+            "index.json must hold a weight_map to files beside it",
+        ),
+        ("-00001-of", lambda file: file.unlink(), "-00001-of-0000.* cannot be read"),
+        ("-00001-of", lambda file: file.write_bytes(b"12345678"), "-00001-of-0000.* cannot be"),
+        (
+            ".index.json",
+            lambda file: file.write_text(file.read_text().replace("-00001-of-", "-00002-of-")),
+            "index.json is of another model: .*Missing key",
+        ),
+    ],
+)
+def test_damage_to_weights_over_several_files(sharded, tmp_path, name, damage, message):
+    copy = shutil.copytree(sharded, tmp_path / "copy")
+    (file,) = (file for file in (copy / "denoiser").iterdir() if name in file.name)
+    damage(file)
+    with pytest.raises(checkpoints.CheckpointError, match=f"(?s){message}"):
+        checkpoints.load(copy)
+
+
 def damage(name):
     """Return a function that spoils a checkpoint in the way called ``name``."""
 

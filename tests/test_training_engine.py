@@ -39,6 +39,7 @@ from ocm.training_state import (
 
 TIMEOUT = 120
 PARTIAL = "training-state.partial"
+TENSORS = "state-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,10 @@ def files(directory):
 
 def state_of(directory):
     (folder,) = Path(directory).glob("training-state-*[0-9]")
-    return safetensors.torch.load_file(folder / "state.safetensors")
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+    return tensors
 
 
 class StoppedError(Exception):
@@ -320,7 +324,8 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(processes, tmp
 
 
 def a_state(step):
-    return TrainingState(step, {"losses": torch.arange(step).double()}, None, 1)
+    tensors = {f"module/{i}": torch.full((2,), float(i)) for i in range(3)}
+    return TrainingState(step, tensors | {"losses": torch.arange(step).double()}, None, 1)
 
 
 def cut_short(function, point, monkeypatch):
@@ -355,7 +360,12 @@ def test_a_state_cut_short_at_any_call_leaves_a_complete_one(tmp_path, monkeypat
     for point in itertools.count():
         directory = tmp_path / str(point)
         write_state(directory, a_state(1), {})
-        cut = cut_short(lambda d=directory: write_state(d, a_state(2), {}), point, monkeypatch)
+        # Over several files.
+        cut = cut_short(
+            lambda d=directory: write_state(d, a_state(2), {}, max_file_bytes=20),
+            point,
+            monkeypatch,
+        )
         found.append(read_state(directory, {}).step)
         write_state(directory, a_state(3), {})
         assert files(directory) == ["training-state-00000003"]
@@ -364,6 +374,22 @@ def test_a_state_cut_short_at_any_call_leaves_a_complete_one(tmp_path, monkeypat
     assert len(found) > 12
     assert found == sorted(found)
     assert set(found) == {1, 2}
+
+
+def test_a_state_is_spread_over_files_of_at_most_so_many_bytes(tmp_path):
+    sizes = {"a": 3, "b": 4, "c": 30, "d": 1, "losses": 5}
+    tensors = {name: torch.arange(size).double() for name, size in sizes.items()}
+    folder = write_state(tmp_path, TrainingState(5, tensors, None, 1), {}, max_file_bytes=60)
+    found = [safetensors.torch.load_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    assert [set(part) for part in found] == [{"a", "b"}, {"c"}, {"d", "losses"}]
+    assert files(folder) == [
+        *(f"state-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        "state.json",
+    ]
+    assert equal(read_state(tmp_path, {}).tensors, tensors)
+    flip_a_bit(folder / "state-00003-of-00003.safetensors")
+    with pytest.raises(TrainingStateError, match=r"state-00003-of-00003\.safetensors is damaged"):
+        read_state(tmp_path, {})
 
 
 def test_removing_states_cut_short_at_any_call_leaves_a_complete_one_or_none(tmp_path, monkeypatch):
@@ -451,8 +477,8 @@ def test_a_state_of_another_module_or_other_data_is_refused(tmp_path):
     module = make_network(noisy=False, width=17)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     message = (
-        r"state\.safetensors is of another module: module/first\.weight is torch\.float32 of shape "
-        r"\(16, 8\) there, and torch\.float32 of shape \(17, 8\) here"
+        r"training-state-00000001 is of another module: module/first\.weight is torch\.float32 of "
+        r"shape \(16, 8\) there, and torch\.float32 of shape \(17, 8\) here"
     )
     with pytest.raises(TrainingStateError, match=message):
         train("network", module, loss, images, labels, NUM_TIMESTEPS, SETTINGS, **options)
@@ -483,19 +509,22 @@ def edit(**changes):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("state.safetensors", flip_a_bit, "its SHA-256 is"),
-        ("state.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), "its SHA-256 is"),
-        ("state.safetensors", Path.unlink, "cannot be read"),
+        (TENSORS, flip_a_bit, "its SHA-256 is"),
+        (TENSORS, lambda f: f.write_bytes(f.read_bytes()[:-9]), "its SHA-256 is"),
+        (TENSORS, Path.unlink, "cannot be read"),
         ("state.json", Path.unlink, "cannot be read as JSON"),
         ("state.json", lambda f: f.write_text(f.read_text()[:50]), "cannot be read as JSON"),
         ("state.json", lambda f: f.write_text("[]"), "its entry format must be"),
-        ("state.json", edit(version=9), "version 9, this ocm reads 1"),
+        ("state.json", edit(version=9), "version 9, this ocm reads 2"),
         ("state.json", edit(run=3), "its entry run must be of type dict, got 3"),
         ("state.json", edit(step=True), "its entry step must be of type int, got True"),
         ("state.json", edit(step=2), r"its step is 2, but .* losses of shape \(1,\)"),
         ("state.json", edit(num_processes="x"), "its entry num_processes must be of type int"),
         ("state.json", edit(scaler=3), "its entry scaler must be null or an object, got 3"),
-        ("state.json", edit(sha256=None), "its entry sha256 must be of type str, got None"),
+        ("state.json", edit(files=None), "its entry files must be of type dict, got None"),
+        ("state.json", edit(files={"../x": ""}), "must name files of tensors, got '../x'"),
+        ("state.json", edit(files={}), "its step is 1, but its files have losses of shape None"),
+        (TENSORS, lambda f: edit(files={TENSORS: None})(f.parent / "state.json"), "says None"),
     ],
 )
 def test_a_damaged_state_is_refused(tmp_path, name, damage, message):
