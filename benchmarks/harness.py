@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -99,8 +100,28 @@ def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
-def write(out: Path, suite: str, record: Row, table: str) -> None:
-    """Write ``<suite>.json`` and ``<suite>.md`` to the directory ``out``."""
+def write(out: Path, suite: str, record: Row, tables: str, *, command: str, seconds: float) -> Row:
+    """Write ``<suite>.json`` and ``<suite>.md`` to the directory ``out``, which is made if need be.
+
+    Args:
+        out: The directory.
+        suite: Name of the suite.
+        record: What it measured.
+        tables: The same in Markdown.
+        command: The command that makes these rows.
+        seconds: How long it took.
+
+    Returns:
+        The record with ``suite``, ``command``, ``date`` (UTC) and ``seconds`` in front.
+    """
+    origin: Row = {
+        "suite": suite,
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+    stamped = origin | {key: value for key, value in record.items() if key not in origin}
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{suite}.json").write_text(json.dumps(record, indent=2) + "\n")
-    (out / f"{suite}.md").write_text(table + "\n")
+    (out / f"{suite}.json").write_text(json.dumps(stamped, indent=2) + "\n")
+    (out / f"{suite}.md").write_text(tables + "\n")
+    return stamped

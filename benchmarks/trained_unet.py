@@ -24,6 +24,7 @@ from ocm.training import TrainingSettings
 SIZE = 16
 _NUM_TRAIN, _NUM_TEST = 10_000, 64
 _NUM_STEPS = 3000
+_NUM_QUICK_STEPS = 30
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
         data: Directory with train.parquet and test.parquet of CIFAR-10; digits if there is none.
         cache: Directory of the cache.
         device: Where to train it and leave it.
-        quick: A tenth of the steps, unless the cache holds the rest.
+        quick: A hundredth of the steps, unless the cache holds the full number.
     """
     if (data / "train.parquet").exists():
         name = f"cifar10-{SIZE}x{SIZE}"
@@ -64,13 +65,13 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
         return cache / f"unet-{name}-cosine-{num_steps}-steps.safetensors"
 
     short = quick and not cached(_NUM_STEPS).exists()
-    settings = TrainingSettings(num_steps=_NUM_STEPS // 10 if short else _NUM_STEPS)
+    settings = TrainingSettings(num_steps=_NUM_QUICK_STEPS if short else _NUM_STEPS)
     file = cached(settings.num_steps)
     if file.exists():
         denoiser.backbone.load_state_dict(load_file(file))
     else:
         denoiser.backbone.to(device)
-        train_denoiser(denoiser, train, settings)
+        train_denoiser(denoiser, train, settings, progress=False)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_file(denoiser.backbone.state_dict(), file)
     denoiser.backbone.to(device)
@@ -83,7 +84,9 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
 
 def _cifar10(file: Path, count: int) -> Tensor:
     """Return images spread over the file, which is sorted by class, at 16x16 by 2x2 means."""
-    from datasets import Image, load_dataset
+    from datasets import Image, disable_progress_bars, load_dataset
+
+    disable_progress_bars()
 
     rows = load_dataset("parquet", data_files=str(file), split="train")
     rows = rows.select(range(0, len(rows), len(rows) // count)).cast_column("image", Image())

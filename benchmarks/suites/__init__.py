@@ -1,1 +1,37 @@
-"""The suites of ``benchmarks/run.py``, one module each with ``run(device, quick)``."""
+"""The suites of ``benchmarks/run.py``, a module each.
+
+A suite has
+
+- ``run(setting)``, which returns its record, JSON values with an ``environment``, and its tables;
+- ``report(record)``, which makes these tables, Markdown, from a record alone; without it reports
+  show the ``<suite>.md`` that was written with the record;
+- ``plot(record, path)`` if there is something to see: a PNG, and further ones beside it whose names
+  begin with the stem of ``path`` and an underscore.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+SUITES = {
+    "products": "Jacobian products against the loop that runs the network for each probe",
+    "kernels": "the ops against eager PyTorch, torch.compile and diffusers' schedulers",
+    "machine_code": "the Triton kernels compiled for sm_90, which takes no GPU",
+    "estimators": "every estimator on a trained U-Net: cost, error and memory; other libraries",
+    "sampling": "passes and time that a covariance adds to a sampling step",
+    "toy": "the error of every covariance on mixtures with the true score",
+    "digits": "every covariance on scikit-learn's digits: likelihood, samples, diagonal and full",
+    "cifar10": "covariances on CIFAR-10: likelihood, samples, and equal numbers of evaluations",
+}
+
+
+def load(name: str) -> ModuleType:
+    """Import one suite, so that another that does not import stops nothing.
+
+    Raises:
+        ValueError: If there is no suite of that name.
+    """
+    if name not in SUITES:
+        raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {name!r}")
+    return importlib.import_module(f"suites.{name}")

@@ -64,7 +64,8 @@ class Case:
 
 
 def run(setting: Setting) -> tuple[Row, str]:
-    """Return the record of the suite and its Markdown table."""
+    """Return the record of the suite and its tables."""
+    torch.manual_seed(0)
     device, quick = setting.device, setting.quick
     budget = 0.2 if quick else 0.6
     copy_bandwidth = _copy_bandwidth(device, budget)
@@ -82,14 +83,19 @@ def run(setting: Setting) -> tuple[Row, str]:
     record = {
         "suite": "kernels",
         "copy_gigabytes_per_second": copy_bandwidth,
+        "seeds": {"inputs": 0},
         "notes": notes,
         "environment": environment(device),
         "rows": rows,
     }
-    table = f"Copy: {copy_bandwidth:.1f} GB/s\n\n{markdown(rows, COLUMNS)}"
-    for provider, note in notes.items():
-        table += f"\n\n{provider} left out: {note}"
-    return record, table
+    return record, report(record)
+
+
+def report(record: Row) -> str:
+    """Return the tables of a record."""
+    copy = f"Copy: {record['copy_gigabytes_per_second']:.1f} GB/s"
+    notes = [f"{provider} left out: {note}" for provider, note in record["notes"].items()]
+    return "\n\n".join([copy, markdown(record["rows"], COLUMNS), *notes])
 
 
 def _cases(device: torch.device, quick: bool) -> list[Callable[[], Case]]:

@@ -197,7 +197,7 @@ def measure(variant: Variant) -> Row:
 
 
 def run(setting: Setting) -> tuple[Row, str]:
-    """Return the record of the suite and its Markdown table."""
+    """Return the record of the suite and its tables."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET must not be 1: the interpreter compiles nothing")
     rows = [measure(variant) for variant in variants()]
@@ -207,7 +207,12 @@ def run(setting: Setting) -> tuple[Row, str]:
         "environment": environment(setting.device),
         "rows": rows,
     }
-    return record, markdown(rows, COLUMNS)
+    return record, report(record)
+
+
+def report(record: Row) -> str:
+    """Return the tables of a record."""
+    return markdown(record["rows"], COLUMNS)
 
 
 def _count(lines: list[str], pattern: str) -> int:

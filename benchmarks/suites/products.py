@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def run(setting: Setting) -> tuple[Row, str]:
-    """Return the record of the suite and its Markdown table."""
+    """Return the record of the suite and its tables."""
     device, quick = setting.device, setting.quick
     rounds = 3 if quick else 9
     shape = (8, 3, 16, 16)
@@ -63,12 +63,19 @@ def run(setting: Setting) -> tuple[Row, str]:
         "model": "diffusers UNet2DModel, channels (32, 64), one layer each, attention",
         "shape": list(shape),
         "rounds": rounds,
+        "seeds": {"network and images": 0, "probes": 0},
         "checks": checks,
         "environment": environment(device),
         "rows": rows,
     }
-    agreement = ", ".join(f"{name}: {value:.1e}" for name, value in checks.items())
-    return record, f"{markdown(rows, COLUMNS)}\n\nRelative difference of results: {agreement}"
+    return record, report(record)
+
+
+def report(record: Row) -> str:
+    """Return the tables of a record."""
+    agreement = ", ".join(f"{name}: {value:.1e}" for name, value in record["checks"].items())
+    table = markdown(record["rows"], COLUMNS)
+    return f"{table}\n\nRelative difference of results: {agreement}"
 
 
 def naive_loop(score_fn: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
