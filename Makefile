@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-estimators gpu-check clean
+.PHONY: help demo test lint types bench bench-small gpu-check clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,11 +32,12 @@ types: $(VENV)/.installed-dev
 	cd .cache/wheel && MYPYPATH=site $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
 		--cache-dir ../mypy -p hessdiag -p ocm
 
-bench: $(VENV)/.installed-test ## Time Jacobian products against the naive loop (about 1 minute)
-	$(BIN)/python benchmarks/run.py --suite products
+bench: $(VENV)/.installed-test ## Every benchmark suite at small sizes, and a report (10 minutes)
+	$(BIN)/python benchmarks/run.py --quick
 
-bench-estimators: $(VENV)/.installed-test ## Every estimator on a trained U-Net (35 minutes, 15 once it is trained)
-	$(BIN)/python benchmarks/run.py --suite estimators
+bench-small: $(VENV)/.installed-test ## The cases of pytest-benchmark, beside the other results (1 minute)
+	mkdir -p runs/benchmarks
+	$(BIN)/pytest --quiet --benchmark-json=runs/benchmarks/small.json benchmarks
 
 gpu-check: $(VENV)/.installed-test ## On a GPU machine: GPU tests, memory checker and the kernel suite (at most 8 minutes)
 	$(BIN)/pytest -m gpu tests/test_gpu.py

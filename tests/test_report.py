@@ -1,7 +1,9 @@
 """The runner and its report: what runs, what a failure leaves, and what the report shows."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -10,6 +12,7 @@ import run
 import suites
 from harness import write
 
+BENCHMARKS = Path(run.__file__).parent
 ENVIRONMENT = {
     "commit": "0123456789" * 4, "uncommitted_changes": False, "python": "3.11", "torch": "2.13",
     "triton": "3.7", "processor": "1 x abacus", "threads": 1, "device": "cpu",
@@ -141,7 +144,7 @@ def test_every_suite_has_what_the_runner_calls(name):
 def test_the_recorded_tables_are_those_of_the_records():
     """What a suite prints from a committed record is what was committed beside it."""
     checked = []
-    for file in sorted((report.Path(run.__file__).parent / "results").glob("*/*.json")):
+    for file in sorted((BENCHMARKS / "results").glob("*/*.json")):
         if file.stem in suites.SUITES and hasattr(suites.load(file.stem), "report"):
             made = suites.load(file.stem).report(json.loads(file.read_text()))
             assert made + "\n" == file.with_suffix(".md").read_text(), file
@@ -149,21 +152,27 @@ def test_the_recorded_tables_are_those_of_the_records():
     assert {"products", "kernels", "estimators", "sampling", "machine_code"} <= set(checked)
 
 
-def test_small_cases_are_shown_where_they_are(tmp_path):
-    (tmp_path / "small.json").write_text(
-        json.dumps(
-            {
-                "datetime": "2026-01-02T03:04:05.678",
-                "commit_info": {"id": "fedcba9876543210", "dirty": True},
-                "benchmarks": [
-                    {"name": "test_it", "stats": {"median": 0.0015, "iqr": 0.0001, "rounds": 7}}
-                ],
-            }
-        )
+def test_small_cases_pass_and_are_shown(tmp_path):
+    """What `make bench-small` does, with as few rounds as there can be."""
+    answer = subprocess.run(
+        [
+            # Not `python -m pytest`, which would put kernels/ on the import path.
+            *(str(Path(sys.executable).parent / "pytest"), "--quiet", "--benchmark-min-rounds=1"),
+            *("--benchmark-max-time=0.001", "--benchmark-warmup=off"),
+            *(f"--benchmark-json={tmp_path / 'small.json'}", "benchmarks"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=BENCHMARKS.parent,
+        check=False,
     )
+    assert answer.returncode == 0, answer.stdout
     text = report.text(tmp_path)
-    assert "`make bench-small` at fedcba9, with uncommitted changes, 2026-01-02T03:04:05" in text
-    assert "| test_it | 1.500 | 0.100 | 7 |" in text
+    record = json.loads((tmp_path / "small.json").read_text())
+    assert f"`make bench-small` at {record['commit_info']['id'][:7]}" in text
+    assert len(record["benchmarks"]) >= 13
+    for case in record["benchmarks"]:
+        assert f"| {case['name']} | {1e3 * case['stats']['median']:.3f} |" in text
 
 
 def test_writing_keeps_the_origin_in_front(tmp_path):

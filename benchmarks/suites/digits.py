@@ -271,7 +271,7 @@ def likelihood(
     """Return the table of bits/dim.
 
     Args:
-        record: Of this suite, or what ``ocm evaluate`` wrote.
+        record: Of this suite, or what ``ocm evaluate`` or ``ocm demo`` wrote.
         names: Covariances to show; None for all.
         errors: Whether to show standard errors.
     """
@@ -283,7 +283,7 @@ def likelihood(
         }
         for name in names or bits
     }
-    return likelihood_markdown(table, record["step_counts"])
+    return likelihood_markdown(table, list(next(iter(table.values()))))
 
 
 def _quality_tables(record: Row) -> list[str]:

@@ -1,0 +1,149 @@
+"""Write the recorded figures into the documents: ``python benchmarks/quotes.py``.
+
+A document quotes a record between two comments,
+
+    <!-- figures: NAME -->
+    <!-- end -->
+
+and this fills in what the function of that name in :data:`BLOCKS` makes of the record, with the
+command and the commit that the figures come from. Nothing between the comments is written by hand:
+a test fails where it differs from the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from suites.digits import likelihood
+
+from ocm.environment import Row
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md")
+
+_BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What stands between two comments.
+
+    Attributes:
+        record: File below ``benchmarks/results``.
+        render: Makes Markdown of the record.
+        command: What made the record, where it does not say so itself.
+    """
+
+    record: str
+    render: Callable[[Row], str]
+    command: str | None = None
+
+
+def _demo(record: Row) -> str:
+    return likelihood(record)
+
+
+def _products(record: Row) -> str:
+    (row,) = [r for r in record["rows"] if (r["way"], r["M"]) == ("hutchinson, vjp", 16)]
+    batch, _, height, width = record["shape"]
+    return (
+        "Against the loop that runs the network again for every probe, `hutchinson` takes\n"
+        f"{row['over_loop']:.0%} of the time on a U-Net ({batch} images of {height}x{width}, "
+        f"M = {row['M']}, {record['environment']['device'].upper()})."
+    )
+
+
+def _estimators(record: Row) -> str:
+    gains = {(row["t"], row["M"]): row["coloring_gain"] for row in record["errors"]}
+    lines = ["| t of 1000 | M = 4 | 12 | 48 | 192 | time at the error of M = 48 |"]
+    lines += ["|---:|---:|---:|---:|---:|---:|"]
+    for row in record["time_to_error"]:
+        if row["colors"] == 48:
+            cells = [f"{gains[row['t'], M]:.1f}" for M in (4, 12, 48, 192)]
+            times = f"{row['times_faster']:.0f} times"
+            lines.append(f"| {row['t']} | {' | '.join(cells)} | {times} |")
+    return "\n".join(lines)
+
+
+def _digits(record: Row) -> str:
+    names = ("beta", "analytic", "iddpm", "npr", "sn", "ocm", "exact", "cosine", "full")
+    return likelihood(record, [*names, *(f"{n}_calibrated" for n in names)], errors=False)
+
+
+def _toy(record: Row) -> str:
+    return "![Error of every covariance against the noise level](benchmarks/results/cpu/toy.png)"
+
+
+BLOCKS = {
+    "demo": Block("demo/metrics.json", _demo, "make demo"),
+    "products": Block("cpu/products.json", _products),
+    "estimators": Block("cpu/estimators.json", _estimators),
+    "toy": Block("cpu/toy.json", _toy),
+    "digits": Block(
+        "digits/evaluation.json",
+        _digits,
+        "ocm evaluate runs/digits --all --num-images 128 --num-samples 128 --fit-images 128",
+    ),
+}
+
+
+def rendered(name: str) -> str:
+    """Return what the block of that name holds: its figures, and where they come from.
+
+    Raises:
+        ValueError: If there is no block of that name, or neither it nor its record names a command.
+    """
+    if name not in BLOCKS:
+        raise ValueError(f"figures must be one of {', '.join(BLOCKS)}, got {name!r}")
+    block = BLOCKS[name]
+    record = json.loads((RESULTS / block.record).read_text())
+    command = block.command or record.get("command")
+    if command is None:
+        raise ValueError(f"{block.record} names no command; state one in BLOCKS[{name!r}]")
+    commit = record["environment"]["commit"][:7]
+    return f"\n{block.render(record)}\n\n_`{command}` at {commit}_\n\n"
+
+
+def filled(text: str) -> str:
+    """Return a document with all of its blocks filled in.
+
+    Raises:
+        ValueError: If a block has no known name or no end, or ends without having begun.
+    """
+    starts, ends = text.count("<!-- figures:"), text.count("<!-- end -->")
+    if not len(_BLOCK.findall(text)) == starts == ends:
+        raise ValueError(
+            f"every <!-- figures: NAME --> must have its <!-- end -->, got {starts} and {ends}"
+        )
+    return _BLOCK.sub(lambda found: found[1] + rendered(found["name"]) + found[3], text)
+
+
+def main() -> None:
+    """Parse the command line and write the documents."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if they differ")
+    arguments = parser.parse_args()
+    differing = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        new = filled(text)
+        if new != text:
+            differing.append(str(document.relative_to(ROOT)))
+            if not arguments.check:
+                document.write_text(new)
+    print(f"{'differs' if arguments.check else 'written'}: {', '.join(differing) or 'nothing'}")
+    if arguments.check and differing:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
