@@ -126,9 +126,10 @@ def _origin(name: str, record: Row) -> Row:
 
 def _section(name: str, record: Row, directory: Path) -> str:
     commit = (record["environment"]["commit"] or "no commit")[:7]
+    what = suites.SUITES[name]
     parts = [
         f"## {name}",
-        f"{suites.SUITES[name].capitalize()}: `{record['command']}` at {commit}"
+        f"{what[0].upper()}{what[1:]}: `{record['command']}` at {commit}"
         f"{_seeds(record)}; rows in [{name}.json]({name}.json).",
         _tables(name, record, directory),
         *(f"![{file.stem}]({file.name})" for file in _plots(name, directory)),

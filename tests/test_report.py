@@ -152,6 +152,12 @@ def test_the_recorded_tables_are_those_of_the_records():
     assert {"products", "kernels", "estimators", "sampling", "machine_code"} <= set(checked)
 
 
+def test_the_committed_report_is_that_of_the_records():
+    """If this fails, `python benchmarks/report.py benchmarks/results/cpu` writes it again."""
+    directory = BENCHMARKS / "results" / "cpu"
+    assert (directory / report.NAME).read_text() == report.text(directory)
+
+
 def test_small_cases_pass_and_are_shown(tmp_path):
     """What `make bench-small` does, with as few rounds as there can be."""
     answer = subprocess.run(
