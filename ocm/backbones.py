@@ -53,7 +53,7 @@ def small_unet(image_shape: tuple[int, int, int], *, width: int = 32, seed: int 
 def attention_unet(
     image_shape: tuple[int, int, int],
     *,
-    widths: Sequence[int] = (96, 160, 192),
+    widths: Sequence[int] = (64, 128, 192),
     attention_sizes: Sequence[int] = (16,),
     layers_per_block: int = 2,
     seed: int = 0,

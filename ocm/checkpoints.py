@@ -105,7 +105,7 @@ def save(
 
     directory, denoiser = Path(path), checkpoint.denoiser
     (directory / "heads").mkdir(parents=True, exist_ok=True)
-    backbone = denoiser.backbone if dtype is None else copy.deepcopy(denoiser.backbone).to(dtype)
+    backbone = denoiser.backbone if dtype is None else _rounded(denoiser.backbone, dtype)
     # save_pretrained would leave the index of an earlier one, or its single file, beside its own.
     for file in (_WEIGHTS, _INDEX):
         (directory / "denoiser" / file).unlink(missing_ok=True)
@@ -249,6 +249,15 @@ def load_backbone(directory: str | Path) -> Any:
     # Strictly, where from_pretrained leaves weights that it does not find at their random start.
     _load_weights(backbone, directory / _WEIGHTS, directory / _INDEX)
     return backbone
+
+
+def _rounded(backbone: Any, dtype: torch.dtype) -> Any:
+    """Return a copy with weights and buffers in another floating-point type."""
+    rounded = copy.deepcopy(backbone)
+    for tensor in (*rounded.parameters(), *rounded.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return rounded
 
 
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
