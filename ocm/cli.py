@@ -11,6 +11,7 @@ from ocm.commands.calibrate import calibrate
 from ocm.commands.demo import demo
 from ocm.commands.evaluate import evaluate
 from ocm.commands.sample import sample
+from ocm.commands.toy import toy
 from ocm.commands.train import train
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, calibrate, sample, evaluate, demo):
+for command in (train, calibrate, sample, evaluate, demo, toy):
     app.command()(command)
 
 

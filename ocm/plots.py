@@ -72,7 +72,7 @@ def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = ""
     """
     import torch
 
-    plt = _pyplot()
+    plt = pyplot()
     strips = {name: _strip(images) for name, images in rows.items()}
     height, width = (max(s.shape[i] for s in strips.values()) for i in (0, 1))
     scale = 0.55 / min(next(iter(rows.values())).shape[-2:])
@@ -89,7 +89,7 @@ def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = ""
     figure.subplots_adjust(
         left=margin / size[0], right=0.99, top=1 - title_height / size[1], bottom=0.01, hspace=0.04
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _strip(images: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def report_plot(
         path: Where the PNG goes.
         title: Stands above.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
     _lines(left, bits)
     _limit_to_the_close_lines(left, bits)
@@ -141,7 +141,7 @@ def report_plot(
         axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str = "") -> None:
@@ -152,7 +152,7 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         path: Where the PNG goes.
         title: Stands above.
     """
-    plt = _pyplot()
+    plt = pyplot()
     bits = record["nll_bits_per_dim"]
     panels: list[tuple[str, str, Mapping[str, Mapping[int, float]]]] = [
         ("Likelihood bound", "bits/dim on held-out images", _plain(bits))
@@ -194,7 +194,7 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         loc="center right",
         fontsize=8,
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plain(rows: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _calibrated_ones(rows: Mapping[str, Any]) -> dict[str, Any]:
 
 def _lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
     for name, row in rows.items():
-        color, marker = _STYLES.get(name.removesuffix(_CALIBRATED), ("#56B4E9", "d"))
+        color, marker = style(name)
         axis.plot(list(row), list(row.values()), color=color, marker=marker, label=label(name))
 
 
@@ -229,7 +229,13 @@ def _limit_to_the_close_lines(axis: Any, rows: Mapping[str, Mapping[int, float]]
         )  # fmt: skip
 
 
-def _pyplot() -> Any:
+def style(name: str) -> tuple[str, str]:
+    """Return the colour and the marker of a covariance, the same in every plot."""
+    return _STYLES.get(name.removesuffix(_CALIBRATED), ("#56B4E9", "d"))
+
+
+def pyplot() -> Any:
+    """Return ``matplotlib.pyplot``, imported late and without a window."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,7 +244,8 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure on white, for readers of dark pages too, and close it."""
     figure.savefig(path, dpi=150, facecolor="white")
     figure.clear()
-    _pyplot().close(figure)
+    pyplot().close(figure)

@@ -33,7 +33,7 @@ def test_the_wheel_holds_the_packages_and_no_top_level_kernels(wheel_files):
     packages = {name.rpartition("/")[0] for name in wheel_files if name.endswith("__init__.py")}
     assert packages == {
         *("hessdiag", "hessdiag/kernels"),
-        *("ocm", "ocm/commands", "ocm/covariances"),
+        *("ocm", "ocm/commands", "ocm/covariances", "ocm/toy"),
     }
     assert {name for name in wheel_files if name.endswith("py.typed")} == {
         "hessdiag/py.typed",
