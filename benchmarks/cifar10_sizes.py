@@ -200,7 +200,7 @@ REDUCED = replace(
     classifier_steps=800,
     num_real=1000,
     budgets=(5, 10, 20),
-    budget_samples=64,
+    budget_samples=128,
     cost_batch=8,
     cost_rounds=11,
     batch_size=64,
@@ -277,6 +277,7 @@ TRIED = (
     _tried("npr", "residual", "preconditioned", 3e-3, 300, 6.1715, 5.5165),
     _tried("npr", "residual", "paper", 1e-2, 300, 5.9635, 5.4779),
     _tried("ocm", "residual", "paper", 1e-2, 300, 5.9660, 5.4783),
+    _tried("ocm, 4 probes", "residual", "paper", 1e-2, 300, 5.9662, 5.4785),
     _tried("sn", "residual", "paper", 3e-3, 300, 17.3924, 6.8922),
     _tried("iddpm", "residual", "paper", 3e-3, 300, 19.8950, 9.9883),
 )
