@@ -19,10 +19,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from suites.digits import likelihood
 
 from ocm.environment import Row
+from ocm.toy.report import by_seed, name_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,7 +80,51 @@ def _digits(record: Row) -> str:
 
 
 def _toy(record: Row) -> str:
-    return "![Error of every covariance against the noise level](benchmarks/results/cpu/toy.png)"
+    """Errors at some noise levels, and samples of five and ten steps: means over seeds."""
+    levels, counts = (5, 100, 300, 500, 700, 1000), (5, 10)
+    heads = ("iddpm", "npr", "sn", "ocm")
+    parts = []
+    for mixture, more in (("nine Gaussians", ()), ("correlated mixture", ("hutchinson-10",))):
+        errors = by_seed(
+            [
+                row
+                for row in record["errors"]
+                if (row["mixture"], row["score"]) == (mixture, "true")
+                and row["parameterisation"] != "paper"
+            ],
+            lambda row: (row["covariance"], row["t"]),
+            "relative",
+        )
+        columns = [f"t = {t}" for t in levels]
+        lines = [f"| {mixture} | {' | '.join(columns)} |", "|:---|" + "---:|" * len(levels)]
+        for name in ("analytic", *more, *heads):
+            cells = [f"{fmean(errors[name, t]):.1e}" for t in levels]
+            lines.append(f"| {name_of(name)} | {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    places = [
+        (mixture, sampler, K)
+        for mixture in ("nine Gaussians", "correlated mixture")
+        for sampler in ("ddpm", "ddim")
+        for K in counts
+    ]
+    columns = [f"{mixture.split()[0]}, {sampler.upper()}, {K}" for mixture, sampler, K in places]
+    lines = [f"| MMD² of samples, K | {' | '.join(columns)} |", "|:---|" + "---:|" * len(places)]
+    samples = by_seed(
+        record["samples"],
+        lambda row: (row["covariance"], row["mixture"], row["sampler"], row["K"]),
+        "mmd",
+    )
+    for name in ("beta", "beta_tilde", "analytic", *heads, "exact", "lanczos", "full"):
+        cells = [f"{fmean(samples[(name, *place)]):.1e}" for place in places]
+        lines.append(f"| {name_of(name)} | {' | '.join(cells)} |")
+    return (
+        "Relative squared error of Var[x0 | x_t] with the true score, "
+        f"mean of {len(record['seeds'])} seeds:\n\n"
+        + "\n\n".join([*parts, "\n".join(lines)])
+        + "\n\n![Error of every covariance against the noise level](benchmarks/results/cpu/toy.png)"
+        "\n\n![Distance of samples from the mixtures against the number of steps]"
+        "(benchmarks/results/cpu/toy_samples.png)"
+    )
 
 
 BLOCKS = {

@@ -8,15 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; a marker each besides.
+# Okabe and Ito's colours and two of Paul Tol's, which colour-blind readers can tell apart; a
+# marker each besides.
 _STYLES: dict[str, tuple[str, str]] = {
     "beta": ("#E69F00", "s"),
     "beta_tilde": ("#CC79A7", "v"),
     "analytic": ("#56B4E9", "D"),
     "analytic_data": ("#56B4E9", "d"),
-    "iddpm": ("#D55E00", "P"),
+    "iddpm": ("#882255", "P"),
     "npr": ("#D55E00", "<"),
-    "sn": ("#E69F00", ">"),
+    "sn": ("#999933", ">"),
     "ocm": ("#0072B2", "o"),
     "hutchinson": ("#009E73", "^"),
     "coloring": ("#009E73", "*"),

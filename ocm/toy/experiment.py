@@ -126,8 +126,8 @@ def run_task(task: Task, settings: ToySettings, device: torch.device) -> dict[st
     # Without a head nothing is in float32 but a learned score's own weights.
     precise = torch.float64 if task.score == "true" else torch.float32
     for M in settings.probes:
-        covariance = Hutchinson(denoiser, M, seed=task.seed)
-        parts["errors"] += measure(fewer, f"hutchinson-{M}", "", covariance, precise)
+        probed = Hutchinson(denoiser, M, seed=task.seed)
+        parts["errors"] += measure(fewer, f"hutchinson-{M}", "", probed, precise)
     parts["errors"] += measure(points, "exact", "", Exact(denoiser), precise)
     parts["errors"] += measure(points, "analytic", "", analytic)
     heads: dict[str, Covariance] = {}

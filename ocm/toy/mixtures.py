@@ -208,7 +208,8 @@ def _kernel_means(x: Tensor, means: Tensor, covariances: Tensor, bandwidth: floa
     apart = (x[:, None] - means)[..., None]
     exponent = -0.5 * (apart * torch.linalg.solve(widened, apart)).sum(dim=(-2, -1))
     size = (widened / bandwidth**2).logdet()
-    return (exponent - 0.5 * size).exp()
+    kernel_means: Tensor = (exponent - 0.5 * size).exp()
+    return kernel_means
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ocm.environment import Row
@@ -125,7 +126,7 @@ def _checks(record: Mapping[str, Any]) -> list[str]:
         for K in counts:
             for name in names:
                 key = f"mmd_{name}_{K}"
-                columns[f"MMD² of {label(name)}, K = {K}"] = lambda r, key=key: f"{r[key]:.1e}"
+                columns[f"MMD² of {label(name)}, K = {K}"] = partial(_number, key)
         sections.append(f"**{mixture}**")
         sections.append(_plain(_of(record["degraded"], mixture, "learned"), columns))
     sections += [
@@ -143,10 +144,14 @@ def _checks(record: Mapping[str, Any]) -> list[str]:
         for sampler in ("ddpm", "ddim"):
             for K in counts:
                 key = f"mmd_{sampler}_{K}"
-                columns[f"MMD² of {sampler.upper()}, K = {K}"] = lambda r, key=key: f"{r[key]:.1e}"
+                columns[f"MMD² of {sampler.upper()}, K = {K}"] = partial(_number, key)
         sections.append(f"**{mixture}**")
         sections.append(_plain(_of(record["one_head"], mixture, "learned"), columns))
     return sections
+
+
+def _number(key: str, row: Row) -> str:
+    return f"{row[key]:.1e}"
 
 
 def _degradation(row: Row) -> str:
