@@ -153,6 +153,8 @@ def _seeds(record: Row) -> str:
     seeds = record.get("seeds")
     if not seeds:
         return ""
+    if isinstance(seeds, list):
+        return ", seeds " + ", ".join(map(str, seeds))
     return ", seeds " + ", ".join(f"{what}: {seed}" for what, seed in seeds.items())
 
 

@@ -99,6 +99,13 @@ def test_records_say_what_makes_them_again(three_suites, monkeypatch, tmp_path):
     assert "1 x abacus" in row
 
 
+def test_seeds_are_listed(three_suites, monkeypatch, tmp_path):
+    invoke(monkeypatch, "--suite", "one", "--out", tmp_path)
+    record = json.loads((tmp_path / "one.json").read_text())
+    (tmp_path / "one.json").write_text(json.dumps(record | {"seeds": [0, 1, 2]}))
+    assert ", seeds 0, 1, 2; rows in" in report.text(tmp_path)
+
+
 def test_the_report_is_made_again_from_records_alone(three_suites, monkeypatch, tmp_path):
     invoke(monkeypatch, "--suite", "one", "--out", tmp_path)
     before = (tmp_path / "report.md").read_text()

@@ -162,6 +162,19 @@ def test_timesteps_are_uniform_in_every_place():
     assert counts[1:].min() > 150
 
 
+def test_an_exponent_of_two_spends_half_of_the_time_on_a_quarter_of_the_timesteps():
+    settings = TrainingSettings(num_steps=1, batch_size=100, timestep_exponent=2.0)
+    drawn = torch.cat([batch_of_step(step, settings, 1, 1000).timesteps for step in range(50)])
+    assert (drawn.min(), drawn.max()) == (1, 1000)
+    for t, share in ((10, 0.1), (250, 0.5), (640, 0.8)):  # sqrt(t / N)
+        assert abs((drawn <= t).double().mean() - share) < 0.01
+
+
+def test_an_exponent_must_be_positive():
+    with pytest.raises(ValueError, match="timestep_exponent must be positive, got 0"):
+        TrainingSettings(num_steps=1, timestep_exponent=0.0)
+
+
 def test_flips_reverse_the_images_that_were_drawn_for_it():
     images = torch.arange(40.0).view(10, 1, 2, 2) / 40
     settings = dataclasses.replace(SETTINGS, num_steps=1)

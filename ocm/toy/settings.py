@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ocm.toy.mixtures import Mixture, correlated_mixture, nine_gaussians
 from ocm.training import TrainingSettings
@@ -44,7 +44,7 @@ class ToySettings:
     """
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    head_steps: int = 800
+    head_steps: int = 600
     head_batch_size: int = 1024
     head_learning_rate: float = 2e-2
     denoiser_steps: int = 2000
@@ -64,8 +64,13 @@ class ToySettings:
     weight_noise: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
 
     def head_training(self, seed: int) -> TrainingSettings:
-        """Return the settings of a head's training."""
-        return _training(self.head_steps, self.head_batch_size, self.head_learning_rate, seed)
+        """Return the settings of a head's training.
+
+        Half of the points are at t <= N / 4, where the variance has most to learn.
+        """
+        size, rate = self.head_batch_size, self.head_learning_rate
+        training = _training(self.head_steps, size, rate, seed)
+        return replace(training, timestep_exponent=2.0)
 
     def denoiser_training(self, seed: int, num_steps: int) -> TrainingSettings:
         """Return the settings of a denoiser's training."""
