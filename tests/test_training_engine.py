@@ -164,7 +164,7 @@ def test_timesteps_are_uniform_in_every_place():
 
 def test_an_exponent_of_two_spends_half_of_the_time_on_a_quarter_of_the_timesteps():
     settings = TrainingSettings(num_steps=1, batch_size=100, timestep_exponent=2.0)
-    drawn = torch.cat([batch_of_step(step, settings, 1, 1000).timesteps for step in range(50)])
+    drawn = torch.cat([batch_of_step(step, settings, 1, 1000).timesteps for step in range(200)])
     assert (drawn.min(), drawn.max()) == (1, 1000)
     for t, share in ((10, 0.1), (250, 0.5), (640, 0.8)):  # sqrt(t / N)
         assert abs((drawn <= t).double().mean() - share) < 0.01
