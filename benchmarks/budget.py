@@ -15,6 +15,7 @@ A product may run the network forward again to make its graph, which is part of 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from harness import synchronize
 from torch import Tensor
@@ -38,6 +40,11 @@ from ocm.samplers import Sampler
 BUDGETS = (5, 10, 20, 40)
 # Below two steps nothing is left of a reverse process.
 _FEWEST_STEPS = 2
+# Half of the logarithm of the SNR that solvers begin at, as diffusers advises for the cosine
+# schedule.
+_LEAST_LOG_SNR = -5.1
+# Of the spacing of Karras et al.
+_RHO = 7.0
 
 Draw = Callable[[Checkpoint, int, int, int, int], Tensor]
 """(checkpoint, K, number of images, seed, number of the first image) -> images on the device."""
@@ -104,37 +111,47 @@ def _named(name: str, sampler: str) -> Method:
     return _covariance_method(name, sampler, lambda c, seed: build_covariance(name, c))
 
 
-def dpm_solver(checkpoint: Checkpoint, order: int = 2) -> Any:
-    """Return diffusers' DPM-Solver++ (Lu et al., 2022), multistep, for a checkpoint's schedule.
+def dpm_solver(checkpoint: Checkpoint, K: int, order: int = 2) -> Any:
+    """Return diffusers' DPM-Solver++ (Lu et al., 2022), multistep, set to K steps.
 
     x0_hat is clipped to [-1, 1] as in every other method here: dynamic thresholding whose largest
-    threshold is 1. Timesteps by the scheduler's own "linspace", from half a log-SNR of -5.1 on, as
-    diffusers advises for the cosine schedule.
+    threshold is 1. Timesteps by the scheduler's own "linspace".
     """
     from diffusers import DPMSolverMultistepScheduler
 
-    return DPMSolverMultistepScheduler(
+    scheduler = DPMSolverMultistepScheduler(
         **_of_schedule(checkpoint),
         algorithm_type="dpmsolver++",
         solver_order=order,
         thresholding=checkpoint.x0_range is not None,
         sample_max_value=1.0,
-        lambda_min_clipped=-5.1,
+        lambda_min_clipped=_LEAST_LOG_SNR,
     )
+    scheduler.set_timesteps(K)
+    return scheduler
 
 
-def heun_solver(checkpoint: Checkpoint) -> Any:
-    """Return diffusers' Heun (Karras et al., 2022, algorithm 1) for a checkpoint's schedule.
+def heun_solver(checkpoint: Checkpoint, K: int) -> Any:
+    """Return diffusers' Heun (Karras et al., 2022, algorithm 1), set to K steps.
 
-    x0_hat is clipped to [-1, 1]; timesteps by the scheduler's own "linspace".
+    x0_hat is clipped to [-1, 1]. The noise levels are those of that paper, evenly spaced in
+    sigma^(1/7), sigma^2 = beta_bar / alpha_bar, from the same largest one as :func:`dpm_solver`:
+    evenly spaced timesteps would begin at a sigma of 2e4 with the cosine schedule.
     """
     from diffusers import HeunDiscreteScheduler
 
-    return HeunDiscreteScheduler(
+    scheduler = HeunDiscreteScheduler(
         **_of_schedule(checkpoint),
         clip_sample=checkpoint.x0_range is not None,
         clip_sample_range=1.0,
     )
+    log_sigmas = -0.5 * checkpoint.denoiser.schedule.snr[1:].log().numpy()
+    most = min(log_sigmas[-1], -_LEAST_LOG_SNR)
+    roots = np.linspace(math.exp(most / _RHO), math.exp(log_sigmas[0] / _RHO), K)
+    # diffusers counts levels from 0, and interpolates between them.
+    levels = np.interp(_RHO * np.log(roots), log_sigmas, np.arange(len(log_sigmas)))
+    scheduler.set_timesteps(timesteps=levels)
+    return scheduler
 
 
 def _of_schedule(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -153,7 +170,7 @@ def _of_schedule(checkpoint: Checkpoint) -> dict[str, Any]:
 @torch.no_grad()
 def solve(
     checkpoint: Checkpoint,
-    make_scheduler: Callable[[Checkpoint], Any],
+    make_scheduler: Callable[[Checkpoint, int], Any],
     K: int,
     count: int,
     seed: int,
@@ -163,15 +180,14 @@ def solve(
 
     Args:
         checkpoint: The denoiser.
-        make_scheduler: From the checkpoint to a scheduler.
-        K: What its ``set_timesteps`` is given.
+        make_scheduler: From the checkpoint and K to a scheduler that is set to K steps.
+        K: Number of steps.
         count: Number of images.
         seed: Seed of the noise that the process starts from.
         first: Number of the first image.
     """
-    denoiser, scheduler = checkpoint.denoiser, make_scheduler(checkpoint)
-    # On the CPU, where its look-ups wait for no device.
-    scheduler.set_timesteps(K)
+    # Its tables are on the CPU, where look-ups wait for no device.
+    denoiser, scheduler = checkpoint.denoiser, make_scheduler(checkpoint, K)
     shape = (count, *checkpoint.image_shape)
     x = normal(shape, seed, sample_offset=first, device=denoiser.device)
     x = x * float(scheduler.init_noise_sigma)

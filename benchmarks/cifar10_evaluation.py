@@ -202,15 +202,15 @@ def _fitted(checkpoint: Checkpoint, x0: Tensor, size: Size, parts: Parts) -> Che
     ends: dict[int, list[int]] = {t: [] for t in (1, N)}
     for s, t in steps_of(N, sorted(used)):
         ends.setdefault(t, []).extend([s] if s > 0 else [])
-    calibrated = {1, N, *(t for _, t in steps_of(N, size.fit_step_counts))}
     timesteps, found = sorted(ends), {}
+    calibrated = spaced(timesteps, size.fit_spacing)
     for first in range(0, len(timesteps), 50):
         some = timesteps[first : first + 50]
         made = parts.get(
             f"fits-{first // 50}",
             lambda some=some: {t: fits(checkpoint, x0, t, ends[t], t in calibrated) for t in some},
             timesteps=some,
-            **_of(size, "num_fit", "fit_step_counts"),
+            **_of(size, "num_fit", "fit_spacing"),
         )
         found |= {int(t): row for t, row in made.items()}
     table = TimestepTable.of(timesteps, [found[t]["analytic"] for t in timesteps])
@@ -224,6 +224,20 @@ def _fitted(checkpoint: Checkpoint, x0: Tensor, size: Size, parts: Parts) -> Che
             calibrations[name] = TimestepTable.of(list(rows), list(rows.values()))
     analytic = {"analytic": ocm.Analytic(checkpoint.denoiser.schedule, table)}
     return replace(checkpoint, analytic=analytic, calibrations=calibrations)
+
+
+def spaced(timesteps: Sequence[int], factor: float) -> set[int]:
+    """Return the first of increasing timesteps, each next one a factor on or more, and the last.
+
+    Example:
+        >>> sorted(spaced([1, 2, 3, 4, 5, 9, 10], 2.0))
+        [1, 2, 4, 9, 10]
+    """
+    chosen = [timesteps[0]]
+    for t in timesteps:
+        if t >= factor * chosen[-1]:
+            chosen.append(t)
+    return {*chosen, timesteps[-1]}
 
 
 # Likelihood
@@ -279,7 +293,7 @@ def _likelihoods(checkpoint: Checkpoint, images: Images, size: Size, parts: Part
             parts.get(
                 f"likelihood-{first // size.group}",
                 make,
-                **_of(size, "group", "num_fit", "fit_step_counts", "step_counts"),
+                **_of(size, "group", "num_fit", "fit_spacing", "step_counts"),
             )
         )
     return likelihood_rows(groups, size.step_counts, size.group)

@@ -60,8 +60,8 @@ class Size:
         num_scored: Test images whose likelihood is bounded.
         group: Images scored at a time; the standard errors are over groups.
         num_fit: Validation images that analytic variances and calibrations are fitted to.
-        fit_step_counts: Numbers of steps whose timesteps a calibration is fitted at; it is
-            interpolated between them, but for I-DDPM's, which is one for every step.
+        fit_spacing: Factor from a timestep that calibrations are fitted at to the next; between
+            them they are interpolated, but for I-DDPM's, which is one for every step.
         num_chosen_on: Validation images of the check of the choice.
         samples: What is drawn.
         num_features: Of the classifier.
@@ -90,7 +90,7 @@ class Size:
     num_scored: int
     group: int
     num_fit: int
-    fit_step_counts: tuple[int, ...]
+    fit_spacing: float
     num_chosen_on: int
     samples: tuple[Cells, ...]
     num_features: int
@@ -145,7 +145,7 @@ FULL = Size(
     num_scored=512,
     group=64,
     num_fit=128,
-    fit_step_counts=(5, 10, 25, 50),
+    fit_spacing=1.15,
     num_chosen_on=512,
     samples=(
         Cells(
@@ -190,7 +190,6 @@ REDUCED = replace(
     num_scored=128,
     group=8,
     num_fit=32,
-    fit_step_counts=(5, 10, 25),
     num_chosen_on=64,
     samples=(
         Cells("ddpm", SAMPLED + CALIBRATED_HEADS, ((5, 128), (10, 128), (25, 128))),
@@ -219,7 +218,7 @@ QUICK = replace(
     num_scored=8,
     group=4,
     num_fit=6,
-    fit_step_counts=(3,),
+    fit_spacing=10.0,
     num_chosen_on=4,
     samples=(
         Cells("ddpm", ("beta_tilde", "analytic", "ocm", "ocm_calibrated"), ((3, 8),)),
