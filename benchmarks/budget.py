@@ -35,11 +35,14 @@ from ocm.checkpoints import Checkpoint
 from ocm.environment import Row
 from ocm.evaluation import quality
 from ocm.metrics import FeatureExtractor
-from ocm.samplers import Sampler
+from ocm.samplers import Sampler, last_step_noise
 
 BUDGETS = (5, 10, 20, 40)
 # Below two steps nothing is left of a reverse process.
 _FEWEST_STEPS = 2
+# Grey levels that the last noisy step of a covariance may move a pixel by on average; solvers add
+# no noise at all.
+LAST_NOISE_LEVELS = 1.0
 # Half of the logarithm of the SNR that solvers begin at, as diffusers advises for the cosine
 # schedule.
 _LEAST_LOG_SNR = -5.1
@@ -102,6 +105,7 @@ def _covariance_method(
             seed=seed,
             sample_offset=first,
             x0_range=checkpoint.x0_range,
+            max_last_noise=last_step_noise(LAST_NOISE_LEVELS),
         )
 
     return Method(name, sampler, products, partial(with_products, products=products), draw)

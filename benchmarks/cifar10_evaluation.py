@@ -14,6 +14,7 @@ import torch
 from cifar10_parts import Parts, digest_of
 from cifar10_sizes import (
     HEADS,
+    LAST_NOISE,
     PLAIN,
     SAMPLED,
     SAMPLERS,
@@ -35,7 +36,7 @@ from ocm.denoiser import Denoiser, Prediction
 from ocm.environment import Row
 from ocm.evaluation import draw, likelihood_table, quality, steps_of
 from ocm.metrics import FeatureExtractor, classifier_features
-from ocm.samplers import ddpm, reverse_step
+from ocm.samplers import ddpm, last_step_noise, reverse_step
 from ocm.tables import StepTable, TimestepTable
 
 _GRID_IMAGES = 8
@@ -107,7 +108,7 @@ def evaluate_schedule(
     rows = {
         "validation": _validation(checkpoint, validation, size, parts),
         "rows": _likelihoods(checkpoint, images, size, parts),
-        "quality": _quality(checkpoint, extractor, real, size, parts),
+        "quality": _quality(schedule, checkpoint, extractor, real, size, parts),
         "costs": parts.get(
             "costs", lambda: step_costs(checkpoint, size), **_of(size, "cost_batch", "cost_rounds")
         ),
@@ -345,18 +346,25 @@ def _standard_error(values: Tensor) -> float:
 
 
 def _quality(
-    checkpoint: Checkpoint, extractor: FeatureExtractor, real: Tensor, size: Size, parts: Parts
+    schedule: str,
+    checkpoint: Checkpoint,
+    extractor: FeatureExtractor,
+    real: Tensor,
+    size: Size,
+    parts: Parts,
 ) -> list[Row]:
     """Return rows of sample quality, and keep the first images of each cell."""
     rows: list[Row] = []
     for cells in size.samples:
         for K, count in cells.counts:
             name = f"samples-{cells.sampler}-{K}"
+            levels = LAST_NOISE[schedule, cells.sampler]
             rows += parts.get(
                 name,
-                lambda cells=cells, K=K, count=count, name=name: sample_cells(
-                    checkpoint, extractor, real, cells, K, count, size, parts.file(name, "")
+                lambda cells=cells, K=K, count=count, name=name, levels=levels: sample_cells(
+                    checkpoint, extractor, real, cells, K, count, levels, size, parts.file(name, "")
                 ),
+                last_noise_levels=levels,
                 covariances=cells.covariances,
                 num_samples=count,
                 features=extractor.name,
@@ -372,6 +380,7 @@ def sample_cells(
     cells: Cells,
     K: int,
     count: int,
+    last_noise_levels: float,
     size: Size,
     grid: Path,
 ) -> list[Row]:
@@ -384,6 +393,7 @@ def sample_cells(
         cells: Sampler and covariances.
         K: Steps.
         count: Samples of each.
+        last_noise_levels: Of :func:`ocm.samplers.last_step_noise`.
         size: Batch size and precision.
         grid: Where the first images of each go, as safetensors of bytes.
     """
@@ -402,6 +412,7 @@ def sample_cells(
                 sampler=SAMPLERS[cells.sampler],
                 seed=SEED,
                 batch_size=size.batch_size,
+                max_last_noise=last_step_noise(last_noise_levels),
             )
         synchronize(device)
         seconds = time.perf_counter() - start
@@ -413,6 +424,7 @@ def sample_cells(
                 "covariance": name.removesuffix(CALIBRATED),
                 "calibrated": name.endswith(CALIBRATED),
                 "K": K,
+                "last_noise_levels": last_noise_levels,
                 "frechet": found.frechet,
                 "precision": found.precision,
                 "recall": found.recall,
@@ -479,6 +491,7 @@ def _equal_evaluations(
             ),
             features=extractor.name,
             methods=[f"{method.name} {method.sampler}" for method in budget.METHODS],
+            last_noise_levels=budget.LAST_NOISE_LEVELS,
             **_of(size, "budget_samples", "num_real", "num_fit"),
         )
     return rows
