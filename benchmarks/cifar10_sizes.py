@@ -20,9 +20,9 @@ PLAIN = ("beta", "beta_tilde", "analytic", *HEADS)
 SAMPLED = PLAIN[1:]
 CALIBRATED_HEADS = tuple(name + CALIBRATED for name in HEADS)
 SAMPLERS = {"ddpm": ddpm, "ddim": partial(ddim, eta=0.0)}
-# Grey levels that the last noisy step may move a pixel by on average (:func:`ocm.samplers.last_step_noise`),
-# by schedule and sampler: two for CIFAR-10, the linear schedule and DDPM, else one, as in the
-# settings of Analytic-DPM and of OCM.
+# Of :func:`ocm.samplers.last_step_noise`, by schedule and sampler: the grey levels that the last
+# noisy step may move a pixel by on average. Two for CIFAR-10, the linear schedule and DDPM, else
+# one, as in the settings of Analytic-DPM and of OCM.
 LAST_NOISE = {(schedule, sampler): 1.0 for schedule in SCHEDULES for sampler in SAMPLERS} | {
     ("linear", "ddpm"): 2.0
 }

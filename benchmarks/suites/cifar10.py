@@ -192,8 +192,8 @@ def _sample_tables(record: Row, schedule: str) -> list[str]:
             counts = {row["K"]: row["num_samples"] for row in rows}
             numbers = ", ".join(f"{count} at K = {K}" for K, count in counts.items())
             sections += [
-                f"Fréchet distance of {name} samples (precision, recall); a cell has {numbers}. The "
-                f"noise of the last noisy step is at most {rows[0]['last_noise_levels']:g} of 256 "
+                f"Fréchet distance of {name} samples (precision, recall); a cell has {numbers}. "
+                f"The noise of the last noisy step is at most {rows[0]['last_noise_levels']:g} of 256 "
                 "grey levels on average",
                 _by_steps(
                     rows,
