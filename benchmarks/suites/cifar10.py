@@ -193,8 +193,8 @@ def _sample_tables(record: Row, schedule: str) -> list[str]:
             numbers = ", ".join(f"{count} at K = {K}" for K, count in counts.items())
             sections += [
                 f"Fréchet distance of {name} samples (precision, recall); a cell has {numbers}. "
-                f"The noise of the last noisy step is at most {rows[0]['last_noise_levels']:g} of 256 "
-                "grey levels on average",
+                f"The noise of the last noisy step is at most {rows[0]['last_noise_levels']:g} of "
+                "256 grey levels on average",
                 _by_steps(
                     rows,
                     lambda row: (

@@ -70,7 +70,7 @@ class Sizes:
     num_images: int = 128
     num_samples: int = 128
     fit_images: int = 128
-    step_counts: tuple[int, ...] = (5, 10, 25, 50)
+    step_counts: tuple[int, ...] = (5, 10, 25)
     structure_images: int = 64
     structure_timesteps: tuple[int, ...] = (5, 50, 100, 200, 300, 500, 700, 900)
     budgets: tuple[int, ...] = budget.BUDGETS
