@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import synchronize
+from harness import markdown, synchronize
 from torch import Tensor
 
 import ocm
@@ -35,6 +35,7 @@ from ocm.checkpoints import Checkpoint
 from ocm.environment import Row
 from ocm.evaluation import quality
 from ocm.metrics import FeatureExtractor
+from ocm.plots import label
 from ocm.samplers import Sampler, last_step_noise
 
 BUDGETS = (5, 10, 20, 40)
@@ -350,3 +351,19 @@ def forward_passes(backbone: Any) -> Iterator[list[int]]:
         yield counted
     finally:
         hook.remove()
+
+
+def name_of(row: Row) -> str:
+    """Return how the method of a row is written."""
+    name = label(row["method"])
+    return f"{name}, {row['sampler'].upper()}" if row["sampler"] else name
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Return the Fréchet distances of rows by method, a column for each budget, in Markdown."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        cells = lines.setdefault(name_of(row), {"method": name_of(row)})
+        cells[f"E = {row['budget']}"] = f"{row['frechet']:.2f} ({row['K']})"
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    return markdown(list(lines.values()), {"method": ""} | {f"E = {E}": "" for E in budgets})

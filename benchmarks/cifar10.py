@@ -135,20 +135,31 @@ def main(words: Sequence[str] | None = None) -> None:
     size = SIZES[arguments.size or ("reduced" if device.type == "cpu" else "full")]
     try:
         check_data(arguments.data)
+        if arguments.command == "train":
+            _train(arguments, size, device)
+        else:
+            _evaluate(arguments, size, device, words or sys.argv[1:])
     except ValueError as error:
         sys.exit(f"error: {error}")
-    start = time.perf_counter()
-    if arguments.command == "train":
-        record = train_schedule(arguments.schedule, arguments.work, arguments.data, size, device)
-        for name, loss in record["losses"].items():
-            print(f"{name:10} loss {loss:.4f}   {record['seconds'][name]:.0f} s")
-        return
-    record = evaluate(arguments.work, arguments.data, size, device)
+
+
+def _train(arguments: argparse.Namespace, size: Size, device: torch.device) -> None:
+    record = train_schedule(arguments.schedule, arguments.work, arguments.data, size, device)
+    for name, loss in record["losses"].items():
+        spent = record["seconds"][name]
+        print(f"{name:10} loss {loss:.4f}   {'' if spent is None else f'{spent:.0f} s'}")
+
+
+def _evaluate(
+    arguments: argparse.Namespace, size: Size, device: torch.device, words: Sequence[str]
+) -> None:
     # Its plots are of the record, and it makes records with the functions above.
     from suites import cifar10 as suite
 
+    start = time.perf_counter()
+    record = evaluate(arguments.work, arguments.data, size, device)
     tables = suite.report(record)
-    command_line = shlex.join(["python", "benchmarks/cifar10.py", *(words or sys.argv[1:])])
+    command_line = shlex.join(["python", "benchmarks/cifar10.py", *words])
     seconds = time.perf_counter() - start
     record = write(arguments.out, "cifar10", record, tables, command=command_line, seconds=seconds)
     suite.plot_curves(record, arguments.out / "cifar10.png")

@@ -22,7 +22,7 @@ from cifar10_sizes import (
     Cells,
     Size,
 )
-from cifar10_training import load_images, training_images, validation_images
+from cifar10_training import data_sizes, load_images, training_images, validation_images
 from harness import synchronize, time_together
 from torch import Tensor
 
@@ -33,7 +33,7 @@ from ocm.checkpoints import Checkpoint
 from ocm.covariances.base import looks_at_s
 from ocm.data import Images
 from ocm.denoiser import Denoiser, Prediction
-from ocm.environment import Row
+from ocm.environment import Row, environment
 from ocm.evaluation import draw, likelihood_table, quality, steps_of
 from ocm.metrics import FeatureExtractor, classifier_features
 from ocm.samplers import ddpm, last_step_noise, reverse_step
@@ -77,13 +77,23 @@ def feature_extractor(work: Path, data: Path, size: Size, device: torch.device) 
             "held_out": floor._asdict() | {"num_images": len(held_out)},
         }
 
-    parts = Parts(work / "parts", "", _of(size, "name", "image_size", "num_images"))
+    key = _origin(data, device) | _of(size, "name", "image_size", "num_images")
+    parts = Parts(work / "parts", "", key)
     found: Row = parts.get(
         "classifier",
         make,
         **_of(size, "num_validation", "num_features", "classifier_steps", "num_real"),
     )
     return found
+
+
+def _origin(data: Path, device: torch.device) -> Row:
+    """Return what every part depends on: the code, the data and the kind of device."""
+    return {
+        "commit": environment(device)["commit"],
+        "data": data_sizes(data),
+        "device": device.type,
+    }
 
 
 def evaluate_schedule(
@@ -101,7 +111,7 @@ def evaluate_schedule(
     checkpoint = checkpoints.load(work / schedule / "checkpoint", device)
     images = load_images(data, size)
     validation = validation_images(images, size)
-    key = {"checkpoint": digest_of(work / schedule / "checkpoint"), "device": device.type}
+    key = _origin(data, device) | {"checkpoint": digest_of(work / schedule / "checkpoint")}
     parts = Parts(work / "parts", f"{schedule}-", key)
     checkpoint = _fitted(checkpoint, validation[: size.num_fit].to(device), size, parts)
     extractor, real = _features(work, images, size, device)
@@ -211,7 +221,7 @@ def _fitted(checkpoint: Checkpoint, x0: Tensor, size: Size, parts: Parts) -> Che
             f"fits-{first // 50}",
             lambda some=some: {t: fits(checkpoint, x0, t, ends[t], t in calibrated) for t in some},
             timesteps=some,
-            **_of(size, "num_fit", "fit_spacing"),
+            **_of(size, "num_fit", "fit_spacing", "step_counts", "samples"),
         )
         found |= {int(t): row for t, row in made.items()}
     table = TimestepTable.of(timesteps, [found[t]["analytic"] for t in timesteps])
@@ -294,7 +304,7 @@ def _likelihoods(checkpoint: Checkpoint, images: Images, size: Size, parts: Part
             parts.get(
                 f"likelihood-{first // size.group}",
                 make,
-                **_of(size, "group", "num_fit", "fit_spacing", "step_counts"),
+                **_of(size, "group", "num_fit", "fit_spacing", "step_counts", "samples"),
             )
         )
     return likelihood_rows(groups, size.step_counts, size.group)
@@ -369,6 +379,7 @@ def _quality(
                 num_samples=count,
                 features=extractor.name,
                 **_of(size, "num_real", "batch_size", "samples_in_bfloat16", "num_fit"),
+                **_of(size, "fit_spacing", "step_counts", "samples"),
             )
     return rows
 
@@ -400,21 +411,24 @@ def sample_cells(
     from safetensors.torch import save_file
 
     device, rows, kept = checkpoint.denoiser.device, [], {}
+    draws = partial(
+        draw,
+        checkpoint,
+        sampler=SAMPLERS[cells.sampler],
+        seed=SEED,
+        batch_size=size.batch_size,
+        max_last_noise=last_step_noise(last_noise_levels),
+    )
+    timesteps = ocm.even_timesteps(checkpoint.denoiser.schedule.num_timesteps, K)
+    precision = torch.autocast(device.type, torch.bfloat16, enabled=size.samples_in_bfloat16)
     for name in cells.covariances:
-        synchronize(device)
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=size.samples_in_bfloat16):
-            images = draw(
-                checkpoint,
-                name,
-                count,
-                ocm.even_timesteps(checkpoint.denoiser.schedule.num_timesteps, K),
-                sampler=SAMPLERS[cells.sampler],
-                seed=SEED,
-                batch_size=size.batch_size,
-                max_last_noise=last_step_noise(last_noise_levels),
-            )
-        synchronize(device)
+        with precision:
+            if not rows:  # compiles kernels and chooses convolutions, for which the first would pay
+                draws(name, min(count, size.batch_size), timesteps[-2:])
+            synchronize(device)
+            start = time.perf_counter()
+            images = draws(name, count, timesteps)
+            synchronize(device)
         seconds = time.perf_counter() - start
         found = quality(real, extractor(images))
         kept[name] = ((images[:_GRID_IMAGES].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -29,6 +29,8 @@ from ocm.schedules import SCHEDULES
 from ocm.training import TrainingSettings, mean_of_last
 from ocm.training_state import remove_states
 
+_FILES = ("train.parquet", "test.parquet")
+
 
 def check_data(data: Path) -> None:
     """Raise unless ``data`` holds CIFAR-10.
@@ -36,13 +38,19 @@ def check_data(data: Path) -> None:
     Raises:
         ValueError: If it lacks train.parquet or test.parquet.
     """
-    for file in ("train.parquet", "test.parquet"):
+    for file in _FILES:
         if not (data / file).exists():
             raise ValueError(
                 f"data must be a directory with train.parquet and test.parquet of CIFAR-10, with "
                 f"columns image (encoded images) and label, got {str(data)!r}, which has no "
                 f"{file}; put them there, or name another directory with --data"
             )
+
+
+def data_sizes(data: Path) -> dict[str, int]:
+    """Return the bytes of the files of a data set, which tell it from another."""
+    check_data(data)
+    return {file: (data / file).stat().st_size for file in _FILES}
 
 
 @lru_cache(maxsize=1)
@@ -113,7 +121,8 @@ def train_schedule(schedule: str, work: Path, data: Path, size: Size, device: to
         device: Where to train.
 
     Returns:
-        Settings, seconds, losses and numbers of parameters.
+        Settings, seconds (None for what an interrupted run began), losses and numbers of
+        parameters.
 
     Raises:
         ValueError: If ``work`` holds a training of other settings, or ``data`` no CIFAR-10.
@@ -127,6 +136,7 @@ def train_schedule(schedule: str, work: Path, data: Path, size: Size, device: to
                 *("num_validation", "denoiser", "heads", "head_kind", "target_probes"),
             )
         }
+        | {"data": data_sizes(data)}
     )
     file = directory / "train.json"
     if file.exists():
@@ -141,17 +151,20 @@ def train_schedule(schedule: str, work: Path, data: Path, size: Size, device: to
     images = load_images(data, size)
     shown = training_images(images, size, device)
     states = directory / "training"
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float | None] = {}
     losses: dict[str, float] = {}
 
     def trained(
         name: str, train: Callable[..., list[float]], what: Any, loop: TrainingSettings
     ) -> None:
+        resumed = (states / name).exists()
         start = time.perf_counter()
         source = ReportedImages(shown, f"{schedule} {name}", max(loop.num_steps // 5, 1))
         found = train(what, source, loop, directory=states / name, progress=False)
-        seconds[name], losses[name] = time.perf_counter() - start, mean_of_last(found)
-        say(f"{schedule} {name}: loss {losses[name]:.4f} after {seconds[name]:.0f} s")
+        spent, losses[name] = time.perf_counter() - start, mean_of_last(found)
+        # What an interrupted run spent before is not known.
+        seconds[name] = None if resumed else spent
+        say(f"{schedule} {name}: loss {losses[name]:.4f} after {spent:.0f} s")
 
     denoiser = Denoiser(_unet(size, images.shape).to(device), SCHEDULES[schedule](NUM_TIMESTEPS))
     trained("denoiser", ocm.train_denoiser, denoiser, size.denoiser)

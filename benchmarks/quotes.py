@@ -21,9 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from suites.digits import likelihood
+import budget
+from suites.cifar10 import claims as cifar10_claims
+from suites.digits import likelihood, structure
 
+from ocm.catalogue import CALIBRATED
 from ocm.environment import Row
+from ocm.plots import label
 from ocm.toy.report import by_seed, name_of
 
 ROOT = Path(__file__).parent.parent
@@ -127,16 +131,77 @@ def _toy(record: Row) -> str:
     )
 
 
+def _cifar10(record: Row) -> str:
+    """Bits/dim of every head for two schedules, and where OCM is above another."""
+    counts = [K for K in (5, 10, 25, 50) if K in record["settings"]["step_counts"]]
+    schedules = ("linear", "cosine")
+    bits = {
+        (row["covariance"], row["calibrated"], row["schedule"], row["K"]): row["bits_per_dim"]
+        for row in record["rows"]
+    }
+    columns = [f"{schedule}, K = {K}" for schedule in schedules for K in counts]
+    lines = [f"| covariance | {' | '.join(columns)} |", "|:---|" + "---:|" * len(columns)]
+    for name, is_calibrated in dict.fromkeys(key[:2] for key in bits):
+        cells = [
+            f"{bits[name, is_calibrated, schedule, K]:.3f}"
+            for schedule in schedules
+            for K in counts
+        ]
+        written = label(name + (CALIBRATED if is_calibrated else ""))
+        lines.append(f"| {written} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n" + cifar10_claims(record)
+
+
+def _cifar10_samples(record: Row) -> str:
+    """Fréchet distances at equal numbers of network evaluations, for both schedules."""
+    parts = []
+    for schedule in ("linear", "cosine"):
+        rows = [row for row in record["equal_evaluations"] if row["schedule"] == schedule]
+        parts.append(f"{schedule.capitalize()} schedule:\n\n{budget.table(rows)}")
+    return (
+        "\n\n".join(parts)
+        + "\n\n![Bits/dim above OCM, samples, and equal evaluations](cpu/cifar10.png)"
+        "\n\n![Samples of ten steps from the same noise](cpu/cifar10_cosine_ddpm_10.png)"
+    )
+
+
+def _digits_samples(record: Row) -> str:
+    return (
+        f"{budget.table(record['equal_evaluations'])}\n\n{structure(record)}\n\n"
+        "![Energy off the diagonal, and asymmetry](cpu/digits_full.png)"
+    )
+
+
+def _sampling(record: Row) -> str:
+    lines = ["| network | covariance | passes | time over a plain step |", "|:---|:---|---:|---:|"]
+    lines += [
+        f"| {row['network']} | {row['covariance']} | {row['passes']} | {row['over_plain']:.3f} |"
+        for row in record["rows"]
+        if row["covariance"] != "beta_tilde"
+    ]
+    return "\n".join(lines)
+
+
+def _machine_code(record: Row) -> str:
+    lines = ["| kernel | instructions an element | budget |", "|:---|---:|---:|"]
+    lines += [
+        f"| {row['kernel']} | {row['instructions_per_element']:.1f} | {row['budget']:.0f} |"
+        for row in record["rows"]
+    ]
+    return "\n".join(lines)
+
+
 BLOCKS = {
     "demo": Block("demo/metrics.json", _demo, "make demo"),
     "products": Block("cpu/products.json", _products),
     "estimators": Block("cpu/estimators.json", _estimators),
     "toy": Block("cpu/toy.json", _toy),
-    "digits": Block(
-        "digits/evaluation.json",
-        _digits,
-        "ocm evaluate runs/digits --all --num-images 128 --num-samples 128 --fit-images 128",
-    ),
+    "cifar10": Block("cpu/cifar10.json", _cifar10),
+    "cifar10-samples": Block("cpu/cifar10.json", _cifar10_samples),
+    "digits": Block("cpu/digits.json", _digits),
+    "digits-samples": Block("cpu/digits.json", _digits_samples),
+    "machine-code": Block("cpu/machine_code.json", _machine_code),
+    "sampling": Block("cpu/sampling.json", _sampling),
 }
 
 

@@ -1,13 +1,16 @@
 """Covariance heads: small networks on the features that enter a backbone's last layer.
 
 A sampling step then costs one pass through the backbone and one small head. What the output o of
-a head means is a matter of :mod:`ocm.parameterisation`; every head here starts at o = 0.
+a head means is a matter of :mod:`ocm.parameterisation`; every head here starts at o = 0, and
+computes in the type of its weights whatever autocast says: towards t = N a variance is a small
+1 + o, of which bfloat16 would leave no digit.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -39,7 +42,9 @@ class CovarianceHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
-        o: Tensor = self.conv(functional.silu(self.norm(_for_group_norm(features))))
+        features = _for_group_norm(features.to(self.conv.weight))
+        with _outside_autocast(features):
+            o: Tensor = self.conv(functional.silu(self.norm(features)))
         return o
 
 
@@ -76,8 +81,9 @@ class ResidualHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
-        features = _for_group_norm(features)
-        o: Tensor = self.head(features + self.second(self.first(features)))
+        features = _for_group_norm(features.to(self.head.conv.weight))
+        with _outside_autocast(features):
+            o: Tensor = self.head(features + self.second(self.first(features)))
         return o
 
 
@@ -120,14 +126,20 @@ class TokenHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from the tokens (B, n, width) of a square."""
-        if self.block is not None:
-            tokens = tokens + self.block(tokens)
-        patches = self.out(functional.silu(self.norm(tokens)))
+        tokens = tokens.to(self.out.weight)
+        with _outside_autocast(tokens):
+            if self.block is not None:
+                tokens = tokens + self.block(tokens)
+            patches = self.out(functional.silu(self.norm(tokens)))
         side, p = round(tokens.shape[1] ** 0.5), self._patch_size
         o = patches.reshape(len(tokens), side, side, p, p, self._out_channels)
         o = o.permute(0, 5, 1, 3, 2, 4)
         image: Tensor = o.reshape(len(tokens), self._out_channels, side * p, side * p)
         return image
+
+
+def _outside_autocast(features: Tensor) -> torch.autocast:
+    return torch.autocast(features.device.type, enabled=False)
 
 
 def _for_group_norm(features: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The digits suite: how far from diagonal a covariance is, against Gaussian data."""
 
+import budget
 import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
-from suites.digits import diagonal_against_full, within_budgets
+from suites.digits import diagonal_against_full
 
 import ocm
 from hessdiag.bases import dct_matrix
@@ -50,7 +51,7 @@ def test_an_asymmetric_jacobian_is_seen():
 def test_budgets_stand_side_by_side():
     row = {"method": "ocm", "sampler": "ddpm", "budget": 5, "frechet": 1.234, "K": 5}
     other = {"method": "Heun", "sampler": "", "budget": 10, "frechet": 2.0, "K": 5}
-    table = within_budgets({"equal_evaluations": [row, row | {"budget": 10, "K": 10}, other]})
+    table = budget.table([row, row | {"budget": 10, "K": 10}, other])
     assert table.splitlines()[2:] == [
         "| OCM head, DDPM | 1.23 (5) | 1.23 (10) |",
         "| Heun |  | 2.00 (5) |",

@@ -13,7 +13,6 @@ from ocm.covariances import Covariance, Exact, OptimalCovarianceMatching
 from ocm.covariances.base import LearnedCovariance
 from ocm.denoiser import Denoiser, Prediction
 from ocm.environment import Row
-from ocm.parameterisation import Parameterisation
 from ocm.posterior import PosteriorCovariance
 from ocm.schedules import Schedule
 from ocm.toy.errors import WeightedPoints, score_error, variance_error
@@ -118,7 +117,7 @@ def degraded_scores(
 def one_head(
     mixture: Mixture,
     schedule: Schedule,
-    good: Denoiser,
+    head: LearnedCovariance,
     points: Sequence[WeightedPoints],
     settings: ToySettings,
     seed: int,
@@ -129,9 +128,16 @@ def one_head(
     a little noise in its weights. On the former the head is read from its features, which mean
     other things there, and kept with its own backbone (:class:`FromAnotherBackbone`); a head that
     was trained on it, and its exact diagonal, show what there is to reach.
+
+    Args:
+        mixture: The data.
+        schedule: The noise schedule.
+        head: OCM's, with the denoiser that it was trained on.
+        points: As in :func:`degraded_scores`.
+        settings: Sizes.
+        seed: Seed of trainings, noise and samples.
     """
-    units = Parameterisation(data_std=mixture.std)
-    head, _ = trained_head("ocm", units, good, mixture, settings, seed)
+    good, units = head.denoiser, head.parameterisation
     other = learned_denoiser(mixture, schedule, settings, seed + 500, good.device)
     retrained, _ = trained_head("ocm", units, other, mixture, settings, seed)
     noisy = with_weight_noise(good, settings.weight_noise[0], seed)

@@ -20,6 +20,7 @@ import torch
 
 from ocm.checkpoints import LEARNED
 from ocm.covariances import Covariance, Exact, Hutchinson
+from ocm.covariances.base import LearnedCovariance
 from ocm.denoiser import Denoiser
 from ocm.environment import Row, environment
 from ocm.parameterisation import PAPER, Parameterisation
@@ -130,7 +131,7 @@ def run_task(task: Task, settings: ToySettings, device: torch.device) -> dict[st
         parts["errors"] += measure(fewer, f"hutchinson-{M}", "", probed, precise)
     parts["errors"] += measure(points, "exact", "", Exact(denoiser), precise)
     parts["errors"] += measure(points, "analytic", "", analytic)
-    heads: dict[str, Covariance] = {}
+    heads: dict[str, LearnedCovariance] = {}
     units = Parameterisation(data_std=mixture.std)
     kinds = [(name, "preconditioned", units) for name in LEARNED]
     if task.first and task.score == "true":
@@ -152,7 +153,8 @@ def run_task(task: Task, settings: ToySettings, device: torch.device) -> dict[st
     sizes: dict[str, Any] = {"num_samples": settings.num_samples, "bandwidth": settings.bandwidth}
     if task.score == "true":
         order = ("beta", "beta_tilde", "analytic", *LEARNED, "exact", "full", "lanczos")
-        covariances = {name: (free | heads)[name] for name in order}
+        stated: dict[str, Covariance] = {**free, **heads}
+        covariances = {name: stated[name] for name in order}
         parts["samples"] = discrepancies(
             denoiser, mixture, covariances, settings.step_counts, seed=task.seed, **sizes
         )
@@ -160,9 +162,9 @@ def run_task(task: Task, settings: ToySettings, device: torch.device) -> dict[st
         parts["samples"].append({"sampler": "data", "covariance": "data", "K": 0, "mmd": of_data})
         parts["off_diagonal"] = [{"t": at.t, "share": off_diagonal_share(at)} for at in points]
     elif task.first:
-        checked = (mixture, schedule, denoiser, points, settings, task.seed)
-        parts["degraded"] = degraded_scores(*checked)
-        parts["one_head"] = one_head(*checked)
+        sizes_and_seed = (points, settings, task.seed)
+        parts["degraded"] = degraded_scores(mixture, schedule, denoiser, *sizes_and_seed)
+        parts["one_head"] = one_head(mixture, schedule, heads["ocm"], *sizes_and_seed)
     return parts
 
 

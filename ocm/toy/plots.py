@@ -154,8 +154,9 @@ def _checks(record: Mapping[str, Any], file: Path) -> None:
                 )
         axis.set(xscale="log", yscale="log", xlabel="relative squared error of the score")
         axis.set_title(f"Scores that err, {mixture}")
+        axis.xaxis.set_minor_formatter("")
         axis.legend(
-            fontsize=8, title="solid: stopped early\ndotted: noisy weights", title_fontsize=8
+            fontsize=8, title="solid: shorter training\ndotted: noisy weights", title_fontsize=8
         )
     rest[0].set_ylabel(f"MMD² of DDPM samples, K = {K}")
     for axis in axes.flat:

@@ -62,8 +62,8 @@ def tables(record: Mapping[str, Any]) -> str:
         f"{settings['denoiser_batch_size']}.",
         "## Error of the variance",
         "Mean squared error of Var[x0 | x_t] over the mean squared variance, "
-        f"{settings['num_test']} points a noise level. On the nine Gaussians with the true score "
-        "Hutchinson is exact: the density is a product.",
+        f"{settings['num_test']} points a noise level, a fifth of them for Hutchinson. On the nine "
+        "Gaussians with the true score Hutchinson is exact: the density is a product.",
     ]
     for score in ("true", "learned"):
         for mixture in _mixtures(record):
@@ -110,8 +110,8 @@ def _checks(record: Mapping[str, Any]) -> list[str]:
     sections.append(_table(shares, "mixture", [f"t = {t}" for t in _axis(shares)]))
     sections += [
         "## Scores that err",
-        "Denoisers whose training was stopped early, or with noise in the weights, in units of the "
-        "standard deviation of each tensor. Errors are geometric means over the noise levels of "
+        "Denoisers of shorter trainings, or with noise in the weights, in units of the standard "
+        "deviation of each tensor. Errors are geometric means over the noise levels of "
         "E|score - true|^2 / E|true|^2 and of the variance's relative squared error; samples are "
         "DDPM's. First seed.",
     ]

@@ -38,7 +38,7 @@ class ToySettings:
         step_counts: Numbers of reverse steps K, evenly spaced.
         bandwidth: Of the Gaussian kernel of the maximum mean discrepancy.
         check_step_counts: Numbers of reverse steps of the checks.
-        early_steps: Lengths of the trainings that are stopped early.
+        early_steps: Steps of the shorter trainings.
         weight_noise: Standard deviations of the noise that is added to the weights, in units of
             that of each tensor of weights.
     """
