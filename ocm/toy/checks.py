@@ -93,6 +93,8 @@ def degraded_scores(
         analytic = fitted_analytic(denoiser, mixture, settings, settings.check_step_counts, seed)
         covariances = training_free(denoiser, analytic)
         row: Row = {
+            # Text, by which rows of two records are told apart.
+            "version": f"{degradation}, {amount:g}",
             "degradation": degradation,
             "amount": amount,
             "score_error": _mean([score_error(denoiser, mixture, at) for at in points]),
