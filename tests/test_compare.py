@@ -114,9 +114,11 @@ def test_what_cannot_be_compared_says_why(tmp_path):
         read(file)
 
 
-@pytest.mark.parametrize(
-    "file", sorted(RESULTS.glob("*/*.json")), ids=lambda file: f"{file.parent.name}-{file.stem}"
-)
+# But those of pytest-benchmark, which has a comparison of its own.
+RECORDS = [file for file in sorted(RESULTS.glob("*/*.json")) if file.stem != "small"]
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_rows_of_recorded_results_are_told_apart_whatever_their_order(file):
     record = read(file)
     tables = {key: value for key, value in record.items() if isinstance(value, list)}

@@ -216,7 +216,11 @@ def test_every_record_names_the_commit_that_it_was_made_at(file):
         assert git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0, commit
 
 
-@pytest.mark.parametrize("file", sorted((RESULTS / "cpu").glob("*.json")), ids=lambda f: f.stem)
+# But that of pytest-benchmark, whose format is its own.
+SUITES = [file for file in RECORDS if file.parent.name == "cpu" and file.stem != "small"]
+
+
+@pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
 def test_records_of_suites_name_their_command(file):
     record = json.loads(file.read_text())
     assert record["suite"] == file.stem
