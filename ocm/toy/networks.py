@@ -199,6 +199,7 @@ def mixture_denoiser(
 
     Example:
         >>> from ocm import Exact, linear
+        >>> from ocm.toy import nine_gaussians
         >>> denoiser = mixture_denoiser(nine_gaussians(), linear())
         >>> x_t = torch.tensor([[1.0, 0.0]]).double()
         >>> Exact(denoiser).at(denoiser.predict(x_t, 300)).diagonal().round(decimals=3)
