@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Okabe and Ito's colours and two of Paul Tol's, which colour-blind readers can tell apart; a
+# Okabe and Ito's colours and three of Paul Tol's, which colour-blind readers can tell apart; a
 # marker each besides.
 _STYLES: dict[str, tuple[str, str]] = {
     "beta": ("#E69F00", "s"),
@@ -23,7 +23,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "coloring": ("#009E73", "*"),
     "exact": ("#000000", "x"),
     "blocks": ("#000000", "1"),
-    "cosine": ("#CC79A7", "p"),
+    "cosine": ("#44AA99", "p"),
     "lanczos": ("#777777", "h"),
     "full": ("#777777", "+"),
 }

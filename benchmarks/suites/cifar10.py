@@ -20,7 +20,7 @@ from harness import Setting, markdown
 
 from ocm.catalogue import CALIBRATED
 from ocm.environment import Row
-from ocm.plots import evaluation_plot, label, sample_rows
+from ocm.plots import evaluation_plot, label, sample_rows, style
 
 _CACHE = Path(__file__).parent.parent.parent / ".cache" / "benchmarks"
 # Where OCM is compared with the others, and with which.
@@ -29,20 +29,8 @@ _CLAIMED_STEPS = (10, 25)
 _MOST_SHOWN_STEPS = 25
 _RIVALS = ("analytic", "iddpm", "npr", "sn")
 _SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM"}
-# Okabe and Ito's colours, which colour-blind readers can tell apart; a marker each besides.
-_STYLES = {
-    "beta_tilde": ("#CC79A7", "v"),
-    "analytic": ("#56B4E9", "D"),
-    "iddpm": ("#D55E00", "P"),
-    "npr": ("#009E73", "<"),
-    "sn": ("#E69F00", ">"),
-    "ocm": ("#0072B2", "o"),
-    "cosine, M = 1": ("#009E73", "p"),
-    "lanczos, k = 3": ("#D55E00", "h"),
-    "lanczos, k = 3, symmetric": ("#E69F00", "*"),
-    "DPM-Solver++": ("#000000", "x"),
-    "Heun": ("#000000", "+"),
-}
+# Of what is no covariance of `ocm.plots`, black as Okabe and Ito's palette has it.
+_SOLVERS = {"DPM-Solver++": ("#000000", "x"), "Heun": ("#000000", "+")}
 
 
 def run(setting: Setting) -> tuple[Row, str]:
@@ -268,23 +256,14 @@ def plot_curves(record: Row, path: Path) -> None:
 
 
 def _draw_differences(axis: Any, rows: Sequence[Row]) -> None:
-    for name in _RIVALS:
-        colour, marker = _STYLES[name]
-        for calibrated, style in ((False, "-"), (True, "--")):
-            cells = [
-                row for row in rows if row["covariance"] == name and row["calibrated"] is calibrated
-            ]
-            if cells:
-                axis.errorbar(
-                    [row["K"] for row in cells],
-                    [row["minus_ocm"] for row in cells],
-                    [2 * row["minus_ocm_standard_error"] for row in cells],
-                    color=colour,
-                    marker=marker,
-                    linestyle=style,
-                    capsize=2,
-                    label=_name(cells[0]),
-                )
+    for cells, line in _lines([row for row in rows if row["covariance"] in _RIVALS]):
+        axis.errorbar(
+            [row["K"] for row in cells],
+            [row["minus_ocm"] for row in cells],
+            [2 * row["minus_ocm_standard_error"] for row in cells],
+            capsize=2,
+            **line,
+        )
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_yscale("symlog", linthresh=0.01)
     axis.set_ylabel("above OCM (± two standard errors)")
@@ -292,31 +271,36 @@ def _draw_differences(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def _draw_samples(axis: Any, rows: Sequence[Row]) -> None:
-    names = dict.fromkeys(row["covariance"] for row in rows)
-    for name in names:
-        colour, marker = _STYLES[name]
-        for calibrated, style in ((False, "-"), (True, "--")):
-            cells = [
-                row for row in rows if row["covariance"] == name and row["calibrated"] is calibrated
-            ]
-            if cells:
-                axis.plot(
-                    [row["K"] for row in cells],
-                    [row["frechet"] for row in cells],
-                    color=colour,
-                    marker=marker,
-                    linestyle=style,
-                    label=_name(cells[0]),
-                )
+    for cells, line in _lines(rows):
+        axis.plot([row["K"] for row in cells], [row["frechet"] for row in cells], **line)
     axis.set_yscale("log")
     axis.set_ylabel("Fréchet distance")
     _finish(axis, [row["K"] for row in rows], "steps K")
 
 
+def _lines(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
+    """Yield the rows of each covariance, plain and calibrated apart, and how they are drawn."""
+    for key in dict.fromkeys((row["covariance"], row["calibrated"]) for row in rows):
+        cells = [row for row in rows if (row["covariance"], row["calibrated"]) == key]
+        colour, marker = style(key[0])
+        yield (
+            cells,
+            {
+                "color": colour,
+                "marker": marker,
+                "linestyle": "--" if key[1] else "-",
+                "label": _name(cells[0]),
+            },
+        )
+
+
 def _draw_budgets(axis: Any, rows: Sequence[Row]) -> None:
     for key in dict.fromkeys((row["method"], row["sampler"]) for row in rows):
         cells = [row for row in rows if (row["method"], row["sampler"]) == key]
-        colour, marker = _STYLES[key[0]]
+        # "lanczos, k = 3" is drawn as Lanczos is everywhere.
+        colour, marker = _SOLVERS.get(key[0]) or style(key[0].split(",")[0])
+        if "symmetric" in key[0]:
+            marker = "*"
         axis.plot(
             [row["budget"] for row in cells],
             [row["frechet"] for row in cells],
