@@ -36,7 +36,7 @@ class GaussianDenoiser(nn.Module):
         return (self.last(x_t).flatten(1) @ gain.to(x_t)).reshape(x_t.shape)
 
 
-architecture = ocm.Architecture("GaussianDenoiser", "last", lambda net, x, t, _: net(x, t + 1), {})
+architecture = ocm.Architecture("GaussianDenoiser", "last", lambda net, x, t, _: net(x, t + 1))
 denoiser = ocm.Denoiser(GaussianDenoiser(), schedule, "sample", architecture).freeze()
 
 

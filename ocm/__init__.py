@@ -35,8 +35,8 @@ from ocm.covariances import (
     variance_of_x0,
 )
 from ocm.denoiser import Denoiser, Prediction
-from ocm.heads import CovarianceHead, ResidualHead, TokenHead
-from ocm.learning import make_head, train_denoiser, train_head
+from ocm.heads import CovarianceHead, ResidualHead, TokenHead, make_head
+from ocm.learning import train_denoiser, train_head
 from ocm.likelihood import BitsPerDim, bits_per_dim, quantise
 from ocm.losses import denoising_loss
 from ocm.parameterisation import PAPER, Parameterisation

@@ -7,13 +7,11 @@ that timestep t here is t - 1 there. An architecture that is not listed is one m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-
-from ocm.heads import CovarianceHead, ResidualHead, TokenHead
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,6 @@ class Architecture:
             before the last layer.
         call: From (backbone, x_t, t - 1 of shape (B,), class labels or None) to the output, of the
             shape of x_t.
-        heads: Untrained heads by name, each made from the backbone.
         num_classes: How many classes a backbone is trained with, or None for none.
         null_label: The label that stands for no class, or None.
     """
@@ -34,7 +31,6 @@ class Architecture:
     class_name: str
     feature_layer: str
     call: Callable[[Any, Tensor, Tensor, Tensor | None], Tensor]
-    heads: Mapping[str, Callable[[Any], nn.Module]]
     num_classes: Callable[[Any], int | None] = lambda backbone: None
     null_label: Callable[[Any], int | None] = lambda backbone: None
 
@@ -44,21 +40,10 @@ def _call_unet(unet: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> 
     return output
 
 
-def _unet_head(unet: Any) -> nn.Module:
-    norm = unet.conv_norm_out
-    return CovarianceHead(norm.num_channels, unet.config.in_channels, norm.num_groups)
-
-
-def _unet_residual_head(unet: Any) -> nn.Module:
-    norm = unet.conv_norm_out
-    return ResidualHead(norm.num_channels, unet.config.in_channels, norm.num_groups)
-
-
 UNET = Architecture(
     "UNet2DModel",
     "conv_norm_out",
     _call_unet,
-    {"simple": _unet_head, "residual": _unet_residual_head},
     lambda unet: unet.config.num_class_embeds,
 )
 
@@ -74,19 +59,10 @@ def _call_dit(dit: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Te
     return output[:, : x_t.shape[1]]
 
 
-def _dit_head(dit: Any) -> nn.Module:
-    return TokenHead(dit.inner_dim, dit.config.in_channels, dit.config.patch_size)
-
-
-def _dit_residual_head(dit: Any) -> nn.Module:
-    return TokenHead(dit.inner_dim, dit.config.in_channels, dit.config.patch_size, residual=True)
-
-
 DIT = Architecture(
     "DiTTransformer2DModel",
     "norm_out",
     _call_dit,
-    {"simple": _dit_head, "residual": _dit_residual_head},
     lambda dit: dit.config.num_embeds_ada_norm,
     lambda dit: dit.config.num_embeds_ada_norm,
 )

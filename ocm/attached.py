@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from ocm.architectures import ARCHITECTURES, architecture_of
 from ocm.covariances.optimal import OptimalCovarianceMatching
 from ocm.denoiser import Denoiser
-from ocm.heads import HEADS
-from ocm.learning import make_head
+from ocm.heads import HEADS, make_head
 from ocm.parameterisation import PAPER, Parameterisation
 from ocm.scheduler import OCMScheduler
 from ocm.schedules import Schedule, from_scheduler, linear

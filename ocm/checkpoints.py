@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hessdiag.checks import check_positive_int
-from ocm.architectures import ARCHITECTURES, architecture_of
+from ocm.architectures import ARCHITECTURES
 from ocm.covariances import (
     NPR,
     SN,
@@ -29,7 +29,7 @@ from ocm.covariances import (
     OptimalCovarianceMatching,
 )
 from ocm.denoiser import Denoiser
-from ocm.heads import HEADS
+from ocm.heads import HEADS, KINDS
 from ocm.parameterisation import Parameterisation
 from ocm.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
 from ocm.tables import StepTable, TimestepTable, table_from_json
@@ -282,8 +282,8 @@ def _head(entry: dict[str, Any]) -> nn.Module:
 def _check_fit(file: Path, name: str, head: nn.Module, denoiser: Denoiser) -> None:
     """Raise unless the head is one that the denoiser's architecture would make."""
     config: Any = getattr(head, "config", None)
-    heads = architecture_of(denoiser.backbone).heads
-    fitting = [make(denoiser.backbone) for make in heads.values()]
+    kinds = KINDS[type(denoiser.backbone).__name__]
+    fitting = [make(denoiser.backbone) for make in kinds.values()]
     alike = [other for other in fitting if type(other) is type(head)]
     if not alike:
         raise CheckpointError(

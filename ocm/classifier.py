@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from hessdiag.checks import check_positive_int
 from ocm.data import ByteImages
-from ocm.progress import progress_bar
 
 _FORMAT = "ocm-classifier"
 _VERSION = 1
@@ -154,6 +153,8 @@ def train_classifier(
         >>> accuracy(classifier, images, bright)
         1.0
     """
+    from tqdm import tqdm
+
     _check_labels(images, labels, num_classes)
     channels, height, width = images.shape[1:]
     description = ClassifierDescription(
@@ -172,7 +173,7 @@ def train_classifier(
     )
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    for step in progress_bar(range(num_steps), "classifier", show=progress):
+    for step in tqdm(range(num_steps), "classifier", disable=not progress):
         while len(order) < batch_size:
             order = torch.cat([order, torch.randperm(len(images), generator=generator)])
         batch, order = order[:batch_size], order[batch_size:]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hessdiag.checks import check_positive_int
-from ocm.progress import progress_bar
 
 _DIGITS_SIZE = 8
 _MAX_HELD_OUT = 10_000
@@ -425,12 +424,13 @@ def _decode(
 ) -> Tensor:
     """Return the images as uint8, shape (n, C, H, W); ``rows`` are their numbers in the file."""
     import datasets
+    from tqdm import tqdm
 
     dataset = dataset.select_columns(column)
     if not isinstance(dataset.features[column], datasets.Image):
         dataset = dataset.cast_column(column, datasets.Image())
     pixels: Tensor | None = None
-    for index in progress_bar(range(len(dataset)), f"decoding the {what}", show=progress):
+    for index in tqdm(range(len(dataset)), f"decoding the {what}", disable=not progress):
         where = f"row {int(rows[index])} of the {what}"
         try:
             image = dataset[index][column]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ocm import data
 from ocm.backbones import small_unet
@@ -23,9 +24,9 @@ from ocm.evaluation import (
     likelihood_table,
     variance_errors,
 )
-from ocm.learning import make_head, train_denoiser, train_head
+from ocm.heads import make_head
+from ocm.learning import train_denoiser, train_head
 from ocm.plots import label, report_plot, sample_rows
-from ocm.progress import progress_bar
 from ocm.report import likelihood_markdown, variance_error_markdown
 from ocm.samplers import sample
 from ocm.schedules import SCHEDULES
@@ -196,7 +197,7 @@ def _sample_rows(
     timesteps = even_timesteps(checkpoint.denoiser.schedule.num_timesteps, settings.sample_steps)
     probes = CovarianceSettings(settings.num_probes, settings.seed)
     rows = {"held-out": images.test[:_SAMPLES_PER_ROW]}
-    for name in progress_bar(list(_COVARIANCES), "samples", show=progress):
+    for name in tqdm(_COVARIANCES, "samples", disable=not progress):
         rows[label(name)] = sample(
             checkpoint.denoiser,
             build_covariance(name, checkpoint, probes),

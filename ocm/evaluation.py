@@ -28,7 +28,6 @@ from ocm.metrics import (
 )
 from ocm.noising import noisy_prediction
 from ocm.posterior import PosteriorCovariance, spectral
-from ocm.progress import progress_bar
 from ocm.samplers import X0_RANGE, Sampler, sample
 from ocm.tables import StepTable, TimestepTable
 from ocm.timesteps import even_timesteps, reverse_steps
@@ -89,6 +88,8 @@ def likelihood_table(
         FloatingPointError: If a bound is not finite.
         ValueError: If a name is of no covariance with a density.
     """
+    from tqdm import tqdm
+
     for name in names:
         if name in WITHOUT_DENSITY:
             raise ValueError(f"covariance {name!r} has no density, and so no bits/dim")
@@ -105,7 +106,7 @@ def likelihood_table(
         for K in step_counts
     }
     work = [(first, t) for first in starts for t in visits]
-    for first, t in progress_bar(work, "bits/dim", unit="t", show=progress):
+    for first, t in tqdm(work, "bits/dim", unit="t", disable=not progress):
         batch = slice(first, first + batch_size)
         x0 = images[batch].to(denoiser.device)
         prediction = noisy_prediction(denoiser, x0, t, seed, first, labels=labels)
@@ -257,12 +258,14 @@ def quality_table(
         max_last_noise: As in :func:`ocm.sample`.
         progress: Whether to show a progress bar.
     """
+    from tqdm import tqdm
+
     labels: Sequence[int] | None = None
     if checkpoint.denoiser.num_classes is not None:
         labels = range(checkpoint.denoiser.num_classes)
     table: dict[str, dict[int, Quality]] = {name: {} for name in names}
     cells = [(name, K) for name in names for K in step_counts]
-    bar = progress_bar(cells, label, show=progress)
+    bar = tqdm(cells, label, disable=not progress)
     for name, K in bar:
         bar.set_postfix_str(f"{name}, K = {K}")
         images = draw(
@@ -379,8 +382,10 @@ def variance_errors(
     The error is the root mean square of Var - Var_exact over that of Var_exact, over images and
     pixels, with both variances clipped to [0, 1] as samplers do.
     """
+    from tqdm import tqdm
+
     errors: dict[str, dict[int, float]] = {name: {} for name in names}
-    for t in progress_bar(timesteps, "variance error", unit="t", show=progress):
+    for t in tqdm(timesteps, "variance error", unit="t", disable=not progress):
         prediction = noisy_prediction(checkpoint.denoiser, images, t, seed)
         variances = {
             name: build_covariance(name, checkpoint, settings)

@@ -8,11 +8,15 @@ computes in the type of its weights whatever autocast says: towards t = N a vari
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ocm.denoiser import Denoiser
 
 
 class CovarianceHead(nn.Module):
@@ -160,3 +164,50 @@ def _start_at_zero(layer: nn.Module) -> None:
 HEADS: dict[str, type[nn.Module]] = {
     head.__name__: head for head in (CovarianceHead, ResidualHead, TokenHead)
 }
+
+
+def _image_head(head: type[nn.Module], unet: Any) -> nn.Module:
+    norm = unet.conv_norm_out
+    return head(norm.num_channels, unet.config.in_channels, norm.num_groups)
+
+
+def _token_head(dit: Any, residual: bool) -> nn.Module:
+    return TokenHead(dit.inner_dim, dit.config.in_channels, dit.config.patch_size, residual)
+
+
+# The kinds of heads that fit a backbone, by the class of the backbone.
+KINDS: dict[str, Mapping[str, Callable[[Any], nn.Module]]] = {
+    "UNet2DModel": {
+        "simple": partial(_image_head, CovarianceHead),
+        "residual": partial(_image_head, ResidualHead),
+    },
+    "DiTTransformer2DModel": {
+        "simple": partial(_token_head, residual=False),
+        "residual": partial(_token_head, residual=True),
+    },
+}
+
+
+def make_head(denoiser: Denoiser, kind: str = "simple", *, seed: int = 0) -> nn.Module:
+    """Return an untrained covariance head that fits the features of a denoiser, on its device.
+
+    Args:
+        denoiser: Whose features the head reads.
+        kind: "simple", or "residual" for the larger one.
+        seed: Seed of the weights that do not start at zero; the global generator stays as it was.
+
+    Raises:
+        ValueError: If no head is known for the denoiser's architecture, or none of that kind.
+    """
+    assert denoiser.architecture is not None  # set by the denoiser
+    name = denoiser.architecture.class_name
+    if name not in KINDS:
+        raise ValueError(
+            f"denoiser must have a backbone of {', '.join(KINDS)} for a head to be made, got "
+            f"{name}; make one that reads its features, and hand it to the covariance"
+        )
+    if kind not in KINDS[name]:
+        raise ValueError(f"kind must be one of {', '.join(KINDS[name])}, got {kind!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return KINDS[name][kind](denoiser.backbone).to(denoiser.device)

@@ -16,26 +16,6 @@ from ocm.noising import chosen
 from ocm.training import ImageSource, TrainingSettings, train
 
 
-def make_head(denoiser: Denoiser, kind: str = "simple", *, seed: int = 0) -> nn.Module:
-    """Return an untrained covariance head that fits the features of a denoiser, on its device.
-
-    Args:
-        denoiser: Whose features the head reads.
-        kind: "simple", or "residual" for the larger one.
-        seed: Seed of the weights that do not start at zero; the global generator stays as it was.
-
-    Raises:
-        ValueError: If the denoiser's architecture has no head of that kind.
-    """
-    assert denoiser.architecture is not None  # set by the denoiser
-    heads = denoiser.architecture.heads
-    if kind not in heads:
-        raise ValueError(f"kind must be one of {', '.join(heads)}, got {kind!r}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return heads[kind](denoiser.backbone).to(denoiser.device)
-
-
 def train_denoiser(
     denoiser: Denoiser,
     images: Tensor | ImageSource,

@@ -32,7 +32,6 @@ from ocm.denoiser import Denoiser, Prediction
 from ocm.divergences import discretised_gaussian_log_prob, gaussian_step_kl
 from ocm.noising import noisy_prediction
 from ocm.posterior import SpectralCovariance, spectral
-from ocm.progress import progress_bar
 from ocm.samplers import X0_RANGE
 from ocm.timesteps import reverse_steps
 
@@ -95,13 +94,15 @@ def bits_per_dim(
             levels < 2.
         TypeError: If the covariance has no density (Lanczos).
     """
+    from tqdm import tqdm
+
     check_images(x0, levels)
     *steps, (_, first) = reverse_steps(timesteps)
     N = denoiser.schedule.num_timesteps
     if timesteps[-1] != N:
         raise ValueError(f"timesteps must end at N = {N}, got {timesteps[-1]}")
     terms = []
-    for s, t in progress_bar(steps, "bits/dim", unit="step", show=progress):
+    for s, t in tqdm(steps, "bits/dim", unit="step", disable=not progress):
         prediction = noisy_prediction(denoiser, x0, t, seed, sample_offset, labels=labels)
         stated = spectral(covariance.at(prediction, s=s).bounded(X0_RANGE))
         terms.append(step_term(denoiser, stated, prediction, x0, s))

@@ -17,11 +17,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ocm.schedules import Schedule, per_sample
+from ocm.schedules import Schedule, full_precision, per_sample
 
 # softplus(o + this) is 1 at o = 0.
 _SOFTPLUS_OF_ONE = math.log(math.e - 1.0)
@@ -85,11 +84,6 @@ class Parameterisation:
         """Return the parameterisation that :meth:`to_json` wrote."""
         std = record["data_std"]
         return Parameterisation(math.inf if std is None else float(std), bool(record["positive"]))
-
-
-def full_precision(output: Tensor) -> Tensor:
-    """Return what a head put out under autocast in float32; float64 stays what it is."""
-    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 PAPER = Parameterisation()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.bases import dct_matrix
-from ocm.parameterisation import full_precision
+from ocm.schedules import full_precision
 
 
 class PosteriorCovariance(Protocol):

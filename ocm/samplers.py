@@ -23,7 +23,6 @@ from hessdiag.kernels.philox import seed_tensor
 from ocm.covariances.base import Covariance
 from ocm.denoiser import Denoiser, Prediction
 from ocm.posterior import PIXELS, PosteriorCovariance, SpectralCovariance, variance_bound
-from ocm.progress import progress_bar
 from ocm.schedules import Schedule
 from ocm.timesteps import reverse_steps
 
@@ -149,13 +148,15 @@ def sample(
     Raises:
         ValueError: If the timesteps do not increase to N from at least 1.
     """
+    from tqdm import tqdm
+
     schedule, device = denoiser.schedule, denoiser.device
     steps = reverse_steps(timesteps)
     if timesteps[-1] != schedule.num_timesteps:
         raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
     seed = seed_tensor(seed, device)
     x = normal(shape, seed, sample_offset=sample_offset, device=device).to(dtype)
-    for s, t in progress_bar(steps, "sampling", unit="step", show=progress):
+    for s, t in tqdm(steps, "sampling", unit="step", disable=not progress):
         prediction = denoiser.predict(x, t, sample_offset=sample_offset)
         p, q = denoiser.x0_coefficients(t)
         coefficients = sampler(schedule, s, t)._replace(x0_from_x_t=p, x0_from_prediction=q)

@@ -234,3 +234,13 @@ def per_sample(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
     if isinstance(t, int):
         return x.new_full([1, *features], table[t].item())
     return table.to(t.device)[t].to(x).reshape(-1, *features)
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Return numbers of half precision in float32; float64 stays what it is.
+
+    Example:
+        >>> full_precision(torch.ones(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.checks import check_positive_int
-from ocm.progress import progress_bar
 from ocm.training_state import (
     TrainingState,
     TrainingStateError,
@@ -222,6 +221,8 @@ def train(
         >>> abs(line.weight.item() - 3) < 0.1
         True
     """
+    from tqdm import tqdm
+
     check_positive_int("num_timesteps", num_timesteps)
     _check_data(images, labels)
     path = None if directory is None else Path(directory)
@@ -236,9 +237,8 @@ def train(
         losses, label = _resume(training, path, run, resume)
         main = accelerator.is_main_process
         rate_of_step = _rate_of_step(settings)
-        bar = progress_bar(
-            range(len(losses), settings.num_steps), label, unit="step", show=progress and main
-        )
+        steps = range(len(losses), settings.num_steps)
+        bar = tqdm(steps, label, unit="step", disable=not (progress and main))
         with _writer(path if tensorboard and main else None, len(losses)) as writer:
             for step in bar:
                 rate = rate_of_step(step)

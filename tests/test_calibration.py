@@ -179,7 +179,7 @@ def classes():
             return SimpleNamespace(sample=mean + 0.0 * self.features(x) * self.scale)
 
     architecture = Architecture(
-        "TwoClasses", "features", lambda m, x, t, labels: m(x, t, labels).sample, {},
+        "TwoClasses", "features", lambda m, x, t, labels: m(x, t, labels).sample,
         num_classes=lambda backbone: 2,
     )  # fmt: skip
     return ocm.Denoiser(TwoClasses(), ocm.linear(), "sample", architecture).freeze()

@@ -23,6 +23,7 @@ from ocm.toy import (
     mixture_denoiser,
     nine_gaussians,
     point_denoiser,
+    point_head,
 )
 
 SCHEDULES = {"linear": ocm.linear(), "cosine": ocm.cosine()}
@@ -380,7 +381,7 @@ def test_guidance_has_the_covariance_of_the_guided_density(t, w):
     covariances = torch.tensor([[[1.0, 0.6], [0.6, 0.8]], [[0.3, -0.1], [-0.1, 0.2]]]).double()
     mixtures = [Mixture(torch.full((1, 2), i), C[None], [1.0]) for i, C in enumerate(covariances)]
     backbone = GuidedGaussians(mixtures, schedule)
-    architecture = ocm.Architecture("GuidedGaussians", "features", backbone_call, {})
+    architecture = ocm.Architecture("GuidedGaussians", "features", backbone_call)
     denoiser = ocm.Denoiser(backbone, schedule, architecture=architecture).freeze()
     x_t = torch.randn(6, 2, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.ones(6, dtype=torch.int64)
@@ -555,7 +556,7 @@ def test_the_reverse_variance_is_that_of_conditioning(schedule, s, t):
 def test_a_head_on_the_true_score_trains():
     mixture, schedule = correlated_mixture(), ocm.linear()
     denoiser = mixture_denoiser(mixture, schedule)
-    head = ocm.make_head(denoiser)
+    head = point_head(denoiser)
     covariance = ocm.OptimalCovarianceMatching(
         denoiser, head, ocm.Parameterisation(mixture.std), network_error=0.0
     )
@@ -579,7 +580,7 @@ def test_a_network_of_points_trains():
     learned = denoiser.predict(x_t, 500)
     assert losses[-1] < 0.6 * losses[0]
     assert relative(learned.output, true.output) < 0.2
-    assert ocm.make_head(denoiser)(learned.features).shape == (500, 2)
+    assert point_head(denoiser)(learned.features).shape == (500, 2)
 
 
 def test_the_features_determine_the_prediction():

@@ -11,7 +11,13 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 import ocm
 from ocm.metrics import maximum_mean_discrepancy
-from ocm.toy import correlated_mixture, mixture_denoiser, nine_gaussians, point_denoiser
+from ocm.toy import (
+    correlated_mixture,
+    mixture_denoiser,
+    nine_gaussians,
+    point_denoiser,
+    point_head,
+)
 from ocm.toy.checks import FromAnotherBackbone, with_weight_noise
 from ocm.toy.errors import off_diagonal_share, score_error, variance_error, weighted_points
 from ocm.toy.experiment import Task, run_task
@@ -152,7 +158,7 @@ def test_noise_in_the_weights_is_of_the_size_that_was_asked_for():
 
 def test_a_covariance_with_its_own_backbone_ignores_the_other():
     own, other = (point_denoiser(2, SCHEDULE, 1.0, seed=seed).freeze() for seed in (0, 1))
-    head = ocm.make_head(own)
+    head = point_head(own)
     torch.nn.init.normal_(head.out.linear.weight, generator=torch.Generator().manual_seed(0))
     covariance = ocm.OptimalCovarianceMatching(own, head.requires_grad_(False))
     x_t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))

@@ -315,7 +315,7 @@ def untrained(
         seed: Seed of the head's weights.
     """
     from ocm.checkpoints import LEARNED
-    from ocm.learning import make_head
+    from ocm.heads import make_head
     from ocm.parameterisation import PAPER, Parameterisation
 
     units = PAPER

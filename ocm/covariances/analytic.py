@@ -12,7 +12,6 @@ from ocm.covariances.hutchinson import timestep
 from ocm.denoiser import Denoiser, Prediction
 from ocm.noising import FITTING, noisy_prediction
 from ocm.posterior import SpectralCovariance, diagonal, variance_bound
-from ocm.progress import progress_bar
 from ocm.schedules import Schedule
 from ocm.tables import TimestepTable
 
@@ -148,6 +147,9 @@ def fit_analytic_from_data(
 def _tabulate(
     fraction: Callable[[int], float], timesteps: Sequence[int], progress: bool
 ) -> TimestepTable:
+    from tqdm import tqdm
+
     ordered = sorted(set(timesteps))
-    values = [[fraction(t)] for t in progress_bar(ordered, "analytic", unit="t", show=progress)]
+    bar = tqdm(ordered, "analytic", unit="t", disable=not progress)
+    values = [[fraction(t)] for t in bar]
     return TimestepTable.of(ordered, values)

@@ -34,7 +34,6 @@ from ocm.posterior import (
     diagonal,
     spectral,
 )
-from ocm.progress import progress_bar
 from ocm.tables import StepTable, TimestepTable
 
 _MOST_ITERATIONS = 2000
@@ -118,6 +117,8 @@ def calibrate(
             diagonal.
         ValueError: If a covariance looks at s and there are no steps (s, t).
     """
+    from tqdm import tqdm
+
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
     if any(isinstance(t, int) and looks_at_s(c) for c in several for t in timesteps):
         raise ValueError(
@@ -126,7 +127,7 @@ def calibrate(
         )
     steps = sorted({(None, t) if isinstance(t, int) else t for t in timesteps}, key=_by_t)
     rows = []
-    for s, t in progress_bar(steps, label, unit="t", show=progress):
+    for s, t in tqdm(steps, label, unit="t", disable=not progress):
         terms: list[Tensor] = []
         errors: list[Tensor] = []
         for first in range(0, len(x0), batch_size):

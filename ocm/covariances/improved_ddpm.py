@@ -12,9 +12,9 @@ from ocm.covariances.base import from_branches
 from ocm.denoiser import Denoiser, Prediction
 from ocm.divergences import gaussian_step_kl
 from ocm.noising import noisy
-from ocm.parameterisation import PAPER, Parameterisation, full_precision
+from ocm.parameterisation import PAPER, Parameterisation
 from ocm.posterior import SpectralCovariance
-from ocm.schedules import per_sample
+from ocm.schedules import full_precision, per_sample
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from ocm.toy.networks import (
     PointNetwork,
     mixture_denoiser,
     point_denoiser,
+    point_head,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "mixture_denoiser",
     "nine_gaussians",
     "point_denoiser",
+    "point_head",
 ]

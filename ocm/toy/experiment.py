@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ocm.checkpoints import LEARNED
 from ocm.covariances import Covariance, Exact, Hutchinson
@@ -24,7 +25,6 @@ from ocm.covariances.base import LearnedCovariance
 from ocm.denoiser import Denoiser
 from ocm.environment import Row, environment
 from ocm.parameterisation import PAPER, Parameterisation
-from ocm.progress import progress_bar
 from ocm.schedules import linear
 from ocm.toy.checks import degraded_scores, one_head
 from ocm.toy.errors import WeightedPoints, off_diagonal_share, variance_error, weighted_points
@@ -96,7 +96,7 @@ def _results(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run_task, task, settings, device): task for task in tasks}
         done = as_completed(futures)
-        bar = progress_bar(range(len(tasks)), "mixtures", unit="task", show=progress)
+        bar = tqdm(range(len(tasks)), "mixtures", unit="task", disable=not progress)
         for _, future in zip(bar, done, strict=True):
             yield futures[future], future.result()
 

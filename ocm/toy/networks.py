@@ -180,11 +180,20 @@ def _call_points(backbone: Any, x_t: Tensor, level: Tensor, labels: Tensor | Non
     return output
 
 
-def _point_head(backbone: Any) -> nn.Module:
-    return PointHead(backbone.num_features, backbone.out_features)
+POINTS = Architecture("PointNetwork", "features", _call_points)
 
 
-POINTS = Architecture("PointNetwork", "features", _call_points, {"simple": _point_head})
+def point_head(denoiser: Denoiser, *, seed: int = 0) -> PointHead:
+    """Return an untrained head that fits a denoiser of points, on its device.
+
+    Args:
+        denoiser: Whose features the head reads.
+        seed: Seed of the weights that do not start at zero; the global generator stays as it was.
+    """
+    backbone = denoiser.backbone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PointHead(backbone.num_features, backbone.out_features).to(denoiser.device)
 
 
 def mixture_denoiser(

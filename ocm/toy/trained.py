@@ -14,11 +14,11 @@ from ocm.covariances.base import LearnedCovariance
 from ocm.denoiser import Denoiser
 from ocm.environment import Row
 from ocm.evaluation import steps_of
-from ocm.learning import make_head, train_denoiser, train_head
+from ocm.learning import train_denoiser, train_head
 from ocm.parameterisation import Parameterisation
 from ocm.schedules import Schedule
 from ocm.toy.mixtures import Mixture
-from ocm.toy.networks import point_denoiser
+from ocm.toy.networks import point_denoiser, point_head
 from ocm.toy.settings import ToySettings
 from ocm.training import mean_of_last
 
@@ -66,7 +66,7 @@ def trained_head(
     options: dict[str, Any] = {}
     if true_score and name in ("npr", "ocm"):
         options["network_error"] = 0.0
-    head = make_head(denoiser, seed=seed)
+    head = point_head(denoiser, seed=seed)
     covariance: LearnedCovariance = LEARNED[name](denoiser, head, parameterisation, **options)
     x0 = mixture.sample(settings.num_data, seed).to(denoiser.device)
     start = time.perf_counter()
