@@ -40,10 +40,10 @@ bench-small: $(VENV)/.installed-test ## The cases of pytest-benchmark, beside th
 	$(BIN)/pytest --quiet --benchmark-json=runs/benchmarks/small.json benchmarks
 
 gpu-check: $(VENV)/.installed-test ## On a GPU machine: GPU tests, memory checker and the kernel suite (at most 8 minutes)
-	$(BIN)/pytest -m gpu tests/test_gpu.py
+	$(BIN)/pytest -m gpu tests/gpu
 	@if command -v compute-sanitizer >/dev/null; then \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(BIN)/python -m \
-			pytest -m gpu tests/test_gpu.py -k 'against_float64 or those_of_the_cpu_bit'; \
+			pytest -m gpu tests/gpu -k 'against_float64 or those_of_the_cpu_bit'; \
 	else echo "compute-sanitizer is not installed: memory accesses are not checked"; fi
 	$(BIN)/python benchmarks/run.py --suite kernels --device cuda
 

@@ -16,10 +16,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-import report
 import suites
 import torch
-from harness import Setting, write
+from harness.timing import Setting, write
+from records import report
 
 ALL = "all"
 _DATA = Path("../shared/data/cifar10")

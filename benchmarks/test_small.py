@@ -17,10 +17,10 @@ from hessdiag.kernels import (
     probe_moments,
     rademacher,
 )
-from ocm.backbones import small_unet
 from ocm.data import digits
-from ocm.samplers import reverse_step
-from ocm.toy import correlated_mixture, mixture_denoiser
+from ocm.diffusion.backbones import small_unet
+from ocm.mixtures import correlated_mixture, mixture_denoiser, point_head
+from ocm.sampling.samplers import reverse_step
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_ddpm_step(benchmark, name):
     denoiser = mixture_denoiser(mixture, schedule)
     covariance = {
         "beta": ocm.Beta(schedule),
-        "ocm head": ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser).eval()),
+        "ocm head": ocm.OptimalCovarianceMatching(denoiser, point_head(denoiser).eval()),
         "full": ocm.Full(denoiser),
     }[name]
     x_t = schedule.diffuse(mixture.sample(256, seed=0), t, torch.ones(256, 2))

@@ -1,6 +1,6 @@
 """Mends and guards for operators that PyTorch cannot differentiate in forward mode.
 
-Each says which versions it is for; ``tests/test_compat.py`` fails when one can go.
+Each says which versions it is for; ``tests/hessdiag/test_compat.py`` fails when one can go.
 """
 
 from __future__ import annotations

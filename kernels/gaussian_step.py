@@ -7,7 +7,7 @@ With the posterior mean and variance of x0 given x_t, every DDPM and DDIM step i
     x_s     = a x_t + b x0_hat + sqrt(clamp(sigma^2)) z,      z ~ N(0, I),
 
 so one pass over x_t, the network's prediction and the variance writes x_s: 16 bytes an element in
-float32. The coefficients of the two samplers are in :mod:`ocm.samplers`.
+float32. The coefficients of the two samplers are in :mod:`ocm.sampling.samplers`.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ A covariance states Cov[x0 | x_t]; samplers and the likelihood derive every reve
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ocm.adapters import KDiffusionDenoiser, posterior_mean_given_measurement, x0_given
-from ocm.architectures import Architecture
 from ocm.covariances import (
     NPR,
     SN,
@@ -34,22 +32,24 @@ from ocm.covariances import (
     reverse_variance,
     variance_of_x0,
 )
-from ocm.denoiser import Denoiser, Prediction
-from ocm.heads import CovarianceHead, ResidualHead, TokenHead, make_head
-from ocm.learning import train_denoiser, train_head
-from ocm.likelihood import BitsPerDim, bits_per_dim, quantise
-from ocm.losses import denoising_loss
-from ocm.parameterisation import PAPER, Parameterisation
-from ocm.posterior import PosteriorCovariance, SpectralCovariance
-from ocm.samplers import capture, ddim, ddpm, sample
-from ocm.schedules import Schedule, cosine, from_betas, from_scheduler, linear
-from ocm.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
-from ocm.training import TrainingSettings
+from ocm.covariances.learned.heads import CovarianceHead, ResidualHead, TokenHead, make_head
+from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance
+from ocm.diffusion.architectures import Architecture
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.schedules import Schedule, cosine, from_betas, from_scheduler, linear
+from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
+from ocm.sampling.any_sigma import KDiffusionDenoiser, posterior_mean_given_measurement, x0_given
+from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
+from ocm.sampling.samplers import capture, ddim, ddpm, sample
+from ocm.training.loop import TrainingSettings
+from ocm.training.losses import denoising_loss
+from ocm.training.objectives import train_denoiser, train_head
 
 if TYPE_CHECKING:
-    from ocm.attached import CovarianceModel, attach
-    from ocm.pipelines import OCMDiTPipeline
-    from ocm.scheduler import OCMScheduler
+    from ocm.integrations.attached import CovarianceModel, attach
+    from ocm.integrations.pipelines import OCMDiTPipeline
+    from ocm.integrations.scheduler import OCMScheduler
 
 __all__ = [
     "NPR",
@@ -114,10 +114,10 @@ __all__ = [
 
 # Classes of diffusers, which `import ocm` does not import.
 _FROM_DIFFUSERS = {
-    "CovarianceModel": "ocm.attached",
-    "OCMDiTPipeline": "ocm.pipelines",
-    "OCMScheduler": "ocm.scheduler",
-    "attach": "ocm.attached",
+    "CovarianceModel": "ocm.integrations.attached",
+    "OCMDiTPipeline": "ocm.integrations.pipelines",
+    "OCMScheduler": "ocm.integrations.scheduler",
+    "attach": "ocm.integrations.attached",
 }
 
 

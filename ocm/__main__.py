@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line, or say what it needs."""
     try:
-        from ocm.cli import run
+        from ocm.cli.app import run
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; the command line needs: pip install 'hessdiag[ocm]'")
     run()

@@ -1,6 +1,6 @@
 """Every head, plain and calibrated, on CIFAR-10 with two schedules; samplers at equal evaluations.
 
-What is trained and scored is in ``benchmarks/cifar10.py``, whose three commands do the same. Here
+What is trained and scored is in ``benchmarks/cifar10``, whose three commands do the same. Here
 the work is kept below ``.cache/benchmarks``, in a directory for each size, and goes on where it was
 interrupted: on a GPU the full size, on a CPU a reduced one of 16x16 pixels.
 """
@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import budget
-import cifar10
-from cifar10_sizes import FULL, QUICK, REDUCED
-from cifar10_training import check_data, train_schedule
-from harness import Setting, markdown
+from cifar10 import commands as cifar10
+from cifar10.sizes import FULL, QUICK, REDUCED
+from cifar10.training import check_data, train_schedule
+from harness import budget
+from harness.timing import Setting, markdown
 
-from ocm.catalogue import CALIBRATED
-from ocm.environment import Row
-from ocm.plots import evaluation_plot, label, sample_rows, style
+from ocm.checkpoints.catalogue import CALIBRATED
+from ocm.evaluation.environment import Row
+from ocm.evaluation.pictures import evaluation_plot, label, sample_rows, style
 
 _CACHE = Path(__file__).parent.parent.parent / ".cache" / "benchmarks"
 # Where OCM is compared with the others, and with which.
@@ -29,7 +29,7 @@ _CLAIMED_STEPS = (10, 25)
 _MOST_SHOWN_STEPS = 25
 _RIVALS = ("analytic", "iddpm", "npr", "sn")
 _SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM"}
-# Of what is no covariance of `ocm.plots`, black as Okabe and Ito's palette has it.
+# Of what is no covariance of `ocm.evaluation.pictures`, black as Okabe and Ito's palette has it.
 _SOLVERS = {"DPM-Solver++": ("#000000", "x"), "Heun": ("#000000", "+")}
 
 

@@ -20,28 +20,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import budget
 import torch
-from harness import Setting, markdown
+from harness import budget
+from harness.timing import Setting, markdown
 from torch import Tensor
 
 import hessdiag
 import ocm
 from hessdiag.bases import dct_matrix
-from ocm import checkpoints, classifier
-from ocm.catalogue import fitted
-from ocm.checkpoints import Checkpoint
-from ocm.commands.evaluate import evaluate
-from ocm.commands.inputs import calibration_images
-from ocm.commands.options import HeadName
-from ocm.commands.train import train
+from ocm import checkpoints
+from ocm.checkpoints.catalogue import fitted
+from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.cli.evaluate import evaluate
+from ocm.cli.inputs import calibration_images
+from ocm.cli.options import HeadName
+from ocm.cli.train import train
 from ocm.data import Images
-from ocm.environment import Row, environment
-from ocm.evaluation import Estimate, Quality, estimate, steps_of
-from ocm.metrics import classifier_features
-from ocm.noising import noisy_prediction
-from ocm.plots import evaluation_plot
-from ocm.report import likelihood_markdown, quality_markdown
+from ocm.diffusion.noise import noisy_prediction
+from ocm.evaluation import classifier
+from ocm.evaluation.distances import classifier_features
+from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
+from ocm.evaluation.pictures import evaluation_plot
+from ocm.evaluation.scores import Estimate, Quality, estimate, steps_of
 
 _CACHE = Path(__file__).parent.parent.parent / ".cache" / "benchmarks" / "digits"
 

@@ -13,18 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import Setting, markdown, time_together
-from memory import peak_bytes
-from peers import ScoreFunction, curvlinops_diagonals, skerch_diagonals
+from harness.memory import peak_bytes
+from harness.peers import ScoreFunction, curvlinops_diagonals, skerch_diagonals
+from harness.timing import Setting, markdown, time_together
+from harness.trained_unet import trained_unet
 from torch import Tensor, nn
-from trained_unet import trained_unet
 
 import hessdiag
 from hessdiag.compat import forward_mode_operators
 from hessdiag.probes import BalancedColoring, Coloring, ProbeDesign, Rademacher
 from ocm import Denoiser
-from ocm.backbones import small_unet
-from ocm.environment import Row, environment
+from ocm.diffusion.backbones import small_unet
+from ocm.evaluation.environment import Row, environment
 from suites.products import naive_loop
 
 TIMESTEPS = (5, 50, 200, 500, 900)

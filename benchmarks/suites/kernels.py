@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Setting, markdown, synchronize
+from harness.timing import Setting, markdown, synchronize
 from torch import Tensor
 
 from hessdiag import kernels
-from ocm.environment import Row, environment, gpu_state
+from ocm.evaluation.environment import Row, environment, gpu_state
 
 COLUMNS = {
     "op": "",

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness import Setting, markdown
+from harness.timing import Setting, markdown
 
-from ocm.environment import Row, environment
+from ocm.evaluation.environment import Row, environment
 
 INSTRUCTIONS_PER_BYTE = 29.6 / 4.3
 THREADS = 128

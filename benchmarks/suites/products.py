@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import Setting, markdown, time_together
+from harness.timing import Setting, markdown, time_together
 from torch import Tensor
 
 import hessdiag
 from hessdiag.kernels import rademacher
-from ocm.environment import Row, environment
+from ocm.evaluation.environment import Row, environment
 
 COLUMNS = {
     "way": "",

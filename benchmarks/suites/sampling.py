@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from harness import Setting, markdown, time_together
+from harness.timing import Setting, markdown, time_together
 
 import ocm
-from ocm.backbones import small_unet
-from ocm.checkpoints import LEARNED
-from ocm.environment import Row, environment
-from ocm.samplers import ddpm, reverse_step
+from ocm.checkpoints.checkpoint import LEARNED
+from ocm.diffusion.backbones import small_unet
+from ocm.evaluation.environment import Row, environment
+from ocm.sampling.samplers import ddpm, reverse_step
 
 COLUMNS = {
     "network": "",

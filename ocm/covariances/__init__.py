@@ -38,11 +38,11 @@ from ocm.covariances.cosine import CosineDiagonal
 from ocm.covariances.exact import Exact, Full
 from ocm.covariances.fixed import Beta, BetaTilde
 from ocm.covariances.hutchinson import Hutchinson
-from ocm.covariances.improved_ddpm import ImprovedDDPM
 from ocm.covariances.lanczos import Lanczos, LanczosCovariance
-from ocm.covariances.npr import NPR
-from ocm.covariances.optimal import OptimalCovarianceMatching
-from ocm.covariances.sn import SN
+from ocm.covariances.learned.improved_ddpm import ImprovedDDPM
+from ocm.covariances.learned.npr import NPR
+from ocm.covariances.learned.optimal import OptimalCovarianceMatching
+from ocm.covariances.learned.sn import SN
 
 __all__ = [
     "NPR",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ocm.covariances.hutchinson import timestep
-from ocm.denoiser import Denoiser, Prediction
-from ocm.noising import FITTING, noisy_prediction
-from ocm.posterior import SpectralCovariance, diagonal, variance_bound
-from ocm.schedules import Schedule
-from ocm.tables import TimestepTable
+from ocm.covariances.operators import SpectralCovariance, diagonal, variance_bound
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.noise import FITTING, noisy_prediction
+from ocm.diffusion.schedules import Schedule
+from ocm.diffusion.tables import TimestepTable
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,10 +7,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from ocm.denoiser import Denoiser, Prediction
-from ocm.parameterisation import Parameterisation
-from ocm.posterior import PosteriorCovariance, SpectralCovariance, diagonal
-from ocm.schedules import Schedule, per_sample
+from ocm.covariances.learned.parameterisation import Parameterisation
+from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance, diagonal
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.schedules import Schedule, per_sample
 
 
 class Covariance(Protocol):
@@ -116,7 +116,7 @@ def loss_weight(
     """Return 1 / (1 + (network_error (A_t - 1))^2), float64 of the shape of t.
 
     A_t multiplies the errors of a network that predicts the noise when their unit is c_t
-    (:meth:`ocm.parameterisation.Parameterisation.amplification`). Where it makes them larger than
+    (:meth:`ocm.Parameterisation.amplification`). Where it makes them larger than
     the variance itself, the target says little, and without the weight it would say it loudest.
     In the papers' parameterisation A_t = 1, and so is the weight. It is for targets that hold the
     network's output or its Jacobian; a network that predicts x0 or v amplifies nothing.
@@ -133,7 +133,7 @@ def reverse_variance(schedule: Schedule, s: int, t: int, variance: Tensor) -> Te
     The variance of DDPM's reverse step from t to s, for 0 <= s < t <= N.
 
     Example:
-        >>> from ocm.schedules import linear
+        >>> from ocm.diffusion.schedules import linear
         >>> schedule, t = linear(), 500
         >>> beta_bar = schedule.beta_bar[t]
         >>> bool((reverse_variance(schedule, 400, t, beta_bar) / schedule.beta(400, t)) - 1 < 1e-9)
@@ -149,7 +149,7 @@ def variance_of_x0(schedule: Schedule, s: int, t: int, sigma_squared: Tensor) ->
 
     Example:
         >>> import torch
-        >>> from ocm.schedules import linear
+        >>> from ocm.diffusion.schedules import linear
         >>> there = reverse_variance(linear(), 400, 500, torch.tensor(0.3))
         >>> variance_of_x0(linear(), 400, 500, there)
         tensor(0.3000)

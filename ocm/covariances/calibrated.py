@@ -25,16 +25,16 @@ from torch import Tensor
 
 from ocm.covariances.base import Covariance, looks_at_s
 from ocm.covariances.hutchinson import timestep
-from ocm.denoiser import Denoiser, Prediction
-from ocm.noising import FITTING, noisy_prediction
-from ocm.posterior import (
+from ocm.covariances.operators import (
     PIXELS,
     PosteriorCovariance,
     SpectralCovariance,
     diagonal,
     spectral,
 )
-from ocm.tables import StepTable, TimestepTable
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.noise import FITTING, noisy_prediction
+from ocm.diffusion.tables import StepTable, TimestepTable
 
 _MOST_ITERATIONS = 2000
 _TOLERANCE = 1e-7

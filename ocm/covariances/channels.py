@@ -8,8 +8,8 @@ import torch
 
 import hessdiag
 from ocm.covariances.hutchinson import timestep
-from ocm.denoiser import Denoiser, Prediction
-from ocm.posterior import SpectralCovariance, channel_blocks
+from ocm.covariances.operators import SpectralCovariance, channel_blocks
+from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Literal
 
 import hessdiag
 from ocm.covariances.hutchinson import timestep
-from ocm.denoiser import Denoiser, Prediction
-from ocm.posterior import SpectralCovariance, cosine_diagonal
+from ocm.covariances.operators import SpectralCovariance, cosine_diagonal
+from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 
 import hessdiag
 from ocm.covariances.hutchinson import timestep
-from ocm.denoiser import Denoiser, Prediction
-from ocm.posterior import SpectralCovariance, diagonal, full
+from ocm.covariances.operators import SpectralCovariance, diagonal, full
+from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)

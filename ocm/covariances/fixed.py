@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ocm.covariances.base import constant
-from ocm.denoiser import Prediction
-from ocm.posterior import SpectralCovariance, diagonal
-from ocm.schedules import Schedule
+from ocm.covariances.operators import SpectralCovariance, diagonal
+from ocm.diffusion.denoiser import Prediction
+from ocm.diffusion.schedules import Schedule
 
 
 @dataclass(frozen=True)

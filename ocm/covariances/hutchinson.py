@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import hessdiag
 from hessdiag.checks import check_positive_int
-from ocm.denoiser import Denoiser, Prediction
-from ocm.posterior import SpectralCovariance, diagonal
+from ocm.covariances.operators import SpectralCovariance, diagonal
+from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)

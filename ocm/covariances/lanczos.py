@@ -17,8 +17,8 @@ from torch import Tensor
 from hessdiag.checks import check_positive_int
 from hessdiag.lanczos import lanczos
 from ocm.covariances.hutchinson import timestep
-from ocm.denoiser import Denoiser, Prediction
-from ocm.posterior import variance_bound
+from ocm.covariances.operators import variance_bound
+from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)

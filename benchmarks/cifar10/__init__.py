@@ -1,0 +1,1 @@
+"""The experiment on CIFAR-10: sizes, training, evaluation, and the parts that are on disk."""

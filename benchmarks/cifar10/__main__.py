@@ -1,0 +1,14 @@
+"""``python benchmarks/cifar10 COMMAND``: train or evaluate, each with --help."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# A folder that is run as a script stands on the import path itself; its modules are cifar10.*.
+sys.path[0] = str(Path(__file__).parent.parent)
+
+if __name__ == "__main__":
+    from cifar10 import commands
+
+    commands.main()

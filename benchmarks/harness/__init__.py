@@ -1,0 +1,1 @@
+"""What several suites share: timings, memory, other libraries, trained networks, samplers."""

@@ -1,0 +1,1 @@
+"""The experiment on mixtures of Gaussians, where the true covariance is known."""

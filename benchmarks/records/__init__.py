@@ -1,0 +1,1 @@
+"""What is done with records: a report, a comparison, figures for the documents."""

@@ -1,0 +1,388 @@
+"""Checkpoints: a directory of safetensors and JSON; nothing is unpickled.
+
+ocm.json                    what this is: schedule, data, learned covariances
+denoiser/                   the backbone, as diffusers' save_pretrained writes it
+heads/NAME.safetensors      the head of each learned covariance
+tables.json                 numbers by timestep: analytic variances, calibrations
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hessdiag.checks import check_positive_int
+from ocm.covariances import (
+    NPR,
+    SN,
+    Analytic,
+    ImprovedDDPM,
+    LearnedCovariance,
+    OptimalCovarianceMatching,
+)
+from ocm.covariances.learned.heads import HEADS, KINDS
+from ocm.covariances.learned.parameterisation import Parameterisation
+from ocm.diffusion.architectures import ARCHITECTURES
+from ocm.diffusion.denoiser import Denoiser
+from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
+from ocm.diffusion.tables import StepTable, TimestepTable, table_from_json
+
+_FORMAT = "ocm-checkpoint"
+_VERSION = 2
+# As diffusers' save_pretrained names them: one file, or several and an index.
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_INDEX = f"{_WEIGHTS}.index.json"
+# Small enough to be carried one by one.
+_MAX_SHARD_SIZE = "14MB"
+
+# What learned covariances are called in checkpoints and on the command line.
+LEARNED: dict[str, Any] = {
+    "iddpm": ImprovedDDPM,
+    "npr": NPR,
+    "sn": SN,
+    "ocm": OptimalCovarianceMatching,
+}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or not of the model it is asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A trained denoiser, with what was learned and fitted about its covariance.
+
+    Attributes:
+        denoiser: The denoiser; frozen when it was loaded.
+        image_shape: (C, H, W) of a sample.
+        levels: Grey levels of the images it was trained on.
+        data: Name of the data set.
+        learned: Covariances with a trained head, by the names of :data:`LEARNED`.
+        analytic: Analytic covariances by name.
+        calibrations: Weights of :class:`ocm.Calibrated` by the name of the covariance.
+        x0_range: Where the data lie; None for data without bounds: latents.
+        num_calibration: How many of the training images, the last ones, nothing was trained on:
+            they are there for calibrations.
+    """
+
+    denoiser: Denoiser
+    image_shape: tuple[int, int, int]
+    levels: int
+    data: str
+    learned: Mapping[str, LearnedCovariance] = field(default_factory=dict)
+    analytic: Mapping[str, Analytic] = field(default_factory=dict)
+    calibrations: Mapping[str, TimestepTable | StepTable] = field(default_factory=dict)
+    x0_range: tuple[float, float] | None = (-1.0, 1.0)
+    num_calibration: int = 0
+
+
+def save(
+    checkpoint: Checkpoint,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = _MAX_SHARD_SIZE,
+) -> None:
+    """Write a checkpoint to the directory ``path``, which is made if need be.
+
+    Args:
+        checkpoint: What to write.
+        path: The directory.
+        dtype: What the denoiser's weights are rounded to on disk, torch.float16 say; None leaves
+            them as they are. :func:`load` reads them into float32 all the same: heads that were
+            trained before belong to the weights before.
+        max_shard_size: Most bytes of a file of the denoiser's weights, as ``save_pretrained`` of
+            diffusers takes it.
+    """
+    from safetensors.torch import save_file
+
+    directory, denoiser = Path(path), checkpoint.denoiser
+    (directory / "heads").mkdir(parents=True, exist_ok=True)
+    backbone = denoiser.backbone if dtype is None else _rounded(denoiser.backbone, dtype)
+    # save_pretrained would leave the index of an earlier one, or its single file, beside its own.
+    for file in (_WEIGHTS, _INDEX):
+        (directory / "denoiser" / file).unlink(missing_ok=True)
+    backbone.save_pretrained(directory / "denoiser", max_shard_size=max_shard_size)
+    description: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "schedule": _schedule_entry(denoiser.schedule),
+        "prediction_type": denoiser.prediction_type,
+        "image_shape": list(checkpoint.image_shape),
+        "levels": checkpoint.levels,
+        "data": checkpoint.data,
+        "x0_range": None if checkpoint.x0_range is None else list(checkpoint.x0_range),
+        "num_calibration": checkpoint.num_calibration,
+        "learned": {},
+    }
+    for name, covariance in checkpoint.learned.items():
+        head: Any = covariance.head
+        save_file(head.state_dict(), directory / "heads" / f"{name}.safetensors")
+        description["learned"][name] = {
+            "head": type(head).__name__,
+            "config": head.config,
+            "parameterisation": covariance.parameterisation.to_json(),
+        }
+    _write_json(directory / "ocm.json", description)
+    save_tables(checkpoint, directory)
+
+
+def save_tables(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Write only what was fitted by timestep into the directory of a checkpoint."""
+    tables = {
+        "analytic": {name: c.fractions.to_json() for name, c in checkpoint.analytic.items()},
+        "calibrations": {name: table.to_json() for name, table in checkpoint.calibrations.items()},
+    }
+    _write_json(Path(path) / "tables.json", tables)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint, frozen and in eval mode, onto ``device``.
+
+    Raises:
+        CheckpointError: A ValueError that names the file, if one is missing, truncated, of
+            another format, or holds other weights than its model has.
+    """
+    directory = Path(path)
+    file = directory / "ocm.json"
+    description = _read_description(file)
+    try:
+        schedule = _schedule(description["schedule"])
+        channels, height, width = (int(size) for size in description["image_shape"])
+        check_positive_int("levels", description["levels"])
+        data, prediction_type = str(description["data"]), description["prediction_type"]
+        num_calibration = int(description["num_calibration"])
+        bounds = description["x0_range"]
+        x0_range = None if bounds is None else (float(bounds[0]), float(bounds[1]))
+        entries = {
+            name: (_head(entry), Parameterisation.from_json(entry["parameterisation"]))
+            for name, entry in description["learned"].items()
+        }
+        if not set(entries) <= set(LEARNED):
+            raise ValueError(
+                f"learned must be among {', '.join(LEARNED)}, got {', '.join(entries)}"
+            )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
+
+    backbone = load_backbone(directory / "denoiser").to(device)
+    try:
+        denoiser = Denoiser(backbone, schedule, prediction_type).freeze()
+    except ValueError as error:
+        raise CheckpointError(f"{file} misstates an entry: {error}") from error
+    _check_same(file, "image_shape", channels, backbone.config.in_channels)
+    learned: dict[str, LearnedCovariance] = {}
+    for name, (head, parameterisation) in entries.items():
+        _check_fit(file, name, head, denoiser)
+        _load_weights(head, directory / "heads" / f"{name}.safetensors")
+        head.to(device).eval().requires_grad_(False)
+        learned[name] = LEARNED[name](denoiser, head, parameterisation)
+    analytic, calibrations = _read_tables(directory / "tables.json", schedule)
+    return Checkpoint(
+        denoiser,
+        (channels, height, width),
+        description["levels"],
+        data,
+        learned,
+        analytic,
+        calibrations,
+        x0_range,
+        num_calibration,
+    )
+
+
+def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
+    """Read a frozen denoiser from any of the places one is kept.
+
+    Args:
+        path: A checkpoint of :func:`save`; a pipeline of diffusers as ``save_pretrained`` writes
+            it, with a ``scheduler`` beside its ``unet`` or ``transformer``; all of them local.
+        device: Where to put it.
+
+    Raises:
+        CheckpointError: A ValueError that names the file, as :func:`load`.
+    """
+    directory = Path(path)
+    if not (directory / "model_index.json").exists():
+        return load(directory, device).denoiser
+    config_file = directory / "scheduler" / "scheduler_config.json"
+    config = _read_json(config_file)
+    try:
+        schedule = from_scheduler(config)
+    except ValueError as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
+    for part in ("unet", "transformer"):
+        if (directory / part).is_dir():
+            backbone = load_backbone(directory / part).to(device)
+            return Denoiser(backbone, schedule, config.get("prediction_type", "epsilon")).freeze()
+    raise CheckpointError(f"{directory} must hold a folder unet or transformer")
+
+
+def load_backbone(directory: str | Path) -> Any:
+    """Read a backbone that ``save_pretrained`` wrote, with exactly the weights of its model.
+
+    Raises:
+        CheckpointError: A ValueError that names the file.
+    """
+    import diffusers
+
+    directory = Path(directory)
+    file = directory / "config.json"
+    config = _read_json(file)
+    name = config.get("_class_name")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{directory} must hold one of {', '.join(ARCHITECTURES)}, got {name!r}"
+        )
+    try:
+        backbone = getattr(diffusers, name).from_config(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} makes no model: {error}") from error
+    # Strictly, where from_pretrained leaves weights that it does not find at their random start.
+    _load_weights(backbone, directory / _WEIGHTS, directory / _INDEX)
+    return backbone
+
+
+def _rounded(backbone: Any, dtype: torch.dtype) -> Any:
+    """Return a copy with weights and buffers in another floating-point type."""
+    rounded = copy.deepcopy(backbone)
+    for tensor in (*rounded.parameters(), *rounded.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return rounded
+
+
+def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
+    if schedule.name in SCHEDULES:
+        usual = SCHEDULES[schedule.name](schedule.num_timesteps)
+        if torch.equal(usual.log_alpha_bar, schedule.log_alpha_bar):
+            return {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
+    betas = [schedule.beta(t - 1, t) for t in range(1, schedule.num_timesteps + 1)]
+    return {"name": schedule.name, "betas": betas}
+
+
+def _schedule(entry: dict[str, Any]) -> Schedule:
+    if "betas" in entry:
+        return from_betas(entry["betas"], str(entry["name"]))
+    return SCHEDULES[entry["name"]](entry["num_timesteps"])
+
+
+def _head(entry: dict[str, Any]) -> nn.Module:
+    return HEADS[entry["head"]](**entry["config"])
+
+
+def _check_fit(file: Path, name: str, head: nn.Module, denoiser: Denoiser) -> None:
+    """Raise unless the head is one that the denoiser's architecture would make."""
+    config: Any = getattr(head, "config", None)
+    kinds = KINDS[type(denoiser.backbone).__name__]
+    fitting = [make(denoiser.backbone) for make in kinds.values()]
+    alike = [other for other in fitting if type(other) is type(head)]
+    if not alike:
+        raise CheckpointError(
+            f"{file} is of another model: learned.{name} has a {type(head).__name__}, the denoiser "
+            f"beside it takes {' or '.join(type(other).__name__ for other in fitting)}"
+        )
+    for key, expected in vars(alike[0])["config"].items():
+        if key != "residual":
+            _check_same(file, f"learned.{name}.{key}", config[key], expected)
+
+
+def _check_same(file: Path, name: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise CheckpointError(
+            f"{file} is of another model: {name} has {got}, the denoiser beside it {expected}"
+        )
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise CheckpointError(
+            f"no checkpoint at {file.parent}: {file} is missing; `ocm train` writes one, and "
+            "diffusers a pipeline, with model_index.json"
+        )
+    description = _read_json(file)
+    if description.get("format") != _FORMAT:
+        raise CheckpointError(f'{file} is no checkpoint of ocm: "format" must be "{_FORMAT}"')
+    if description.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{file} has version {description.get('version')!r}, this ocm reads {_VERSION}"
+        )
+    return description
+
+
+def _read_tables(
+    file: Path, schedule: Schedule
+) -> tuple[dict[str, Analytic], dict[str, TimestepTable | StepTable]]:
+    if not file.exists():
+        return {}, {}
+    record = _read_json(file)
+    try:
+        analytic = {
+            name: Analytic(schedule, TimestepTable.from_json(table))
+            for name, table in record["analytic"].items()
+        }
+        calibrations = {
+            name: table_from_json(table) for name, table in record["calibrations"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
+    return analytic, calibrations
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{file} must hold a JSON object, got {type(record).__name__}")
+    return record
+
+
+def _write_json(file: Path, record: dict[str, Any]) -> None:
+    file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def _load_weights(module: nn.Module, file: Path, index: Path | None = None) -> None:
+    """Load weights strictly from one file, or from the several of an index if that is there."""
+    files = [file]
+    if index is not None and not file.exists() and index.exists():
+        files, file = _indexed(index), index
+    tensors: dict[str, torch.Tensor] = {}
+    for part in files:
+        tensors |= _read_weights(part)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} is of another model: {error}") from error
+    if not all(bool(torch.isfinite(weight).all()) for weight in module.parameters()):
+        raise CheckpointError(f"{file} holds NaN or infinite weights")
+
+
+def _read_weights(file: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return tensors
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the files of an index, which lie beside it."""
+    weight_map = _read_json(index).get("weight_map")
+    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{index} must hold a weight_map to files beside it, got {names}")
+    return [index.parent / name for name in names]

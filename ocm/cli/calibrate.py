@@ -1,0 +1,118 @@
+"""``ocm calibrate``: what covariances need from a pass over training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ocm.cli.options import (
+    CheckpointPath,
+    CovarianceName,
+    Device,
+    NumProbes,
+    Quiet,
+    Seed,
+    prepare_directory,
+    resolve_device,
+    write_json,
+)
+
+
+def calibrate(
+    checkpoint: CheckpointPath,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory for calibration.json. Default: the checkpoint's own."),
+    ] = None,
+    covariance: Annotated[
+        list[CovarianceName] | None,
+        typer.Option(
+            help="Covariance to calibrate; may be given several times. Default: the analytic ones "
+            "and those with a trained head."
+        ),
+    ] = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=2,
+            help="Fit the timesteps of K steps; may be given several times. Between them the "
+            "numbers are interpolated. Default: 5, 10, 25, 50.",
+        ),
+    ] = None,
+    num_images: Annotated[
+        int,
+        typer.Option(
+            min=2, help="Most images to fit to: those kept from training, where some were."
+        ),
+    ] = 512,
+    data: Annotated[
+        str | None, typer.Option(help="Data set; default: the checkpoint's own.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images before --vae encodes them.")
+    ] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="Folder of the AutoencoderKL, for a model of latents.")
+    ] = None,
+    num_probes: NumProbes = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Fit analytic variances and calibrations, two numbers a timestep, into a checkpoint.
+
+    A calibrated covariance is a_t Cov + b_t, with both chosen to maximise the Gaussian likelihood
+    of training images around the denoiser's mean; it is called NAME_calibrated.
+    """
+    from ocm import checkpoints
+    from ocm.checkpoints.catalogue import (
+        ANALYTIC,
+        WITHOUT_DENSITY,
+        CovarianceSettings,
+        available,
+        fitted,
+    )
+    from ocm.cli.inputs import calibration_images, calibration_labels, images_for
+    from ocm.evaluation.environment import environment
+    from ocm.evaluation.scores import steps_of
+
+    place = resolve_device(device)
+    prepare_directory(out or checkpoint)
+    loaded = checkpoints.load(checkpoint, place)
+    images = images_for(loaded, data, vae, image_size)
+    chosen = [name.value for name in covariance or []]
+    names = chosen or [n for n in available(loaded) if n in ANALYTIC or n in loaded.learned]
+    for name in names:
+        if name in WITHOUT_DENSITY:
+            raise ValueError(f"--covariance {name} has no density, and so nothing to calibrate")
+    x0 = calibration_images(loaded, images, num_images)
+    result = fitted(
+        loaded,
+        x0,
+        names,
+        steps_of(loaded.denoiser.schedule.num_timesteps, steps or [5, 10, 25, 50]),
+        calibrated=names,
+        labels=calibration_labels(loaded, images, len(x0)),
+        settings=CovarianceSettings(num_probes, seed=seed),
+        seed=seed,
+        progress=not quiet,
+    )
+    checkpoints.save_tables(result, checkpoint)
+    record = {
+        "checkpoint": str(checkpoint),
+        "data": images.name,
+        "num_images": len(x0),
+        "seed": seed,
+        "calibrations": {name: result.calibrations[name].to_json() for name in names},
+        "environment": environment(place),
+    }
+    write_json((out or checkpoint) / "calibration.json", record)
+    typer.echo("covariance       scale a and shift b at the lowest, a middle and the highest t")
+    for name in names:
+        table = result.calibrations[name]
+        shown = [0, len(table.values) // 2, len(table.values) - 1]
+        cells = "   ".join(f"{table.values[i, 0]:.3g}, {table.values[i, 1]:.3g}" for i in shown)
+        typer.echo(f"{name:<16} {cells}")
+    typer.echo(f"written into {checkpoint}; figures: {(out or checkpoint) / 'calibration.json'}")

@@ -1,0 +1,124 @@
+"""Options that several commands share, and what every command does first and last."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ocm.sampling.samplers import Sampler
+
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="Directory of a checkpoint, as `ocm train` writes it.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 2, help="Seed of all randomness.")]
+Device = Annotated[
+    str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one.")
+]
+NumProbes = Annotated[
+    int, typer.Option(min=1, help="Probes M of 'hutchinson', 'coloring' and 'cosine'.")
+]
+NumProducts = Annotated[int, typer.Option(min=1, help="Products k of 'lanczos'.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+
+
+class SamplerName(str, Enum):
+    """Samplers."""
+
+    ddpm = "ddpm"
+    ddim = "ddim"
+
+
+class HeadName(str, Enum):
+    """Covariances with a head."""
+
+    iddpm = "iddpm"
+    npr = "npr"
+    sn = "sn"
+    ocm = "ocm"
+
+
+class CovarianceName(str, Enum):
+    """Covariances of x0 given x_t."""
+
+    beta = "beta"
+    beta_tilde = "beta_tilde"
+    analytic = "analytic"
+    analytic_data = "analytic_data"
+    iddpm = "iddpm"
+    npr = "npr"
+    sn = "sn"
+    ocm = "ocm"
+    hutchinson = "hutchinson"
+    coloring = "coloring"
+    exact = "exact"
+    blocks = "blocks"
+    cosine = "cosine"
+    lanczos = "lanczos"
+    full = "full"
+
+
+def resolve_device(name: str) -> Any:
+    """Return the torch device called ``name``, with 'auto' for CUDA where there is one.
+
+    Raises:
+        ValueError: If there is no such device on this machine.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    import os
+
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # started by torchrun or accelerate
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {error}") from error
+    return device
+
+
+def prepare_directory(path: Path) -> None:
+    """Make the directory of --out, before any work is done.
+
+    Raises:
+        ValueError: If it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {path} must be a directory to write to: {error}") from error
+
+
+def resolve_sampler(sampler: SamplerName, eta: float | None) -> Sampler:
+    """Return the sampler of the options --sampler and --eta.
+
+    Raises:
+        ValueError: If --eta is given for DDPM.
+    """
+    from ocm.sampling import samplers
+
+    if sampler is SamplerName.ddim:
+        return partial(samplers.ddim, eta=eta or 0.0)
+    if eta is not None:
+        raise ValueError(f"--eta {eta} is for --sampler ddim; ddpm has no such choice")
+    return samplers.ddpm
+
+
+def write_json(file: Path, record: dict[str, Any]) -> None:
+    """Write a record, refusing NaN, which is no JSON."""
+    file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")

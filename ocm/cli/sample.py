@@ -1,0 +1,208 @@
+"""``ocm sample``: images from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ocm.cli.options import (
+    CheckpointPath,
+    CovarianceName,
+    Device,
+    NumProbes,
+    NumProducts,
+    Quiet,
+    SamplerName,
+    Seed,
+    prepare_directory,
+    resolve_device,
+    resolve_sampler,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# In the picture; all of them are in samples.safetensors.
+_IMAGES_SHOWN = 256
+
+
+def sample(
+    checkpoint: CheckpointPath,
+    out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("runs/sample"),
+    covariance: Annotated[
+        CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
+    ] = CovarianceName.ocm,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="As `ocm calibrate` fitted it.")
+    ] = False,
+    sampler: Annotated[SamplerName, typer.Option(help="Reverse process.")] = SamplerName.ddpm,
+    eta: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="DDIM's noise: 0 none, 1 DDPM's. Default: 0."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps K.")] = 10,
+    spacing: Annotated[
+        str,
+        typer.Option(
+            help="Which timesteps: 'even', 'quadratic', or 'optimal' by dynamic programming on the "
+            "analytic variances that `ocm calibrate` fitted."
+        ),
+    ] = "even",
+    label: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Class label; several take turns. For models with classes."),
+    ] = None,
+    guidance: Annotated[
+        float, typer.Option(help="Scale w of classifier-free guidance; 1 for none.")
+    ] = 1.0,
+    vae: Annotated[
+        Path | None, typer.Option(help="Folder of the AutoencoderKL that decodes latents.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
+    last_noise: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Bound on the noise of the last noisy step, in grey levels of 256 (the paper "
+            "uses 1 or 2); no bound if left out.",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
+    num_probes: NumProbes = 8,
+    num_products: NumProducts = 3,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Draw images: writes samples.png, samples.safetensors and samples.json.
+
+    Sample i is the same in any batch. Under torchrun the processes share the samples out, and the
+    first one writes them.
+    """
+    from safetensors.torch import save_file
+
+    from ocm import checkpoints
+    from ocm.checkpoints.catalogue import CALIBRATED, CovarianceSettings
+    from ocm.evaluation.environment import environment
+    from ocm.evaluation.pictures import sample_rows
+    from ocm.evaluation.scores import draw
+    from ocm.sampling import samplers
+
+    place = resolve_device(device)
+    prepare_directory(out)
+    step = resolve_sampler(sampler, eta)
+    loaded = checkpoints.load(checkpoint, place)
+    if vae is not None and loaded.x0_range is not None:
+        raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
+    timesteps = choose_timesteps(loaded, spacing, steps)
+    name = covariance.value + (CALIBRATED if calibrated else "")
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    first, end = (num_images * r // processes for r in (rank, rank + 1))
+    start = time.perf_counter()
+    images = draw(
+        loaded,
+        name,
+        end - first,
+        timesteps,
+        sampler=step,
+        settings=CovarianceSettings(num_probes, num_products, seed),
+        labels=label,
+        guidance_scale=guidance,
+        seed=seed,
+        first=first,
+        batch_size=batch_size,
+        max_last_noise=None if last_noise is None else samplers.last_step_noise(last_noise),
+        progress=not quiet and rank == 0,
+    )
+    if processes > 1:
+        gathered = _gather(images, place)
+        if gathered is None:
+            return
+        images = gathered
+    if vae is not None:
+        from ocm.integrations.latents import decode, load_autoencoder
+
+        images = decode(load_autoencoder(vae, place), images).cpu()
+    record = {
+        "checkpoint": str(checkpoint),
+        "covariance": name,
+        "sampler": sampler.value,
+        "eta": (eta or 0.0) if sampler is SamplerName.ddim else None,
+        "steps": steps,
+        "timesteps": timesteps,
+        "num_images": num_images,
+        "labels": label,
+        "guidance_scale": guidance,
+        "last_noise": last_noise,
+        "num_probes": num_probes,
+        "num_products": num_products,
+        "seed": seed,
+        "processes": processes,
+        "seconds": round(time.perf_counter() - start, 3),
+        "pixel_mean": images.mean().item(),
+        "pixel_std": images.std().item(),
+        "environment": environment(place),
+    }
+    save_file({"images": images.contiguous()}, out / "samples.safetensors")
+    shown = images[:_IMAGES_SHOWN]
+    if shown.shape[1] not in (1, 3):  # latents: their first channel
+        shown = shown[:, :1]
+    rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
+    title = f"{sampler.value}, {steps} steps, covariance {name}, seed {seed}"
+    sample_rows(rows, out / "samples.png", title=title)
+    write_json(out / "samples.json", record)
+    typer.echo(
+        f"{num_images} images in {record['seconds']:.1f} s, pixel mean {images.mean():.3f}, "
+        f"standard deviation {images.std():.3f}"
+    )
+    typer.echo(f"first {len(shown)}: {out / 'samples.png'}   all: {out / 'samples.safetensors'}")
+
+
+def choose_timesteps(loaded: object, spacing: str, steps: int) -> list[int]:
+    """Return the K timesteps of the option --spacing.
+
+    Raises:
+        ValueError: If there is no such spacing, or no analytic variance for the optimal one.
+    """
+    from ocm.checkpoints.checkpoint import Checkpoint
+    from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
+
+    assert isinstance(loaded, Checkpoint)
+    schedule = loaded.denoiser.schedule
+    if spacing == "even":
+        return even_timesteps(schedule.num_timesteps, steps)
+    if spacing == "quadratic":
+        return quadratic_timesteps(schedule.num_timesteps, steps)
+    if spacing != "optimal":
+        raise ValueError(f"--spacing must be even, quadratic or optimal, got {spacing!r}")
+    # From data, since near t = N the one from the score needs many images to be told from zero.
+    if "analytic_data" not in loaded.analytic:
+        raise ValueError(
+            "--spacing optimal needs analytic variances, which this checkpoint has not got; "
+            "`ocm calibrate` fits them"
+        )
+    return optimal_timesteps(
+        schedule, loaded.analytic["analytic_data"].variances(loaded.x0_range), steps
+    )
+
+
+def _gather(images: Tensor, place: object) -> Tensor | None:
+    """Return the samples of all processes in order, in the first one."""
+    import torch
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    parts: list[object] = [None] * distributed.get_world_size()
+    distributed.gather_object(images, parts if distributed.get_rank() == 0 else None)
+    rank = distributed.get_rank()
+    distributed.barrier()  # not while another process still sends
+    distributed.destroy_process_group()
+    if rank != 0:
+        return None
+    return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])

@@ -1,0 +1,115 @@
+"""I-DDPM (Nichol and Dhariwal, 2021): a head trained by the variational bound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ocm.covariances.base import from_branches
+from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.operators import SpectralCovariance
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.divergences import gaussian_step_kl
+from ocm.diffusion.noise import noisy
+from ocm.diffusion.schedules import full_precision, per_sample
+
+
+@dataclass(frozen=True)
+class ImprovedDDPM:
+    """The reverse variance interpolated between beta_tilde and beta in its logarithm.
+
+    For the step from t to s with fraction v = (1 + o) / 2,
+
+        sigma^2 = beta(s, t)^v beta_tilde(s, t)^(1 - v),
+
+    which as a statement about x0 is Var = ((beta_bar_t / beta_bar_s)^v - 1) / (SNR(s) - SNR(t)):
+    the only covariance here that depends on s. The head is trained on the KL of the steps to
+    s = t - 1, with the mean stopped.
+
+    With a ``parameterisation`` of finite ``data_std`` the same bound trains Var = c_t ratio(o).
+
+    Attributes:
+        denoiser: The frozen denoiser, whose features the head reads.
+        head: The head.
+        parameterisation: What its output means.
+    """
+
+    denoiser: Denoiser
+    head: nn.Module
+    parameterisation: Parameterisation = PAPER
+
+    @property
+    def looks_at_s(self) -> bool:
+        """Whether the variance depends on s: in the interpolation it does."""
+        return math.isinf(self.parameterisation.data_std)
+
+    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+        """Return the variance of each dimension; no pass through the backbone.
+
+        At s = 0, where no interpolation is defined, the variance is its limit v beta_bar_t of
+        small steps.
+        """
+
+        def variance(branch: Prediction) -> Tensor:
+            return self._variance(branch, self.head(branch.features), s)
+
+        return from_branches(prediction, variance)
+
+    def _variance(self, prediction: Prediction, output: Tensor, s: int | None) -> Tensor:
+        schedule, t, x_t = self.denoiser.schedule, prediction.t, prediction.x_t
+        if math.isfinite(self.parameterisation.data_std):
+            unit = self.parameterisation.scale(schedule, t, x_t)
+            return unit * self.parameterisation.ratio(output)
+        fraction = (1.0 + full_precision(output)) / 2.0
+        before = t - 1 if s is None else s
+        limit = per_sample(schedule.beta_bar, t, x_t) * fraction
+        if isinstance(before, int) and before == 0:
+            return limit
+        log_beta_bar = schedule.beta_bar.log()
+        snr = schedule.snr
+        step_log = _difference(log_beta_bar, t, before).to(x_t)
+        snr_difference = -_difference(snr, t, before).to(x_t)
+        spread = [1] * (x_t.dim() - 1)
+        step_log, snr_difference = (
+            number.reshape(-1, *spread) for number in (step_log, snr_difference)
+        )
+        variance = torch.expm1(fraction * step_log) / snr_difference
+        return torch.where(torch.isfinite(snr_difference), variance, limit)
+
+    def loss(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        *,
+        seed: int,
+        sample_offset: int,
+        labels: Tensor | None = None,
+        head: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
+
+        It is the mean KL times N, in nats per dimension, about the bound's sum over timesteps; the
+        step from t = 1, which has no interpolation, counts as another from t = 2.
+        """
+        schedule = self.denoiser.schedule
+        t = t.clamp(min=2)
+        x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
+        with torch.no_grad():
+            prediction = self.denoiser.predict(x_t, t, labels=labels)
+        variance = self._variance(prediction, (head or self.head)(prediction.features), None)
+        spread = [1] * (x_t.dim() - 1)
+        snr_difference = -_difference(schedule.snr, t, t - 1).to(x_t).reshape(-1, *spread)
+        squared_error = (x0 - prediction.x0_hat).square()
+        # A variance below -1/r has no step; near it the KL is infinite.
+        floor = -0.99 / snr_difference
+        kl = gaussian_step_kl(squared_error, torch.maximum(variance, floor), snr_difference)
+        return schedule.num_timesteps * kl.mean()
+
+
+def _difference(table: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+    """Return table[t] - table[s], shape (1,) or (B,), taken in float64."""
+    table = table.to(t.device) if isinstance(t, Tensor) else table
+    return (table[t] - table[s]).reshape(-1)

@@ -1,0 +1,59 @@
+"""NPR (Bao et al., 2022, "noise prediction residual"): a head that regresses squared errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ocm.covariances.base import from_branches, regression_loss, scaled_ratio
+from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.operators import SpectralCovariance
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.noise import noisy
+
+
+@dataclass(frozen=True)
+class NPR:
+    """Var[x0 | x_t] = c_t ratio(o), with the ratio regressed on (x0 - x0_hat)^2 / c_t.
+
+    In the paper's units, (beta_bar / alpha_bar) g with g regressing (noise - epsilon)^2. The mean
+    is stopped, so the minimiser holds the error of the network's mean too.
+
+    Attributes:
+        denoiser: The frozen denoiser, whose features the head reads.
+        head: The head.
+        parameterisation: What its output means.
+        network_error: As in :class:`ocm.OptimalCovarianceMatching`.
+    """
+
+    denoiser: Denoiser
+    head: nn.Module
+    parameterisation: Parameterisation = PAPER
+    network_error: float = 0.02
+
+    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+        """Return the variance of each dimension; no pass through the backbone."""
+        return from_branches(prediction, lambda branch: scaled_ratio(self, branch))
+
+    def loss(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        *,
+        seed: int,
+        sample_offset: int,
+        labels: Tensor | None = None,
+        head: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`."""
+        schedule = self.denoiser.schedule
+        x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
+        with torch.no_grad():
+            prediction = self.denoiser.predict(x_t, t, labels=labels)
+        ratio = self.parameterisation.ratio((head or self.head)(prediction.features))
+        target = (x0 - prediction.x0_hat).square()
+        return regression_loss(
+            ratio, target, self.parameterisation, self.denoiser, t, self.network_error
+        )

@@ -1,0 +1,62 @@
+"""SN (Bao et al., 2022, "squared noise"): a head that regresses second moments of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ocm.covariances.base import from_branches, regression_loss, scaled_ratio
+from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.operators import SpectralCovariance
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.noise import noisy
+
+
+@dataclass(frozen=True)
+class SN:
+    """Var[x0 | x_t] = c_t ratio(o) - (x0_hat - m)^2, the ratio regressed on (x0 - m)^2 / c_t.
+
+    m is the posterior mean of centred Gaussian data
+    (:meth:`ocm.Parameterisation.gaussian_mean`). In the paper's units
+    m = x_t / sqrt(alpha_bar), which makes this (beta_bar / alpha_bar)(g - epsilon^2) with g
+    regressing the squared noise. The difference of two second moments may be negative.
+
+    Attributes:
+        denoiser: The frozen denoiser, whose features the head reads.
+        head: The head.
+        parameterisation: What its output means.
+    """
+
+    denoiser: Denoiser
+    head: nn.Module
+    parameterisation: Parameterisation = PAPER
+
+    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+        """Return the variance of each dimension; no pass through the backbone."""
+        return from_branches(prediction, self._variance)
+
+    def _variance(self, prediction: Prediction) -> Tensor:
+        schedule, t, x_t = self.denoiser.schedule, prediction.t, prediction.x_t
+        offset = prediction.x0_hat - self.parameterisation.gaussian_mean(schedule, t, x_t)
+        return scaled_ratio(self, prediction) - offset.square()
+
+    def loss(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        *,
+        seed: int,
+        sample_offset: int,
+        labels: Tensor | None = None,
+        head: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`."""
+        schedule = self.denoiser.schedule
+        x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
+        with torch.no_grad():
+            features = self.denoiser.predict(x_t, t, labels=labels).features
+        ratio = self.parameterisation.ratio((head or self.head)(features))
+        target = (x0 - self.parameterisation.gaussian_mean(schedule, t, x_t)).square()
+        return regression_loss(ratio, target, self.parameterisation, self.denoiser, t)

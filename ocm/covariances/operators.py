@@ -1,0 +1,271 @@
+"""The covariance of x0 given x_t as a linear operator, for samplers, bounds and inverse problems.
+
+Each is C = F^T diag(lambda) F in an orthonormal basis F: the pixels themselves for a diagonal
+covariance, cosines, the eigenvectors of a matrix or of its blocks. So everything is a function of
+the eigenvalues:
+
+    product    C v     = F^T (lambda * F v)         noise  C^(1/2) z = F^T (sqrt(lambda) * F z)
+    solve      C^-1 v  = F^T (F v / lambda)         log det C        = sum log lambda
+
+and the families are closed under C -> a C + b I. The reverse step of a sampler, a calibration and
+the C + sigma^2 I of an inverse problem are all of that form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hessdiag.bases import dct_matrix
+from ocm.diffusion.schedules import full_precision
+
+
+class PosteriorCovariance(Protocol):
+    """Cov[x0 | x_t] for every sample of a batch; v and z have the shape of x_t."""
+
+    def diagonal(self) -> Tensor:
+        """Return the variance of each dimension, of the shape of x_t or broadcast to it."""
+        ...
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """Return C v."""
+        ...
+
+    def solve(self, v: Tensor) -> Tensor:
+        """Return C^-1 v."""
+        ...
+
+    def noise(self, z: Tensor) -> Tensor:
+        """Return C^(1/2) z, of covariance C for standard normal z."""
+        ...
+
+    def log_determinant(self) -> Tensor:
+        """Return log det C, shape (B,)."""
+        ...
+
+    def affine(self, scale: float, shift: float) -> PosteriorCovariance:
+        """Return scale C + shift I."""
+        ...
+
+    def clamped(self, low: float, high: float) -> PosteriorCovariance:
+        """Return C with its eigenvalues clamped."""
+        ...
+
+    def bounded(self, x0_range: tuple[float, float] | None) -> PosteriorCovariance:
+        """Return what data in ``x0_range`` allow of C.
+
+        No eigenvalue is negative, and no variance of a dimension above ((high - low) / 2)^2. None
+        stands for data without bounds.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Eigenbasis:
+    """An orthonormal basis F of each sample.
+
+    Attributes:
+        analyse: v -> F v, from the shape of x_t to that of the eigenvalues.
+        synthesise: F^T, back.
+        diagonal: Eigenvalues -> sum_k F_ki^2 lambda_k, the variance of each dimension i.
+        rescaled: From (eigenvalues, s) to S C S with S = diag(s), s of the shape of x_t; a
+            covariance of the same family. None where the family is not closed under it.
+    """
+
+    analyse: Callable[[Tensor], Tensor]
+    synthesise: Callable[[Tensor], Tensor]
+    diagonal: Callable[[Tensor], Tensor]
+    rescaled: Callable[[Tensor, Tensor], SpectralCovariance] | None = None
+
+
+# The basis of the dimensions themselves.
+PIXELS = Eigenbasis(lambda v: v, lambda v: v, lambda eigenvalues: eigenvalues)
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralCovariance:
+    """C = F^T diag(lambda) F.
+
+    Attributes:
+        eigenvalues: Lambda, in the layout of ``basis``; for :data:`PIXELS` the variance of each
+            dimension, which may broadcast to ``shape``.
+        shape: The shape (B, ...) of x_t.
+        basis: F.
+
+    Example:
+        >>> C = diagonal(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))
+        >>> C.noise(torch.ones(1, 2)), C.affine(2.0, 1.0).diagonal(), C.log_determinant()
+        (tensor([[1., 2.]]), tensor([[3., 9.]]), tensor([1.3863]))
+    """
+
+    eigenvalues: Tensor
+    shape: torch.Size
+    basis: Eigenbasis = PIXELS
+
+    def diagonal(self) -> Tensor:
+        """Return the variance of each dimension."""
+        return self.basis.diagonal(self.eigenvalues)
+
+    def multiply(self, v: Tensor) -> Tensor:
+        """Return C v."""
+        return self._filtered(self.eigenvalues, v)
+
+    def solve(self, v: Tensor) -> Tensor:
+        """Return C^-1 v; infinite where an eigenvalue is zero."""
+        return self._filtered(1.0 / self.eigenvalues, v)
+
+    def noise(self, z: Tensor) -> Tensor:
+        """Return C^(1/2) z; NaN where an eigenvalue is negative."""
+        return self._filtered(self.eigenvalues.sqrt(), z)
+
+    def log_determinant(self) -> Tensor:
+        """Return log det C, shape (B,)."""
+        per_entry = self.shape.numel() // max(1, self.shape[0])
+        logs = self.eigenvalues.log()
+        if self.basis is PIXELS:
+            logs = logs.expand(self.shape)
+        return logs.reshape(self.shape[0], per_entry).sum(dim=1)
+
+    def affine(self, scale: float, shift: float) -> SpectralCovariance:
+        """Return scale C + shift I."""
+        return replace(self, eigenvalues=scale * self.eigenvalues + shift)
+
+    def clamped(self, low: float, high: float) -> SpectralCovariance:
+        """Return C with its eigenvalues clamped."""
+        return replace(self, eigenvalues=self.eigenvalues.clamp(low, high))
+
+    def bounded(self, x0_range: tuple[float, float] | None) -> SpectralCovariance:
+        """Return C clamped to what data in ``x0_range`` allow.
+
+        Negative eigenvalues become 0. A variance above the bound of its dimension is brought down
+        to it by S C S with diagonal S, which keeps correlations; in a basis that does not allow
+        this (cosines) the whole sample is scaled down.
+        """
+        positive = self.clamped(0.0, torch.inf)
+        if x0_range is None:
+            return positive
+        bound = variance_bound(x0_range)
+        if self.basis is PIXELS:
+            return self.clamped(0.0, bound)
+        variances = positive.diagonal()
+        if bool((variances <= bound).all()):
+            return positive
+        if self.basis.rescaled is not None:
+            scale = (bound / variances.clamp(min=bound)).sqrt()
+            # Again, since the eigenvalues of the product may be negative by rounding.
+            return self.basis.rescaled(positive.eigenvalues, scale).clamped(0.0, torch.inf)
+        largest = variances.flatten(1).amax(dim=1).clamp(min=bound)
+        factor = (bound / largest).reshape(-1, *[1] * (positive.eigenvalues.dim() - 1))
+        return replace(positive, eigenvalues=positive.eigenvalues * factor)
+
+    def _filtered(self, weights: Tensor, v: Tensor) -> Tensor:
+        return self.basis.synthesise(weights * self.basis.analyse(v))
+
+
+def spectral(covariance: PosteriorCovariance) -> SpectralCovariance:
+    """Return the covariance if its eigenvalues are known, as every density needs.
+
+    Raises:
+        TypeError: If they are not.
+    """
+    if not isinstance(covariance, SpectralCovariance):
+        raise TypeError(
+            f"covariance must have a density, and {type(covariance).__name__} has none: its draws "
+            "are known through products alone"
+        )
+    return covariance
+
+
+def variance_bound(x0_range: tuple[float, float]) -> float:
+    """Return ((high - low) / 2)^2, the largest variance of a number in ``x0_range``.
+
+    Example:
+        >>> variance_bound((-1.0, 1.0))
+        1.0
+    """
+    low, high = x0_range
+    return ((high - low) / 2.0) ** 2
+
+
+def diagonal(variance: Tensor, shape: torch.Size) -> SpectralCovariance:
+    """Return the diagonal covariance of the given variances, which broadcast to ``shape``."""
+    return SpectralCovariance(variance, shape)
+
+
+def full(matrix: Tensor, shape: torch.Size) -> SpectralCovariance:
+    """Return the covariance of a symmetric matrix for each sample, by its eigenvectors.
+
+    Args:
+        matrix: Shape (B, D, D); only its symmetric part counts.
+        shape: (B, ...), D features a sample.
+
+    Example:
+        >>> C = full(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]), torch.Size([1, 2]))
+        >>> C.multiply(torch.tensor([[1.0, 0.0]])).round(decimals=4)
+        tensor([[2., 1.]])
+    """
+    return _blocks(
+        matrix[:, None], shape, lambda v: v.flatten(1)[:, None], lambda b: b.reshape(shape)
+    )
+
+
+def channel_blocks(matrices: Tensor, shape: torch.Size) -> SpectralCovariance:
+    """Return the covariance of independent pixels, each with a matrix over its channels.
+
+    Args:
+        matrices: Shape (B, positions, C, C), positions in order.
+        shape: (B, C, ...).
+    """
+    return _blocks(matrices, shape, lambda v: v.flatten(2).mT, lambda b: b.mT.reshape(shape))
+
+
+def _blocks(
+    matrices: Tensor,
+    shape: torch.Size,
+    to_blocks: Callable[[Tensor], Tensor],
+    from_blocks: Callable[[Tensor], Tensor],
+) -> SpectralCovariance:
+    """Return the covariance of matrices (B, L, k, k), for maps (B, ...) to (B, L, k) and back."""
+    matrices = full_precision(matrices)
+    values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
+
+    def rescaled(eigenvalues: Tensor, scale: Tensor) -> SpectralCovariance:
+        s = to_blocks(scale)
+        matrix = (vectors * eigenvalues[..., None, :]) @ vectors.mT
+        scaled = s[..., None] * matrix * s[..., None, :]
+        return _blocks(scaled, shape, to_blocks, from_blocks)
+
+    basis = Eigenbasis(
+        analyse=lambda v: (vectors.mT @ full_precision(to_blocks(v))[..., None])[..., 0],
+        synthesise=lambda b: from_blocks((vectors @ b[..., None])[..., 0]),
+        diagonal=lambda b: from_blocks((vectors.square() @ b[..., None])[..., 0]),
+        rescaled=rescaled,
+    )
+    return SpectralCovariance(values, shape, basis)
+
+
+def cosine_diagonal(eigenvalues: Tensor, shape: torch.Size) -> SpectralCovariance:
+    """Return the covariance that is diagonal in the orthonormal cosine transform of the images.
+
+    Args:
+        eigenvalues: Variance of each coefficient, of ``shape``.
+        shape: (B, ..., H, W); the transform runs along the last two axes.
+
+    Example:
+        >>> C = cosine_diagonal(torch.ones(1, 1, 4, 4), torch.Size([1, 1, 4, 4]))
+        >>> bool((C.diagonal() - 1).abs().max() < 1e-6)
+        True
+    """
+    F_rows, F_columns = (
+        dct_matrix(length, eigenvalues.dtype, eigenvalues.device) for length in shape[-2:]
+    )
+    basis = Eigenbasis(
+        analyse=lambda v: F_rows @ v @ F_columns.T,
+        synthesise=lambda v: F_rows.T @ v @ F_columns,
+        diagonal=lambda values: F_rows.square().T @ values @ F_columns.square(),
+    )
+    return SpectralCovariance(eigenvalues, shape, basis)

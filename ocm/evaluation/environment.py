@@ -1,0 +1,84 @@
+"""What a reader needs to place a figure: commit, versions and hardware."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]
+
+
+def environment(device: torch.device) -> Row:
+    """Return commit (None outside of a checkout), versions and hardware as JSON values."""
+    root = Path(__file__).parents[2]
+    # Results of earlier runs are no change to what is measured.
+    changes = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!*.md")
+    record: Row = {
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "uncommitted_changes": bool(changes),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        record["gpu"] = torch.cuda.get_device_name(device)
+        record.update(gpu_state(device))
+    return record
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout
+    return answer.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(models)} x {models[0]}" if models else platform.processor()
+
+
+def gpu_state(device: torch.device) -> Row:
+    """Return clocks and power of a GPU as they are now, by nvidia-ml-py; nothing for a CPU."""
+    if device.type != "cuda":
+        return {}
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return {"driver": "unknown: nvidia-ml-py is not installed"}
+    pynvml.nvmlInit()
+    try:
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        return {
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "power_watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        }
+    finally:
+        pynvml.nvmlShutdown()

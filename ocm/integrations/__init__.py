@@ -1,0 +1,1 @@
+"""ocm inside other libraries: diffusers, its autoencoders, k-diffusion."""

@@ -1,0 +1,131 @@
+"""Images as the latents of an ``AutoencoderKL``, and back.
+
+A latent diffusion model is trained on z = (encode(x) - shift) scaling, with the autoencoder's
+``scaling_factor`` and ``shift_factor`` (0 where it has none), so that z has a variance near 1.
+Everything of this package then works on z as on images, with ``x0_range=None`` (``clip_sample``
+off in a scheduler), since latents have no bounds:
+
+    vae = ocm.integrations.latents.load_autoencoder("path/to/vae")
+    z = ocm.integrations.latents.encode(vae, images)
+    z = ocm.sample(denoiser, covariance, z.shape, timesteps, x0_range=None)
+    images = ocm.integrations.latents.decode(vae, z)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessdiag.checks import check_positive_int
+from hessdiag.kernels import normal
+
+# Counter of the encoder's noise, apart from those of the samplers, which use 0 .. N.
+_ENCODER_STEP = 2**32 - 3
+
+
+def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """Return the ``AutoencoderKL`` of a folder, frozen, in eval mode and on ``device``.
+
+    Nothing is downloaded.
+
+    Raises:
+        ValueError: If the folder holds none, or lacks weights of it.
+    """
+    from diffusers import AutoencoderKL
+
+    if not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"path must be the folder of an AutoencoderKL, with config.json and weights, got {path}"
+        )
+    try:
+        vae, info = AutoencoderKL.from_pretrained(
+            path, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} holds no AutoencoderKL that can be read: {error}") from error
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(
+            f"{path} holds the weights of another model: {info['missing_keys'][:3]} missing, "
+            f"{info['unexpected_keys'][:3]} unknown"
+        )
+    return vae.eval().requires_grad_(False).to(device)
+
+
+@torch.no_grad()
+def encode(
+    vae: Any,
+    images: Tensor,
+    *,
+    seed: int = 0,
+    sample_offset: int = 0,
+    mean: bool = False,
+    batch_size: int = 32,
+) -> Tensor:
+    """Return the scaled latents of images.
+
+    Args:
+        vae: An ``AutoencoderKL``.
+        images: Shape (n, C, H, W), in [-1, 1].
+        seed: Seed of the encoder's noise, which follows the random-number contract: the latents
+            of an image do not depend on the batch.
+        sample_offset: Number of the first image.
+        mean: Whether the latents are the encoder's means rather than draws around them.
+        batch_size: Images at once.
+
+    Returns:
+        Shape (n, latent channels, H / f, W / f), on the device of ``images``.
+
+    Raises:
+        TypeError: If ``batch_size`` is no int.
+        ValueError: If it is not positive, or the autoencoder normalises its latents by tables.
+    """
+    check_positive_int("batch_size", batch_size)
+    scale, shift = _factors(vae)
+    latents, first = [], sample_offset
+    for batch in images.split(batch_size):
+        posterior = vae.encode(batch.to(device=vae.device, dtype=vae.dtype)).latent_dist
+        z = posterior.mean
+        if not mean:
+            noise = normal(z.shape, seed, step=_ENCODER_STEP, sample_offset=first, device=z.device)
+            z = z + posterior.std * noise.to(z)
+        # A convolution may leave them channels last.
+        latents.append(((z - shift) * scale).to(images.device).contiguous())
+        first += len(batch)
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor, *, batch_size: int = 32) -> Tensor:
+    """Return the images of scaled latents, which lie near [-1, 1] and are not clipped.
+
+    Args:
+        vae: An ``AutoencoderKL``.
+        latents: As :func:`encode` returns them.
+        batch_size: Latents at once.
+
+    Raises:
+        TypeError: As :func:`encode`.
+        ValueError: As :func:`encode`.
+    """
+    check_positive_int("batch_size", batch_size)
+    scale, shift = _factors(vae)
+    images = []
+    for batch in latents.split(batch_size):
+        z = batch.to(device=vae.device, dtype=vae.dtype) / scale + shift
+        images.append(vae.decode(z).sample.to(latents.device).contiguous())
+    return torch.cat(images)
+
+
+def _factors(vae: Any) -> tuple[float, float]:
+    """Return scaling and shift."""
+    config = vae.config
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            raise ValueError(
+                f"vae must scale its latents by scaling_factor and shift_factor alone, and its "
+                f"configuration has {name} = {config[name]}: normalise the latents yourself"
+            )
+    return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)

@@ -1,0 +1,153 @@
+"""Class-conditional sampling in latent space with a covariance: :class:`OCMDiTPipeline`.
+
+diffusers' own ``DiTPipeline`` drops the channels of the variance and hands its scheduler no
+generator; ``DDPMPipeline`` needs no replacement.
+"""
+
+# No `from __future__ import annotations`: diffusers 0.35 reads the constructor's annotations.
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.models import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ocm.integrations.attached import CovarianceModel
+from ocm.integrations.latents import decode
+from ocm.integrations.scheduler import OCMScheduler
+
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class OCMDiTPipeline(DiffusionPipeline):
+    """Samples of given classes, by a DiT with a covariance on the latents of an autoencoder.
+
+    Args:
+        transformer: :func:`ocm.attach` of a ``DiTTransformer2DModel``.
+        vae: The ``AutoencoderKL`` of its latents.
+        scheduler: An :class:`ocm.OCMScheduler` without clipping: ``transformer.scheduler(...)`` of
+            the scheduler that the transformer came with.
+
+    Raises:
+        TypeError: If the transformer or the scheduler is none of these.
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self, transformer: CovarianceModel, vae: AutoencoderKL, scheduler: OCMScheduler
+    ) -> None:
+        super().__init__()
+        if not isinstance(transformer, CovarianceModel):
+            raise TypeError(
+                f"transformer must be ocm.attach(transformer), got {type(transformer).__name__}"
+            )
+        if not isinstance(scheduler, OCMScheduler):
+            raise TypeError(
+                "scheduler must be an ocm.OCMScheduler, got "
+                f"{type(scheduler).__name__}: OCMScheduler.from_config(scheduler.config)"
+            )
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | Tensor,
+        guidance_scale: float = 4.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 10,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> Any:
+        """Draw one image of each class label.
+
+        Guidance of scale w combines the predictions with and without the class, and their
+        variances, by the same weights 1 - w and w (:mod:`ocm.diffusion.denoiser`); a variance that
+        comes out negative is taken as 0.
+
+        Args:
+            class_labels: Class of each image.
+            guidance_scale: w; 1 for the plain conditional model.
+            generator: Source of all noise, or one for each image; None for PyTorch's own.
+            num_inference_steps: Steps, each one pass through the transformer.
+            output_type: "pil", "np" (n, H, W, C) or "pt" (n, C, H, W) in [0, 1], or "latent" for
+                the scaled latents.
+            return_dict: Whether an ``ImagePipelineOutput`` is returned rather than a tuple.
+
+        Raises:
+            ValueError: If a label is no class, ``output_type`` is unknown, or the scheduler clips
+                latents or takes another unit of variance than the model's.
+        """
+        if output_type not in _OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}"
+            )
+        config, device = self.transformer.config, self._execution_device
+        self._check_scheduler()
+        labels = torch.as_tensor(class_labels).reshape(-1)
+        # The label after the last class stands for none, as the model was trained.
+        null = config.num_embeds_ada_norm
+        if len(labels) == 0 or bool(((labels < 0) | (labels >= null)).any()):
+            raise ValueError(
+                f"class_labels must be classes in 0 .. {null - 1}, got {labels.tolist()}"
+            )
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        labels = labels.to(device)
+        guided = guidance_scale != 1.0
+        if guided:
+            labels = torch.cat([torch.full_like(labels, null), labels])
+
+        latents = randn_tensor(
+            shape, generator=generator, device=device, dtype=self.transformer.dtype
+        )
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.progress_bar(self.scheduler.timesteps):
+            inputs = torch.cat([latents, latents]) if guided else latents
+            stated = self.transformer(inputs, timestep=t, class_labels=labels).sample
+            if guided:
+                stated = guide(stated, guidance_scale)
+            latents = self.scheduler.step(stated, t, latents, generator=generator).prev_sample
+
+        images: Any = latents
+        if output_type != "latent":
+            images = (decode(self.vae, latents).float() / 2 + 0.5).clamp(0, 1)
+        if output_type in ("pil", "np"):
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_scheduler(self) -> None:
+        ours, theirs = self.scheduler.config, self.transformer.config
+        if ours.data_std != theirs.data_std:
+            raise ValueError(
+                f"scheduler must take the unit of the model's variance, data_std = "
+                f"{theirs.data_std}, got {ours.data_std}: use transformer.scheduler(scheduler)"
+            )
+        if ours.clip_sample and ours.clip_sample_range <= 1.0:
+            raise ValueError(
+                "scheduler must not clip latents to those of images, got clip_sample = True and "
+                f"clip_sample_range = {ours.clip_sample_range}: use clip_sample=False"
+            )
+
+
+def guide(stated: Tensor, guidance_scale: float) -> Tensor:
+    """Return (1 - w) stated(x_t) + w stated(x_t | label), of predictions and variances alike.
+
+    The score of q(x_t)^(1-w) q(x_t | label)^w and its Hessian are these combinations, and both are
+    linear in what a :class:`ocm.integrations.attached.CovarianceModel` puts out.
+
+    Args:
+        stated: Its output for the batch without a class, then for the batch with it.
+        guidance_scale: w.
+
+    Example:
+        >>> guide(torch.tensor([[1.0], [2.0]]), 3.0)
+        tensor([[4.]])
+    """
+    plain, conditional = stated.chunk(2)
+    return (1.0 - guidance_scale) * plain + guidance_scale * conditional

@@ -1,0 +1,274 @@
+"""DDPM and DDIM with any subset of timesteps and any covariance of x0 given x_t.
+
+Integrating q(x_s | x_t, x_0) over N(x0_hat, Cov[x0 | x_t]) gives both samplers the same form,
+
+    mean       = a x_t + b x0_hat
+    covariance = lambda^2 I + b^2 Cov[x0 | x_t],
+
+with lambda^2 the variance and b the weight of x_0 in their q(x_s | x_t, x_0). With a diagonal
+covariance the step is one :func:`hessdiag.kernels.gaussian_step`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessdiag.kernels import StepCoefficients, gaussian_step, normal
+from hessdiag.kernels.philox import seed_tensor
+from ocm.covariances.base import Covariance
+from ocm.covariances.operators import (
+    PIXELS,
+    PosteriorCovariance,
+    SpectralCovariance,
+    variance_bound,
+)
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.schedules import Schedule
+from ocm.diffusion.timesteps import reverse_steps
+
+Sampler = Callable[[Schedule, int, int], StepCoefficients]
+
+# Where images lie.
+X0_RANGE = (-1.0, 1.0)
+
+
+def ddpm(schedule: Schedule, s: int, t: int) -> StepCoefficients:
+    """Return the coefficients of a DDPM step from t to s (Ho, Jain and Abbeel, 2020).
+
+    mean = sqrt(alpha_bar_s) beta(s, t) / beta_bar_t x0_hat
+           + sqrt(alpha(s, t)) beta_bar_s / beta_bar_t x_t,    lambda^2 = beta_tilde(s, t).
+
+    The coefficients of x0_hat are those of a network that predicts the noise; :func:`sample`
+    replaces them by the denoiser's own.
+
+    Raises:
+        ValueError: Unless 0 <= s < t <= N.
+
+    Example:
+        >>> from ocm.diffusion.schedules import linear
+        >>> ddpm(linear(), 0, 500).mean_from_x0    # the last step returns x0_hat
+        1.0
+    """
+    beta, beta_tilde = schedule.beta(s, t), schedule.beta_tilde(s, t)
+    alpha_bar_s = schedule.alpha_bar[s].item()
+    beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
+    a = math.sqrt(schedule.alpha(s, t)) * beta_bar_s / beta_bar_t
+    b = math.sqrt(alpha_bar_s) * beta / beta_bar_t
+    return _coefficients(schedule, t, a, b, beta_tilde)
+
+
+def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> StepCoefficients:
+    """Return the coefficients of a DDIM step from t to s (Song, Meng and Ermon, 2021).
+
+    mean = sqrt(alpha_bar_s) x0_hat + sqrt(beta_bar_s - lambda^2) epsilon,
+    lambda^2 = eta^2 beta_tilde(s, t), with epsilon = (x_t - sqrt(alpha_bar_t) x0_hat) /
+    sqrt(beta_bar_t). With eta = 1 this is the DDPM step.
+
+    Raises:
+        ValueError: Unless 0 <= s < t <= N and eta lies in [0, 1].
+
+    Example:
+        >>> from ocm.diffusion.schedules import linear
+        >>> ddim(linear(), 100, 500).noise_variance
+        0.0
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+    noise_variance = eta**2 * schedule.beta_tilde(s, t)
+    alpha_bar_s, alpha_bar_t = schedule.alpha_bar[[s, t]].tolist()
+    beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
+    a = math.sqrt((beta_bar_s - noise_variance) / beta_bar_t)
+    b = math.sqrt(alpha_bar_s) - a * math.sqrt(alpha_bar_t)
+    return _coefficients(schedule, t, a, b, noise_variance)
+
+
+def _coefficients(
+    schedule: Schedule, t: int, a: float, b: float, noise_variance: float
+) -> StepCoefficients:
+    p, q = (table[t].item() for table in schedule.x0_from("epsilon"))
+    return StepCoefficients(p, q, a, b, noise_variance, b**2)
+
+
+def last_step_noise(levels: float) -> float:
+    """Return the largest standard deviation of the last noisy step, ``levels * 2/255 sqrt(pi/2)``.
+
+    A Gaussian with it moves a pixel of [-1, 1] by ``levels`` of its 256 grey levels on average
+    (Analytic-DPM, Bao et al., 2022, uses 1 or 2).
+
+    Example:
+        >>> round(last_step_noise(2), 5)
+        0.01966
+    """
+    if not levels >= 0:
+        raise ValueError(f"levels must be at least 0, got {levels}")
+    return levels * 2.0 / 255.0 * math.sqrt(math.pi / 2.0)
+
+
+@torch.no_grad()
+def sample(
+    denoiser: Denoiser,
+    covariance: Covariance,
+    shape: Sequence[int],
+    timesteps: Sequence[int],
+    *,
+    sampler: Sampler = ddpm,
+    seed: int | Tensor = 0,
+    sample_offset: int = 0,
+    x0_range: tuple[float, float] | None = X0_RANGE,
+    max_last_noise: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Tensor:
+    """Draw samples with one backbone pass a step, and what the covariance costs.
+
+    The noise follows the random-number contract: sample i is the same in any batch and on any
+    number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it allows; the
+    last step, to s = 0, adds no noise.
+
+    Args:
+        denoiser: The frozen denoiser.
+        covariance: States Cov[x0 | x_t].
+        shape: (B, ...).
+        timesteps: Increasing timesteps in 1 .. N, the last of them N.
+        sampler: Coefficients of the step from t to s, :func:`ddpm` or :func:`ddim`
+            (``functools.partial(ddim, eta=0.5)``).
+        seed: Seed of the noise: an integer, or an int64 tensor with one element. With a tensor on
+            the GPU the whole loop can be captured in a CUDA graph and replayed with a new seed
+            written into it (:func:`capture`).
+        sample_offset: Number of the first sample.
+        x0_range: Where the data lie; None for data without bounds, latents say.
+        max_last_noise: Largest standard deviation of the last noisy step (see
+            :func:`last_step_noise`); None for no bound.
+        dtype: Type of the samples between steps and at the end.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        x_0, shape ``shape``.
+
+    Raises:
+        ValueError: If the timesteps do not increase to N from at least 1.
+    """
+    from tqdm import tqdm
+
+    schedule, device = denoiser.schedule, denoiser.device
+    steps = reverse_steps(timesteps)
+    if timesteps[-1] != schedule.num_timesteps:
+        raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
+    seed = seed_tensor(seed, device)
+    x = normal(shape, seed, sample_offset=sample_offset, device=device).to(dtype)
+    for s, t in tqdm(steps, "sampling", unit="step", disable=not progress):
+        prediction = denoiser.predict(x, t, sample_offset=sample_offset)
+        p, q = denoiser.x0_coefficients(t)
+        coefficients = sampler(schedule, s, t)._replace(x0_from_x_t=p, x0_from_prediction=q)
+        x = reverse_step(
+            prediction,
+            covariance.at(prediction, s=s) if s > 0 else None,
+            coefficients,
+            seed=seed,
+            step=t,
+            x0_range=x0_range,
+            max_noise_std=max_last_noise if s == timesteps[0] else None,
+        )
+    return x
+
+
+def reverse_step(
+    prediction: Prediction,
+    covariance: PosteriorCovariance | None,
+    coefficients: StepCoefficients,
+    *,
+    seed: int | Tensor,
+    step: int,
+    x0_range: tuple[float, float] | None = X0_RANGE,
+    max_noise_std: float | None = None,
+) -> Tensor:
+    """Return x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]).
+
+    Args:
+        prediction: The prediction at (x_t, t).
+        covariance: Cov[x0 | x_t], or None for a step without noise.
+        coefficients: Those of a sampler, x0_hat's being the denoiser's.
+        seed: Seed of the noise.
+        step: Which draw of a sample's noise this is: t.
+        x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for no bounds.
+        max_noise_std: Largest standard deviation of the noise, in any direction; None for no bound.
+    """
+    x_t, offset = prediction.x_t, prediction.sample_offset
+    if isinstance(covariance, SpectralCovariance) and covariance.basis is PIXELS:
+        bound = math.inf if x0_range is None else variance_bound(x0_range)
+        return gaussian_step(
+            x_t,
+            prediction.output,
+            covariance.eigenvalues,
+            coefficients,
+            seed=seed,
+            step=step,
+            sample_offset=offset,
+            x0_range=x0_range,
+            variance_range=(0.0, bound),
+            max_noise_std=max_noise_std,
+        )
+    without_noise = coefficients._replace(noise_variance=0.0, noise_from_variance=0.0)
+    mean = gaussian_step(
+        x_t, prediction.output, 0.0, without_noise, seed=seed, step=step, x0_range=x0_range
+    )
+    if covariance is None:
+        return mean
+    b_squared, lambda_squared = coefficients.noise_from_variance, coefficients.noise_variance
+    assert isinstance(b_squared, float)
+    assert isinstance(lambda_squared, float)
+    reverse = covariance.bounded(x0_range).affine(b_squared, lambda_squared)
+    if max_noise_std is not None:
+        reverse = reverse.clamped(0.0, max_noise_std**2)
+    z = normal(x_t.shape, seed, step=step, sample_offset=offset, device=x_t.device)
+    return mean + reverse.noise(z.to(x_t)).to(x_t)
+
+
+def capture(
+    denoiser: Denoiser,
+    covariance: Covariance,
+    shape: Sequence[int],
+    timesteps: Sequence[int],
+    **options: Any,
+) -> Callable[[int], Tensor]:
+    """Capture the whole sampling loop in a CUDA graph, and return seed -> samples.
+
+    Each call replays the graph, without the launches of a single kernel from Python. It works for
+    covariances that read no value back to the host: the fixed, analytic and learned ones.
+
+    Args:
+        denoiser: The frozen denoiser, on a CUDA device.
+        covariance: As in :func:`sample`.
+        shape: As in :func:`sample`.
+        timesteps: As in :func:`sample`.
+        options: The other arguments of :func:`sample` but seed and progress.
+
+    Raises:
+        ValueError: If the denoiser is not on a CUDA device.
+    """
+    if denoiser.device.type != "cuda":
+        raise ValueError(f"denoiser must be on a CUDA device, got {denoiser.device}")
+    seed = torch.zeros((), dtype=torch.int64, device=denoiser.device)
+
+    def draw() -> Tensor:
+        return sample(denoiser, covariance, shape, timesteps, seed=seed, **options)
+
+    stream = torch.cuda.Stream(denoiser.device)
+    with torch.cuda.stream(stream):  # compiles the kernels, which a capture must not
+        draw()
+    torch.cuda.current_stream(denoiser.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        images = draw()
+
+    def replay(value: int) -> Tensor:
+        seed.fill_(value)
+        graph.replay()
+        return images.clone()
+
+    return replay

@@ -1,0 +1,182 @@
+"""What is trained: a denoiser, and the head of a covariance on a frozen one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ocm.covariances.base import LearnedCovariance
+from ocm.diffusion.denoiser import Denoiser
+from ocm.diffusion.noise import chosen
+from ocm.training.loop import ImageSource, TrainingSettings, train
+from ocm.training.losses import denoising_loss
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    images: Tensor | ImageSource,
+    settings: TrainingSettings,
+    *,
+    labels: Tensor | None = None,
+    directory: Path | None = None,
+    resume: bool = True,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> list[float]:
+    """Train the backbone to predict the noise, x0 or v, and freeze it.
+
+    Args:
+        denoiser: Its backbone is trained in place and left in eval mode, without gradients.
+        images: Training data, shape (n, ...), in [-1, 1] for images.
+        settings: Length, batch size, learning rate and seed.
+        labels: Class of each image, for a backbone that takes them.
+        directory: Where the state is written, and read again after an interruption; None for
+            nowhere.
+        resume: Whether to go on from a state in ``directory``; if not, it is removed.
+        tensorboard: Whether to log for TensorBoard, into ``directory``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
+
+    def loss(
+        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+    ) -> Tensor:
+        return denoising_loss(
+            denoiser,
+            x0,
+            t,
+            seed=settings.seed,
+            sample_offset=sample_offset,
+            labels=labels,
+            backbone=module,
+        )
+
+    denoiser.backbone.requires_grad_(True)
+    losses = train(
+        "denoiser",
+        denoiser.backbone,
+        loss,
+        images,
+        labels,
+        denoiser.schedule.num_timesteps,
+        settings,
+        device=denoiser.device,
+        directory=directory,
+        resume=resume,
+        details=_told_apart_by(denoiser, images),
+        tensorboard=tensorboard,
+        progress=progress,
+    )
+    denoiser.freeze()
+    return losses
+
+
+def train_head(
+    covariance: LearnedCovariance,
+    images: Tensor | ImageSource,
+    settings: TrainingSettings,
+    *,
+    labels: Tensor | None = None,
+    name: str = "head",
+    directory: Path | None = None,
+    resume: bool = True,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> list[float]:
+    """Train the head of a covariance by its own loss, on the frozen denoiser.
+
+    For a denoiser with classes and a label for none, a tenth of the labels are that one: guidance
+    reads the head in both branches.
+
+    Args:
+        covariance: Its head is trained in place and left in eval mode, without gradients; its
+            denoiser is frozen first.
+        images: Training data, shape (n, ...), in [-1, 1] for images.
+        settings: Length, batch size, learning rate and seed.
+        labels: Class of each image, for a backbone that takes them.
+        name: What the progress bar calls it.
+        directory: As in :func:`train_denoiser`.
+        resume: As in :func:`train_denoiser`.
+        tensorboard: Whether to log for TensorBoard, into ``directory``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        FloatingPointError: If the loss is not finite.
+    """
+
+    def loss(
+        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+    ) -> Tensor:
+        labels = _without_some_classes(covariance.denoiser, labels, settings.seed, sample_offset)
+        return covariance.loss(
+            x0, t, seed=settings.seed, sample_offset=sample_offset, labels=labels, head=module
+        )
+
+    covariance.denoiser.freeze()
+    covariance.head.requires_grad_(True)
+    losses = train(
+        name,
+        covariance.head,
+        loss,
+        images,
+        labels,
+        covariance.denoiser.schedule.num_timesteps,
+        settings,
+        device=covariance.denoiser.device,
+        directory=directory,
+        resume=resume,
+        details={"covariance": type(covariance).__name__}
+        | {
+            key: value
+            for key, value in vars(covariance).items()
+            if isinstance(value, (str, int, float))
+        }
+        | covariance.parameterisation.to_json()
+        | {"probes": repr(getattr(covariance, "probes", None))}
+        | {"denoiser": _digest(covariance.denoiser.backbone.state_dict().values())}
+        | _told_apart_by(covariance.denoiser, images),
+        tensorboard=tensorboard,
+        progress=progress,
+    )
+    covariance.head.eval().requires_grad_(False)
+    return losses
+
+
+def _told_apart_by(denoiser: Denoiser, images: Tensor | ImageSource) -> dict[str, str]:
+    """Return what tells one training from another beside its settings, as digests."""
+    some = images[torch.arange(0, len(images), max(1, len(images) // 64))]
+    return {
+        "prediction_type": denoiser.prediction_type,
+        "schedule": _digest([denoiser.schedule.log_alpha_bar]),
+        "images": _digest([some]),
+    }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _without_some_classes(
+    denoiser: Denoiser, labels: Tensor | None, seed: int, sample_offset: int
+) -> Tensor | None:
+    """Put the label for no class in the place of a tenth, as guidance asks for both branches."""
+    if labels is None or denoiser.null_label is None:
+        return labels
+    return torch.where(
+        chosen(len(labels), seed, sample_offset, labels.device), denoiser.null_label, labels
+    )

@@ -1,0 +1,52 @@
+"""What a process of ``test_processes`` does; importable by name from a process started anew."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import hessdiag
+
+BATCH, M = 8, 12
+
+
+def mlp_in_float64():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(24, 32), nn.SiLU(), nn.Linear(32, 24)).double()
+    x = torch.randn(BATCH, 24, dtype=torch.float64)
+    # A row at a time: a matrix product may round differently in another batch.
+    return lambda z: torch.cat([module(row[None]) for row in z]), x
+
+
+def small_unet():
+    from ocm.diffusion.backbones import small_unet
+
+    module = small_unet((1, 8, 8)).eval()
+    torch.manual_seed(0)
+    return lambda z: module(z, 9).sample, torch.randn(BATCH, 1, 8, 8)
+
+
+def estimate(make, first, count):
+    torch.set_num_threads(1)
+    score_fn, x = make()
+    part = x[first : first + count]
+    result = hessdiag.estimate(
+        score_fn, part, max_probes=M, seed=3, sample_offset=first, mode="vjp"
+    )
+    probes = hessdiag.kernels.rademacher((M, *part.shape), 3, sample_offset=first)
+    return result.diagonal, result.stderr, probes.transpose(0, 1).contiguous()
+
+
+def worker(rank, world_size, functions, store, out):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    share, gathered = BATCH // world_size, {}
+    for make in functions:
+        gathered[make.__name__] = []
+        for tensor in estimate(make, rank * share, share):
+            parts = [torch.empty_like(tensor) for _ in range(world_size)]
+            dist.all_gather(parts, tensor)
+            gathered[make.__name__].append(torch.cat(parts))
+    if rank == 0:
+        torch.save(gathered, out)
+    # Together: no process leaves while another still uses the connection.
+    dist.barrier()
+    dist.destroy_process_group()

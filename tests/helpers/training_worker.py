@@ -1,0 +1,116 @@
+"""What the trainings of ``test_training_engine`` do; importable by name from another process."""
+
+import os
+import time
+
+import torch
+from torch import nn
+
+from ocm.training.loop import TrainingSettings, train
+
+NUM_TIMESTEPS = 1000
+SETTINGS = TrainingSettings(num_steps=40, batch_size=8, warmup_steps=5, horizontal_flip=True)
+
+
+class Noisy(nn.Module):
+    """Random numbers and a buffer, which going on from a state must bring back too."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(dim=0), 0.1)
+        return nn.functional.dropout(x - self.mean, 0.2, self.training)
+
+
+class Network(nn.Module):
+    """An MLP of an image, its timestep and its class."""
+
+    def __init__(self, *, noisy, width=16):
+        super().__init__()
+        self.first = nn.Linear(4 + 1 + 3, width)
+        self.middle = Noisy(width) if noisy else nn.SiLU()
+        self.last = nn.Linear(width, 4)
+
+    def forward(self, x, t, labels):
+        classes = nn.functional.one_hot(labels, 3).to(x)
+        x = torch.cat([x.flatten(1), t[:, None] / NUM_TIMESTEPS, classes], dim=1)
+        return self.last(self.middle(self.first(x)))
+
+
+def make_network(*, noisy, seed=0, width=16):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Network(noisy=noisy, width=width)
+
+
+def make_data():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(20, 1, 2, 2, generator=generator) * 2 - 1
+    return images, torch.randint(0, 3, (20,), generator=generator)
+
+
+def noise_of(samples):
+    """Return noise that is a function of the number of the sample, shape (b, 4)."""
+    return torch.sin(samples[:, None].double() * torch.arange(1, 5)).float()
+
+
+def loss(module, x0, t, labels, sample_offset):
+    noise = noise_of(sample_offset + torch.arange(len(x0))).to(x0.device)
+    return (module(x0 + noise.view(x0.shape), t, labels) - noise).square().mean()
+
+
+def trained(settings=SETTINGS, *, noisy=False, seed=0, loss=loss, **options):
+    """Train a new network and return the losses and the network."""
+    module = make_network(noisy=noisy, seed=seed)
+    options = {"device": "cpu", "progress": False, **options}
+    losses = train("network", module, loss, *make_data(), NUM_TIMESTEPS, settings, **options)
+    return losses, module
+
+
+def train_and_report(connection, settings, directory, stay):
+    """Train, and send the number of a step when its loss is computed.
+
+    After ``stay`` steps, if it is given, wait to be killed.
+    """
+    torch.set_num_threads(1)
+    sent = []
+
+    def reporting(module, x0, t, labels, sample_offset):
+        sent.append(sample_offset // settings.batch_size)
+        connection.send(sent[-1])
+        if stay is not None and len(sent) > stay:
+            time.sleep(3600)
+        return loss(module, x0, t, labels, sample_offset)
+
+    losses, module = trained(settings, noisy=True, loss=reporting, directory=directory)
+    connection.send((losses, {k: v.numpy() for k, v in module.state_dict().items()}))
+
+
+def train_in_process(connection, rank, port, settings, options):
+    """Train as one of two processes, of which the other has another random network at first."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    fail_in = options.pop("fail_in", None)
+
+    def failing(module, x0, t, labels, sample_offset):
+        value = loss(module, x0, t, labels, sample_offset)
+        return value * float("nan") if rank == fail_in and sample_offset >= 24 else value
+
+    try:
+        losses, module = trained(settings, seed=rank, loss=failing, **options)
+        result = losses, {k: v.numpy() for k, v in module.state_dict().items()}
+    except (ValueError, ArithmeticError) as error:
+        result = f"{type(error).__name__}: {error}"
+    connection.send(result)
+    torch.distributed.destroy_process_group()

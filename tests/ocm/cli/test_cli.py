@@ -1,0 +1,314 @@
+"""The command line, run as a user would; and the demonstration at its smallest size."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ocm import checkpoints
+from ocm.checkpoints.catalogue import COVARIANCES
+from ocm.checkpoints.checkpoint import LEARNED
+from ocm.cli import app as cli
+from ocm.cli.demonstration import QUICK, DemoSettings, run
+from ocm.evaluation import classifier
+
+
+@pytest.fixture(scope="module")
+def invoke():
+    def call(*arguments):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The demonstration at its smallest size, with its checkpoint."""
+    out = tmp_path_factory.mktemp("demo")
+    return out, run(out, DemoSettings(**QUICK), progress=False)
+
+
+def test_demo_writes_what_it_promises(demo):
+    out, result = demo
+    metrics = json.loads((out / "metrics.json").read_text())
+    methods = {"beta", "beta_tilde", "ocm", "hutchinson", "exact"}
+    assert set(metrics["nll_bits_per_dim"]) == methods
+    for row in metrics["nll_bits_per_dim"].values():
+        assert set(row) == {"3", "5"}
+        assert all(value > 0 for value in row.values())
+    assert set(metrics["variance_relative_rms_error"]["ocm"]) == {"500"}
+    assert metrics["nll_bits_per_dim"]["ocm"]["5"] == result.metrics["nll_bits_per_dim"]["ocm"][5]
+    report = (out / "report.md").read_text()
+    assert f"{metrics['nll_bits_per_dim']['exact']['5']:.3f}" in report
+    for picture in ("samples.png", "likelihood.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in report
+
+
+def test_evaluate_repeats_the_figures_of_the_demo(demo, invoke, tmp_path):
+    out, result = demo
+    answer = invoke(
+        "evaluate", out / "checkpoint", "--out", tmp_path, "--steps", 5, "--num-images", 2,
+        "--covariance", "ocm", "--covariance", "hutchinson", "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    for name in ("ocm", "hutchinson"):
+        expected = result.metrics["nll_bits_per_dim"][name][5]
+        assert record["nll_bits_per_dim"][name]["5"] == pytest.approx(expected, rel=1e-6)
+    assert "OCM head" in answer.output
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_sample_writes_images(demo, invoke, tmp_path, sampler):
+    from safetensors.torch import load_file
+
+    arguments = (
+        "sample", demo[0] / "checkpoint", "--steps", 3, "--sampler", sampler,
+        "--device", "cpu", "--quiet", "--last-noise", 1, "--batch-size", 8,
+    )  # fmt: skip
+    first = invoke(*arguments, "--out", tmp_path / "a", "--num-images", 20)
+    assert first.exit_code == 0, first.output
+    images = load_file(tmp_path / "a" / "samples.safetensors")["images"]
+    assert images.shape == (20, 1, 8, 8)
+    assert images.abs().max() <= 1
+    record = json.loads((tmp_path / "a" / "samples.json").read_text())
+    assert (record["sampler"], record["steps"], record["seed"]) == (sampler, 3, 0)
+    assert (tmp_path / "a" / "samples.png").read_bytes().startswith(b"\x89PNG")
+    invoke(*arguments, "--out", tmp_path / "b", "--num-images", 5)
+    fewer = load_file(tmp_path / "b" / "samples.safetensors")["images"]
+    torch.testing.assert_close(fewer, images[:5], rtol=1e-4, atol=1e-4)
+
+
+def test_train_from_scratch_and_on_a_denoiser_that_exists(invoke, tmp_path):
+    sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
+    answer = invoke("train", "--out", tmp_path / "a", "--denoiser-steps", 2, *sizes)
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "a" / "train.json").read_text())
+    assert record["denoiser_loss"] > 0
+    assert record["head"]["batch_size"] == 4
+    again = invoke("train", "--out", tmp_path / "a", *sizes)
+    assert "holds a checkpoint" in str(again.exception)
+    unused = invoke(
+        "train", "--out", tmp_path / "c", "--denoiser", tmp_path / "a", "--denoiser-steps", 3
+    )
+    assert "--denoiser-steps 3 is for a new denoiser" in str(unused.exception)
+    answer = invoke("train", "--out", tmp_path / "b", "--denoiser", tmp_path / "a", *sizes)
+    assert answer.exit_code == 0, answer.output
+    weights = "denoiser/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def trained(invoke, tmp_path_factory):
+    """A checkpoint with every head, none of which has learned much, and its calibration."""
+    out = tmp_path_factory.mktemp("trained")
+    heads = [argument for name in LEARNED for argument in ("--head", name)]
+    answer = invoke(
+        "train", "--out", out, "--denoiser-steps", 3, "--head-steps", 2, "--batch-size", 4,
+        "--parameterisation", "preconditioned", "--prediction-type", "v_prediction", *heads,
+        "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    answer = invoke("calibrate", out, "--num-images", 4, "--steps", 3, "--device", "cpu", "--quiet")
+    assert answer.exit_code == 0, answer.output
+    assert "analytic_data" in answer.output
+    return out
+
+
+def test_calibrate_writes_into_the_checkpoint(trained):
+    loaded = checkpoints.load(trained)
+    assert set(loaded.learned) == set(LEARNED)
+    assert loaded.denoiser.prediction_type == "v_prediction"
+    assert set(loaded.calibrations) == {*LEARNED, "analytic", "analytic_data"}
+    assert loaded.calibrations["ocm"].timesteps.tolist() == [1, 500, 1000]
+    record = json.loads((trained / "calibration.json").read_text())
+    assert record["calibrations"]["npr"] == loaded.calibrations["npr"].to_json()
+
+
+def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
+    quick = partial(classifier.train_classifier, num_steps=20)
+    monkeypatch.setattr(classifier, "train_classifier", quick)
+    answer = invoke(
+        "evaluate", trained, "--all", "--out", tmp_path, "--steps", 2, "--steps", 3,
+        "--num-images", 2, "--num-samples", 8, "--num-probes", 2, "--fit-images", 2,
+        "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    densities = set(COVARIANCES) - {"blocks", "lanczos"}  # one channel, and no density
+    rows = densities | {f"{name}_calibrated" for name in densities}
+    assert set(record["nll_bits_per_dim"]) == rows
+    for sampler in ("ddpm", "ddim"):
+        assert set(record["quality"][sampler]) == rows | {"lanczos"}
+        assert set(record["quality"][sampler]["ocm"]) == {"2", "3"}
+    assert "classifier" in record["features"]
+    report = (tmp_path / "report.md").read_text()
+    assert report.count("| OCM head, calibrated |") == 3
+    assert "right on" in report
+    assert (tmp_path / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--covariance", "ocm", "--calibrated"),
+        ("--covariance", "lanczos", "--num-products", 2),
+        ("--covariance", "full"),
+        ("--covariance", "cosine", "--spacing", "quadratic"),
+        ("--covariance", "analytic", "--spacing", "optimal"),
+    ],
+)
+def test_sample_with_other_covariances_and_timesteps(trained, invoke, tmp_path, arguments):
+    answer = invoke(
+        "sample", trained, "--steps", 3, "--num-images", 2, "--out", tmp_path, *arguments,
+        "--device", "cpu", "--quiet",
+    )  # fmt: skip
+    if "analytic" in arguments or "--calibrated" in arguments:
+        # Fitted at the timesteps of 3 even steps; others lie between them.
+        assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert len(record["timesteps"]) == 3
+    if "quadratic" in arguments:
+        assert record["timesteps"] == [1, 251, 1000]
+    elif "optimal" not in arguments:
+        assert record["timesteps"] == [1, 500, 1000]
+
+
+def test_two_processes_share_the_samples_out(trained, tmp_path):
+    from safetensors.torch import load_file
+
+    def command(out):
+        return [
+            sys.executable, "-m", "ocm", "sample", str(trained), "--steps", "2", "--quiet",
+            "--num-images", "5", "--device", "cpu", "--out", str(out),
+        ]  # fmt: skip
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(command(tmp_path / "two"), env={**os.environ, **meeting, "RANK": rank})
+        for rank in ("0", "1")
+    ]
+    subprocess.run(command(tmp_path / "one"), check=True)
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    one, two = (load_file(tmp_path / n / "samples.safetensors")["images"] for n in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_retrained_head_loses_its_calibration(trained, invoke, tmp_path):
+    sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
+    answer = invoke("train", "--denoiser", trained, "--out", tmp_path, "--head", "sn", *sizes)
+    assert answer.exit_code == 0, answer.output
+    loaded = checkpoints.load(tmp_path)
+    assert set(loaded.learned) == set(LEARNED)
+    assert set(loaded.calibrations) == set(checkpoints.load(trained).calibrations) - {"sn"}
+    assert loaded.num_calibration == 150
+
+
+def test_a_head_of_another_denoiser_is_not_taken_for_finished(trained, invoke, tmp_path):
+    sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
+    other = tmp_path / "other"
+    assert invoke("train", "--out", other, "--denoiser-steps", 2, *sizes).exit_code == 0
+    out = tmp_path / "out"
+    assert invoke("train", "--out", out, "--denoiser", trained, *sizes).exit_code == 0
+    (out / "ocm.json").unlink()
+    answer = invoke("train", "--out", out, "--denoiser", other, *sizes)
+    assert "--overwrite" in str(answer.exception)
+    assert "denoiser" in str(answer.exception)
+    answer = invoke("train", "--out", out, "--denoiser", other, *sizes, "--overwrite")
+    assert answer.exit_code == 0, answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sample", "--guidance", 2), "guidance_scale must be 1 without labels"),
+        (("sample", "--vae", "x"), "is for a model of latents"),
+        (("calibrate", "--image-size", 16), "--image-size 16 is for --vae"),
+        (("evaluate", "--covariance", "lanczos"), "no density"),
+        (("sample", "--covariance", "lanczos", "--calibrated"), "no density"),
+        (("train", "--hold-out", 800), "--hold-out must be at most 150"),
+    ],
+)
+def test_options_that_do_not_fit_the_model(trained, invoke, tmp_path, arguments, message):
+    command, *rest = arguments
+    place = ("--denoiser", trained) if command == "train" else (trained,)
+    answer = invoke(command, *place, "--out", tmp_path, *rest, "--device", "cpu", "--quiet")
+    assert message in str(answer.exception)
+
+
+def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    arguments = (
+        "train", "--denoiser-steps", 6, "--head-steps", 4, "--batch-size", 4, "--device", "cpu",
+        "--quiet", "--checkpoint-every", 2,
+    )  # fmt: skip
+    assert invoke(*arguments, "--out", tmp_path / "whole").exit_code == 0
+
+    from ocm.training import objectives as learning
+
+    def interrupted(covariance, *rest, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learning, "train_head", interrupted)
+        assert invoke(*arguments, "--out", tmp_path / "part").exit_code != 0
+    assert not (tmp_path / "part" / "ocm.json").exists()
+    assert invoke(*arguments, "--out", tmp_path / "part").exit_code == 0
+    for file in ("heads/ocm.safetensors", "denoiser/diffusion_pytorch_model.safetensors"):
+        whole, part = (load_file(tmp_path / name / file) for name in ("whole", "part"))
+        assert all(torch.equal(whole[key], part[key]) for key in whole)
+    other = invoke(*arguments[:-1], 3, "--out", tmp_path / "part", "--overwrite", "--seed", 1)
+    assert other.exit_code == 0, other.output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(), ("train",), ("calibrate",), ("sample",), ("evaluate",), ("demo",)],
+)
+def test_help_explains(invoke, command):
+    answer = invoke(*command, "--help")
+    assert answer.exit_code == 0
+    assert "--help" in answer.output
+    if command:
+        for option in ("--seed", "--device", "--out"):
+            assert option in answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sample", "nowhere"], "error: no checkpoint at nowhere"),
+        (["train", "--data", "letters"], "error: data must be"),
+        (["demo", "--device", "abacus"], "error: --device abacus cannot be used here"),
+        (["train", "--out", "file"], "error: --out file must be a directory"),
+        (["sample", "nowhere", "--eta", "0.5"], "error: --eta 0.5 is for --sampler ddim"),
+        (["sample", "nowhere", "--steps", "0"], "Invalid value for '--steps'"),
+        (["evaluate", "nowhere", "--covariance", "gamma"], "'gamma' is not one of"),
+        (["calibrate", "nowhere"], "error: no checkpoint at nowhere"),
+        (["train", "--vae", "nowhere"], "error: path must be the folder of an AutoencoderKL"),
+    ],
+)
+def test_wrong_input_ends_in_one_line_and_status_2(arguments, message, tmp_path):
+    (tmp_path / "file").touch()
+    answer = subprocess.run(
+        [sys.executable, "-m", "ocm", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={"PATH": "", "COLUMNS": "200", "NO_COLOR": "1"},
+    )
+    assert answer.returncode == 2
+    assert message in answer.stderr
+    assert "Traceback" not in answer.stderr

@@ -1,0 +1,220 @@
+"""Calibration: the fit against scipy's, what it finds on Gaussian data, and what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from gaussian_denoiser import gaussian_denoiser, posterior_covariance
+from scipy.optimize import minimize
+
+import ocm
+from ocm.covariances.calibrated import fit_variance_components
+from ocm.diffusion.noise import noisy_prediction
+from ocm.diffusion.tables import TimestepTable
+
+COVARIANCE = torch.tensor([[0.06, 0.03, 0.0], [0.03, 0.05, -0.01], [0.0, -0.01, 0.02]]).double()
+MEAN = torch.tensor([0.1, -0.1, 0.0])
+T = (50, 400)
+
+
+def data(count):
+    z = torch.randn(count, 3, generator=torch.Generator().manual_seed(0)).double()
+    x0 = MEAN.double() + z @ torch.linalg.cholesky(COVARIANCE).T
+    return x0.reshape(count, 1, 1, 3)
+
+
+@pytest.fixture
+def denoiser():
+    return gaussian_denoiser(MEAN, COVARIANCE, ocm.linear())
+
+
+def negative_log_likelihood(parameters, variances, squared_errors):
+    variance = parameters[:-1] @ variances + parameters[-1]
+    return np.mean(np.log(variance) + squared_errors / variance)
+
+
+@pytest.mark.parametrize("true", [[1.0, 0.1], [0.3, 0.0], [0.0, 0.5], [2.0, 0.7, 0.05]])
+def test_the_fit_is_the_maximum_of_the_likelihood(true):
+    generator = np.random.default_rng(0)
+    variances = generator.exponential(size=(len(true) - 1, 3000))
+    squared_errors = (np.array(true) @ np.vstack([variances, np.ones(3000)])) * (
+        generator.standard_normal(3000) ** 2
+    )
+    found = fit_variance_components(
+        torch.from_numpy(variances), torch.from_numpy(squared_errors)
+    ).numpy()
+    assert (found >= 0).all()
+    best = min(
+        (
+            minimize(
+                negative_log_likelihood,
+                np.array(start),
+                args=(variances, squared_errors),
+                method="L-BFGS-B",
+                bounds=[(1e-9, None)] * len(true),
+            )
+            for start in ([0.5] * len(true), [0.1] * len(true))
+        ),
+        key=lambda result: result.fun,
+    )
+    assert negative_log_likelihood(found, variances, squared_errors) <= best.fun + 1e-6
+    assert np.abs(found - best.x).max() < 0.02
+
+
+def test_a_variance_of_zero_leaves_the_shift_alone():
+    squared_errors = torch.tensor([1.0, 2.0, 3.0]).double()
+    fit = fit_variance_components(torch.zeros(1, 3).double(), squared_errors)
+    torch.testing.assert_close(fit, torch.tensor([0.0, 2.0]).double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("covariance", [ocm.Exact, ocm.Full])
+def test_a_true_covariance_stays_as_it_is(denoiser, covariance):
+    calibrated = ocm.calibrate(denoiser, covariance(denoiser), data(8000), T)
+    for t in T:
+        stated = calibrated.at(denoiser.predict(data(1), t))
+        expected = posterior_covariance(COVARIANCE, denoiser.schedule, t).diagonal()
+        torch.testing.assert_close(stated.diagonal()[0, 0, 0], expected, rtol=0.05, atol=0)
+
+
+def test_the_shift_finds_the_error_of_the_mean(denoiser):
+    """A mean that is off by N(0, 0.01) per dimension adds 0.01 to every variance."""
+
+    class Off(type(denoiser.backbone)):
+        def forward(self, x, t, class_labels=None):
+            output = super().forward(x, t)
+            t = torch.as_tensor(t).reshape(-1)[0] + 1
+            ratio = (self.schedule.alpha_bar[t] / self.schedule.beta_bar[t]).sqrt()
+            wrong = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+            output.sample = output.sample - 0.1 * ratio * wrong
+            return output
+
+    wrong = ocm.Denoiser(
+        Off(MEAN, COVARIANCE, ocm.linear()), ocm.linear(), architecture=denoiser.architecture
+    ).freeze()
+    calibrated = ocm.calibrate(wrong, ocm.Exact(denoiser), data(8000), T, batch_size=8000)
+    for row, t in zip(calibrated.weights.values, T, strict=True):
+        variances = posterior_covariance(COVARIANCE, denoiser.schedule, t).diagonal()
+        torch.testing.assert_close(row[0] * variances + row[1], variances + 0.01, rtol=0.06, atol=0)
+
+
+def test_fixed_and_wrong_covariances_become_the_best_of_their_form(denoiser):
+    x0, t = data(4000), 400
+    for covariance in (ocm.BetaTilde(), ocm.Beta(denoiser.schedule)):
+        calibrated = ocm.calibrate(denoiser, covariance, x0, [t])
+        prediction = noisy_prediction(denoiser, x0, t, 0)
+        error = (x0 - prediction.x0_hat.clamp(-1, 1)).square().mean()
+        variance = calibrated.at(prediction).diagonal()
+        torch.testing.assert_close(variance.flatten()[0], error, rtol=1e-3, atol=0)
+
+
+def test_mixing_is_at_least_as_good_as_each_part(denoiser):
+    x0, t = data(2000), 200
+    parts = (ocm.Exact(denoiser), ocm.Hutchinson(denoiser, 1))
+    prediction = noisy_prediction(denoiser, x0, t, 0)
+    error = (x0 - prediction.x0_hat.clamp(-1, 1)).square()
+
+    def nll(calibrated):
+        variance = calibrated.at(prediction).diagonal()
+        return (variance.log() + error / variance).mean().item()
+
+    mixed = ocm.calibrate(denoiser, parts, x0, [t], batch_size=2000)
+    for part in parts:
+        assert nll(mixed) <= nll(ocm.calibrate(denoiser, part, x0, [t], batch_size=2000)) + 1e-5
+
+
+def test_calibration_lowers_the_bound_of_a_covariance_that_is_off(denoiser):
+    x0 = ocm.quantise(data(2000).clamp(-1, 1).float())
+    K = 5
+    timesteps = ocm.even_timesteps(1000, K)
+    for covariance in (ocm.Beta(denoiser.schedule), ocm.BetaTilde()):
+        calibrated = ocm.calibrate(denoiser, covariance, x0, timesteps)
+        plain, better = (
+            ocm.bits_per_dim(denoiser, c, x0, timesteps, seed=3).total.mean()
+            for c in (covariance, calibrated)
+        )
+        assert better < plain - 0.05
+
+
+def test_what_cannot_be_calibrated(denoiser):
+    with pytest.raises(TypeError, match="must have a density, and LanczosCovariance has none"):
+        ocm.calibrate(denoiser, ocm.Lanczos(denoiser, 2), data(10), T)
+    with pytest.raises(TypeError, match="must be diagonal to be mixed"):
+        ocm.calibrate(denoiser, [ocm.Exact(denoiser), ocm.Full(denoiser)], data(10), T)
+    calibrated = ocm.calibrate(denoiser, ocm.BetaTilde(), data(10), T)
+    with pytest.raises(ValueError, match=r"t must lie in 50 \.\. 400, .* got 401"):
+        calibrated.at(denoiser.predict(data(1), 401))
+    with pytest.raises(ValueError, match=r"weights must have 2 columns, .* got 3"):
+        ocm.Calibrated((ocm.BetaTilde(),), TimestepTable.of([1], [[1.0, 2.0, 3.0]]))
+
+
+def test_a_table_interpolates_and_refuses():
+    table = TimestepTable.of([10, 20, 40], [[0.0, 1.0], [1.0, 3.0], [2.0, 3.0]])
+    for t, expected in ((10, [0, 1]), (15, [0.5, 2]), (20, [1, 3]), (35, [1.75, 3]), (40, [2, 3])):
+        torch.testing.assert_close(table.at(t), torch.tensor(expected).double())
+    for timesteps, values, message in (
+        ([2, 1], [[1.0], [1.0]], "timesteps must increase"),
+        ([], [], "timesteps must increase"),
+        ([1], [[math.nan]], "values must be finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TimestepTable.of(timesteps, values)
+
+
+@pytest.fixture
+def classes():
+    """A network with two classes, that predicts x0 = 0.2 or -0.3 by the class."""
+    from types import SimpleNamespace
+
+    from ocm.diffusion.architectures import Architecture
+
+    class TwoClasses(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = torch.nn.Identity()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, level, labels):
+            mean = torch.where(labels == 1, 0.2, -0.3).reshape(-1, 1, 1, 1)
+            return SimpleNamespace(sample=mean + 0.0 * self.features(x) * self.scale)
+
+    architecture = Architecture(
+        "TwoClasses", "features", lambda m, x, t, labels: m(x, t, labels).sample,
+        num_classes=lambda backbone: 2,
+    )  # fmt: skip
+    return ocm.Denoiser(TwoClasses(), ocm.linear(), "sample", architecture).freeze()
+
+
+def test_each_sample_is_fitted_and_scored_with_its_own_class(classes):
+    labels = torch.arange(40) % 2
+    x0 = torch.where(labels == 1, 0.2, -0.3).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    wrong = 1 - labels
+    for given, error in ((labels, 0.0), (wrong, 0.25)):
+        calibrated = ocm.calibrate(classes, ocm.BetaTilde(), x0, [500], labels=given, batch_size=16)
+        assert calibrated.weights.at(500)[1].item() == pytest.approx(error, abs=1e-6)
+    x0 = ocm.quantise(x0)
+    timesteps = ocm.even_timesteps(1000, 4)
+    right, off = (
+        ocm.bits_per_dim(classes, ocm.Exact(classes), x0, timesteps, labels=given).total.mean()
+        for given in (labels, wrong)
+    )
+    assert right + 1 < off
+
+
+def test_a_label_that_is_none_of_the_classes(classes):
+    with pytest.raises(ValueError, match=r"labels must lie in 0 \.\. 1, got 0 \.\. 7"):
+        classes.conditioned(torch.tensor([0, 7]))
+
+
+def test_a_covariance_that_looks_at_s_is_calibrated_by_steps(denoiser):
+    covariance = ocm.ImprovedDDPM(denoiser, torch.nn.Identity())
+    with pytest.raises(ValueError, match=r"timesteps must be the steps \(s, t\)"):
+        ocm.calibrate(denoiser, covariance, data(4), [100])
+    assert ocm.calibrate(denoiser, covariance, data(4), [(50, 100)]).looks_at_s
+
+
+def test_fits_draw_other_noise_than_scores(denoiser):
+    from ocm.diffusion.noise import FITTING
+
+    fits, scores = (noisy_prediction(denoiser, data(2), 9, 0, draw=d).x_t for d in (FITTING, 0))
+    assert not torch.allclose(fits, scores)

@@ -1,0 +1,267 @@
+"""Distances against closed forms for Gaussians, SciPy's matrix square root, and plain loops."""
+
+import hashlib
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+from ocm.data import ByteImages
+from ocm.evaluation import distances as metrics
+from ocm.evaluation.distances import frechet_distance, maximum_mean_discrepancy, precision_recall
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(params=[2**24, 30], ids=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", request.param)
+
+
+def looped_mmd(x, y, bandwidth, unbiased):
+    def kernel(a, b):
+        return math.exp(-sum((s - t) ** 2 for s, t in zip(a, b, strict=True)) / 2 / bandwidth**2)
+
+    def mean(a, b, skip):
+        values = [kernel(s, t) for i, s in enumerate(a) for j, t in enumerate(b) if i != j or skip]
+        return sum(values) / len(values)
+
+    x, y = x.tolist(), y.tolist()
+    return mean(x, x, not unbiased) + mean(y, y, not unbiased) - 2 * mean(x, y, True)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("bandwidth", [0.3, 2.0])
+def test_mmd_is_the_double_sum(unbiased, bandwidth):
+    x, y = normal(11, 3), 1.5 * normal(7, 3, seed=1) + 100.0
+    for first, second in ((x, y - 100.0), (x, y), (x + 1e5, y + 1e5 - 99.0)):
+        expected = looped_mmd(first, second, bandwidth, unbiased)
+        got = maximum_mean_discrepancy(first, second, bandwidth, unbiased=unbiased)
+        assert got == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_mmd_of_gaussians(unbiased):
+    """Its mean over samples is the closed form, to which i = j adds (2 / n)(1 - E k)."""
+    n, d, bandwidth, shift = 20, 2, 1.2, 1.0
+    ratio = bandwidth**2 / (bandwidth**2 + 2)
+    same = ratio ** (d / 2)
+    different = same * math.exp(-(shift**2) * d / (2 * (bandwidth**2 + 2)))
+    expected = 2 * (same - different) + (0 if unbiased else 2 / n * (1 - same))
+    values = [
+        maximum_mean_discrepancy(
+            normal(n, d, seed=2 * run),
+            normal(n, d, seed=2 * run + 1) + shift,
+            bandwidth,
+            unbiased=unbiased,
+        )
+        for run in range(400)
+    ]
+    error = np.std(values) / math.sqrt(len(values))
+    assert abs(np.mean(values) - expected) < 4 * error
+    assert error < 0.01 < 2 / n * (1 - same) / 4  # so that the other version would fail
+
+
+def scipy_frechet(x, y):
+    x, y = x.numpy().astype(np.float64), y.numpy().astype(np.float64)
+    first, second = (np.atleast_2d(np.cov(z, rowvar=False)) for z in (x, y))
+    root = scipy.linalg.sqrtm(first @ second)
+    difference = x.mean(0) - y.mean(0)
+    return difference @ difference + np.trace(first + second - 2 * root).real
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "d", "tolerance"),
+    [(200, 150, 6, 1e-9), (300, 300, 1, 1e-9), (20, 30, 64, 1e-5)],
+)
+def test_frechet_distance_is_that_of_scipy(n, m, d, tolerance):
+    x = normal(n, d) @ normal(d, d, seed=2)
+    y = normal(m, d, seed=1) @ normal(d, d, seed=3) + 0.5
+    expected = scipy_frechet(x, y)
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=tolerance)
+    single = frechet_distance(x.float(), y.float())
+    assert single == pytest.approx(scipy_frechet(x.float(), y.float()), rel=tolerance)
+
+
+def test_frechet_distance_of_means_far_from_zero():
+    x, y = normal(200, 6), normal(150, 6, seed=1) * 2
+    near = frechet_distance(x, y)
+    assert frechet_distance(x + 1e7, y + 1e7) == pytest.approx(near, rel=1e-6)
+
+
+def test_frechet_distance_of_gaussians():
+    """Of exact moments: rows are whitened, so that the fitted Gaussians are those asked for."""
+    x = normal(50, 3)
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T
+    scales, shift = torch.tensor([0.5, 1.0, 3.0]), torch.tensor([1.0, 2.0, 2.0])
+    expected = 9.0 + (0.5**2 + 0 + 2.0**2)
+    assert frechet_distance(x, x * scales + shift) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("n", "d"), [(100, 5), (10, 64)])
+def test_frechet_distance_to_itself_is_zero(n, d):
+    x = normal(n, d)
+    assert 0.0 <= frechet_distance(x, x.flip(0)) < 1e-5
+
+
+def looped_precision_recall(real, generated, k):
+    def share_covered(points, centres):
+        def distance(a, b):
+            return math.dist(a.tolist(), b.tolist())
+
+        covered = 0
+        for point in points:
+            covered += any(
+                distance(point, centre)
+                <= sorted(distance(centre, other) for j, other in enumerate(centres) if j != i)[
+                    k - 1
+                ]
+                for i, centre in enumerate(centres)
+            )
+        return covered / len(points)
+
+    return share_covered(generated, real), share_covered(real, generated)
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_are_those_of_the_loop(k):
+    real, generated = normal(23, 2), 0.6 * normal(17, 2, seed=1) + 0.5
+    got = precision_recall(real, generated, k)
+    assert (got.precision, got.recall) == looped_precision_recall(real, generated, k)
+    assert 0 < got.recall < got.precision <= 1
+
+
+@pytest.mark.parametrize(
+    ("generated", "precision", "recall"),
+    [
+        (lambda real: real, 1.0, 1.0),
+        (lambda real: real + 1e3, 0.0, 0.0),
+        (lambda real: real[:1].expand(20, -1), 1.0, 1 / 40),  # collapsed on a real image
+    ],
+)
+@pytest.mark.parametrize("offset", [0.0, 77.3])
+def test_precision_and_recall_at_the_ends(generated, precision, recall, offset):
+    real = normal(40, 16) + offset
+    got = precision_recall(real, generated(real))
+    assert (got.precision, got.recall) == (precision, recall)
+
+
+@pytest.mark.parametrize(
+    "metric", [frechet_distance, precision_recall, lambda a, b: maximum_mean_discrepancy(a, b, 1.0)]
+)
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (torch.zeros(5, 3), "must have as many features as .*, 2, got 3"),
+        (torch.zeros(5, 2, 1), r"must have shape \(n, d\) with n >= 2, got \(5, 2, 1\)"),
+        (torch.zeros(1, 2), r"must have shape \(n, d\) with n >= 2, got \(1, 2\)"),
+        (torch.full((5, 2), math.nan), "must be finite, got 10 NaN"),
+    ],
+)
+def test_odd_features(metric, second, message):
+    with pytest.raises(ValueError, match=message):
+        metric(torch.zeros(5, 2), second)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.inf, math.nan])
+def test_odd_bandwidths(bandwidth):
+    with pytest.raises(ValueError, match="bandwidth must be positive and finite, got"):
+        maximum_mean_discrepancy(normal(3, 2), normal(3, 2), bandwidth)
+
+
+def test_too_few_neighbours():
+    with pytest.raises(ValueError, match="below the number of points, 3, got 3"):
+        precision_recall(normal(5, 2), normal(3, 2))
+
+
+def test_an_extractor_goes_by_batches_and_takes_bytes():
+    pixels = torch.arange(5 * 4, dtype=torch.uint8).view(5, 1, 2, 2)
+    sizes = []
+
+    def function(images):
+        sizes.append(len(images))
+        return images.flatten(1)
+
+    extractor = metrics.FeatureExtractor("pixels", 4, function, batch_size=2)
+    images = ByteImages(pixels)
+    assert torch.equal(extractor(images), images[:].flatten(1))
+    assert sizes == [2, 2, 1]
+    with pytest.raises(ValueError, match=r"pixels must give features of shape \(2, 4\), got"):
+        extractor(torch.zeros(2, 1, 3, 3))
+    with pytest.raises(ValueError, match=r"images must hold one or more"):
+        extractor(torch.zeros(0, 1, 2, 2))
+
+
+def test_inception_says_that_torch_fidelity_is_missing(tmp_path, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"weights")
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="need torch-fidelity: pip install torch-fidelity"):
+        metrics.inception(weights)
+
+
+@pytest.fixture
+def torchmetrics_inception(monkeypatch):
+    """The network of torchmetrics, played by a mean over pixels."""
+    import torchmetrics.image.fid
+
+    class Played(nn.Module):
+        def __init__(self, name, features_list, feature_extractor_weights_path, antialias):
+            super().__init__()
+            assert (features_list, antialias) == (["2048"], False)
+            self.weight = nn.Parameter(torch.zeros(1))
+            # As torch-fidelity does: with it, a pickle runs what it likes.
+            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8
+            assert images.shape[1] == 3
+            return self.weight * images.float().mean((2, 3)).repeat(1, 683)[:, :2048]
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torchmetrics.image.fid, "NoTrainInceptionV3", Played)
+
+
+@pytest.mark.usefixtures("torchmetrics_inception")
+def test_inception_gets_bytes_of_three_channels(tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save({"weight": torch.ones(1)}, weights)
+    extractor = metrics.inception(weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"sha256 {digest[:8]}" in extractor.name
+    pixels = torch.tensor([0, 1, 128, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(-1, 1, 2, 2)
+    features = extractor(ByteImages(pixels))
+    assert features.shape == (4, 2048)
+    assert features[:, 0].tolist() == [0, 1, 128, 255]
+    with pytest.raises(ValueError, match=r"shape \(n, 1 or 3, H, W\) for Inception, got"):
+        extractor(torch.zeros(1, 2, 4, 4))
+
+
+class Trap:
+    sprung = False
+
+    def __reduce__(self):
+        return (setattr, (Trap, "sprung", True))
+
+
+@pytest.mark.usefixtures("torchmetrics_inception")
+@pytest.mark.parametrize("state", [{"other": torch.ones(1)}, Trap(), {"weight": 1.0}])
+def test_inception_of_other_weights_is_one_line_and_runs_nothing(tmp_path, state):
+    weights = tmp_path / "weights.pth"
+    torch.save(state, weights)
+    with pytest.raises(ValueError, match=r"weights.pth' does not load: .") as caught:
+        metrics.inception(weights)
+    assert "\n" not in str(caught.value)
+    assert not Trap.sprung

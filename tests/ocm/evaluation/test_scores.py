@@ -1,0 +1,113 @@
+"""The tables of `ocm evaluate` against one bound, and one set of samples, at a time."""
+
+import pytest
+import torch
+from gaussian_denoiser import gaussian_denoiser
+
+import ocm
+from ocm.checkpoints.catalogue import COVARIANCES, build_covariance, fitted
+from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.evaluation.distances import frechet_distance, maximum_mean_discrepancy
+from ocm.evaluation.scores import draw, likelihood_table, quality, steps_of
+
+COVARIANCE = torch.tensor([[0.06, 0.03, 0.0], [0.03, 0.05, -0.01], [0.0, -0.01, 0.02]])
+NAMES = ["beta", "analytic", "analytic_data", "iddpm", "hutchinson", "exact", "cosine", "full"]
+
+
+class Affine(torch.nn.Module):
+    def forward(self, features):
+        return 0.3 * features - 0.2
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    denoiser = gaussian_denoiser(torch.zeros(3), COVARIANCE, ocm.linear())
+    plain = Checkpoint(
+        denoiser,
+        (1, 1, 3),
+        256,
+        "gaussian",
+        learned={"iddpm": ocm.ImprovedDDPM(denoiser, Affine())},
+    )
+    factor = torch.linalg.cholesky(COVARIANCE)
+    x0 = (torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) @ factor.T)[:, None, None]
+    return fitted(plain, x0, NAMES, steps_of(1000, [3, 5]), calibrated=NAMES)
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = torch.Generator().manual_seed(1)
+    return ocm.quantise((torch.randn(10, 1, 1, 3, generator=generator) / 4).clamp(-1, 1))
+
+
+def test_the_table_is_that_of_one_bound_at_a_time(checkpoint, images):
+    table = likelihood_table(
+        checkpoint, images, NAMES, [3, 5], calibrated=NAMES, seed=7, batch_size=4
+    )
+    assert set(table) == {*NAMES, *(f"{name}_calibrated" for name in NAMES)}
+    for name, row in table.items():
+        covariance = build_covariance(name, checkpoint)
+        for K, cell in row.items():
+            timesteps = ocm.even_timesteps(1000, K)
+            bound = ocm.bits_per_dim(checkpoint.denoiser, covariance, images, timesteps, seed=7)
+            assert cell.mean == pytest.approx(bound.total.mean().item(), rel=1e-5)
+            error = bound.total.std().item() / 10**0.5
+            assert cell.standard_error == pytest.approx(error, rel=1e-4)
+
+
+def test_calibration_of_a_step_is_that_of_its_own_end(checkpoint):
+    """I-DDPM's variance at t = 1000 differs between steps to 500 and 750, and so its weights."""
+    weights = checkpoint.calibrations["iddpm"]
+    assert not torch.equal(weights.at(1000, 500), weights.at(1000, 750))
+    with pytest.raises(ValueError, match="step from t = 1000 to s = 600 must be one of"):
+        weights.at(1000, 600)
+
+
+def test_a_covariance_without_density_has_no_row(checkpoint, images):
+    with pytest.raises(ValueError, match="'lanczos' has no density"):
+        likelihood_table(checkpoint, images, ["lanczos"], [3])
+
+
+@pytest.mark.parametrize("name", ["ocm", "ocm_calibrated", "exact_", "beta_tilde_calibrated"])
+def test_what_a_checkpoint_lacks(checkpoint, name):
+    with pytest.raises(ValueError, match="covariance"):
+        build_covariance(name, checkpoint)
+
+
+def test_samples_do_not_depend_on_batches(checkpoint):
+    whole, parts = (
+        draw(checkpoint, "full", 7, [1, 500, 1000], sampler=ocm.ddpm, seed=2, batch_size=size)
+        for size in (7, 3)
+    )
+    torch.testing.assert_close(parts, whole)
+    rest = draw(checkpoint, "full", 3, [1, 500, 1000], sampler=ocm.ddpm, seed=2, first=4)
+    torch.testing.assert_close(rest, whole[4:])
+    assert draw(checkpoint, "beta", 0, [1000], sampler=ocm.ddpm).shape == (0, 1, 1, 3)
+
+
+def test_labels_are_for_denoisers_with_classes(checkpoint):
+    with pytest.raises(ValueError, match=r"labels must be given .* got \[3\] for one without"):
+        draw(checkpoint, "beta", 2, [1000], sampler=ocm.ddpm, labels=[3])
+
+
+def test_quality_of_the_same_distribution_is_near_zero():
+    features = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    same, other = features[200:], features[200:] + 2.0
+    near, far = quality(features[:200], same), quality(features[:200], other)
+    assert near.frechet < 0.1 < far.frechet
+    assert abs(near.mmd) < 0.02 < far.mmd
+    assert near.precision > 0.8 > far.precision
+    assert near.frechet == frechet_distance(features[:200], same)
+    width = torch.cdist(features[:200].double(), features[:200].double())
+    median = width[torch.triu(torch.ones(200, 200, dtype=torch.bool), 1)].median().item()
+    assert near.mmd == pytest.approx(maximum_mean_discrepancy(features[:200], same, median))
+
+
+def test_the_catalogue_names_every_covariance_of_the_command_line():
+    from ocm.checkpoints.checkpoint import LEARNED
+    from ocm.cli.options import CovarianceName, HeadName
+    from ocm.evaluation.pictures import label
+
+    assert {name.value for name in CovarianceName} == set(COVARIANCES)
+    assert {name.value for name in HeadName} == set(LEARNED)
+    assert len({label(name) for name in COVARIANCES}) == len(COVARIANCES)

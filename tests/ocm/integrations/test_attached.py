@@ -1,0 +1,239 @@
+"""ocm.attach: one pass, the right numbers, and the way to disk and back."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+import ocm
+from ocm.integrations.attached import CovarianceModel
+
+BACKBONES = ("unet", "dit", "dit with learned sigma")
+
+
+def make_backbone(name):
+    torch.manual_seed(0)
+    if name == "unet":
+        model = UNet2DModel(
+            sample_size=4,
+            in_channels=2,
+            out_channels=2,
+            block_out_channels=(8,),
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            layers_per_block=1,
+            norm_num_groups=4,
+            add_attention=False,
+        )
+    else:
+        model = DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=2,
+            out_channels=4 if "sigma" in name else 2,
+            num_layers=1,
+            sample_size=4,
+            patch_size=2,
+            norm_num_groups=4,
+            num_embeds_ada_norm=5,
+        )
+    with torch.no_grad():  # some layers start at zero
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model.eval()
+
+
+def attached(name, **options):
+    model = ocm.attach(make_backbone(name), **options)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.normal_(std=0.3)
+    return model
+
+
+def labels_for(name):
+    return None if name == "unet" else torch.tensor([1, 4])
+
+
+def inputs():
+    return torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("kind", ["simple", "residual"])
+def test_the_output_is_the_prediction_and_the_variance_in_its_unit(name, kind):
+    """Against ocm.Denoiser and the covariance, by one pass through the backbone."""
+    parameterisation = ocm.Parameterisation(data_std=0.7, positive=True)
+    model = attached(name, kind=kind, parameterisation=parameterisation)
+    x, labels, t = inputs(), labels_for(name), 300
+    passes = []
+    model.backbone.register_forward_hook(lambda *_: passes.append(1))
+    with torch.no_grad():
+        output = model(x, t - 1, class_labels=labels).sample
+    assert passes == [1]
+    assert not model.backbone.get_submodule(
+        "conv_norm_out" if name == "unet" else "norm_out"
+    )._forward_pre_hooks
+
+    scheduler = DDPMScheduler()
+    covariance = model.covariance(scheduler)
+    denoiser = covariance.denoiser if labels is None else covariance.denoiser.conditioned(labels)
+    prediction = denoiser.predict(x, t)
+    torch.testing.assert_close(output[:, :2], prediction.output)
+    alpha_bar = scheduler.alphas_cumprod[t - 1].double()
+    unit = (1 - alpha_bar) / (alpha_bar + (1 - alpha_bar) / 0.7**2)
+    expected = covariance.at(prediction).diagonal()
+    torch.testing.assert_close(output[:, 2:] * unit.float(), expected, atol=1e-5, rtol=1e-4)
+    for timestep in (torch.tensor(t - 1), torch.tensor([t - 1]), torch.full((2,), t - 1)):
+        again = model(x, timestep, labels, return_dict=False)[0]
+        torch.testing.assert_close(again, output)
+
+
+def config_of(model):
+    public = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(public))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_saved_and_loaded_it_is_the_same_model(name, tmp_path, caplog):
+    model = attached(name, kind="residual", parameterisation=ocm.Parameterisation(0.7, True))
+    model.save_pretrained(tmp_path)
+    loaded = CovarianceModel.from_pretrained(tmp_path)
+    assert not loaded.training
+    assert loaded.parameterisation == ocm.Parameterisation(0.7, True)
+    assert type(loaded.backbone) is type(model.backbone)
+    assert config_of(loaded) == config_of(model)
+    x, labels = inputs(), labels_for(name)
+    assert torch.equal(loaded(x, 9, labels).sample, model(x, 9, labels).sample)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    half = CovarianceModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half(x.bfloat16(), 9, labels).sample.dtype == torch.bfloat16
+    assert not caplog.records
+
+
+def test_the_papers_unit_survives_json(tmp_path):
+    attached("unet").save_pretrained(tmp_path)
+    loaded, info = CovarianceModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert loaded.parameterisation == ocm.PAPER
+    assert not info["missing_keys"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("head.conv.weight"), "missing_keys.*head.conv.weight"),
+        (
+            lambda weights: weights.update({"head.other": torch.zeros(1)}),
+            "unexpected_keys.*head.other",
+        ),
+    ],
+)
+def test_files_that_lack_weights_are_refused(tmp_path, change, message):
+    attached("unet").save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        CovarianceModel.from_pretrained(tmp_path)
+
+
+def test_what_pipelines_read():
+    model = attached("unet")
+    assert model.config.in_channels == 2
+    assert model.config.sample_size == 4
+    assert model.config.out_channels == 4
+    assert model.dtype == torch.float32
+    assert model.device == torch.device("cpu")
+    assert attached("dit").config.num_embeds_ada_norm == 5
+
+
+def test_it_takes_the_model_itself_and_heads_of_three_kinds(tmp_path):
+    backbone = make_backbone("unet")
+    untrained = ocm.attach(backbone)
+    assert untrained.backbone is backbone
+    ratio = untrained(inputs(), 9).sample[:, 2:]
+    assert torch.equal(ratio, torch.ones_like(ratio))
+
+    head = ocm.make_head(ocm.Denoiser(backbone, ocm.linear()), "residual", seed=5)
+    torch.nn.init.normal_(head.head.conv.weight)
+    file = tmp_path / "head.safetensors"
+    save_file(head.state_dict(), file)
+    given = ocm.attach(backbone, head)
+    assert given.head is head
+    read = ocm.attach(backbone, file, kind="residual")
+    assert torch.equal(read(inputs(), 9).sample, given(inputs(), 9).sample)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": torch.nn.Linear(1, 1)}, "head must be one of CovarianceHead.*got Linear"),
+        ({"head": "nowhere.safetensors"}, "head must be a safetensors file.*nowhere"),
+        ({"kind": "huge"}, "kind must be one of simple, residual, got 'huge'"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ocm.attach(make_backbone("unet"), **options)
+
+
+def test_files_of_other_heads_and_other_models_are_refused(tmp_path):
+    file = tmp_path / "head.safetensors"
+    save_file(attached("dit").head.state_dict(), file)
+    with pytest.raises(ValueError, match=r"head .*head.safetensors is of another head or model"):
+        ocm.attach(make_backbone("unet"), file)
+    with pytest.raises(ValueError, match=r"backbone must be one of UNet2DModel.*got Linear"):
+        ocm.attach(torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="timestep must be one, or one for each of 2"):
+        attached("unet")(inputs(), torch.zeros(3))
+
+
+def test_gradients_of_the_variance_stay_in_the_head():
+    model = attached("unet")
+    model(inputs(), 9).sample[:, 2:].sum().backward()
+    assert not any(parameter.grad.any() for parameter in model.backbone.parameters())
+    assert all(parameter.grad.any() for parameter in model.head.parameters())
+
+
+def test_its_head_can_be_trained_and_its_samples_drawn():
+    """The covariance shares the head, so that training changes what the model puts out."""
+    model = ocm.attach(make_backbone("unet"), parameterisation=ocm.Parameterisation(0.5))
+    covariance = model.covariance(DDPMScheduler(prediction_type="sample"), num_probes=2)
+    assert covariance.num_probes == 2
+    assert covariance.denoiser.prediction_type == "sample"
+    assert covariance.parameterisation == model.parameterisation
+    before = model(inputs(), 9).sample
+    settings = ocm.TrainingSettings(num_steps=3, batch_size=4, seed=0)
+    ocm.train_head(covariance, torch.rand(8, 2, 4, 4) * 2 - 1, settings, progress=False)
+    after = model(inputs(), 9).sample
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert not torch.equal(after[:, 2:], before[:, 2:])
+    images = ocm.sample(covariance.denoiser, covariance, (2, 2, 4, 4), [500, 1000])
+    assert bool(torch.isfinite(images).all())
+    plain = model.denoiser(ocm.linear())
+    assert (plain.prediction_type, plain.schedule.num_timesteps) == ("epsilon", 1000)
+
+
+@pytest.mark.parametrize("kind", ["simple", "residual"])
+def test_heads_take_features_that_lie_channels_last(kind):
+    """PyTorch's GroupNorm ends the process in its backward pass of such features."""
+    head = attached("unet", kind=kind).head
+    features = torch.randn(2, 8, 4, 4)
+    expected = torch.autograd.grad(head(features).square().sum(), list(head.parameters()))
+    last = features.contiguous(memory_format=torch.channels_last)
+    gradients = torch.autograd.grad(head(last).square().sum(), list(head.parameters()))
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_what_ocm_has_and_has_not():
+    """test_packaging.py imports ocm without diffusers."""
+    assert all(hasattr(ocm, name) for name in ocm.__all__)
+    with pytest.raises(AttributeError, match="module 'ocm' has no attribute 'nothing'"):
+        ocm.nothing  # noqa: B018

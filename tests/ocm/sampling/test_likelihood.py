@@ -1,0 +1,142 @@
+"""The bound against torch.distributions, and against the exact answer for Gaussian data."""
+
+import math
+
+import pytest
+import torch
+from gaussian_denoiser import gaussian_denoiser
+from torch.distributions import Normal, kl_divergence
+
+import ocm
+from hessdiag.kernels import normal
+from ocm.diffusion.divergences import discretised_gaussian_log_prob, gaussian_step_kl
+from ocm.sampling.samplers import ddpm
+
+
+@pytest.mark.parametrize("schedule", [ocm.linear(), ocm.cosine()])
+@pytest.mark.parametrize(("s", "t"), [(1, 2), (40, 300), (900, 1000)])
+def test_the_step_is_the_kl_of_its_two_gaussians(schedule, s, t):
+    x0, x0_hat, x_t = torch.rand(3, 50, dtype=torch.float64) * 2 - 1
+    variance = torch.rand(50, dtype=torch.float64)
+    step = ddpm(schedule, s, t)
+    posterior = Normal(
+        step.mean_from_x_t * x_t + step.mean_from_x0 * x0, math.sqrt(step.noise_variance)
+    )
+    model = Normal(
+        step.mean_from_x_t * x_t + step.mean_from_x0 * x0_hat,
+        (step.noise_variance + step.noise_from_variance * variance).sqrt(),
+    )
+    snr = schedule.alpha_bar / schedule.beta_bar
+    kl = gaussian_step_kl((x0 - x0_hat) ** 2, variance, (snr[s] - snr[t]).item())
+    torch.testing.assert_close(kl, kl_divergence(posterior, model), rtol=1e-7, atol=1e-10)
+
+
+def test_bins_sum_to_one():
+    for levels in (2, 17, 256):
+        grid = torch.linspace(-1, 1, levels, dtype=torch.float64)
+        for mean in (-1.0, -0.2, 0.9, 1.0):
+            log_prob = discretised_gaussian_log_prob(
+                grid, torch.full_like(grid, mean), 0.05, levels
+            )
+            assert log_prob.exp().sum().item() == pytest.approx(1.0, rel=1e-12)
+
+
+def test_bins_against_the_normal_distribution():
+    grid = torch.linspace(-1, 1, 17, dtype=torch.float64)
+    mean = torch.full_like(grid, 0.13)
+    log_prob = discretised_gaussian_log_prob(grid, mean, 0.3, 17)
+    normal = Normal(mean, 0.3)
+    upper = torch.where(grid > 0.99, torch.inf, grid + 1 / 16)
+    lower = torch.where(grid < -0.99, -torch.inf, grid - 1 / 16)
+    torch.testing.assert_close(log_prob.exp(), normal.cdf(upper) - normal.cdf(lower))
+
+
+def test_far_bins_do_not_underflow():
+    log_prob = discretised_gaussian_log_prob(
+        torch.tensor([0.0, 1.0]).double(), torch.tensor([1.0, -1.0]).double(), 0.005, 256
+    )
+    # The nearer edge carries the mass: (distance / std)^2 / 2 nats, up to a logarithm.
+    edge = (torch.tensor([1.0, 2.0]).double() - 1 / 255) / 0.005
+    torch.testing.assert_close(log_prob, -(edge**2) / 2, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("K", [3, 10])
+def test_gaussian_data_with_the_exact_variance_has_no_gap(K):
+    """With an exact reverse process, prior + steps is KL(q(x_1 | x0) || p(x_1)) on average."""
+    schedule = ocm.linear()
+    std = torch.tensor([0.05, 0.1, 0.3, 0.2])
+    denoiser = gaussian_denoiser(torch.zeros(4), torch.diag(std**2), schedule)
+    x0 = ocm.quantise(torch.tensor([0.04, -0.15, 0.2, 0.1])).expand(20000, 1, 1, 4)
+    bound = ocm.bits_per_dim(denoiser, ocm.Exact(denoiser), x0, ocm.even_timesteps(1000, K))
+    values = bound.prior + bound.steps.sum(dim=1)
+    alpha_bar, beta_bar = schedule.alpha_bar[1], schedule.beta_bar[1]
+    expected = kl_divergence(
+        Normal(alpha_bar.sqrt() * x0[0].double(), beta_bar.sqrt()),
+        Normal(torch.zeros(4).double(), (alpha_bar * std**2 + beta_bar).sqrt()),
+    ).mean() / math.log(2)
+    # The forward process at N is not quite N(0, I), from which the bound starts: 5e-5 bits.
+    standard_error = values.std() / len(values) ** 0.5
+    assert (values.mean() - expected).abs() < 4 * standard_error + 1e-4
+    for worse in (ocm.Beta(schedule), ocm.BetaTilde()):
+        other = ocm.bits_per_dim(denoiser, worse, x0[:2000], ocm.even_timesteps(1000, K))
+        assert other.total.mean() > bound.total.mean()
+
+
+def test_prior_and_decoder_against_torch_distributions():
+    schedule = ocm.linear()
+    denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), schedule)
+    x0 = ocm.quantise(torch.tensor([-1.0, -0.5, 0.25, 1.0])).reshape(1, 1, 1, 4)
+    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1, 1000], levels=256, seed=6)
+
+    alpha_bar, beta_bar = schedule.alpha_bar[-1], schedule.beta_bar[-1]
+    prior = kl_divergence(Normal(alpha_bar.sqrt() * x0.double(), beta_bar.sqrt()), Normal(0.0, 1.0))
+    torch.testing.assert_close(bound.prior[0], prior.mean() / math.log(2))
+
+    alpha_bar, beta_bar = schedule.alpha_bar[1], schedule.beta_bar[1]
+    x_1 = alpha_bar.sqrt() * x0 + beta_bar.sqrt() * normal((1, 1, 1, 4), 6, step=1)
+    x0_hat = alpha_bar.sqrt() * 0.04 / (alpha_bar * 0.04 + beta_bar) * x_1
+    std = math.sqrt(1e-4 * schedule.beta(1, 2) / beta_bar_of(2))
+    decoder = discretised_gaussian_log_prob(x0.double(), x0_hat.clamp(-1, 1), std, 256)
+    torch.testing.assert_close(bound.decoder[0], -decoder.mean() / math.log(2), rtol=1e-3, atol=0)
+    assert bound.decoder[0] > 0.01
+
+
+def beta_bar_of(t):
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    return 1.0 - torch.prod(1.0 - betas[:t]).item()
+
+
+def test_parts_of_a_batch_and_of_the_sum():
+    denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), ocm.linear())
+    x0 = ocm.quantise(torch.rand(6, 1, 1, 4) * 2 - 1)
+    timesteps = ocm.even_timesteps(1000, 4)
+    whole = ocm.bits_per_dim(denoiser, ocm.Beta(ocm.linear()), x0, timesteps)
+    part = ocm.bits_per_dim(denoiser, ocm.Beta(ocm.linear()), x0[4:], timesteps, sample_offset=4)
+    torch.testing.assert_close(whole.total[4:], part.total)
+    assert whole.steps.shape == (6, 3)
+    torch.testing.assert_close(whole.total, whole.prior + whole.steps.sum(dim=1) + whole.decoder)
+
+
+def test_one_step_has_a_prior_and_a_decoder():
+    denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), ocm.linear())
+    x0 = torch.ones(2, 1, 1, 4)
+    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1000])
+    assert bound.steps.shape == (2, 0)
+    assert torch.isfinite(bound.total).all()
+
+
+@pytest.mark.parametrize(
+    ("x0", "arguments", "message"),
+    [
+        (torch.full((1, 1, 1, 4), 1.5), {}, r"x0 must lie in \[-1, 1\], got values up to 1.5"),
+        (torch.zeros(1, 1, 1, 4), {}, "x0 must lie on the grid of levels = 256"),
+        (torch.full((1, 1, 1, 4), math.nan), {}, "x0 must be finite, got 4 NaN"),
+        (torch.ones(1, 1, 1, 4), {"levels": 1}, "levels must be at least 2, got 1"),
+        (torch.ones(1, 1, 1, 4), {"timesteps": [1, 10]}, "timesteps must end at N = 1000, got 10"),
+    ],
+)
+def test_errors(x0, arguments, message):
+    denoiser = gaussian_denoiser(torch.zeros(4), torch.eye(4), ocm.linear())
+    arguments = {"timesteps": [1, 1000], **arguments}
+    with pytest.raises(ValueError, match=message):
+        ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, **arguments)

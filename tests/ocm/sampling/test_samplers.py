@@ -1,0 +1,146 @@
+"""Reverse steps against the formulas in float64, and whole trajectories on Gaussian data."""
+
+import math
+from functools import partial
+
+import numpy_contract
+import pytest
+import torch
+from gaussian_denoiser import gaussian_denoiser
+
+import ocm
+from hessdiag.kernels import gaussian_step
+from ocm.checkpoints.checkpoint import LEARNED
+from ocm.sampling.samplers import ddim, ddpm, last_step_noise
+
+SCHEDULES = {"linear": ocm.linear(), "cosine": ocm.cosine()}
+
+
+def random_steps(count=20):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        s, t = sorted((torch.randperm(1000, generator=generator)[:2] + 1).tolist())
+        yield s, t
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("eta", [None, 0.0, 0.4, 1.0])
+def test_steps_against_the_formulas_in_float64(name, eta):
+    """DDPM (eta None) and DDIM, written a second time from their papers."""
+    schedule = SCHEDULES[name]
+    betas = [1 - (schedule.alpha_bar[t] / schedule.alpha_bar[t - 1]).item() for t in range(1, 1001)]
+    alpha_bar = [1.0]
+    for beta in betas:
+        alpha_bar.append(alpha_bar[-1] * (1 - beta))
+    generator = torch.Generator().manual_seed(1)
+    for s, t in random_steps():
+        x_t, epsilon = (torch.randn(2, 1, 3, 3, generator=generator) for _ in range(2))
+        variance = torch.rand(2, 1, 3, 3, generator=generator)
+        a_s, a_t = alpha_bar[s], alpha_bar[t]
+        beta = 1 - a_t / a_s
+        beta_tilde = (1 - a_s) / (1 - a_t) * beta
+        x0 = (x_t.double() - math.sqrt(1 - a_t) * epsilon.double()) / math.sqrt(a_t)
+        x0 = x0.clamp(-1, 1)
+        if eta is None:
+            mean = math.sqrt(a_s) * beta / (1 - a_t) * x0
+            mean = mean + math.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t) * x_t.double()
+            noise_variance = beta_tilde + a_s * beta**2 / (1 - a_t) ** 2 * variance.double()
+        else:
+            lambda_squared = eta**2 * beta_tilde
+            direction = (x_t.double() - math.sqrt(a_t) * x0) / math.sqrt(1 - a_t)
+            mean = math.sqrt(a_s) * x0 + math.sqrt(1 - a_s - lambda_squared) * direction
+            weight = math.sqrt(a_s) - math.sqrt((1 - a_s - lambda_squared) * a_t / (1 - a_t))
+            noise_variance = lambda_squared + weight**2 * variance.double()
+        z = torch.from_numpy(numpy_contract.normal(2, 9, 7, 2, t)).reshape(2, 1, 3, 3)
+        expected = mean + noise_variance.sqrt() * z
+
+        step = ddpm if eta is None else partial(ddim, eta=eta)
+        result = gaussian_step(
+            x_t, epsilon, variance, step(schedule, s, t), seed=7, step=t, x0_range=(-1.0, 1.0)
+        )
+        assert (result - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("s", "t"), [(0, 1), (0, 600), (5, 6), (100, 900)])
+def test_ddim_with_eta_one_is_ddpm(s, t):
+    for schedule in SCHEDULES.values():
+        assert ddim(schedule, s, t, eta=1.0) == pytest.approx(
+            ddpm(schedule, s, t), rel=1e-9, abs=1e-9
+        )
+
+
+@pytest.mark.parametrize("step", [ddpm, ddim])
+@pytest.mark.parametrize(("s", "t"), [(3, 3), (4, 3), (0, 1001)])
+def test_s_must_be_below_t(step, s, t):
+    with pytest.raises(ValueError, match=f"0 <= s < t <= 1000, got s = {s}, t = {t}"):
+        step(ocm.linear(), s, t)
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1])
+def test_eta_out_of_range(eta):
+    with pytest.raises(ValueError, match=f"eta must lie in .* got {eta}"):
+        ddim(ocm.linear(), 1, 2, eta=eta)
+
+
+@pytest.mark.parametrize("sampler", [ddpm, ddim, partial(ddim, eta=0.5)])
+@pytest.mark.parametrize("K", [3, 5, 20])
+def test_exact_variance_reproduces_independent_gaussians_in_few_steps(sampler, K):
+    """With the true mean and variance of x0, any number of steps gives the data's moments.
+
+    (In two steps the one variance is taken at t = N, where float32 has no digits left of it.)
+    """
+    mean = torch.tensor([0.2, -0.3, 0.0, 0.1])
+    std = torch.tensor([0.05, 0.1, 0.15, 0.2])
+    denoiser = gaussian_denoiser(mean, torch.diag(std**2), ocm.cosine())
+    count = 4000
+    samples = ocm.sample(
+        denoiser,
+        ocm.Exact(denoiser),
+        (count, 1, 1, 4),
+        ocm.even_timesteps(1000, K),
+        sampler=sampler,
+    ).reshape(count, 4)
+    assert ((samples.mean(dim=0) - mean).abs() < 5 * std / count**0.5).all()
+    assert (samples.std(dim=0) / std - 1).abs().max() < 5 / (2 * count) ** 0.5
+    without = ocm.sample(
+        denoiser, ocm.BetaTilde(), (count, 1, 1, 4), ocm.even_timesteps(1000, K), sampler=ddpm
+    ).reshape(count, 4)
+    if K < 20:
+        assert (without.std(dim=0) < 0.9 * std).all()
+
+
+def test_sample_i_is_the_same_in_any_batch():
+    denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), ocm.linear())
+    timesteps = ocm.even_timesteps(1000, 5)
+    covariance = ocm.Hutchinson(denoiser, num_probes=2)
+    whole = ocm.sample(denoiser, covariance, (6, 1, 1, 4), timesteps, seed=3)
+    part = ocm.sample(denoiser, covariance, (2, 1, 1, 4), timesteps, seed=3, sample_offset=4)
+    torch.testing.assert_close(whole[4:], part)
+    assert not torch.allclose(whole[:2], part)
+
+
+def test_the_last_noise_can_be_bounded():
+    denoiser = gaussian_denoiser(torch.zeros(4), 1e-4 * torch.eye(4), ocm.linear())
+    # One noisy step, of variance beta at t = 1000, then x0_hat at t = 300.
+    arguments = (denoiser, ocm.Beta(ocm.linear()), (500, 1, 1, 4), [300, 1000])
+    free = ocm.sample(*arguments)
+    bounded = ocm.sample(*arguments, max_last_noise=last_step_noise(1))
+    assert bounded.std() < 0.1 * free.std()
+
+
+@pytest.mark.parametrize("timesteps", [[1, 500], [5, 3, 1000], []])
+def test_timesteps_must_increase_to_the_noise(timesteps):
+    denoiser = gaussian_denoiser(torch.zeros(4), torch.eye(4), ocm.linear())
+    with pytest.raises(ValueError, match="timesteps must"):
+        ocm.sample(denoiser, ocm.BetaTilde(), (2, 1, 1, 4), timesteps)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+@pytest.mark.parametrize("kind", ["simple", "residual"])
+def test_a_head_costs_no_further_pass_through_the_backbone(unet, method, kind):
+    denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
+    covariance = LEARNED[method](denoiser, ocm.make_head(denoiser, kind).requires_grad_(False))
+    passes = []
+    unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    ocm.sample(denoiser, covariance, (3, 2, 8, 8), ocm.even_timesteps(1000, 4))
+    assert passes == [3] * 4

@@ -1,0 +1,177 @@
+"""The losses and the loops: gradients, what is learned, and what is left alone."""
+
+import math
+
+import pytest
+import torch
+from gaussian_denoiser import gaussian_denoiser, posterior_covariance
+
+import hessdiag
+import ocm
+from ocm import checkpoints
+from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.noise import noisy
+from ocm.training.objectives import train_denoiser, train_head
+
+
+def test_training_images_have_the_moments_of_the_forward_process():
+    schedule = ocm.cosine()
+    x0 = torch.full((5000, 1, 2, 2), 0.5)
+    t = torch.full((5000,), 400)
+    x_t, noise = noisy(schedule, x0, t, seed=0, sample_offset=0)
+    alpha_bar, beta_bar = schedule.alpha_bar[400].item(), schedule.beta_bar[400].item()
+    assert x_t.mean().item() == pytest.approx(0.5 * alpha_bar**0.5, abs=0.03)
+    assert x_t.var().item() == pytest.approx(beta_bar, rel=0.05)
+    torch.testing.assert_close(x_t, alpha_bar**0.5 * x0 + beta_bar**0.5 * noise)
+
+
+def test_the_ocm_target_is_the_hutchinson_estimate_of_the_scaled_hessian(unet):
+    schedule = ocm.linear()
+    denoiser = ocm.Denoiser(unet, schedule).freeze()
+    x0, t = torch.rand(3, 2, 8, 8) * 2 - 1, torch.tensor([5, 300, 900])
+    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser), num_probes=2)
+    loss = covariance.loss(x0, t, seed=4, sample_offset=9)
+
+    x_t, _ = noisy(schedule, x0, t, seed=4, sample_offset=9)
+    target = torch.zeros_like(x_t)
+    for image in range(3):
+        beta_bar = schedule.beta_bar[t[image]].item()
+
+        def score(x, t=t[image], beta_bar=beta_bar):
+            return -unet(x, t - 1).sample / beta_bar**0.5
+
+        target[image] = beta_bar * hessdiag.hutchinson(
+            score, x_t[image : image + 1], 2, seed=4, sample_offset=9 + image
+        )
+    torch.testing.assert_close(loss, target.square().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_ocm_loss_reaches_the_head_alone(unet):
+    denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
+    head = ocm.make_head(denoiser)
+    x0, t = torch.rand(2, 2, 8, 8), torch.tensor([5, 300])
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
+    covariance.loss(x0, t, seed=0, sample_offset=0).backward()
+    assert head.conv.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in unet.parameters())
+    assert not unet.training
+
+
+def test_a_head_learns_the_variance_of_independent_pixels():
+    """On independent Gaussian pixels h depends on t alone, and one probe gives it exactly."""
+    schedule, variance = ocm.linear(), 0.09
+    denoiser = gaussian_denoiser(torch.zeros(4), variance * torch.eye(4), schedule)
+    head = torch.nn.Conv2d(1, 1, 1)
+    head.weight.data.zero_()
+    head.bias.data.zero_()
+    t = torch.full((64,), 300)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.2)
+    for step in range(100):
+        x0 = variance**0.5 * torch.randn(64, 1, 1, 4)
+        loss = covariance.loss(x0, t, seed=0, sample_offset=64 * step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x_t = torch.randn(8, 1, 1, 4)
+    with torch.no_grad():
+        learned = covariance.at(denoiser.predict(x_t, 300)).diagonal()
+    expected = posterior_covariance(variance * torch.eye(4), schedule, 300)[0, 0].float()
+    torch.testing.assert_close(learned, expected.expand_as(learned), rtol=2e-2, atol=0)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(32, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def train(images, **changes):
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4)), ocm.cosine())
+    settings = ocm.TrainingSettings(
+        **{"num_steps": 12, "batch_size": 8, "warmup_steps": 2, **changes}
+    )
+    losses = train_denoiser(denoiser, images, settings, progress=False)
+    head = ocm.make_head(denoiser)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
+    head_losses = train_head(covariance, images, settings, progress=False)
+    return denoiser, head, losses, head_losses
+
+
+def test_training_lowers_the_losses_and_leaves_a_frozen_model(images):
+    denoiser, head, losses, head_losses = train(images, num_steps=40)
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert sum(head_losses[-5:]) < sum(head_losses[:5])
+    for module in (denoiser.backbone, head):
+        assert not module.training
+        assert all(not p.requires_grad and torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_training_is_the_same_again_for_the_same_seed(images):
+    first, second = train(images), train(images)
+    assert first[2:] == second[2:]
+    for one, other in zip(first[1].parameters(), second[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert train(images, seed=1)[2] != first[2]
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(images):
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4)), ocm.cosine())
+    with pytest.raises(FloatingPointError, match=r"loss of the denoiser is (nan|inf) at step"):
+        train_denoiser(denoiser, images * math.inf, ocm.TrainingSettings(3), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"num_steps": 1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_steps": 1, "learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"num_steps": 1, "ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
+    ],
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ocm.TrainingSettings(**changes)
+
+
+def test_a_backbone_that_predicts_a_variance_too_is_refused():
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=4,
+        in_channels=1,
+        out_channels=2,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+    )
+    with pytest.raises(ValueError, match="in_channels = 1, out_channels = 2"):
+        ocm.Denoiser(unet, ocm.linear())
+
+
+@pytest.mark.parametrize("method", checkpoints.LEARNED)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_mixed_precision_trains_what_full_precision_does(images, method, prediction_type):
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine(), prediction_type)
+    losses = {}
+    for precision in ("no", "bf16"):
+        covariance = checkpoints.LEARNED[method](denoiser, ocm.make_head(denoiser))
+        settings = ocm.TrainingSettings(4, batch_size=8, mixed_precision=precision)
+        losses[precision] = train_head(covariance, images, settings, progress=False)
+    torch.testing.assert_close(losses["bf16"], losses["no"], rtol=0.05, atol=0.02)
+    assert losses["bf16"] != losses["no"]
+
+
+@pytest.mark.parametrize("prediction_type", ocm.diffusion.schedules.PREDICTION_TYPES)
+def test_a_denoiser_learns_what_it_predicts(prediction_type):
+    """On a single image every prediction type knows x0, and so the output, from x_t alone."""
+    image = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine(), prediction_type)
+    settings = ocm.TrainingSettings(150, batch_size=16, learning_rate=5e-3, ema_decay=0.95)
+    losses = train_denoiser(denoiser, image, settings, progress=False)
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+    x_t, _ = noisy(denoiser.schedule, image, torch.tensor([300]), seed=9, sample_offset=0)
+    with torch.no_grad():
+        x0_hat = denoiser.predict(x_t, 300).x0_hat
+    assert (x0_hat - image).square().mean() < 0.1

@@ -1,0 +1,304 @@
+"""The README quotes the recorded results, and its commands exist."""
+
+import json
+import re
+import shutil
+import subprocess
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from records import quotes
+
+import ocm
+from ocm.diffusion.backbones import small_unet
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def recorded(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+# Blocks, which benchmarks/records quotes writes
+
+
+@pytest.mark.parametrize("document", quotes.DOCUMENTS, ids=["README", "results"])
+def test_every_block_is_what_its_record_holds(document):
+    """If this fails, `python benchmarks/records quotes` writes the blocks again."""
+    text = document.read_text()
+    assert quotes.filled(text) == text
+
+
+def test_every_block_is_quoted_once_and_says_where_it_is_from():
+    text = "".join(document.read_text() for document in quotes.DOCUMENTS)
+    quoted = Counter(re.findall(r"<!-- figures: ([\w-]+) -->", text))
+    assert quoted == dict.fromkeys(quotes.BLOCKS, 1)
+    for name, block in quotes.BLOCKS.items():
+        last_line = quotes.rendered(name).strip().splitlines()[-1]
+        commit = recorded(block.record)["environment"]["commit"]
+        assert re.fullmatch(rf"_`[^`]+` at {commit[:7]}_", last_line)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- figures: unheard-of -->\n<!-- end -->",
+        "<!-- figures: demo -->\n",
+        "<!-- figures: demo -->\n<!-- figures: digits -->\n<!-- end -->",
+        "<!-- end -->",
+    ],
+)
+def test_blocks_that_are_not_whole_or_not_known_are_errors(text):
+    with pytest.raises(ValueError, match=r"figures must be one of|must have its"):
+        quotes.filled(text)
+
+
+# Figures in sentences
+
+
+def head_against_exact():
+    """The largest distance of the demo's head from the exact diagonal, from K = 10 on."""
+    bits = recorded("demo/metrics.json")["nll_bits_per_dim"]
+    return max(abs(bits["ocm"][K] / bits["exact"][K] - 1) for K in ("10", "25", "50"))
+
+
+def largest_amplification():
+    schedule = ocm.linear()
+    return (schedule.beta_bar[-1] / schedule.alpha_bar[-1]).item()
+
+
+def parameters_of_the_digits_denoiser():
+    width = recorded("cpu/digits.json")["training"]["denoiser"]["width"]
+    return sum(p.numel() for p in small_unet((1, 8, 8), width=width).parameters()) / 1e6
+
+
+# What a sentence says, and the value that its figure is formatted from. In a bound the figure is
+# the least number of its digits that is not below the value.
+QUOTED = {
+    "multiplies its errors by up to {:.1e} towards t = N": largest_amplification,
+    "a denoiser of {:.2f} million parameters": parameters_of_the_digits_denoiser,
+}
+BOUNDS = {
+    "its bound is within {:.0%} of that of the exact diagonal": (head_against_exact, 0.01),
+}
+# Numbers that nothing measured.
+CONSTANTS = {
+    "Python 3.10 to 3.13": "versions, of pyproject.toml",
+    "arXiv 2406.10808": "a paper's number",
+    "Apache-2.0": "a licence's name",
+    "rtol=0.02": "an argument in an example",
+}
+
+
+def fragments():
+    """Every fragment of a sentence that may hold a figure, with the figure as recorded."""
+    for template, value in QUOTED.items():
+        # As people write it: 2.5e4 rather than 2.5e+04.
+        yield re.sub(r"e\+0?(\d)", r"e\1", template.format(value()))
+    for template, (value, step) in BOUNDS.items():
+        yield template.format(-(-value() // step) * step)
+    yield from CONSTANTS
+
+
+# Decimals, powers of ten, percentages, errors, and numbers with a unit of something measured.
+MEASURED = re.compile(
+    r"""(?<![\w.])\d[\d,]*(?:
+        \.\d+(?:e[+-]?\d+)?
+      | e[+-]?\d+
+      | \s?%
+      | \s*±
+      | x(?![\w])
+      | [\s-](?:times|fold|ms|milliseconds?|s|seconds?|min|minutes?|h|hours?|days?
+               |[kKMGT]i?B(?:/s)?|bits?|bits/dim|nats?|W|FLOPS?|images/s|steps/s|percent)\b
+    )""",
+    re.VERBOSE,
+)
+
+
+def prose(text):
+    """Sentences: without code fences, generated blocks, comments and the targets of links."""
+    for pattern in (
+        r"<!-- figures: .*?<!-- end -->",
+        r"^```.*?^```",
+        r"<!--.*?-->",
+        r"(?<=\])\([^)]*\)",
+    ):
+        text = re.sub(pattern, " ", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"\s+", " ", text)
+
+
+def unfounded(text):
+    """Figures of a text that lie in none of the fragments."""
+    text, spans = prose(text), []
+    for fragment in fragments():
+        spans += [found.span() for found in re.finditer(re.escape(fragment), text)]
+    return [
+        text[max(0, found.start() - 40) : found.end() + 20]
+        for found in MEASURED.finditer(text)
+        if not any(low <= found.start() and found.end() <= high for low, high in spans)
+    ]
+
+
+@pytest.mark.parametrize("document", quotes.DOCUMENTS, ids=["README", "results"])
+def test_every_figure_in_a_sentence_is_recorded(document):
+    assert unfounded(document.read_text()) == []
+
+
+def test_no_fragment_has_gone():
+    assert [fragment for fragment in fragments() if fragment not in prose(README)] == []
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "It is 3.5 times faster.", "It is 12 times faster.", "It takes 41% of the time.",
+        "It gains 0.2 bits/dim.", "It needs 4 GB.", "A step takes 12 ms.", "4 ± 1",
+        "Errors grow by up to 2.6e4 towards t = N.", "It is 3x as fast.", "5 minutes",
+        "multiplies its errors by up to 2.6e4 towards t = N", "`beta` reaches 3.10 bits/dim",
+        "its bound is within 2% of that of the exact diagonal", "a 10-fold gain",
+    ],
+)  # fmt: skip
+def test_a_figure_that_is_not_recorded_is_found(claim):
+    assert len(unfounded(claim)) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["K = 10 steps of N = 1000", "images of 8x8", "version 2", "64 products", "M = 16,"]
+)
+def test_settings_are_no_figures(text):
+    assert unfounded(text) == []
+
+
+# Records
+
+
+RECORDS = sorted(RESULTS.glob("*/*.json"))
+
+
+def commit_of(record):
+    """The commit of a record, and whether the checkout differed from it."""
+    if "commit_info" in record:  # pytest-benchmark
+        return record["commit_info"]["id"], record["commit_info"]["dirty"]
+    return record["environment"]["commit"], record["environment"]["uncommitted_changes"]
+
+
+def git(*arguments):
+    return subprocess.run(
+        ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def has_history():
+    """Whether this is a checkout with every commit, and not a copy or a shallow clone."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return False
+    return git("rev-parse", "--is-shallow-repository").stdout.strip() == "false"
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_every_record_names_the_commit_that_it_was_made_at(file):
+    record = json.loads(file.read_text())
+    # A record may hold another, of what was trained before.
+    for part in (
+        record,
+        *(v for v in record.values() if isinstance(v, dict) and "environment" in v),
+    ):
+        commit, changed = commit_of(part)
+        assert re.fullmatch("[0-9a-f]{40}", commit)
+        assert changed is False
+        if not has_history():
+            warnings.warn(f"no history here to look for {commit} in", stacklevel=1)
+            continue
+        assert git("merge-base", "--is-ancestor", commit, "HEAD").returncode == 0, commit
+
+
+# But that of pytest-benchmark, whose format is its own.
+SUITES = [file for file in RECORDS if file.parent.name == "cpu" and file.stem != "small"]
+
+
+@pytest.mark.parametrize("file", SUITES, ids=lambda file: file.stem)
+def test_records_of_suites_name_their_command(file):
+    record = json.loads(file.read_text())
+    assert record["suite"] == file.stem
+    assert record["command"].startswith(f"python benchmarks/run.py --suite {file.stem}")
+
+
+# What the recorded figures show
+
+
+def test_the_recorded_demo_shows_what_it_is_for():
+    """From K = 10 on the head's bound is below both of DDPM's, and within 3% of the exact one."""
+    bits = recorded("demo/metrics.json")["nll_bits_per_dim"]
+    for K in ("10", "25", "50"):
+        assert bits["ocm"][K] < min(bits["beta"][K], bits["beta_tilde"][K])
+        assert abs(bits["ocm"][K] / bits["exact"][K] - 1) < 0.03
+
+
+def test_the_recorded_estimators_show_what_is_claimed():
+    """Every coloring gains at every noise level, and "auto" never loses more than 5%."""
+    record = recorded("cpu/estimators.json")
+    gains = {(row["t"], row["M"]): row["coloring_gain"] for row in record["errors"]}
+    assert all(gain > 1 for (_, M), gain in gains.items() if M > 1)
+    assert min(gains[t, 48] for t in (5, 50)) >= 30
+    assert gains[200, 48] >= 4
+    assert all(row["auto_gain_measured"] > 0.95 for row in record["errors"] if row["M"] < 192)
+    fastest = {
+        t: max(row["times_faster"] for row in record["time_to_error"] if row["t"] == t)
+        for t in (50, 200, 500)
+    }
+    assert fastest[50] >= 60
+    assert fastest[200] >= 8
+    assert fastest[500] >= 2.5
+
+
+@pytest.mark.parametrize("document", quotes.DOCUMENTS, ids=["README", "results"])
+def test_files_that_are_linked_exist(document):
+    links = re.findall(r"\]\(([^)#:]+)", document.read_text())
+    assert links
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+def test_the_recorded_cifar10_shows_what_is_said():
+    """OCM is below analytic, SN and I-DDPM at K = 10 and 25, and NPR within 0.1% of it."""
+    rows = [row for row in recorded("cpu/cifar10.json")["rows"] if row["K"] in (10, 25)]
+    for name in ("analytic", "sn", "iddpm"):
+        compared = [row for row in rows if row["covariance"] == name]
+        assert len({(row["schedule"], row["K"]) for row in compared}) == 4
+        assert all(row["minus_ocm"] > 0 for row in compared)
+    compared = [row for row in rows if row["covariance"] == "npr"]
+    assert len(compared) == 8
+    assert all(abs(row["minus_ocm"]) < 1e-3 * row["bits_per_dim"] for row in compared)
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)) <= targets
+
+
+def test_the_recorded_digits_show_what_is_claimed():
+    """Calibration lowers every bound up to K = 25, and the lowest of all is a calibrated one.
+
+    A number for each timestep has nothing to gain from another: the calibrated analytic variance
+    may differ from the plain one by its own error of estimation, but not by more.
+    """
+    bits = recorded("cpu/digits.json")["nll_bits_per_dim"]
+    plain = [name for name in bits if not name.endswith("_calibrated")]
+    for name in plain:
+        for K in ("5", "10", "25"):
+            gain = bits[name][K] - bits[f"{name}_calibrated"][K]
+            assert gain > (-0.002 if name == "analytic" else 0.0), (name, K)
+    for K in ("5", "10", "25"):
+        best = min(bits[f"{name}_calibrated"][K] for name in plain)
+        assert best < min(bits[name][K] for name in plain)
+
+
+def test_a_head_costs_one_pass_and_little_time():
+    rows = recorded("cpu/sampling.json")["rows"]
+    heads = [row for row in rows if "simple head" in row["covariance"]]
+    assert len({row["network"] for row in heads}) == 2
+    assert all(row["passes"] == 1 for row in heads)
+    assert all(row["over_plain"] <= 1.05 for row in heads)
