@@ -115,7 +115,7 @@ def test_ddpm_step(benchmark, name):
     schedule, mixture, s, t = ocm.linear(), correlated_mixture(), 300, 400
     denoiser = mixture_denoiser(mixture, schedule)
     covariance = {
-        "beta": ocm.Beta(schedule),
+        "beta": ocm.Beta(denoiser),
         "ocm head": ocm.OptimalCovarianceMatching(denoiser, point_head(denoiser).eval()),
         "full": ocm.Full(denoiser),
     }[name]
@@ -149,7 +149,7 @@ def test_bits_per_dim(benchmark):
     """The bound of a batch is that of its images, each on its own."""
     denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.cosine()).freeze()
     images = digits().test[:4]
-    covariance, timesteps = ocm.Beta(denoiser.schedule), ocm.even_timesteps(1000, 3)
+    covariance, timesteps = ocm.Beta(denoiser), ocm.even_timesteps(ocm.linear(), 3)
     bound = benchmark(ocm.bits_per_dim, denoiser, covariance, images, timesteps, levels=17).total
     alone = [
         ocm.bits_per_dim(

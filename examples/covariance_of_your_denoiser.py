@@ -25,9 +25,9 @@ scheduler = DDPMScheduler(num_train_timesteps=1000)
 
 denoiser = ocm.Denoiser(unet, ocm.from_scheduler(scheduler)).freeze()
 covariance = ocm.Hutchinson(denoiser, num_probes=4)
-images = ocm.sample(denoiser, covariance, (4, 3, 16, 16), ocm.even_timesteps(1000, 10))
+images = ocm.sample(denoiser, covariance, (4, 3, 16, 16), 10)
 print(f"{len(images)} images of shape {tuple(images.shape[1:])} in 10 steps")
 
 x0 = ocm.quantise(torch.rand(2, 3, 16, 16) * 2 - 1)  # images in [-1, 1], 256 grey levels
-bound = ocm.bits_per_dim(denoiser, covariance, x0, ocm.even_timesteps(1000, 10))
+bound = ocm.bits_per_dim(denoiser, covariance, x0, 10)
 print(f"bits/dim: {bound.total.mean():.2f}")

@@ -59,7 +59,7 @@ spread = (prior - gain @ A @ prior).diagonal().sqrt().reshape(1, SIZE, SIZE)
 
 sigmas = ocm.KDiffusionDenoiser(denoiser).get_sigmas(40).double().tolist()
 for name, covariance in {
-    "beta, DDPM's": ocm.Beta(schedule),
+    "beta, DDPM's": ocm.Beta(denoiser),
     "diagonal": ocm.Exact(denoiser),
     "full": ocm.Full(denoiser),
 }.items():

@@ -3,6 +3,7 @@
     diagonal = hessdiag.hutchinson(score_fn, x, M)              # unbiased, M products
     result = hessdiag.estimate(score_fn, x, max_probes=M)       # with standard errors
     diagonal = hessdiag.exact(score_fn, x)                      # D products
+    J = hessdiag.Jacobian(score_fn, x, mode="jvp")              # the operator behind them all
 
 Kernels and the random-number contract are in :mod:`hessdiag.kernels`.
 """
@@ -16,6 +17,8 @@ from hessdiag.hessians import (
     hessian_diagonal,
     parameter_hessian_diagonal,
 )
+from hessdiag.jacobian import Jacobian
+from hessdiag.lanczos import lanczos
 from hessdiag.matrices import exact, jacobian
 from hessdiag.probes import (
     BalancedColoring,
@@ -34,6 +37,7 @@ __all__ = [
     "BlockDiagonalEstimate",
     "Coloring",
     "DiagonalEstimate",
+    "Jacobian",
     "Normal",
     "ParameterDiagonal",
     "ProbeDesign",
@@ -48,8 +52,9 @@ __all__ = [
     "hessian_diagonal",
     "hutchinson",
     "jacobian",
+    "lanczos",
     "parameter_hessian_diagonal",
     "trace",
     "xdiag",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_batch, check_positive_int
+from hessdiag.checks import check_positive_int
+from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels import rademacher
 from hessdiag.kernels.philox import check_counter, seed_tensor
-from hessdiag.products import JacobianProducts, Mode, ScoreFunction, check_samples_alone
+from hessdiag.probes import Rademacher, UnitVectors
+from hessdiag.products import check_samples_alone
 from hessdiag.streaming import BlockMoments, Chunks, chunk_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,52 +30,56 @@ class BlockDiagonalEstimate:
             (b, l, i, j) is the derivative of output i of block l with respect to its input j,
             features in order; zero beyond the size of a smaller block.
         stderr: Standard error of each entry: zero if exact, infinite from one sign vector.
-        num_probes: Products taken.
+        num_probes: Products taken for each sample, int64 of shape (B,).
         mode: "vjp" or "jvp".
         note: What a reader should know of how it was done, or "".
     """
 
     blocks: Tensor
     stderr: Tensor
-    num_probes: int
+    num_probes: Tensor
     mode: str
     note: str
 
 
 def block_diagonal(
-    score_fn: ScoreFunction,
-    x: Tensor,
+    score_fn: Jacobian | ScoreFunction,
+    x: Tensor | None = None,
     *,
     partition: Tensor | Literal["channels"] = "channels",
+    probes: Rademacher | UnitVectors = UnitVectors(),  # noqa: B008, frozen
     max_probes: int | None = None,
-    mode: Mode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     seed: int | Tensor = 0,
     sample_offset: int = 0,
+    probe_offset: int = 0,
+    **ways: Unpack[Ways],
 ) -> BlockDiagonalEstimate:
     """Compute the diagonal blocks of J of each sample, exactly or with probes.
 
     With a sign z_l for every block l, probe r of k has z_l at the feature of rank r of every
     block and zero elsewhere; z_l times its product has column r of block l as its expectation,
     and the variance of entry (i, r) is the sum of the squares of row i at the features of rank r
-    in the other blocks, over the number of sign vectors. Exactly, with one block at a time, it
-    takes k products for each block.
+    in the other blocks, over the number of sign vectors. With ``UnitVectors()`` one block at a
+    time is taken, exactly, by k products for each block.
 
     Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone.
-        x: Where the Jacobian is taken, shape (B, ...).
+        score_fn: Maps (B, ...) to (B, ...), each sample alone; or a :class:`hessdiag.Jacobian`.
+        x: Where the Jacobian of a function is taken, shape (B, ...).
         partition: The block of each feature, an integer tensor of the shape of a sample with
             values 0 .. L - 1; or "channels", for samples (C, ...): a block for each position.
-        max_probes: Most products: ``max_probes // k`` sign vectors; None for the exact blocks.
-        mode: As in :func:`hessdiag.estimate`.
+        probes: ``UnitVectors()`` for the exact blocks, or ``Rademacher()``.
+        max_probes: Most products, for Rademacher probes: ``max_probes // k`` sign vectors.
         chunk_size: Products held in memory at a time.
         seed: Seed of the signs.
         sample_offset: Number of the first sample.
+        probe_offset: Number of the first sign vector.
+        ways: As in :func:`hessdiag.estimate`.
 
     Raises:
         TypeError: As :func:`hessdiag.estimate`.
         ValueError: As :func:`hessdiag.estimate`; if the partition does not fit x, has an empty
-            block, or ``max_probes`` is below k.
+            block, ``max_probes`` is below k, or it is given for the exact blocks.
 
     Example:
         >>> A = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 9.0], [9.0, 9.0, 5.0]])
@@ -82,15 +91,22 @@ def block_diagonal(
                  [[5., 0.],
                   [0., 0.]]]])
     """
-    check_batch("x", x)
+    J, notes = as_jacobian(score_fn, x, ways), list[str]()
+    x = J.x
     labels, ranks = _labels_and_ranks(partition, x)
     num_blocks, size = int(labels.max()) + 1, int(ranks.max()) + 1
-    products, notes = JacobianProducts(score_fn, x, mode), list[str]()
-    if max_probes is None:
-        check_samples_alone(products, x)
+    exact = probes.is_exact
+    if exact:
+        if max_probes is not None:
+            raise ValueError(
+                f"max_probes must be left out for the exact blocks, got {max_probes}; pass "
+                "probes=hessdiag.Rademacher() to estimate them"
+            )
+        check_samples_alone(J.products, x)
         total, cycle = num_blocks * size, num_blocks
     else:
         check_positive_int("max_probes", max_probes)
+        assert max_probes is not None
         if max_probes < size:
             raise ValueError(
                 f"max_probes must be at least {size}, the size of the largest block, "
@@ -98,6 +114,7 @@ def block_diagonal(
             )
         total, cycle = max_probes // size * size, 1
         check_counter("sample_offset", sample_offset, len(x))
+        check_counter("probe_offset", probe_offset, total)
     seed = seed_tensor(seed, x.device)
 
     def draw(first: int, count: int) -> Tensor:
@@ -107,7 +124,7 @@ def block_diagonal(
         z = rademacher(
             (int(vector[-1] - vector[0]) + 1, len(x), num_blocks),
             seed,
-            probe_offset=int(vector[0]),
+            probe_offset=probe_offset + int(vector[0]),
             sample_offset=sample_offset,
             dtype=x.dtype,
             device=x.device,
@@ -126,12 +143,11 @@ def block_diagonal(
 
     # One sum for each rank, each over the probes that belong to it.
     moments = [BlockMoments(cycle, 1.0, columns) for _ in range(size)]
-    for first, probes, taken in Chunks(draw, products, chunk_of(chunk_size, x), notes).run(total):
+    for first, probes, taken in Chunks(draw, J.products, chunk_of(chunk_size, x), notes).run(total):
         for offset in range(len(probes)):
             one = slice(offset, offset + 1)
             moments[(first + offset) % size].add(first + offset, probes[one], taken[one])
 
-    exact = max_probes is None
     means, errors = [], []
     for moment in moments:
         count, mean, deviations = moment.moments()
@@ -139,11 +155,12 @@ def block_diagonal(
         error = (deviations / (count * max(1, count - 1))).sqrt()
         errors.append(error if exact or count > 1 else torch.full_like(error, torch.inf))
     blocks, stderr = (
-        _gathered(torch.stack(values, dim=-1), labels, ranks, num_blocks, products.mode)
+        _gathered(torch.stack(values, dim=-1), labels, ranks, num_blocks, J.mode)
         for values in (means, errors)
     )
-    note = "; ".join(products.notes + notes)
-    return BlockDiagonalEstimate(blocks, stderr, total, products.mode, note)
+    num_probes = torch.full((len(x),), total, dtype=torch.int64, device=x.device)
+    note = "; ".join(J.notes + notes)
+    return BlockDiagonalEstimate(blocks, stderr, num_probes, J.mode, note)
 
 
 def _labels_and_ranks(partition: Tensor | Literal["channels"], x: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,8 +63,8 @@ def choose_lanes(
     if not isinstance(probes, str):
         if not isinstance(probes, ProbeDesign):
             raise TypeError(
-                "probes must be a name or an object with block_size, weight and draw "
-                f"(hessdiag.probes.ProbeDesign), got {type(probes).__name__}"
+                "probes must be a name or a design, an object of a class that derives from "
+                f"hessdiag.ProbeDesign, got {type(probes).__name__}"
             )
         return [Lane(probes)], 0
     if probes not in get_args(ProbeName):
@@ -157,7 +157,7 @@ def measure_decay(products: Products, x: Tensor, designs: list[ProbeDesign]) -> 
     Args:
         products: Products with J or its transpose.
         x: Where the Jacobian is taken, shape (B, C, ...).
-        designs: Colorings, or designs that leave the energy of the whole row.
+        designs: Those to choose from.
     """
     num_features = x[0].numel()
     # Spread by the golden ratio, over positions and channels alike.
@@ -173,11 +173,9 @@ def measure_decay(products: Products, x: Tensor, designs: list[ProbeDesign]) -> 
         for row, i in zip(rows, picked, strict=True):
             squares = row.square()
             squares[:, i] = 0.0
-            if isinstance(design, UnitVectors):
-                squares = torch.zeros_like(squares)
-            elif isinstance(design, Coloring):
-                colors = design.colors(tuple(x.shape[1:]), x.device).flatten()
-                squares = squares * (colors == colors[i])
+            disturbing = design.disturbing(tuple(x.shape[1:]), i)
+            if disturbing is not None:
+                squares = squares * disturbing.flatten().to(x.device)
             energy += squares.sum(dim=1) / NUM_PILOTS
         energies.append(energy)
     return Decay(torch.stack(energies, dim=1), own.square().mean(dim=0))
@@ -206,7 +204,7 @@ def choose(
         return variance.argmin(dim=1)
     target = (tolerance.atol + tolerance.rtol * decay.diagonal.sqrt()).square()
     # A standard error needs two blocks, but for the exact diagonal.
-    least = torch.tensor([1 if isinstance(d, UnitVectors) else 2 for d in designs]).to(sizes)
+    least = torch.tensor([1 if design.is_exact else 2 for design in designs]).to(sizes)
     needed = torch.maximum(torch.ceil(decay.energy / target[:, None]), least)
     cost = torch.where(needed <= blocks, needed * sizes, torch.inf)
     reachable = torch.isfinite(cost).any(dim=1)

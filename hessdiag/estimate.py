@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
-from hessdiag.bases import Basis, in_basis
-from hessdiag.checks import check_batch, check_positive_int
+from hessdiag.checks import check_positive_int
 from hessdiag.choosing import ProbeName, choose_lanes
-from hessdiag.functions import prepared
+from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels.philox import check_counter, seed_tensor
 from hessdiag.probes import ProbeDesign
-from hessdiag.products import Batching, JacobianProducts, Mode, Products, ScoreFunction
+from hessdiag.products import Products
 from hessdiag.streaming import Contribution, Streamed, Tolerance, chunk_of, stream
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,22 +46,18 @@ class DiagonalEstimate:
 
 
 def estimate(
-    score_fn: ScoreFunction,
-    x: Tensor,
+    score_fn: Jacobian | ScoreFunction,
+    x: Tensor | None = None,
     *,
     max_probes: int,
     probes: ProbeName | ProbeDesign = "rademacher",
     rtol: float | None = None,
     atol: float | None = None,
-    basis: Basis | None = None,
-    mode: Mode = "auto",
-    batching: Batching = "auto",
     chunk_size: int | Literal["auto"] = "auto",
-    compile: bool = False,
-    autocast: torch.dtype | None = None,
     seed: int | Tensor = 0,
     sample_offset: int = 0,
     probe_offset: int = 0,
+    **ways: Unpack[Ways],
 ) -> DiagonalEstimate:
     """Estimate diag(J) of each sample, unbiased and with standard errors.
 
@@ -72,9 +69,10 @@ def estimate(
     estimated is that of the Jacobian of the whole batch.
 
     Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone. For a Hessian diagonal, the
-            gradient of a function (or use :func:`hessdiag.hessian_diagonal`).
-        x: Where the Jacobian is taken: shape (B, ...), real floating point, finite.
+        score_fn: Maps (B, ...) to (B, ...), each sample alone; or a :class:`hessdiag.Jacobian`,
+            which holds its x. For a Hessian diagonal, the gradient of a function (or use
+            :func:`hessdiag.hessian_diagonal`).
+        x: Where the Jacobian of a function is taken: shape (B, ...), real floating point, finite.
         max_probes: Most probes for a sample; whole blocks of the design are used.
         probes: A design of :mod:`hessdiag.probes`, an object of your own with its three methods,
             or a name:
@@ -94,20 +92,13 @@ def estimate(
             atol + rtol * (root mean square of its diagonal). Looked at every 16 probes, or every
             block of more. Passes go on for the whole batch until its last sample has stopped.
         atol: The absolute part of that tolerance.
-        basis: Estimate the diagonal of F J F^T for an orthonormal F: a :class:`hessdiag.Basis`,
-            like :func:`hessdiag.dct`.
-        mode: "vjp", reverse mode, one evaluation for all probes; "jvp", forward mode, no
-            activations kept; "auto", reverse mode wherever it works
-            (:class:`hessdiag.products.JacobianProducts`).
-        batching: "loop", "vmap" or "fold" the probes of a chunk, or "auto".
         chunk_size: Probes held in memory at a time; halved when a GPU runs out of memory.
-        compile: Whether to pass ``score_fn`` through ``torch.compile``; reverse mode only.
-        autocast: Type for ``torch.autocast`` around ``score_fn``, bfloat16 say: the passes run in
-            it, the estimate accumulates in float32.
         seed: An integer in [0, 2**64), or an int64 tensor with one element.
         sample_offset: Number of the first sample, for a batch that is part of a larger one.
         probe_offset: Number of the first probe, for an estimate that is continued; a multiple of
             the design's block.
+        ways: How ``score_fn`` is evaluated: ``mode``, ``batching``, ``compile``, ``autocast`` and
+            ``basis``, as :class:`hessdiag.Jacobian` has them.
 
     Raises:
         TypeError: If an argument or the output of ``score_fn`` is of the wrong type or dtype.
@@ -121,12 +112,10 @@ def estimate(
         >>> bool(((result.diagonal - A.diagonal()).abs() < 4 * result.stderr).all())
         True
     """
-    check_batch("x", x)
-    score_fn, mode = prepared(score_fn, x, compile=compile, autocast=autocast, mode=mode)
-    products = JacobianProducts(score_fn, x, mode, batching)
+    J = as_jacobian(score_fn, x, ways)
     streamed, notes = estimate_from_products(
-        products if basis is None else in_basis(products, basis),
-        x,
+        J.products,
+        J.x,
         max_probes=max_probes,
         probes=probes,
         tolerance=tolerance_of(rtol, atol),
@@ -134,29 +123,29 @@ def estimate(
         seed=seed,
         sample_offset=sample_offset,
         probe_offset=probe_offset,
-        geometry=basis is None,
+        geometry=J.basis is None,
     )
     return DiagonalEstimate(
         diagonal=streamed.mean,
         stderr=streamed.stderr,
         num_probes=streamed.num_probes,
         num_blocks=streamed.num_blocks,
-        mode=products.mode,
-        batching=products.batching,
-        note="; ".join(products.notes + notes),
+        mode=J.mode,
+        batching=J.batching,
+        note="; ".join(J.notes + notes),
     )
 
 
 def hutchinson(
-    score_fn: ScoreFunction,
-    x: Tensor,
-    M: int,
+    score_fn: Jacobian | ScoreFunction,
+    x: Tensor | None = None,
+    M: int | None = None,
     *,
     seed: int | Tensor = 0,
-    mode: Mode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     sample_offset: int = 0,
     probe_offset: int = 0,
+    **ways: Unpack[Ways],
 ) -> Tensor:
     """Estimate diag(J) of each sample with M Rademacher probes.
 
@@ -174,14 +163,14 @@ def hutchinson(
 
     Args:
         score_fn: Maps (B, ...) to (B, ...), each sample alone: put modules that couple the batch
-            (BatchNorm) in eval mode.
-        x: Where the Jacobian is taken: shape (B, ...), real floating point, finite.
+            (BatchNorm) in eval mode. Or a :class:`hessdiag.Jacobian`, which holds its x.
+        x: Where the Jacobian of a function is taken: shape (B, ...), real floating point, finite.
         M: Number of probes, at least 1.
         seed: An integer in [0, 2**64), or an int64 tensor with one element.
-        mode: "vjp", "jvp" or "auto".
         chunk_size: Probes held in memory at a time.
         sample_offset: Number of the first sample.
         probe_offset: Number of the first probe.
+        ways: As in :func:`estimate`.
 
     Returns:
         Shape and dtype of ``x``, without a gradient. The mean is kept in float32 or, for float64,
@@ -199,23 +188,23 @@ def hutchinson(
                 [0.8253, 0.6967, 0.5403]])
     """
     check_positive_int("M", M)
+    assert M is not None
+    J = as_jacobian(score_fn, x, ways)
     result = estimate(
-        score_fn,
-        x,
+        J,
         max_probes=M,
         seed=seed,
-        mode=mode,
         chunk_size=chunk_size,
         sample_offset=sample_offset,
         probe_offset=probe_offset,
     )
-    warn_of_forward_mode(mode, result.mode, result.note)
-    return result.diagonal.to(x.dtype)
+    warn_of_forward_mode(J, result.note)
+    return result.diagonal.to(J.x.dtype)
 
 
-def warn_of_forward_mode(asked: Mode, taken: str, note: str) -> None:
+def warn_of_forward_mode(J: Jacobian, note: str) -> None:
     """Warn, where a result has no note, that "auto" had to leave reverse mode, and why."""
-    if asked == "auto" and taken == "jvp":
+    if J.asked_mode == "auto" and J.mode == "jvp":
         warnings.warn(f"mode='auto' takes forward mode: {note}", UserWarning, stacklevel=3)
 
 

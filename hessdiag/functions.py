@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from hessdiag.products import Mode, ScoreFunction
+from hessdiag.products import Mode
 
 
 def prepared(
-    score_fn: ScoreFunction,
+    score_fn: Callable[[Tensor], Any],
     x: Tensor,
     *,
     compile: bool,
     autocast: torch.dtype | None,
     mode: Mode,
-) -> tuple[ScoreFunction, Mode]:
+) -> tuple[Callable[[Tensor], Any], Mode]:
     """Return ``score_fn`` compiled and under autocast as asked, and the mode that this allows.
 
     Raises:
@@ -39,12 +42,16 @@ def prepared(
     return score_fn, mode
 
 
-def _under_autocast(score_fn: ScoreFunction, x: Tensor, dtype: torch.dtype) -> ScoreFunction:
+def _under_autocast(
+    score_fn: Callable[[Tensor], Any], x: Tensor, dtype: torch.dtype
+) -> Callable[[Tensor], Any]:
     device_type, output_dtype = x.device.type, x.dtype
 
-    def lowered(point: Tensor) -> Tensor:
+    def lowered(point: Tensor) -> Any:
         with torch.autocast(device_type, dtype=dtype):
             output = score_fn(point)
+        if isinstance(output, tuple) and isinstance(output[0], Tensor):
+            return (output[0].to(output_dtype), *output[1:])  # further tensors stay what they are
         return output.to(output_dtype) if isinstance(output, Tensor) else output
 
     return lowered

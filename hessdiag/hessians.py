@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from hessdiag.estimate import (
     estimate_from_products,
     tolerance_of,
 )
+from hessdiag.jacobian import Jacobian, Ways
 from hessdiag.probes import ProbeDesign
-from hessdiag.products import JacobianProducts, Mode
 from hessdiag.streaming import Streamed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Tree = Any
 
@@ -34,10 +37,11 @@ def hessian_diagonal(
     probes: ProbeName | ProbeDesign = "rademacher",
     rtol: float | None = None,
     atol: float | None = None,
-    mode: Mode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     seed: int | Tensor = 0,
     sample_offset: int = 0,
+    probe_offset: int = 0,
+    **ways: Unpack[Ways],
 ) -> DiagonalEstimate:
     """Estimate the diagonal of the Hessian of a scalar function, for each sample of a batch.
 
@@ -51,10 +55,11 @@ def hessian_diagonal(
         probes: As in :func:`hessdiag.estimate`.
         rtol: As in :func:`hessdiag.estimate`.
         atol: As in :func:`hessdiag.estimate`.
-        mode: As in :func:`hessdiag.estimate`.
         chunk_size: Probes held in memory at a time.
         seed: Seed of the probes.
         sample_offset: Number of the first sample.
+        probe_offset: Number of the first probe.
+        ways: As in :func:`hessdiag.estimate`.
 
     Raises:
         TypeError: As :func:`hessdiag.estimate`.
@@ -85,10 +90,11 @@ def hessian_diagonal(
         probes=probes,
         rtol=rtol,
         atol=atol,
-        mode=mode,
         chunk_size=chunk_size,
         seed=seed,
         sample_offset=sample_offset,
+        probe_offset=probe_offset,
+        **ways,
     )
 
 
@@ -99,14 +105,14 @@ class ParameterDiagonal:
     Attributes:
         diagonal: The estimate: a tree like the parameters.
         stderr: Its standard errors: a tree like the parameters.
-        num_probes: Products taken.
+        num_probes: Products taken, int64 of shape ().
         mode: "vjp", "jvp", or "jvp then vjp" for a Gauss-Newton matrix.
         note: What a reader should know of how it was done, or "".
     """
 
     diagonal: Tree
     stderr: Tree
-    num_probes: int
+    num_probes: Tensor
     mode: str
     note: str
 
@@ -119,10 +125,10 @@ def parameter_hessian_diagonal(
     probes: ProbeName | ProbeDesign = "rademacher",
     rtol: float | None = None,
     atol: float | None = None,
-    mode: Mode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     seed: int | Tensor = 0,
     probe_offset: int = 0,
+    **ways: Unpack[Ways],
 ) -> ParameterDiagonal:
     """Estimate the diagonal of the Hessian of a loss over parameters.
 
@@ -137,10 +143,11 @@ def parameter_hessian_diagonal(
         probes: As in :func:`hessdiag.estimate`.
         rtol: As in :func:`hessdiag.estimate`, over all parameters.
         atol: As in :func:`hessdiag.estimate`.
-        mode: "vjp", reverse over reverse; "jvp", forward over reverse; "auto".
         chunk_size: Probes held in memory at a time.
         seed: Seed of the probes.
         probe_offset: Number of the first probe.
+        ways: As in :func:`hessdiag.estimate`: mode "vjp" is reverse over reverse, "jvp" forward
+            over reverse.
 
     Raises:
         TypeError: As :func:`hessdiag.estimate`, or if a leaf is no tensor, or types differ.
@@ -157,9 +164,9 @@ def parameter_hessian_diagonal(
     def scalar(vector: Tensor) -> Tensor:
         return _scalar("loss", loss(restore(vector[0])))
 
-    products = JacobianProducts(torch.func.grad(scalar), flat, mode)
+    J = Jacobian(torch.func.grad(scalar), flat, **ways)
     streamed, notes = estimate_from_products(
-        products,
+        J.products,
         flat,
         max_probes=max_probes,
         probes=probes,
@@ -168,7 +175,7 @@ def parameter_hessian_diagonal(
         seed=seed,
         probe_offset=probe_offset,
     )
-    return _result(streamed, restore, products.mode, products.notes + notes)
+    return _result(streamed, restore, J.mode, J.notes + notes)
 
 
 def gauss_newton_diagonal(
@@ -285,7 +292,7 @@ def _result(
     return ParameterDiagonal(
         diagonal=restore(streamed.mean[0]),
         stderr=restore(streamed.stderr[0]),
-        num_probes=int(streamed.num_probes[0]),
+        num_probes=streamed.num_probes[0],
         mode=mode,
         note="; ".join(notes),
     )

@@ -9,7 +9,7 @@ from hessdiag.checks import check_positive_int
 from hessdiag.products import Products
 
 
-def lanczos(products: Products, start: Tensor, num_products: int) -> tuple[Tensor, Tensor]:
+def lanczos(products: Products, start: Tensor, num_probes: int) -> tuple[Tensor, Tensor]:
     """Run the Lanczos recurrence from one vector of each sample.
 
     With A symmetric and v_1 = start / |start|, k products give an orthonormal V = [v_1 .. v_k] of
@@ -24,13 +24,13 @@ def lanczos(products: Products, start: Tensor, num_products: int) -> tuple[Tenso
     Args:
         products: From (1, B, ...) to A v of the same shape, a product for each sample.
         start: Shape (B, ...).
-        num_products: k, at least 1; the products are taken one after the other.
+        num_probes: k, at least 1; the products are taken one after the other.
 
     Returns:
         V of shape (k, B, ...) and T of shape (B, k, k).
 
     Raises:
-        TypeError: If ``num_products`` is not an int.
+        TypeError: If ``num_probes`` is not an int.
         ValueError: If it is below 1.
 
     Example:
@@ -40,20 +40,20 @@ def lanczos(products: Products, start: Tensor, num_products: int) -> tuple[Tenso
         tensor([[[2., 1.],
                  [1., 3.]]])
     """
-    check_positive_int("num_products", num_products)
+    check_positive_int("num_probes", num_probes)
     batch, tiny = len(start), torch.finfo(start.dtype).eps
     v = start.reshape(batch, -1)
     v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
     basis = v[:, None]  # (B, j, D)
-    T = start.new_zeros(batch, num_products, num_products)
+    T = start.new_zeros(batch, num_probes, num_probes)
     exhausted = torch.zeros(batch, dtype=torch.bool, device=start.device)
-    for j in range(num_products):
+    for j in range(num_probes):
         w = products(basis[:, j].reshape(1, *start.shape))[0].reshape(batch, -1)
         size = w.norm(dim=1)
         alpha = (basis[:, j] * w).sum(dim=1)
         # A diagonal entry that f may take, where nothing is left to learn.
         T[:, j, j] = torch.where(exhausted, T[:, 0, 0], alpha) if j else alpha
-        if j + 1 == num_products:
+        if j + 1 == num_probes:
             break
         for _ in range(2):  # twice is enough for orthogonality to rounding
             w = w - ((basis @ w[..., None]).mT @ basis)[:, 0]
@@ -63,4 +63,4 @@ def lanczos(products: Products, start: Tensor, num_products: int) -> tuple[Tenso
         T[:, j, j + 1] = T[:, j + 1, j] = beta
         following = torch.where(exhausted[:, None], 0.0, w / beta.clamp(min=tiny**2)[:, None])
         basis = torch.cat([basis, following[:, None]], dim=1)
-    return basis.transpose(0, 1).reshape(num_products, *start.shape), T
+    return basis.transpose(0, 1).reshape(num_probes, *start.shape), T

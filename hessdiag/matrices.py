@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_batch
 from hessdiag.estimate import warn_of_forward_mode
+from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.probes import UnitVectors
-from hessdiag.products import JacobianProducts, Mode, ScoreFunction, check_samples_alone
+from hessdiag.products import check_samples_alone
 from hessdiag.streaming import Chunks, chunk_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def exact(
-    score_fn: ScoreFunction,
-    x: Tensor,
+    score_fn: Jacobian | ScoreFunction,
+    x: Tensor | None = None,
     *,
-    mode: Mode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
+    **ways: Unpack[Ways],
 ) -> Tensor:
     """Compute diag(J) of each sample by D products, one for each feature.
 
@@ -29,11 +32,11 @@ def exact(
     sample sees another.
 
     Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone.
-        x: Where the Jacobian is taken: shape (B, ...), real floating point, finite; D is the
-            number of features of a sample.
-        mode: As in :func:`hessdiag.estimate`.
+        score_fn: Maps (B, ...) to (B, ...), each sample alone; or a :class:`hessdiag.Jacobian`.
+        x: Where the Jacobian of a function is taken: shape (B, ...), real floating point, finite;
+            D is the number of features of a sample.
         chunk_size: Products held in memory at a time, as in :func:`hessdiag.estimate`.
+        ways: As in :func:`hessdiag.estimate`.
 
     Returns:
         Shape and dtype of ``x``.
@@ -48,27 +51,28 @@ def exact(
         >>> exact(lambda x: x @ A.T, torch.zeros(1, 2))
         tensor([[1., 4.]])
     """
-    check_batch("x", x)
+    J = as_jacobian(score_fn, x, ways)
+    x = J.x
     diagonal = torch.empty(len(x), x[:1].numel(), dtype=x.dtype, device=x.device)
-    for features, rows, _ in _rows(score_fn, x, mode, chunk_size):
+    for features, rows in _rows(J, chunk_size):
         diagonal[:, features] = torch.diagonal(rows[:, :, features], dim1=0, dim2=2)
     return diagonal.reshape(x.shape)
 
 
 def jacobian(
-    score_fn: ScoreFunction,
-    x: Tensor,
+    score_fn: Jacobian | ScoreFunction,
+    x: Tensor | None = None,
     *,
-    mode: Mode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
+    **ways: Unpack[Ways],
 ) -> Tensor:
     """Compute the whole Jacobian of each sample by D products.
 
     Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone.
-        x: Where the Jacobian is taken, shape (B, ...).
-        mode: As in :func:`hessdiag.estimate`.
+        score_fn: As in :func:`exact`.
+        x: As in :func:`exact`.
         chunk_size: Products held in memory at a time.
+        ways: As in :func:`hessdiag.estimate`.
 
     Returns:
         Shape (B, D, D), entry (b, i, j) the derivative of output i with respect to input j.
@@ -83,22 +87,21 @@ def jacobian(
         tensor([[[1., 2.],
                  [3., 4.]]])
     """
-    check_batch("x", x)
+    J = as_jacobian(score_fn, x, ways)
+    x = J.x
     num_features = x[:1].numel()
     result = torch.empty(len(x), num_features, num_features, dtype=x.dtype, device=x.device)
-    for features, rows, taken_mode in _rows(score_fn, x, mode, chunk_size):
-        if taken_mode == "vjp":
+    for features, rows in _rows(J, chunk_size):
+        if J.mode == "vjp":
             result[:, features] = rows.transpose(0, 1)
         else:
             result[:, :, features] = rows.permute(1, 2, 0)
     return result
 
 
-def _rows(
-    score_fn: ScoreFunction, x: Tensor, mode: Mode, chunk_size: int | Literal["auto"]
-) -> Iterator[tuple[Tensor, Tensor, str]]:
-    """Yield features, their rows (vjp) or columns (jvp) of J, of shape (m, B, D), and the mode."""
-    products, notes = JacobianProducts(score_fn, x, mode), list[str]()
+def _rows(J: Jacobian, chunk_size: int | Literal["auto"]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield features and their rows (mode "vjp") or columns ("jvp") of J, of shape (m, B, D)."""
+    x, notes = J.x, list[str]()
     chunk, num_features, seed = chunk_of(chunk_size, x), x[:1].numel(), torch.tensor(0)
 
     def draw(first: int, count: int) -> Tensor:
@@ -111,8 +114,8 @@ def _rows(
             device=x.device,
         )
 
-    check_samples_alone(products, x)
-    for first, _, taken in Chunks(draw, products, chunk, notes).run(num_features):
+    check_samples_alone(J.products, x)
+    for first, _, taken in Chunks(draw, J.products, chunk, notes).run(num_features):
         features = torch.arange(first, first + len(taken), device=x.device)
-        yield features, taken.reshape(len(taken), len(x), num_features), products.mode
-    warn_of_forward_mode(mode, products.mode, "; ".join(products.notes + notes))
+        yield features, taken.reshape(len(taken), len(x), num_features)
+    warn_of_forward_mode(J, "; ".join(J.notes + notes))

@@ -39,12 +39,19 @@ from hessdiag.lattices import lattice_colors
 
 @runtime_checkable
 class ProbeDesign(Protocol):
-    """What ``probes=`` accepts beside its names: any object with these three methods.
+    """What ``probes=`` accepts beside its names: a class of your own derives from it.
+
+    The three methods are yours to give; the rest holds for a design that does nothing special.
+
+    Attributes:
+        is_exact: Whether one block is the whole answer, without chance.
+        is_signs: Whether probe k is sign vector k of the random-number contract, which the kernels
+            make again from the seed rather than read it.
 
     Example:
         Signs of our own, every probe a block of its own:
 
-        >>> class Spheres:
+        >>> class Spheres(ProbeDesign):
         ...     def block_size(self, sample_shape):
         ...         return 1
         ...     def weight(self, sample_shape):
@@ -58,6 +65,23 @@ class ProbeDesign(Protocol):
         >>> isinstance(Spheres(), ProbeDesign)
         True
     """
+
+    @property
+    def is_exact(self) -> bool:
+        """False; True where one block is the whole answer."""
+        return False
+
+    @property
+    def is_signs(self) -> bool:
+        """False; True where the kernels can make the probes again."""
+        return False
+
+    def disturbing(self, sample_shape: tuple[int, ...], feature: int) -> Tensor | None:
+        """Return which features disturb the estimate of one, bool of ``sample_shape``.
+
+        The variance from one block is the energy of J there. None, the default, stands for all.
+        """
+        return None
 
     def block_size(self, sample_shape: tuple[int, ...]) -> int:
         """Return the number m of probes in a block, for samples of shape (...)."""
@@ -85,8 +109,13 @@ class ProbeDesign(Protocol):
 
 
 @dataclass(frozen=True)
-class Rademacher:
+class Rademacher(ProbeDesign):
     """Independent signs: the smallest variance among independent entries."""
+
+    @property
+    def is_signs(self) -> bool:
+        """True."""
+        return True
 
     def block_size(self, sample_shape: tuple[int, ...]) -> int:
         """Return 1."""
@@ -118,7 +147,7 @@ class Rademacher:
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(ProbeDesign):
     """Independent standard normals: for comparison, their variance is the larger."""
 
     def block_size(self, sample_shape: tuple[int, ...]) -> int:
@@ -161,7 +190,7 @@ class Normal:
 
 
 @dataclass(frozen=True)
-class Coloring:
+class Coloring(ProbeDesign):
     """For images: one sign vector z, taken apart into colors whose features are far apart.
 
     The colors are those of :mod:`hessdiag.lattices`, any number of them: what couples most,
@@ -203,6 +232,11 @@ class Coloring:
             )
         return lattice_colors(self.num_colors, tuple(sample_shape), device)
 
+    def disturbing(self, sample_shape: tuple[int, ...], feature: int) -> Tensor:
+        """Return the features of the same color."""
+        colors = self.colors(sample_shape, "cpu")
+        return colors == colors.flatten()[feature]
+
     def block_size(self, sample_shape: tuple[int, ...]) -> int:
         """Return the number of colors, in the dense form rounded up to a Hadamard order.
 
@@ -240,7 +274,7 @@ class Coloring:
 
 
 @dataclass(frozen=True)
-class BalancedColoring:
+class BalancedColoring(ProbeDesign):
     """For features without geometry: each block gives them random colors of equal numbers.
 
     Against as many Rademacher probes the variance is (D - m)/(D - 1), averaged over colorings:
@@ -292,8 +326,17 @@ class BalancedColoring:
 
 
 @dataclass(frozen=True)
-class UnitVectors:
+class UnitVectors(ProbeDesign):
     """The D unit vectors: one block is the exact diagonal."""
+
+    @property
+    def is_exact(self) -> bool:
+        """True."""
+        return True
+
+    def disturbing(self, sample_shape: tuple[int, ...], feature: int) -> Tensor:
+        """Return none."""
+        return torch.zeros(sample_shape, dtype=torch.bool)
 
     def block_size(self, sample_shape: tuple[int, ...]) -> int:
         """Return D."""

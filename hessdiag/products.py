@@ -15,124 +15,55 @@ matrix J per sample. Reverse mode gives ``J^T v``, forward mode ``J v``, each in
 =======  ======================================  ==============================================
 
 Reverse mode keeps the activations of ``score_fn``, so its memory grows with depth; forward mode
-keeps none. No way serves every function, so :class:`JacobianProducts` goes through those that
-are left until one works, and notes why one before it did not.
+keeps none. No way fits every function: :class:`hessdiag.Jacobian` tries them in order until one
+works, and notes why one before it did not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from hessdiag.checks import check_output
 from hessdiag.compat import (
     NotDifferentiableError,
-    explained,
     forward_mode_operators,
     has_tangent,
     reusable_graphs,
 )
 
-ScoreFunction = Callable[[Tensor], Tensor]
 Products = Callable[[Tensor], Tensor]
 Mode = Literal["auto", "vjp", "jvp"]
 Batching = Literal["auto", "loop", "vmap", "fold"]
+WayName = tuple[Literal["vjp", "jvp"], Literal["loop", "vmap", "fold"]]
 
 # Elements of x up to which batched backward passes are the faster ones on a CPU: measured on
 # U-Nets, twice as fast at 768, as fast at 6,144.
 _SMALL = 4096
 
 
-class JacobianProducts:
-    """Probes v, of shape (m, B, ...), to products of the same shape, by the first way that works.
-
-    Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone.
-        x: Where the Jacobian is taken, of shape (B, ...).
-        mode: "vjp" for ``J^T v``, "jvp" for ``J v``. "auto" is reverse mode, which evaluates
-            ``score_fn`` once for all probes; or forward mode where ``score_fn`` has no backward
-            graph (under ``torch.no_grad``) or rule, or where the graph does not fit in memory.
-        batching: One of the ways above. "auto" is "vmap", but for large inputs on a CPU in reverse
-            mode, and gives way to "loop" where vmap has no rule.
-
-    Attributes:
-        mode: The mode that was taken.
-        batching: The way that was taken.
-        notes: Why ways before it could not be.
+def candidate_ways(mode: Mode, batching: Batching, x: Tensor) -> list[WayName]:
+    """Return the ways to try, in order.
 
     Raises:
-        TypeError: If ``score_fn`` returns no tensor or another dtype than that of x.
-        ValueError: If it returns another shape, does not depend on x, or ``mode`` or ``batching``
-            is unknown.
+        ValueError: If ``mode`` or ``batching`` is unknown.
 
     Example:
-        >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> products = JacobianProducts(lambda x: x @ A.T, torch.zeros(1, 2), "jvp")
-        >>> products(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
-        tensor([[[1., 3.]],
-        <BLANKLINE>
-                [[2., 4.]]])
+        >>> candidate_ways("vjp", "auto", torch.zeros(2, 3))
+        [('vjp', 'vmap'), ('vjp', 'loop')]
     """
-
-    def __init__(
-        self,
-        score_fn: ScoreFunction,
-        x: Tensor,
-        mode: Mode = "auto",
-        batching: Batching = "auto",
-    ) -> None:
-        self._function = _Function(score_fn, x)
-        self._candidates = _candidates(mode, batching, x)
-        self._products: Products | None = None
-        self.mode, self.batching = self._candidates[0]
-        self.notes: list[str] = []
-
-    def __call__(self, probes: Tensor) -> Tensor:
-        """Return the products with ``probes``."""
-        while True:
-            self.mode, self.batching = self._candidates[0]
-            try:
-                if self._products is None:
-                    self._products = _WAYS[self.mode, self.batching](self._function)
-                return self._products(probes)
-            except (RuntimeError, ValueError) as error:
-                self._give_way(error)
-
-    def _give_way(self, error: Exception) -> None:
-        """Strike the way that raised off the candidates, or raise if none is left."""
-        graph_too_large = isinstance(error, torch.OutOfMemoryError) and self._products is None
-        if graph_too_large or isinstance(error, NotDifferentiableError):
-            # Every way of this mode would meet the same.
-            left = [way for way in self._candidates if way[0] != self.mode]
-            if not left:
-                raise error
-            note = f"not mode='{self.mode}': {error}"
-        else:
-            left = self._candidates[1:]
-            refused = explained(error, self.mode, self.batching)
-            if refused is None:
-                raise error
-            if not left:
-                raise refused from error
-            note = str(refused)
-        self.notes.append(note)
-        self._candidates, self._products = left, None
-
-
-def _candidates(
-    mode: Mode, batching: Batching, x: Tensor
-) -> list[tuple[Literal["vjp", "jvp"], Literal["loop", "vmap", "fold"]]]:
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
     if batching not in get_args(Batching):
         raise ValueError(
             f"batching must be one of {', '.join(get_args(Batching))}, got {batching!r}"
         )
-    candidates: list[tuple[Literal["vjp", "jvp"], Literal["loop", "vmap", "fold"]]] = []
+    candidates: list[WayName] = []
     if mode != "jvp":
         if batching == "auto":
             # Large inputs keep the cores of a CPU busy one probe at a time.
@@ -149,21 +80,64 @@ def _candidates(
     return candidates
 
 
-class _Function(NamedTuple):
-    """A function and the point where it is differentiated."""
+class Function(NamedTuple):
+    """A function and the point where it is differentiated.
 
-    score_fn: ScoreFunction
+    Attributes:
+        score_fn: Maps (B, ...) to (B, ...), or to that and further tensors.
+        x: The point.
+        has_aux: Whether there are further tensors.
+    """
+
+    score_fn: Callable[[Tensor], Any]
     x: Tensor
+    has_aux: bool = False
+
+    def __call__(self, point: Tensor) -> tuple[Any, Any]:
+        """Return the output and the further tensors, None where there are none."""
+        returned = self.score_fn(point)
+        if not self.has_aux:
+            return returned, None
+        if not isinstance(returned, tuple) or len(returned) != 2:
+            raise TypeError(
+                "score_fn must return (output, further tensors) with has_aux=True, got "
+                f"{type(returned).__name__}"
+            )
+        return returned
 
 
-def _reverse_graph(score_fn: ScoreFunction, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x as a leaf, and the output of ``score_fn`` with its graph to that leaf."""
+class Way(NamedTuple):
+    """Products by one way, and what the function returned.
+
+    Attributes:
+        products: From probes (m, B, ...) to products of the same shape.
+        evaluation: Returns the output and the further tensors, detached: those of the evaluation
+            behind the products where there is one, else of a plain one.
+    """
+
+    products: Products
+    evaluation: Callable[[], tuple[Tensor, Any]]
+
+
+def _plain_evaluation(function: Function) -> tuple[Tensor, Any]:
+    with torch.no_grad():
+        output, aux = function(function.x.detach().clone())
+    check_output(output, function.x)
+    return output.detach(), _detached(aux)
+
+
+def _detached(aux: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.detach, aux)
+
+
+def _reverse_graph(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """Return x as a leaf, the output of the function with its graph to that leaf, and the rest."""
     with torch.inference_mode(False), torch.enable_grad(), reusable_graphs():
         # A clone: autograd refuses tensors made in inference mode, and score_fn may write into it.
         leaf = x.detach().clone().requires_grad_()
-        output = score_fn(leaf.clone())
+        output, aux = function(leaf.clone())
     _check_graph(output, x)
-    return leaf, output
+    return leaf, output, aux
 
 
 def _check_graph(output: Tensor, x: Tensor) -> None:
@@ -184,54 +158,62 @@ def _backward(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
     return product
 
 
-def _reverse_loop(function: _Function) -> Products:
-    leaf, output = _reverse_graph(function.score_fn, function.x)
-    return lambda probes: torch.stack([_backward(output, leaf, probe) for probe in probes])
+def _reverse_loop(function: Function) -> Way:
+    leaf, output, aux = _reverse_graph(function, function.x)
+
+    def products(probes: Tensor) -> Tensor:
+        return torch.stack([_backward(output, leaf, probe) for probe in probes])
+
+    return Way(products, lambda: (output.detach(), _detached(aux)))
 
 
-def _reverse_vmap(function: _Function) -> Products:
+def _reverse_vmap(function: Function) -> Way:
     x = function.x
 
-    def checked(point: Tensor) -> Tensor:
-        output = function.score_fn(point.clone())
+    def checked(point: Tensor) -> tuple[Tensor, Any]:
+        output, aux = function(point.clone())
         _check_graph(output, x)
-        return output
+        return output, aux
 
     # By torch.func rather than is_grads_batched, which is slower and has rules for less. The outer
     # no_grad leaves out the graph to parameters that require gradients.
     with torch.inference_mode(False), torch.no_grad(), reusable_graphs():
         # Contiguous, since vmap has no rules for other memory formats.
         point = x.detach().clone(memory_format=torch.contiguous_format)
-        pull_back = torch.func.vjp(checked, point)[1]
+        if function.has_aux:
+            output, pull_back, aux = torch.func.vjp(checked, point, has_aux=True)
+        else:
+            output, pull_back = torch.func.vjp(lambda p: checked(p)[0], point)
+            aux = None
 
     def products(probes: Tensor) -> Tensor:
         with torch.no_grad():
             result: Tensor = torch.func.vmap(lambda probe: pull_back(probe)[0])(probes)
         return result
 
-    return products
+    return Way(products, lambda: (output.detach(), _detached(aux)))
 
 
-def _reverse_fold(function: _Function) -> Products:
-    score_fn, x = function.score_fn, function.x
+def _reverse_fold(function: Function) -> Way:
+    x = function.x
 
     def products(probes: Tensor) -> Tensor:
         with _deterministic(x):
-            leaf, output = _reverse_graph(score_fn, _folded(x, len(probes)))
+            leaf, output, _ = _reverse_graph(function, _folded(x, len(probes)))
         if len(output) > 1:
             alone = torch.zeros_like(output)
             alone[0] = 1.0
             _check_alone(_backward(output, leaf, alone)[1:])
         return _backward(output, leaf, probes.flatten(0, 1)).reshape(probes.shape)
 
-    return products
+    return Way(products, lambda: _plain_evaluation(function))
 
 
-def _forward_product(score_fn: ScoreFunction, x: Tensor) -> Products:
+def _forward_product(function: Function, x: Tensor) -> Products:
     """Return v -> J v for one probe, of the shape of x."""
 
     def checked(point: Tensor) -> Tensor:
-        output = score_fn(point)
+        output, _ = function(point)
         check_output(output, x)
         # torch.func.jvp would call a missing tangent zero.
         if not has_tangent(output):
@@ -248,8 +230,8 @@ def _forward_product(score_fn: ScoreFunction, x: Tensor) -> Products:
     return product
 
 
-def _forward_loop(function: _Function) -> Products:
-    product = _forward_product(function.score_fn, function.x)
+def _forward_loop(function: Function) -> Way:
+    product = _forward_product(function, function.x)
     random_state = _RandomState(function.x)
 
     def products(probes: Tensor) -> Tensor:
@@ -261,11 +243,15 @@ def _forward_loop(function: _Function) -> Products:
                     results.append(product(probe))
             return torch.stack(results)
 
-    return products
+    def evaluation() -> tuple[Tensor, Any]:
+        with random_state.same():
+            return _plain_evaluation(function)
+
+    return Way(products, evaluation)
 
 
-def _forward_vmap(function: _Function) -> Products:
-    product = _forward_product(function.score_fn, function.x)
+def _forward_vmap(function: Function) -> Way:
+    product = _forward_product(function, function.x)
     random_state = _RandomState(function.x)
 
     def products(probes: Tensor) -> Tensor:
@@ -274,14 +260,18 @@ def _forward_vmap(function: _Function) -> Products:
                 return product(probes[0])[None]
             return torch.func.vmap(product, randomness="same")(probes)
 
-    return products
+    def evaluation() -> tuple[Tensor, Any]:
+        with random_state.same():
+            return _plain_evaluation(function)
+
+    return Way(products, evaluation)
 
 
-def _forward_fold(function: _Function) -> Products:
-    score_fn, x = function.score_fn, function.x
+def _forward_fold(function: Function) -> Way:
+    x = function.x
 
     def products(probes: Tensor) -> Tensor:
-        product = _forward_product(score_fn, _folded(x, len(probes)))
+        product = _forward_product(function, _folded(x, len(probes)))
         with forward_mode_operators(), torch.no_grad():
             folded = probes.flatten(0, 1)
             with _deterministic(x):
@@ -292,10 +282,10 @@ def _forward_fold(function: _Function) -> Products:
                 _check_alone(product(alone)[1:])
         return result.reshape(probes.shape)
 
-    return products
+    return Way(products, lambda: _plain_evaluation(function))
 
 
-_WAYS: dict[tuple[str, str], Callable[[_Function], Products]] = {
+WAYS: dict[WayName, Callable[[Function], Way]] = {
     ("vjp", "loop"): _reverse_loop,
     ("vjp", "vmap"): _reverse_vmap,
     ("vjp", "fold"): _reverse_fold,
@@ -316,8 +306,9 @@ def check_samples_alone(products: Products, x: Tensor) -> None:
 
     Example:
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-        >>> check_samples_alone(JacobianProducts(lambda x: x - x.mean(dim=0), x),
-        ...                     x)    # doctest: +ELLIPSIS
+        >>> from hessdiag import Jacobian
+        >>> J = Jacobian(lambda x: x - x.mean(dim=0), x)
+        >>> check_samples_alone(J.products, x)    # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: score_fn must act on each sample alone, ...

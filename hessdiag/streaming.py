@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessdiag.checks import check_positive_int
 from hessdiag.kernels import Moments, probe_moments
-from hessdiag.probes import ProbeDesign, Rademacher, UnitVectors
+from hessdiag.probes import ProbeDesign
 from hessdiag.products import Products
 
 # A tile of the random-number contract: a smaller chunk makes the same signs more than once.
@@ -252,7 +252,7 @@ def stream(
     totals = [max_probes // size * size for size in sizes]
     moments = [
         SignMoments(seed, probe_offset, sample_offset)
-        if isinstance(lane.design, Rademacher) and contribution is None
+        if lane.design.is_signs and contribution is None
         else BlockMoments(size, lane.design.weight(shape), contribution or torch.mul)
         for lane, size in zip(lanes, sizes, strict=True)
     ]
@@ -286,8 +286,7 @@ def stream(
             ended = end >= total
             if not ended and (tolerance is None or end % look):
                 continue
-            exact = isinstance(lane.design, UnitVectors)
-            now = _standardised(moment.moments(), min(end, total), exact)
+            now = _standardised(moment.moments(), min(end, total), lane.design.is_exact)
             finished = ~done if lane.samples is None else ~done & lane.samples
             if not ended and tolerance is not None:
                 finished &= tolerance.reached(now.mean, now.stderr)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from hessdiag.checks import check_batch
 from hessdiag.choosing import ProbeName
 from hessdiag.estimate import estimate_from_products, tolerance_of
+from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.probes import ProbeDesign
-from hessdiag.products import JacobianProducts, Mode, ScoreFunction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,18 +40,18 @@ class TraceEstimate:
 
 
 def trace(
-    score_fn: ScoreFunction,
-    x: Tensor,
+    score_fn: Jacobian | ScoreFunction,
+    x: Tensor | None = None,
     *,
     max_probes: int,
     probes: ProbeName | ProbeDesign = "rademacher",
     rtol: float | None = None,
     atol: float | None = None,
-    mode: Mode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
     seed: int | Tensor = 0,
     sample_offset: int = 0,
     probe_offset: int = 0,
+    **ways: Unpack[Ways],
 ) -> TraceEstimate:
     """Estimate tr(J) of each sample as the mean of v^T J v (Hutchinson, 1990).
 
@@ -57,17 +59,18 @@ def trace(
     of ``score_fn``, as continuous normalising flows and score matching need it.
 
     Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone.
-        x: Where the Jacobian is taken, shape (B, ...).
+        score_fn: Maps (B, ...) to (B, ...), each sample alone; or a :class:`hessdiag.Jacobian`,
+            whose ``output`` then comes from the same evaluation.
+        x: Where the Jacobian of a function is taken, shape (B, ...).
         max_probes: Most probes for a sample.
         probes: As in :func:`hessdiag.estimate`.
         rtol: Stop once the standard error is at most atol + rtol * |trace|.
         atol: The absolute part of that tolerance.
-        mode: As in :func:`hessdiag.estimate`.
         chunk_size: Probes held in memory at a time.
         seed: Seed of the probes.
         sample_offset: Number of the first sample.
         probe_offset: Number of the first probe.
+        ways: As in :func:`hessdiag.estimate`.
 
     Raises:
         TypeError: As :func:`hessdiag.estimate`.
@@ -78,11 +81,10 @@ def trace(
         >>> trace(torch.sin, torch.zeros(1, 3), max_probes=2).trace    # cos(0) three times
         tensor([3.])
     """
-    check_batch("x", x)
-    products = JacobianProducts(score_fn, x, mode)
+    J = as_jacobian(score_fn, x, ways)
     streamed, notes = estimate_from_products(
-        products,
-        x,
+        J.products,
+        J.x,
         max_probes=max_probes,
         probes=probes,
         tolerance=tolerance_of(rtol, atol),
@@ -97,9 +99,9 @@ def trace(
         stderr=streamed.stderr,
         num_probes=streamed.num_probes,
         num_blocks=streamed.num_blocks,
-        mode=products.mode,
-        batching=products.batching,
-        note="; ".join(products.notes + notes),
+        mode=J.mode,
+        batching=J.batching,
+        note="; ".join(J.notes + notes),
     )
 
 

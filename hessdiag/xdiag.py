@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_batch
+from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels import rademacher
 from hessdiag.kernels.philox import check_counter, seed_tensor
-from hessdiag.products import JacobianProducts, Mode, ScoreFunction
+from hessdiag.products import Mode
 from hessdiag.streaming import Chunks, chunk_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def xdiag(
-    score_fn: ScoreFunction,
-    x: Tensor,
+    score_fn: Jacobian | ScoreFunction,
+    x: Tensor | None = None,
     *,
-    num_products: int,
+    num_probes: int,
     symmetric: bool = False,
     seed: int | Tensor = 0,
     sample_offset: int = 0,
+    **ways: Unpack[Ways],
 ) -> Tensor:
     """Estimate diag(J) of each sample by XDiag (Epperly, Tropp and Webber, 2024, section 6).
 
-    With k = num_products / 2 Rademacher probes Omega and Q R = J Omega, it is the mean over i of
+    With k = num_probes / 2 Rademacher probes Omega and Q R = J Omega, it is the mean over i of
 
         diag(Q_i Q_i^T J) + omega_i * ((I - Q_i Q_i^T) J omega_i),
 
@@ -36,44 +42,46 @@ def xdiag(
     and reverse-mode derivatives, unless ``symmetric`` says that one stands for the other.
 
     Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone.
-        x: Where the Jacobian is taken, shape (B, ...).
-        num_products: Products in all, even, at least 4 and at most 2 D.
+        score_fn: Maps (B, ...) to (B, ...), each sample alone; or a :class:`hessdiag.Jacobian`.
+        x: Where the Jacobian of a function is taken, shape (B, ...).
+        num_probes: Products in all, even, at least 4 and at most 2 D.
         symmetric: J is symmetric, as a Hessian is: reverse mode alone serves. For a learned score
             it is not, and the result is biased by what it lacks.
         seed: Seed of the probes.
         sample_offset: Number of the first sample.
+        ways: As in :func:`hessdiag.estimate`; both modes are taken, whatever ``mode`` says.
 
     Returns:
         Shape of ``x``, in float32, or float64 for float64 inputs.
 
     Raises:
         TypeError: As :func:`hessdiag.estimate`.
-        ValueError: As :func:`hessdiag.estimate`, or if ``num_products`` is out of range.
+        ValueError: As :func:`hessdiag.estimate`, or if ``num_probes`` is out of range.
 
     Example:
         A matrix of rank one, found from two probes:
 
         >>> u = torch.tensor([1.0, 2.0, 3.0])
-        >>> xdiag(lambda x: (x @ u)[:, None] * u, torch.zeros(1, 3), num_products=4)
+        >>> xdiag(lambda x: (x @ u)[:, None] * u, torch.zeros(1, 3), num_probes=4)
         tensor([[1.0000, 4.0000, 9.0000]])
     """
-    check_batch("x", x)
+    J = as_jacobian(score_fn, x, ways)
+    x = J.x
     num_features = x[:1].numel()
-    if isinstance(num_products, bool) or not isinstance(num_products, int):
-        raise TypeError(f"num_products must be an int, got {num_products!r}")
-    if num_products % 2 or not 4 <= num_products <= 2 * max(2, num_features):
+    if isinstance(num_probes, bool) or not isinstance(num_probes, int):
+        raise TypeError(f"num_probes must be an int, got {num_probes!r}")
+    if num_probes % 2 or not 4 <= num_probes <= 2 * max(2, num_features):
         raise ValueError(
-            f"num_products must be even, at least 4 and at most 2 D = {2 * num_features}, "
-            f"got {num_products}"
+            f"num_probes must be even, at least 4 and at most 2 D = {2 * num_features}, "
+            f"got {num_probes}"
         )
     check_counter("sample_offset", sample_offset, len(x))
-    k = num_products // 2
+    k = num_probes // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
 
     def take(mode: Mode, probes: Tensor) -> Tensor:
         """Products of (B, D, k), a probe in every column."""
-        products = JacobianProducts(score_fn, x, mode)
+        products = J.in_mode(mode).products
         stacked = probes.permute(2, 0, 1).reshape(k, *x.shape).to(x.dtype)
         chunks = Chunks(lambda m, n: stacked[m : m + n], products, chunk_of("auto", x), [])
         taken = torch.cat([part for _, _, part in chunks.run(k)])

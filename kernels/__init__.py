@@ -6,6 +6,7 @@ CPU tensors take the reference, CUDA tensors the Triton kernel; the numbers are 
 from hessdiag.kernels.gaussian_step import StepCoefficients, gaussian_step
 from hessdiag.kernels.normal import normal
 from hessdiag.kernels.ocm_loss import ocm_loss
+from hessdiag.kernels.philox import seed_tensor
 from hessdiag.kernels.probe_moments import Moments, probe_moments
 from hessdiag.kernels.rademacher import rademacher, rademacher_bits
 
@@ -18,4 +19,5 @@ __all__ = [
     "probe_moments",
     "rademacher",
     "rademacher_bits",
+    "seed_tensor",
 ]

@@ -3,7 +3,7 @@
 A covariance states Cov[x0 | x_t]; samplers and the likelihood derive every reverse step from it:
 
     covariance = ocm.Hutchinson(denoiser, num_probes=8)     # nothing to train
-    images = ocm.sample(denoiser, covariance, (16, 1, 8, 8), ocm.even_timesteps(1000, 10))
+    images = ocm.sample(denoiser, covariance, (16, 1, 8, 8), steps=10)
 """
 
 import importlib
@@ -29,8 +29,6 @@ from ocm.covariances import (
     calibrate,
     fit_analytic,
     fit_analytic_from_data,
-    reverse_variance,
-    variance_of_x0,
 )
 from ocm.covariances.learned.heads import CovarianceHead, ResidualHead, TokenHead, make_head
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
@@ -39,7 +37,9 @@ from ocm.diffusion.architectures import Architecture
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule, cosine, from_betas, from_scheduler, linear
 from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
-from ocm.sampling.any_sigma import KDiffusionDenoiser, posterior_mean_given_measurement, x0_given
+from ocm.integrations.k_diffusion import KDiffusionDenoiser
+from ocm.sampling.any_sigma import x0_given
+from ocm.sampling.inverse import posterior_mean_given_measurement
 from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
 from ocm.sampling.samplers import capture, ddim, ddpm, sample
 from ocm.training.loop import TrainingSettings
@@ -104,11 +104,9 @@ __all__ = [
     "posterior_mean_given_measurement",
     "quadratic_timesteps",
     "quantise",
-    "reverse_variance",
     "sample",
     "train_denoiser",
     "train_head",
-    "variance_of_x0",
     "x0_given",
 ]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_positive_int
+from ocm.diffusion.checks import check_positive_int
 
 _DIGITS_SIZE = 8
 _MAX_HELD_OUT = 10_000

@@ -248,7 +248,7 @@ def _errors(
 
 def _xdiag_error(score_fn: ScoreFunction, x: Tensor, truth: Tensor, M: int) -> Tensor:
     errors = [
-        hessdiag.xdiag(score_fn, x, num_products=M, seed=seed).flatten(1) - truth
+        hessdiag.xdiag(score_fn, x, num_probes=M, seed=seed).flatten(1) - truth
         for seed in range(48 // M)
     ]
     return torch.stack(errors).double().square().mean()

@@ -60,7 +60,7 @@ def _network(name: str, unet: Any, batch: int, setting: Setting) -> list[Row]:
     denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
     generator = torch.Generator().manual_seed(0)
     x_t = torch.randn((batch, 3, 32, 32), generator=generator).to(setting.device)
-    covariances: dict[str, Any] = {"beta_tilde": ocm.BetaTilde()}
+    covariances: dict[str, Any] = {"beta_tilde": ocm.BetaTilde(denoiser)}
     for kind in ("simple", "residual"):
         for method, learned in LEARNED.items():
             if kind == "simple" or method == "ocm":

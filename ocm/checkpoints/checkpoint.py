@@ -18,21 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessdiag.checks import check_positive_int
-from ocm.covariances import (
-    NPR,
-    SN,
-    Analytic,
-    ImprovedDDPM,
-    LearnedCovariance,
-    OptimalCovarianceMatching,
-)
+from ocm.checkpoints.weights import CheckpointError, load_model, load_weights
+from ocm.covariances import Analytic, LearnedCovariance
 from ocm.covariances.learned.heads import HEADS, KINDS
 from ocm.covariances.learned.parameterisation import Parameterisation
+from ocm.covariances.names import LEARNED
 from ocm.diffusion.architectures import ARCHITECTURES
+from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
-from ocm.diffusion.tables import StepTable, TimestepTable, table_from_json
+from ocm.diffusion.tables import Table
 
 _FORMAT = "ocm-checkpoint"
 _VERSION = 2
@@ -41,18 +36,6 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
 # Small enough to be carried one by one.
 _MAX_SHARD_SIZE = "14MB"
-
-# What learned covariances are called in checkpoints and on the command line.
-LEARNED: dict[str, Any] = {
-    "iddpm": ImprovedDDPM,
-    "npr": NPR,
-    "sn": SN,
-    "ocm": OptimalCovarianceMatching,
-}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or not of the model it is asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +47,7 @@ class Checkpoint:
         image_shape: (C, H, W) of a sample.
         levels: Grey levels of the images it was trained on.
         data: Name of the data set.
-        learned: Covariances with a trained head, by the names of :data:`LEARNED`.
+        learned: Covariances with a trained head, by name.
         analytic: Analytic covariances by name.
         calibrations: Weights of :class:`ocm.Calibrated` by the name of the covariance.
         x0_range: Where the data lie; None for data without bounds: latents.
@@ -78,7 +61,7 @@ class Checkpoint:
     data: str
     learned: Mapping[str, LearnedCovariance] = field(default_factory=dict)
     analytic: Mapping[str, Analytic] = field(default_factory=dict)
-    calibrations: Mapping[str, TimestepTable | StepTable] = field(default_factory=dict)
+    calibrations: Mapping[str, Table] = field(default_factory=dict)
     x0_range: tuple[float, float] | None = (-1.0, 1.0)
     num_calibration: int = 0
 
@@ -182,10 +165,10 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     learned: dict[str, LearnedCovariance] = {}
     for name, (head, parameterisation) in entries.items():
         _check_fit(file, name, head, denoiser)
-        _load_weights(head, directory / "heads" / f"{name}.safetensors")
+        load_weights(head, directory / "heads" / f"{name}.safetensors")
         head.to(device).eval().requires_grad_(False)
         learned[name] = LEARNED[name](denoiser, head, parameterisation)
-    analytic, calibrations = _read_tables(directory / "tables.json", schedule)
+    analytic, calibrations = _read_tables(directory / "tables.json", denoiser)
     return Checkpoint(
         denoiser,
         (channels, height, width),
@@ -235,20 +218,12 @@ def load_backbone(directory: str | Path) -> Any:
     import diffusers
 
     directory = Path(directory)
-    file = directory / "config.json"
-    config = _read_json(file)
-    name = config.get("_class_name")
+    name = _read_json(directory / "config.json").get("_class_name")
     if name not in ARCHITECTURES:
         raise CheckpointError(
             f"{directory} must hold one of {', '.join(ARCHITECTURES)}, got {name!r}"
         )
-    try:
-        backbone = getattr(diffusers, name).from_config(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file} makes no model: {error}") from error
-    # Strictly, where from_pretrained leaves weights that it does not find at their random start.
-    _load_weights(backbone, directory / _WEIGHTS, directory / _INDEX)
-    return backbone
+    return load_model(getattr(diffusers, name), directory)
 
 
 def _rounded(backbone: Any, dtype: torch.dtype) -> Any:
@@ -318,19 +293,17 @@ def _read_description(file: Path) -> dict[str, Any]:
     return description
 
 
-def _read_tables(
-    file: Path, schedule: Schedule
-) -> tuple[dict[str, Analytic], dict[str, TimestepTable | StepTable]]:
+def _read_tables(file: Path, denoiser: Denoiser) -> tuple[dict[str, Analytic], dict[str, Table]]:
     if not file.exists():
         return {}, {}
     record = _read_json(file)
     try:
         analytic = {
-            name: Analytic(schedule, TimestepTable.from_json(table))
+            name: Analytic(denoiser, Table.from_json(table))
             for name, table in record["analytic"].items()
         }
         calibrations = {
-            name: table_from_json(table) for name, table in record["calibrations"].items()
+            name: Table.from_json(table) for name, table in record["calibrations"].items()
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -350,39 +323,3 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _write_json(file: Path, record: dict[str, Any]) -> None:
     file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-
-
-def _load_weights(module: nn.Module, file: Path, index: Path | None = None) -> None:
-    """Load weights strictly from one file, or from the several of an index if that is there."""
-    files = [file]
-    if index is not None and not file.exists() and index.exists():
-        files, file = _indexed(index), index
-    tensors: dict[str, torch.Tensor] = {}
-    for part in files:
-        tensors |= _read_weights(part)
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{file} is of another model: {error}") from error
-    if not all(bool(torch.isfinite(weight).all()) for weight in module.parameters()):
-        raise CheckpointError(f"{file} holds NaN or infinite weights")
-
-
-def _read_weights(file: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return tensors
-
-
-def _indexed(index: Path) -> list[Path]:
-    """Return the files of an index, which lie beside it."""
-    weight_map = _read_json(index).get("weight_map")
-    names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise CheckpointError(f"{index} must hold a weight_map to files beside it, got {names}")
-    return [index.parent / name for name in names]

@@ -8,26 +8,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocm.covariances.hutchinson import timestep
+from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, diagonal, variance_bound
 from ocm.diffusion.denoiser import Denoiser, Prediction
-from ocm.diffusion.noise import FITTING, noisy_prediction
-from ocm.diffusion.schedules import Schedule
-from ocm.diffusion.tables import TimestepTable
+from ocm.diffusion.draws import FITTING
+from ocm.diffusion.noise import labelled, noisy_prediction
+from ocm.diffusion.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
-class Analytic:
+class Analytic(Covariance):
     """Cov[x0 | x_t] = Var_t I.
 
     Attributes:
-        schedule: The noise schedule.
+        denoiser: Whose schedule it is.
         fractions: Var_t alpha_bar / beta_bar by timestep, in [0, 1] for a true score; kept in this
             form because it changes slowly with t.
     """
 
-    schedule: Schedule
-    fractions: TimestepTable
+    denoiser: Denoiser
+    fractions: Table
 
     def variances(self, x0_range: tuple[float, float] | None = (-1.0, 1.0)) -> Tensor:
         """Return Var_t for t = 1 .. N, float64, bounded to what data in ``x0_range`` allow.
@@ -38,19 +38,20 @@ class Analytic:
         Raises:
             ValueError: If the table does not reach from 1 to N.
         """
-        N = self.schedule.num_timesteps
-        fractions = torch.stack([self.fractions.at(t)[0] for t in range(1, N + 1)])
+        schedule = self.denoiser.schedule
+        levels = range(1, schedule.num_timesteps + 1)
+        fractions = torch.stack([self.fractions.at(None, t)[0] for t in levels])
         bound = torch.inf if x0_range is None else variance_bound(x0_range)
-        return (fractions / self.schedule.snr[1:]).clamp(0.0, bound)
+        return (fractions / schedule.snr[1:]).clamp(0.0, bound)
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return Var_t I; no pass through the backbone.
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return Var_t I.
 
         Raises:
             ValueError: If t lies outside the table.
         """
-        t, x_t = timestep(prediction), prediction.x_t
-        variance = (self.fractions.at(t)[0] / self.schedule.snr[t]).item()
+        t, x_t = prediction.timestep, prediction.x_t
+        variance = (self.fractions.at(None, t)[0] / self.denoiser.schedule.snr[t]).item()
         return diagonal(x_t.new_full([1] * x_t.dim(), variance), x_t.shape)
 
 
@@ -86,8 +87,9 @@ def fit_analytic(
         squares = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size]
+            condition = labelled(denoiser, labels, first, len(batch))
             prediction = noisy_prediction(
-                denoiser, batch, t, seed, first, labels=labels, draw=FITTING
+                denoiser, batch, t, seed, first, condition=condition, draw=FITTING
             )
             pair = [
                 (prediction.x_t.double() - alpha * mean.to(prediction.x_t).double()) / sigma
@@ -99,7 +101,7 @@ def fit_analytic(
         weight = covariance[0, 1] / covariance[0, 0].clamp(min=torch.finfo(torch.float64).tiny)
         return float(1.0 - predicted.mean() + weight * (drawn.mean() - 1.0))
 
-    return Analytic(denoiser.schedule, _tabulate(fraction, timesteps, progress))
+    return Analytic(denoiser, _tabulate(fraction, timesteps, progress))
 
 
 @torch.no_grad()
@@ -127,29 +129,22 @@ def fit_analytic_from_data(
     def fraction(t: int) -> float:
         total = 0.0
         for first in range(0, len(x0), batch_size):
+            batch = x0[first : first + batch_size]
+            condition = labelled(denoiser, labels, first, len(batch))
             prediction = noisy_prediction(
-                denoiser,
-                x0[first : first + batch_size],
-                t,
-                seed,
-                first,
-                labels=labels,
-                draw=FITTING,
+                denoiser, batch, t, seed, first, condition=condition, draw=FITTING
             )
             x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
             total += (x0_hat.double().cpu() - mean.cpu()).square().sum().item()
         variance = min(max(data_variance - total / x0.numel(), 0.0), bound)
         return variance * denoiser.schedule.snr[t].item()
 
-    return Analytic(denoiser.schedule, _tabulate(fraction, timesteps, progress))
+    return Analytic(denoiser, _tabulate(fraction, timesteps, progress))
 
 
-def _tabulate(
-    fraction: Callable[[int], float], timesteps: Sequence[int], progress: bool
-) -> TimestepTable:
+def _tabulate(fraction: Callable[[int], float], timesteps: Sequence[int], progress: bool) -> Table:
     from tqdm import tqdm
 
     ordered = sorted(set(timesteps))
     bar = tqdm(ordered, "analytic", unit="t", disable=not progress)
-    values = [[fraction(t)] for t in bar]
-    return TimestepTable.of(ordered, values)
+    return Table({t: [fraction(t)] for t in bar})

@@ -7,9 +7,8 @@ that is too small in a few dimensions dominates the bound. So
 
 with both chosen to maximise the Gaussian likelihood of x0 around x0_hat on training data, best on
 images that the denoiser itself was not trained on. b_t is then a measure of the mean's error. For a
-covariance that looks at the end s of a step (I-DDPM's) there are two numbers for each step (s, t).
- Several diagonal covariances may be mixed,
-sum_j a_tj Cov_j + b_t I, by the same fit.
+covariance that depends on the end s of a step (I-DDPM's) there are two numbers for each step
+(s, t). Several diagonal covariances may be mixed, sum_j a_tj Cov_j + b_t I, by the same fit.
 
 Samplers and the bound clamp the result to what data allow, like any covariance. That cuts it off
 only for a mean that errs by more than half of the data's range.
@@ -19,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocm.covariances.base import Covariance, looks_at_s
-from ocm.covariances.hutchinson import timestep
+from ocm.covariances.base import Covariance
 from ocm.covariances.operators import (
     PIXELS,
     PosteriorCovariance,
@@ -33,15 +32,16 @@ from ocm.covariances.operators import (
     spectral,
 )
 from ocm.diffusion.denoiser import Denoiser, Prediction
-from ocm.diffusion.noise import FITTING, noisy_prediction
-from ocm.diffusion.tables import StepTable, TimestepTable
+from ocm.diffusion.draws import FITTING
+from ocm.diffusion.noise import labelled, noisy_prediction
+from ocm.diffusion.tables import Table
 
 _MOST_ITERATIONS = 2000
 _TOLERANCE = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
-class Calibrated:
+class Calibrated(Covariance):
     """sum_j a_tj Cov_j + b_t I.
 
     Attributes:
@@ -51,7 +51,7 @@ class Calibrated:
     """
 
     covariances: tuple[Covariance, ...]
-    weights: TimestepTable | StepTable
+    weights: Table
     x0_range: tuple[float, float] | None = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -62,18 +62,18 @@ class Calibrated:
             )
 
     @property
-    def looks_at_s(self) -> bool:
+    def depends_on_s(self) -> bool:
         """Whether one of the covariances depends on the end s of the step."""
-        return any(looks_at_s(covariance) for covariance in self.covariances)
+        return any(covariance.depends_on_s for covariance in self.covariances)
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> PosteriorCovariance:
+    def at(self, prediction: Prediction) -> PosteriorCovariance:
         """Return the calibrated covariance; it costs what the covariances in it cost.
 
         Raises:
             TypeError: If one of several is no diagonal covariance.
         """
-        *scales, shift = self.weights.at(timestep(prediction), s).tolist()
-        parts = [c.at(prediction, s=s).bounded(self.x0_range) for c in self.covariances]
+        *scales, shift = self.weights.at(prediction.s, prediction.timestep).tolist()
+        parts = [c.at(prediction).bounded(self.x0_range) for c in self.covariances]
         if len(parts) == 1:
             return parts[0].affine(scales[0], shift)
         variances = [_pixels(part).eigenvalues for part in parts]
@@ -103,7 +103,7 @@ def calibrate(
         covariances: One covariance with eigenvalues, or several diagonal ones to be mixed.
         x0: Training data, shape (n, ...); a few hundred images are enough.
         timesteps: Where to fit; between them both numbers are interpolated. Pairs (s, t) fit each
-            step by itself, for a covariance that looks at s.
+            step by itself, for a covariance that depends on s.
         labels: Class of each sample, for a denoiser that takes them.
         x0_range: Where the data lie: x0_hat is clipped to it and each covariance bounded, as
             samplers and the likelihood do; None for data without bounds.
@@ -115,27 +115,28 @@ def calibrate(
     Raises:
         TypeError: If a covariance has no eigenvalues to fit (Lanczos), or one of several is no
             diagonal.
-        ValueError: If a covariance looks at s and there are no steps (s, t).
+        ValueError: If a covariance depends on s and there are no steps (s, t).
     """
     from tqdm import tqdm
 
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
-    if any(isinstance(t, int) and looks_at_s(c) for c in several for t in timesteps):
+    if any(isinstance(t, int) and c.depends_on_s for c in several for t in timesteps):
         raise ValueError(
-            "timesteps must be the steps (s, t) that will be taken, for a covariance that looks at "
-            "s, got timesteps t alone"
+            "timesteps must be the steps (s, t) that will be taken, for a covariance that depends "
+            "on s, got timesteps t alone"
         )
     steps = sorted({(None, t) if isinstance(t, int) else t for t in timesteps}, key=_by_t)
-    rows = []
+    rows: dict[Any, list[float]] = {}
     for s, t in tqdm(steps, label, unit="t", disable=not progress):
         terms: list[Tensor] = []
         errors: list[Tensor] = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size].to(denoiser.device)
+            condition = labelled(denoiser, labels, first, len(batch))
             prediction = noisy_prediction(
-                denoiser, batch, t, seed, first, labels=labels, draw=FITTING
+                denoiser, batch, t, seed, first, s=s, condition=condition, draw=FITTING
             )
-            parts = [spectral(c.at(prediction, s=s).bounded(x0_range)) for c in several]
+            parts = [spectral(c.at(prediction).bounded(x0_range)) for c in several]
             if len(parts) > 1:
                 parts = [_pixels(part) for part in parts]
             x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
@@ -143,11 +144,9 @@ def calibrate(
             errors.append(error.double().square().flatten())
             variances = [part.eigenvalues.expand(error.shape) for part in parts]
             terms.append(torch.stack([v.double().flatten() for v in variances]))
-        rows.append(fit_variance_components(torch.cat(terms, dim=1), torch.cat(errors)).tolist())
-    pairs = [(s, t) for s, t in steps if s is not None]
-    if pairs:
-        return Calibrated(several, StepTable.of(pairs, rows), x0_range)
-    return Calibrated(several, TimestepTable.of([t for _, t in steps], rows), x0_range)
+        weights = fit_variance_components(torch.cat(terms, dim=1), torch.cat(errors))
+        rows[t if s is None else (s, t)] = weights.tolist()
+    return Calibrated(several, Table(rows), x0_range)
 
 
 def _by_t(step: tuple[int | None, int]) -> tuple[int, int]:

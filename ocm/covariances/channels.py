@@ -7,37 +7,42 @@ from dataclasses import dataclass
 import torch
 
 import hessdiag
-from ocm.covariances.hutchinson import timestep
+from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, channel_blocks
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)
-class ChannelBlocks:
+class ChannelBlocks(Covariance):
     """The C x C block of Cov[x0 | x_t] of every pixel, exact or from probes.
+
+    The probes of different timesteps are different ones of the same seed.
 
     Attributes:
         denoiser: Whose output is differentiated, on samples (C, ...).
-        num_probes: Most products, a multiple of C (:func:`hessdiag.block_diagonal`); None for the
-            exact blocks.
+        max_probes: Most products, for ``hessdiag.Rademacher()``: whole multiples of C are taken.
         seed: Seed of the probes.
+        probes: ``hessdiag.UnitVectors()`` for the exact blocks, or ``hessdiag.Rademacher()``.
     """
 
     denoiser: Denoiser
-    num_probes: int | None = None
+    max_probes: int | None = None
     seed: int = 0
+    probes: hessdiag.Rademacher | hessdiag.UnitVectors = hessdiag.UnitVectors()  # noqa: RUF009
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return the blocks; they cost D + 1 passes, or ``num_probes`` + 1."""
-        denoiser = self.denoiser.conditioned_as(prediction)
-        x_t, t = prediction.x_t, timestep(prediction)
-        c, k = denoiser.covariance_coefficients(t, x_t)
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the blocks, by D products, or ``max_probes``."""
+        prediction = prediction.by(self.denoiser)
+        x_t = prediction.x_t
+        vectors = (self.max_probes or 0) // x_t.shape[1]
         J = hessdiag.block_diagonal(
-            denoiser.output_at(t),
-            x_t,
-            max_probes=self.num_probes,
-            seed=(self.seed + t) % 2**64,  # other probes at each timestep
+            prediction.jacobian,
+            probes=self.probes,
+            max_probes=self.max_probes,
+            seed=self.seed,
             sample_offset=prediction.sample_offset,
+            probe_offset=prediction.timestep * vectors,
         ).blocks.to(x_t)
+        c, k = prediction.covariance_coefficients
         identity = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
         return channel_blocks(c.flatten() * identity + k.flatten() * J, x_t.shape)

@@ -7,45 +7,55 @@ covariance is nearly diagonal in frequency, and unlike a diagonal over pixels it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import hessdiag
-from ocm.covariances.hutchinson import timestep
+from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, cosine_diagonal
+from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)
-class CosineDiagonal:
+class CosineDiagonal(Covariance):
     """The diagonal of F Cov[x0 | x_t] F^T, F the cosine transform of the last two axes.
 
     Attributes:
         denoiser: Whose output is differentiated.
-        num_probes: Rademacher probes M, in the frequencies; "exact" for D products.
+        num_probes: M; one block of the design if that is larger.
         seed: Seed of the probes.
+        probes: Their design, in the frequencies; ``hessdiag.UnitVectors()`` is exact, by D of them.
+
+    Raises:
+        TypeError: If ``num_probes`` is not an int.
+        ValueError: If it is below 1.
     """
 
     denoiser: Denoiser
-    num_probes: int | Literal["exact"] = 1
+    num_probes: int = 1
     seed: int = 0
+    probes: hessdiag.ProbeDesign = hessdiag.Rademacher()  # noqa: RUF009, frozen
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return the estimate; it costs M + 1 passes."""
-        denoiser = self.denoiser.conditioned_as(prediction)
-        x_t, t = prediction.x_t, timestep(prediction)
+    def __post_init__(self) -> None:
+        check_positive_int("num_probes", self.num_probes)
+
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the estimate, by M products.
+
+        Raises:
+            ValueError: If x_t has no two axes of positions.
+        """
+        prediction = prediction.by(self.denoiser)
+        x_t = prediction.x_t
         if x_t.dim() < 3:
             raise ValueError(f"x_t must have two axes of positions, got shape {tuple(x_t.shape)}")
-        exact = self.num_probes == "exact"
-        num_probes = x_t[0].numel() if self.num_probes == "exact" else self.num_probes
+        num_probes = max(self.num_probes, self.probes.block_size(tuple(x_t.shape[1:])))
         J = hessdiag.estimate(
-            denoiser.output_at(t),
-            x_t,
+            prediction.jacobian.in_basis(hessdiag.dct()),
             max_probes=num_probes,
-            probes=hessdiag.UnitVectors() if exact else hessdiag.Rademacher(),
-            basis=hessdiag.dct(),
+            probes=self.probes,
             seed=self.seed,
             sample_offset=prediction.sample_offset,
-            probe_offset=0 if exact else t * num_probes,
+            probe_offset=prediction.timestep * num_probes,
         ).diagonal
-        c, k = denoiser.covariance_coefficients(t, x_t)
+        c, k = prediction.covariance_coefficients
         return cosine_diagonal(c + k * J.to(x_t), x_t.shape)

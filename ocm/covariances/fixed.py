@@ -12,28 +12,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ocm.covariances.base import constant
-from ocm.covariances.operators import SpectralCovariance, diagonal
-from ocm.diffusion.denoiser import Prediction
-from ocm.diffusion.schedules import Schedule
+from ocm.covariances.base import Covariance, constant
+from ocm.covariances.operators import SpectralCovariance
+from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)
-class Beta:
-    """The variance beta(s, t) of q(x_t | x_s): Var[x0 | x_t] = beta_bar_t."""
+class Beta(Covariance):
+    """The variance beta(s, t) of q(x_t | x_s): Var[x0 | x_t] = beta_bar_t.
 
-    schedule: Schedule
+    Attributes:
+        denoiser: Whose schedule it is.
+    """
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+    denoiser: Denoiser
+
+    def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return beta_bar_t I."""
-        return constant(self.schedule.beta_bar, prediction)
+        return constant(self.denoiser.schedule.beta_bar, prediction)
 
 
 @dataclass(frozen=True)
-class BetaTilde:
-    """The variance beta_tilde(s, t) of q(x_s | x_t, x_0): Var[x0 | x_t] = 0."""
+class BetaTilde(Covariance):
+    """The variance beta_tilde(s, t) of q(x_s | x_t, x_0): Var[x0 | x_t] = 0.
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
+    Attributes:
+        denoiser: Whose schedule it is.
+    """
+
+    denoiser: Denoiser
+
+    def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return zero."""
-        x_t = prediction.x_t
-        return diagonal(x_t.new_zeros([1] * x_t.dim()), x_t.shape)
+        return constant(0.0 * self.denoiser.schedule.beta_bar, prediction)

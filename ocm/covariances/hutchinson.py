@@ -8,16 +8,17 @@ what the data allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import hessdiag
-from hessdiag.checks import check_positive_int
+from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, diagonal
+from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)
-class Hutchinson:
+class Hutchinson(Covariance):
     """Var[x0 | x_t] from M probes of the Jacobian: unbiased, may be negative.
 
     The probes of different timesteps are different ones of the same seed.
@@ -37,34 +38,21 @@ class Hutchinson:
     denoiser: Denoiser
     num_probes: int
     seed: int = 0
-    probes: hessdiag.ProbeDesign = field(default_factory=hessdiag.Rademacher)
+    probes: hessdiag.ProbeDesign = hessdiag.Rademacher()  # noqa: RUF009, frozen
 
     def __post_init__(self) -> None:
         check_positive_int("num_probes", self.num_probes)
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return the estimate; it costs M + 1 passes."""
-        denoiser = self.denoiser.conditioned_as(prediction)
-        x_t, t = prediction.x_t, timestep(prediction)
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the estimate, by M products."""
+        prediction = prediction.by(self.denoiser)
         J = hessdiag.estimate(
-            denoiser.output_at(t),
-            x_t,
+            prediction.jacobian,
             max_probes=self.num_probes,
             probes=self.probes,
             seed=self.seed,
             sample_offset=prediction.sample_offset,
-            probe_offset=t * self.num_probes,
+            probe_offset=prediction.timestep * self.num_probes,
         ).diagonal
-        c, k = denoiser.covariance_coefficients(t, x_t)
-        return diagonal(c + k * J.to(x_t), x_t.shape)
-
-
-def timestep(prediction: Prediction) -> int:
-    """Return t, which must be the same for the whole batch.
-
-    Raises:
-        TypeError: If it is a tensor of a timestep for each sample.
-    """
-    if not isinstance(prediction.t, int):
-        raise TypeError("prediction.t must be one timestep for the whole batch, got a tensor")
-    return prediction.t
+        c, k = prediction.covariance_coefficients
+        return diagonal(c + k * J.to(prediction.x_t), prediction.x_t.shape)

@@ -14,43 +14,47 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_positive_int
-from hessdiag.lanczos import lanczos
-from ocm.covariances.hutchinson import timestep
+import hessdiag
+from ocm.covariances.base import Covariance
 from ocm.covariances.operators import variance_bound
+from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
 @dataclass(frozen=True)
-class Lanczos:
+class Lanczos(Covariance):
     """The full Cov[x0 | x_t] through k products for every vector it is applied to.
 
     Attributes:
         denoiser: Whose output is differentiated.
-        num_products: k; exact from D on.
+        num_probes: k, the products for each vector; exact from D on.
         symmetric: Whether to average J and its transpose, at two products a step of k.
 
     Raises:
-        TypeError: If ``num_products`` is not an int.
+        TypeError: If ``num_probes`` is not an int.
         ValueError: If it is below 1.
     """
 
     denoiser: Denoiser
-    num_products: int = 3
+    num_probes: int = 3
     symmetric: bool = False
 
     def __post_init__(self) -> None:
-        check_positive_int("num_products", self.num_products)
+        check_positive_int("num_probes", self.num_probes)
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> LanczosCovariance:
-        """Return the covariance, one pass; each use of it costs k products."""
-        denoiser = self.denoiser.conditioned_as(prediction)
-        x_t, t = prediction.x_t, timestep(prediction)
-        backward = denoiser.covariance_products(x_t, t, mode="vjp")
+    def at(self, prediction: Prediction) -> LanczosCovariance:
+        """Return the covariance; each use of it takes k products."""
+        prediction = prediction.by(self.denoiser)
+        x_t, J = prediction.x_t, prediction.jacobian
+        c, k = prediction.covariance_coefficients
         if not self.symmetric:
-            return LanczosCovariance(backward, x_t, self.num_products)
-        forward = denoiser.covariance_products(x_t, t, mode="jvp")
-        return LanczosCovariance(lambda v: (backward(v) + forward(v)) / 2.0, x_t, self.num_products)
+            return LanczosCovariance(lambda v: c * v + k * J.products(v), x_t, self.num_probes)
+        backward, forward = J.in_mode("vjp") if J.mode == "jvp" else J, J.in_mode("jvp")
+
+        def products(v: Tensor) -> Tensor:
+            return c * v + k * (backward.products(v) + forward.products(v)) / 2.0
+
+        return LanczosCovariance(products, x_t, self.num_probes)
 
 
 # From the eigenvalues of T and their weights in a draw, both (B, k), to those of the result.
@@ -68,13 +72,13 @@ class LanczosCovariance:
     Attributes:
         products: v -> C v, on (1, B, ...).
         like: A tensor of the shape and type of x_t.
-        num_products: k.
+        num_probes: k.
         transforms: The chain g.
     """
 
     products: Callable[[Tensor], Tensor]
     like: Tensor
-    num_products: int
+    num_probes: int
     transforms: tuple[Transform, ...] = ()
 
     def diagonal(self) -> Tensor:
@@ -128,7 +132,7 @@ class LanczosCovariance:
 
     def _decomposed(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return V, the eigenvalues of the result (B, k) and the eigenvectors of T (B, k, k)."""
-        V, T = lanczos(self.products, start, self.num_products)
+        V, T = hessdiag.lanczos(self.products, start, self.num_probes)
         values, vectors = torch.linalg.eigh(T)
         for transform in self.transforms:
             values = transform(values, vectors[:, 0].square())

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hessdiag.bases import dct_matrix
+import hessdiag
 from ocm.diffusion.schedules import full_precision
 
 
@@ -260,12 +260,14 @@ def cosine_diagonal(eigenvalues: Tensor, shape: torch.Size) -> SpectralCovarianc
         >>> bool((C.diagonal() - 1).abs().max() < 1e-6)
         True
     """
+    cosines = hessdiag.dct()
+    # F along each axis, whose squares weight the eigenvalues.
     F_rows, F_columns = (
-        dct_matrix(length, eigenvalues.dtype, eigenvalues.device) for length in shape[-2:]
+        hessdiag.dct(1).synthesise(torch.eye(length).to(eigenvalues)) for length in shape[-2:]
     )
     basis = Eigenbasis(
-        analyse=lambda v: F_rows @ v @ F_columns.T,
-        synthesise=lambda v: F_rows.T @ v @ F_columns,
+        analyse=cosines.analyse,
+        synthesise=cosines.synthesise,
         diagonal=lambda values: F_rows.square().T @ values @ F_columns.square(),
     )
     return SpectralCovariance(eigenvalues, shape, basis)

@@ -34,6 +34,22 @@ class Architecture:
     num_classes: Callable[[Any], int | None] = lambda backbone: None
     null_label: Callable[[Any], int | None] = lambda backbone: None
 
+    def call_with_features(
+        self, backbone: Any, x_t: Tensor, level: Tensor, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output and, detached, the features that one evaluation went through."""
+        entered: list[Tensor] = []
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            entered.append(inputs[0])
+
+        hook = backbone.get_submodule(self.feature_layer).register_forward_pre_hook(note)
+        try:
+            output = self.call(backbone, x_t, level, labels)
+        finally:
+            hook.remove()
+        return output, entered[0].detach()
+
 
 def _call_unet(unet: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
     output: Tensor = unet(x_t, level, class_labels=labels).sample
@@ -41,18 +57,15 @@ def _call_unet(unet: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> 
 
 
 UNET = Architecture(
-    "UNet2DModel",
-    "conv_norm_out",
-    _call_unet,
-    lambda unet: unet.config.num_class_embeds,
+    "UNet2DModel", "conv_norm_out", _call_unet, lambda unet: unet.config.num_class_embeds
 )
 
 
 def _call_dit(dit: Any, x_t: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
     if labels is None:
         raise ValueError(
-            "DiTTransformer2DModel needs a class label for each sample: use "
-            "denoiser.conditioned(labels)"
+            "DiTTransformer2DModel needs a class label for each sample: pass "
+            "condition=denoiser.condition(labels)"
         )
     output: Tensor = dit(x_t, timestep=level, class_labels=labels).sample
     # A model that learned I-DDPM's variance beside the noise has twice the channels.

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import normal
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion import draws
+from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
 
-# Counter of training's noise, apart from those of the samplers, which use 0 .. N.
-_TRAINING_STEP = 2**32 - 1
-# Of the noise that analytic variances and calibrations are fitted on, from here to N beyond.
-FITTING = 2**31
-_CHOICE_STEP = 2**32 - 2
 # Standard normal numbers exceed it with probability 1/10.
 _UPPER_TENTH = 1.2815515655446004
 
@@ -29,7 +25,7 @@ def chosen(count: int, seed: int, sample_offset: int, device: torch.device) -> T
         >>> 80 < int(chosen(1000, 0, 0, torch.device("cpu")).sum()) < 120
         True
     """
-    z = normal((count, 1), seed, step=_CHOICE_STEP, sample_offset=sample_offset, device=device)
+    z = normal((count, 1), seed, step=draws.CLASSES, sample_offset=sample_offset, device=device)
     return z[:, 0] > _UPPER_TENTH
 
 
@@ -38,9 +34,21 @@ def noisy(
 ) -> tuple[Tensor, Tensor]:
     """Return x_t and its noise for the training samples ``sample_offset`` onwards."""
     noise = normal(
-        x0.shape, seed, step=_TRAINING_STEP, sample_offset=sample_offset, device=x0.device
+        x0.shape, seed, step=draws.TRAINING, sample_offset=sample_offset, device=x0.device
     ).to(x0)
     return schedule.diffuse(x0, t, noise), noise
+
+
+def labelled(denoiser: Denoiser, labels: Tensor | None, first: int, count: int) -> Condition | None:
+    """Return the condition of the ``count`` samples of a data set from number ``first`` on.
+
+    Args:
+        denoiser: The denoiser.
+        labels: Class of every sample of the data set, or None for a denoiser without classes.
+        first: Number of the first sample.
+        count: Number of samples.
+    """
+    return None if labels is None else denoiser.condition(labels[first : first + count])
 
 
 def noisy_prediction(
@@ -50,7 +58,8 @@ def noisy_prediction(
     seed: int,
     sample_offset: int = 0,
     *,
-    labels: Tensor | None = None,
+    s: int | None = None,
+    condition: Condition | None = None,
     draw: int = 0,
 ) -> Prediction:
     """Return the backbone's prediction at x_t drawn from q(x_t | x_0), on its device.
@@ -61,13 +70,12 @@ def noisy_prediction(
         t: Timestep.
         seed: Seed of the noise.
         sample_offset: Number of the first sample.
-        labels: Class of every sample of the data set, of which those of the batch are taken.
-        draw: 0 for scores, :data:`FITTING` for what is fitted before: other noise.
+        s: As in :meth:`ocm.Denoiser.predict`.
+        condition: As in :meth:`ocm.Denoiser.predict`.
+        draw: 0 for scores, :data:`ocm.diffusion.draws.FITTING` for what is fitted before.
     """
     x0 = x0.to(denoiser.device)
     step = draw + t
     noise = normal(x0.shape, seed, step=step, sample_offset=sample_offset, device=x0.device).to(x0)
-    if labels is not None:
-        labels = labels[sample_offset : sample_offset + len(x0)]
     x_t = denoiser.schedule.diffuse(x0, t, noise)
-    return denoiser.predict(x_t, t, sample_offset=sample_offset, labels=labels)
+    return denoiser.predict(x_t, t, s=s, condition=condition, sample_offset=sample_offset)

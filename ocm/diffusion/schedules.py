@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_positive_int
+from ocm.diffusion.checks import check_positive_int
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,145 +2,111 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Place = int | tuple[int, int]
+"""A timestep t, or a step (s, t), s < t."""
+
 
 @dataclass(frozen=True, eq=False)
-class TimestepTable:
-    """Numbers by timestep, linear between those that were measured.
+class Table:
+    """Numbers by timestep, linear between those that were measured, or by step (s, t).
 
     Attributes:
-        timesteps: Increasing, int64 of shape (n,), n at least 1.
-        values: Float64, shape (n, k).
+        rows: k numbers for each timestep t, or for each step (s, t).
 
     Raises:
-        ValueError: If the timesteps do not increase, or there are not n rows of finite values.
+        ValueError: If there are no rows, keys of both kinds, rows of different lengths, or values
+            that are not finite.
 
     Example:
-        >>> TimestepTable.of([100, 200], [[1.0], [3.0]]).at(150)
+        >>> Table({100: [1.0], 200: [3.0]}).at(50, 150)
         tensor([2.], dtype=torch.float64)
-    """
-
-    timesteps: Tensor
-    values: Tensor
-
-    def __post_init__(self) -> None:
-        increasing = len(self.timesteps) > 0 and bool((self.timesteps.diff() > 0).all())
-        if not increasing or self.values.dim() != 2 or len(self.values) != len(self.timesteps):
-            raise ValueError(
-                "timesteps must increase, with a row of values each, got "
-                f"{self.timesteps.tolist()[:5]} and values of shape {tuple(self.values.shape)}"
-            )
-        if not bool(torch.isfinite(self.values).all()):
-            raise ValueError("values must be finite")
-
-    @staticmethod
-    def of(timesteps: Sequence[int], values: Sequence[Sequence[float]]) -> TimestepTable:
-        """Return the table of plain numbers."""
-        return TimestepTable(
-            torch.tensor(timesteps, dtype=torch.int64), torch.tensor(values, dtype=torch.float64)
-        )
-
-    def at(self, t: int, s: int | None = None) -> Tensor:
-        """Return the k values at t, whatever the end s of the step.
-
-        Raises:
-            ValueError: If t lies outside the timesteps that were measured.
-        """
-        first, last = int(self.timesteps[0]), int(self.timesteps[-1])
-        if not first <= t <= last:
-            raise ValueError(
-                f"t must lie in {first} .. {last}, where this was fitted, got {t}; fit it on the "
-                "timesteps that you use"
-            )
-        right = int(torch.searchsorted(self.timesteps, t))
-        if int(self.timesteps[right]) == t:
-            return self.values[right]
-        ends = self.timesteps[right - 1 : right + 1].double()
-        place = (t - ends[0]) / (ends[1] - ends[0])
-        return torch.lerp(self.values[right - 1], self.values[right], place)
-
-    def covers(self, steps: Sequence[tuple[int, int]]) -> bool:
-        """Return whether every t of the steps (s, t) was measured itself."""
-        return {t for _, t in steps} <= set(self.timesteps.tolist())
-
-    def to_json(self) -> dict[str, Any]:
-        """Return both as JSON values."""
-        return {"timesteps": self.timesteps.tolist(), "values": self.values.tolist()}
-
-    @staticmethod
-    def from_json(record: dict[str, Any]) -> TimestepTable:
-        """Return the table that :meth:`to_json` wrote."""
-        return TimestepTable.of(record["timesteps"], record["values"])
-
-
-@dataclass(frozen=True, eq=False)
-class StepTable:
-    """Numbers by the step (s, t) of a reverse process, for those that were measured.
-
-    Attributes:
-        steps: Pairs s < t, int64 of shape (n, 2).
-        values: Float64, shape (n, k).
-
-    Raises:
-        ValueError: If there are not n rows of finite values.
-
-    Example:
-        >>> StepTable.of([(100, 200), (100, 300)], [[1.0], [3.0]]).at(300, 100)
+        >>> Table({(100, 200): [1.0], (100, 300): [3.0]}).at(100, 300)
         tensor([3.], dtype=torch.float64)
     """
 
-    steps: Tensor
-    values: Tensor
+    rows: Mapping[Place, Sequence[float]]
 
     def __post_init__(self) -> None:
-        pairs = self.steps.dim() == 2 and self.steps.shape[1] == 2 and len(self.steps) > 0
-        if not pairs or self.values.dim() != 2 or len(self.values) != len(self.steps):
+        by_t = all(isinstance(place, int) for place in self.rows)
+        by_step = all(isinstance(place, tuple) and len(place) == 2 for place in self.rows)
+        widths = {len(row) for row in self.rows.values()}
+        if not (by_t or by_step) or len(widths) != 1:
             raise ValueError(
-                "steps must be pairs (s, t), with a row of values each, got shapes "
-                f"{tuple(self.steps.shape)} and {tuple(self.values.shape)}"
+                "rows must be of one length, by timesteps t or by steps (s, t), got "
+                f"{len(self.rows)} rows of lengths {sorted(widths)} by {list(self.rows)[:3]}"
             )
-        if not bool(torch.isfinite(self.values).all()):
-            raise ValueError("values must be finite")
+        if not np.isfinite(list(self.rows.values())).all():
+            raise ValueError("rows must hold finite numbers")
 
-    @staticmethod
-    def of(steps: Sequence[tuple[int, int]], values: Sequence[Sequence[float]]) -> StepTable:
-        """Return the table of plain numbers."""
-        return StepTable(
-            torch.tensor(steps, dtype=torch.int64), torch.tensor(values, dtype=torch.float64)
-        )
+    @property
+    def by_step(self) -> bool:
+        """Whether the rows are those of steps (s, t)."""
+        return isinstance(next(iter(self.rows)), tuple)
 
-    def at(self, t: int, s: int | None = None) -> Tensor:
-        """Return the k values of the step from t to s; None stands for t - 1.
+    @cached_property
+    def _columns(self) -> tuple[list[Any], Any]:
+        places: list[Any] = sorted(self.rows)
+        return places, np.array([self.rows[place] for place in places], dtype=np.float64)
+
+    @property
+    def values(self) -> Tensor:
+        """All rows in order, float64 of shape (n, k)."""
+        return torch.from_numpy(self._columns[1])
+
+    def at(self, s: int | None, t: int) -> Tensor:
+        """Return the k numbers of the step from t to s, float64; None stands for s = t - 1.
+
+        A table by timestep looks at t alone.
 
         Raises:
-            ValueError: If that step was not measured.
+            ValueError: If t lies outside the timesteps, or the step is none of those, that were
+                measured.
         """
-        s = t - 1 if s is None else s
-        found = (self.steps == torch.tensor([s, t])).all(dim=1).nonzero().flatten()
-        if len(found) == 0:
+        places, columns = self._columns
+        if self.by_step:
+            step = (t - 1 if s is None else s, t)
+            if step not in self.rows:
+                raise ValueError(
+                    f"the step from t = {t} to s = {step[0]} must be one of the {len(places)} that "
+                    "this was fitted on; fit it on the numbers of steps that you use"
+                )
+            return torch.tensor(self.rows[step], dtype=torch.float64)
+        if not places[0] <= t <= places[-1]:
             raise ValueError(
-                f"the step from t = {t} to s = {s} must be one of the {len(self.steps)} that this "
-                "was fitted on; fit it on the numbers of steps that you use"
+                f"t must lie in {places[0]} .. {places[-1]}, where this was fitted, got {t}; fit "
+                "it on the timesteps that you use"
             )
-        return self.values[found[0]]
+        row = [np.interp(t, places, column) for column in columns.T]
+        return torch.tensor(row, dtype=torch.float64)
 
     def covers(self, steps: Sequence[tuple[int, int]]) -> bool:
-        """Return whether all of the steps (s, t) were measured."""
-        return set(steps) <= {(s, t) for s, t in self.steps.tolist()}
+        """Return whether all of the steps (s, t), or the t of each, were measured themselves."""
+        return all((step if self.by_step else step[1]) in self.rows for step in steps)
 
     def to_json(self) -> dict[str, Any]:
-        """Return both as JSON values."""
-        return {"steps": self.steps.tolist(), "values": self.values.tolist()}
+        """Return the table as JSON values."""
+        places, columns = self._columns
+        return {"steps" if self.by_step else "timesteps": places, "values": columns.tolist()}
 
-
-def table_from_json(record: dict[str, Any]) -> TimestepTable | StepTable:
-    """Return the table that ``to_json`` of either kind wrote."""
-    if "steps" in record:
-        return StepTable.of(record["steps"], record["values"])
-    return TimestepTable.from_json(record)
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Table:
+        """Return the table that :meth:`to_json` wrote."""
+        places = [
+            tuple(place) if "steps" in record else place
+            for place in record["steps" if "steps" in record else "timesteps"]
+        ]
+        if len(places) != len(record["values"]):
+            raise ValueError(
+                f"values must have a row for each of {len(places)} places, got "
+                f"{len(record['values'])}"
+            )
+        return Table(dict(zip(places, record["values"], strict=True)))

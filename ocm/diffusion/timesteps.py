@@ -1,6 +1,7 @@
 """Which of the N noise levels a few-step process visits: even, quadratic, or chosen for a bound.
 
-A trajectory is an increasing list of timesteps t_1 < ... < t_K = N.
+A trajectory is an increasing list of timesteps t_1 < ... < t_K = N. Whoever takes ``steps`` takes
+one of these, or the number K of evenly spaced ones.
 """
 
 from __future__ import annotations
@@ -11,11 +12,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_positive_int
+from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.schedules import Schedule
 
 
-def even_timesteps(num_timesteps: int, K: int) -> list[int]:
+def timesteps_of(schedule: Schedule, steps: int | Sequence[int]) -> list[int]:
+    """Return the timesteps of an argument ``steps``: K evenly spaced ones, or those given.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If K lies outside 1 .. N, or the timesteps do not increase from at least 1 to N.
+
+    Example:
+        >>> from ocm.diffusion.schedules import linear
+        >>> timesteps_of(linear(), 3), timesteps_of(linear(), [10, 1000])
+        ([1, 500, 1000], [10, 1000])
+    """
+    if isinstance(steps, int):
+        return even_timesteps(schedule, steps)
+    timesteps = list(steps)
+    reverse_steps(timesteps)  # raises unless they increase
+    if timesteps[-1] != schedule.num_timesteps:
+        raise ValueError(
+            f"steps must be a number, or timesteps that end at N = {schedule.num_timesteps}, got "
+            f"{timesteps[-1]}"
+        )
+    return timesteps
+
+
+def even_timesteps(schedule: Schedule, K: int) -> list[int]:
     """Return K evenly spaced timesteps 1 = t_1 < ... < t_K = N, or [N] for K = 1.
 
     t_k = round(1 + (k - 1) (N - 1) / (K - 1)), as in Analytic-DPM (Bao et al., 2022).
@@ -25,9 +50,11 @@ def even_timesteps(num_timesteps: int, K: int) -> list[int]:
         ValueError: If K lies outside 1 .. N.
 
     Example:
-        >>> even_timesteps(1000, 5)
+        >>> from ocm.diffusion.schedules import linear
+        >>> even_timesteps(linear(), 5)
         [1, 251, 500, 750, 1000]
     """
+    num_timesteps = schedule.num_timesteps
     _check_number(num_timesteps, K)
     if K == 1:
         return [num_timesteps]
@@ -54,7 +81,7 @@ def reverse_steps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def quadratic_timesteps(num_timesteps: int, K: int) -> list[int]:
+def quadratic_timesteps(schedule: Schedule, K: int) -> list[int]:
     """Return K timesteps 1 = t_1 < ... < t_K = N whose spacing grows linearly, or [N] for K = 1.
 
     t_k = round(1 + (N - 1) ((k - 1) / (K - 1))^2), as in DDIM (Song, Meng and Ermon, 2021) but
@@ -65,9 +92,11 @@ def quadratic_timesteps(num_timesteps: int, K: int) -> list[int]:
         ValueError: If K lies outside 1 .. N.
 
     Example:
-        >>> quadratic_timesteps(1000, 5)
+        >>> from ocm.diffusion.schedules import linear
+        >>> quadratic_timesteps(linear(), 5)
         [1, 63, 251, 563, 1000]
     """
+    num_timesteps = schedule.num_timesteps
     _check_number(num_timesteps, K)
     if K == 1:
         return [num_timesteps]

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hessdiag.checks import check_positive_int
 from ocm.data import ByteImages
+from ocm.diffusion.checks import check_positive_int
 
 _FORMAT = "ocm-classifier"
 _VERSION = 1

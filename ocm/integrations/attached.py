@@ -27,6 +27,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from ocm.checkpoints.weights import CheckpointError, load_weights
 from ocm.covariances.learned.heads import HEADS, make_head
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
@@ -136,20 +137,10 @@ class CovarianceModel(ModelMixin, ConfigMixin):
                 f"timestep must be one, or one for each of {len(sample)} samples, got "
                 f"{len(timesteps)}"
             )
-        features: list[Tensor] = []
-
-        def capture(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            features.append(inputs[0])
-
-        layer = self.backbone.get_submodule(architecture.feature_layer)
-        hook = layer.register_forward_pre_hook(capture)
-        try:
-            prediction = architecture.call(
-                self.backbone, sample, timesteps.expand(len(sample)), class_labels
-            )
-        finally:
-            hook.remove()
-        ratio = self.parameterisation.ratio(self.head(features[0].detach()))
+        prediction, features = architecture.call_with_features(
+            self.backbone, sample, timesteps.expand(len(sample)), class_labels
+        )
+        ratio = self.parameterisation.ratio(self.head(features))
         both = torch.cat([prediction, ratio.to(prediction)], dim=1)
         return CovarianceModelOutput(both) if return_dict else (both,)
 
@@ -208,7 +199,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         )
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
-                raise ValueError(
+                raise CheckpointError(
                     f"{pretrained_model_name_or_path} holds the weights of another model: "
                     f"{problem} {sorted(map(str, info[problem]))[:3]}"
                 )
@@ -238,7 +229,8 @@ def attach(
         The model, in eval mode.
 
     Raises:
-        ValueError: If the model's or the head's class is unknown, or the file is of another head.
+        ValueError: If the model's or the head's class is unknown.
+        CheckpointError: A ValueError, if the file cannot be read or is of another head.
 
     Example:
         >>> from diffusers import DDPMScheduler, UNet2DModel
@@ -256,7 +248,7 @@ def attach(
     if head is None or not isinstance(head, nn.Module):
         made = make_head(denoiser, kind)
         if head is not None:
-            _load(made, Path(head))
+            load_weights(made, Path(head))
         head = made
     name = type(head).__name__
     if name not in HEADS:
@@ -287,17 +279,3 @@ def _constructor_arguments(head: nn.Module) -> dict[str, Any]:
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a constructor takes of a configuration of diffusers."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def _load(head: nn.Module, file: Path) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        head.load_state_dict(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"head must be a safetensors file with the weights of a head, got {file}: {error}"
-        ) from error
-    except RuntimeError as error:
-        raise ValueError(f"head {file} is of another head or model: {error}") from error

@@ -7,7 +7,7 @@ off in a scheduler), since latents have no bounds:
 
     vae = ocm.integrations.latents.load_autoencoder("path/to/vae")
     z = ocm.integrations.latents.encode(vae, images)
-    z = ocm.sample(denoiser, covariance, z.shape, timesteps, x0_range=None)
+    z = ocm.sample(denoiser, covariance, z.shape, steps=10, x0_range=None)
     images = ocm.integrations.latents.decode(vae, z)
 """
 
@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_positive_int
 from hessdiag.kernels import normal
-
-# Counter of the encoder's noise, apart from those of the samplers, which use 0 .. N.
-_ENCODER_STEP = 2**32 - 3
+from ocm.checkpoints.weights import load_model
+from ocm.diffusion import draws
+from ocm.diffusion.checks import check_positive_int
 
 
 def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -32,25 +31,11 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> An
     Nothing is downloaded.
 
     Raises:
-        ValueError: If the folder holds none, or lacks weights of it.
+        CheckpointError: A ValueError, if the folder holds none, or lacks weights of it.
     """
     from diffusers import AutoencoderKL
 
-    if not (Path(path) / "config.json").is_file():
-        raise ValueError(
-            f"path must be the folder of an AutoencoderKL, with config.json and weights, got {path}"
-        )
-    try:
-        vae, info = AutoencoderKL.from_pretrained(
-            path, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no AutoencoderKL that can be read: {error}") from error
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise ValueError(
-            f"{path} holds the weights of another model: {info['missing_keys'][:3]} missing, "
-            f"{info['unexpected_keys'][:3]} unknown"
-        )
+    vae = load_model(AutoencoderKL, path)
     return vae.eval().requires_grad_(False).to(device)
 
 
@@ -89,7 +74,7 @@ def encode(
         posterior = vae.encode(batch.to(device=vae.device, dtype=vae.dtype)).latent_dist
         z = posterior.mean
         if not mean:
-            noise = normal(z.shape, seed, step=_ENCODER_STEP, sample_offset=first, device=z.device)
+            noise = normal(z.shape, seed, step=draws.ENCODER, sample_offset=first, device=z.device)
             z = z + posterior.std * noise.to(z)
         # A convolution may leave them channels last.
         latents.append(((z - shift) * scale).to(images.device).contiguous())

@@ -15,6 +15,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ocm.diffusion.denoiser import guided
 from ocm.integrations.attached import CovarianceModel
 from ocm.integrations.latents import decode
 from ocm.integrations.scheduler import OCMScheduler
@@ -96,8 +97,8 @@ class OCMDiTPipeline(DiffusionPipeline):
             )
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         labels = labels.to(device)
-        guided = guidance_scale != 1.0
-        if guided:
+        is_guided = guidance_scale != 1.0
+        if is_guided:
             labels = torch.cat([torch.full_like(labels, null), labels])
 
         latents = randn_tensor(
@@ -105,10 +106,10 @@ class OCMDiTPipeline(DiffusionPipeline):
         )
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.progress_bar(self.scheduler.timesteps):
-            inputs = torch.cat([latents, latents]) if guided else latents
+            inputs = torch.cat([latents, latents]) if is_guided else latents
             stated = self.transformer(inputs, timestep=t, class_labels=labels).sample
-            if guided:
-                stated = guide(stated, guidance_scale)
+            if is_guided:
+                stated = guided(*stated.chunk(2), guidance_scale)
             latents = self.scheduler.step(stated, t, latents, generator=generator).prev_sample
 
         images: Any = latents
@@ -133,21 +134,3 @@ class OCMDiTPipeline(DiffusionPipeline):
                 "scheduler must not clip latents to those of images, got clip_sample = True and "
                 f"clip_sample_range = {ours.clip_sample_range}: use clip_sample=False"
             )
-
-
-def guide(stated: Tensor, guidance_scale: float) -> Tensor:
-    """Return (1 - w) stated(x_t) + w stated(x_t | label), of predictions and variances alike.
-
-    The score of q(x_t)^(1-w) q(x_t | label)^w and its Hessian are these combinations, and both are
-    linear in what a :class:`ocm.integrations.attached.CovarianceModel` puts out.
-
-    Args:
-        stated: Its output for the batch without a class, then for the batch with it.
-        guidance_scale: w.
-
-    Example:
-        >>> guide(torch.tensor([[1.0], [2.0]]), 3.0)
-        tensor([[4.]])
-    """
-    plain, conditional = stated.chunk(2)
-    return (1.0 - guidance_scale) * plain + guidance_scale * conditional

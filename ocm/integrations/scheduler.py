@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers import DDPMScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401, see below
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from hessdiag.checks import check_positive_int
-from hessdiag.kernels import StepCoefficients
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.operators import variance_bound
-from ocm.diffusion.schedules import Schedule, check_prediction_type, from_scheduler, per_sample
+from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.schedules import Schedule, check_prediction_type, from_scheduler
 from ocm.diffusion.timesteps import even_timesteps
-from ocm.sampling.samplers import ddim, ddpm
+from ocm.sampling.samplers import ddim
 
 _SPACINGS = ("even", "leading", "linspace", "trailing")
 
@@ -47,7 +47,8 @@ class OCMSchedulerOutput(BaseOutput):
     pred_original_sample: Tensor | None = None
 
 
-class OCMScheduler(SchedulerMixin, ConfigMixin):
+# Pipelines load a scheduler only from a module in which the name SchedulerMixin stands.
+class OCMScheduler(DDPMScheduler):
     """DDPM and DDIM steps with the covariance that the model states.
 
     A step from t to s draws x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Var[x0 | x_t]), with the
@@ -90,7 +91,6 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
     """
 
     _compatibles = ["DDPMScheduler", "DDIMScheduler"]  # noqa: RUF012, as diffusers declares it
-    order = 1
 
     @register_to_config
     def __init__(
@@ -131,36 +131,28 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
             trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
             assert isinstance(trained_betas, list)
             num_train_timesteps = len(trained_betas)
-            self.register_to_config(
-                trained_betas=trained_betas, num_train_timesteps=num_train_timesteps
-            )
         self.parameterisation = Parameterisation(math.inf if data_std is None else data_std)
-        self.schedule: Schedule = from_scheduler(
-            {
-                "num_train_timesteps": num_train_timesteps,
-                "beta_start": beta_start,
-                "beta_end": beta_end,
-                "beta_schedule": beta_schedule,
-                "trained_betas": trained_betas,
-                "rescale_betas_zero_snr": rescale_betas_zero_snr,
-            }
+        betas = {
+            "num_train_timesteps": num_train_timesteps,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "beta_schedule": beta_schedule,
+            "trained_betas": trained_betas,
+            "rescale_betas_zero_snr": rescale_betas_zero_snr,
+        }
+        self.schedule: Schedule = from_scheduler(betas)
+        super().__init__(
+            **betas,
+            clip_sample=clip_sample,
+            prediction_type=prediction_type,
+            clip_sample_range=clip_sample_range,
+            timestep_spacing=timestep_spacing,
+            steps_offset=steps_offset,
         )
-        # What other code of diffusers reads.
-        self.betas = -torch.expm1(self.schedule.log_alpha_bar.diff()).float()
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = self.schedule.alpha_bar[1:].float()
-        self.init_noise_sigma = 1.0
-        self.num_inference_steps: int | None = None
-        self.custom_timesteps = False
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
         self._warned = False
 
     def __len__(self) -> int:
         return self.schedule.num_timesteps
-
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """Return the sample as it is: the model takes x_t itself."""
-        return sample
 
     def set_timesteps(
         self,
@@ -179,42 +171,33 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
             TypeError: If ``num_inference_steps`` is no int.
             ValueError: If both or neither of the two are given, or they do not fit N.
         """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                "one of num_inference_steps and timesteps must be given, got "
+                f"{num_inference_steps} and {timesteps}"
+            )
         N = self.schedule.num_timesteps
-        if timesteps is not None and num_inference_steps is None:
-            levels = [int(level) for level in timesteps]
-        elif num_inference_steps is not None and timesteps is None:
+        if num_inference_steps is not None:
             check_positive_int("num_inference_steps", num_inference_steps)
             if num_inference_steps > N:
                 raise ValueError(
                     f"num_inference_steps must be at most num_train_timesteps = {N}, got "
                     f"{num_inference_steps}"
                 )
-            levels = self._spaced(num_inference_steps)
+        if timesteps is not None:
+            levels = [int(level) for level in timesteps]
+        elif self.config.timestep_spacing == "even":
+            assert num_inference_steps is not None
+            levels = [t - 1 for t in reversed(even_timesteps(self.schedule, num_inference_steps))]
         else:
-            raise ValueError(
-                "one of num_inference_steps and timesteps must be given, got "
-                f"{num_inference_steps} and {timesteps}"
-            )
+            super().set_timesteps(num_inference_steps)
+            levels = self.timesteps.tolist()
         falls = all(low < high for high, low in itertools.pairwise(levels))
         if not levels or not falls or levels[0] >= N or levels[-1] < 0:
             raise ValueError(f"timesteps must decrease from at most {N - 1} to 0, got {levels}")
-        self.num_inference_steps = len(levels)
-        self.custom_timesteps = timesteps is not None
+        self.num_inference_steps, self.custom_timesteps = len(levels), timesteps is not None
         self.timesteps = torch.tensor(levels, dtype=torch.int64, device=device)
         self._warned = False
-
-    def _spaced(self, K: int) -> list[int]:
-        """Return K decreasing timesteps; the last three as in Table 2 of arXiv 2305.08891."""
-        N, spacing = self.schedule.num_timesteps, self.config.timestep_spacing
-        if spacing == "even":
-            return [t - 1 for t in reversed(even_timesteps(N, K))]
-        if spacing == "linspace":
-            levels = np.linspace(0, N - 1, K).round()[::-1]
-        elif spacing == "leading":
-            levels = (np.arange(K) * (N // K))[::-1] + self.config.steps_offset
-        else:
-            levels = np.arange(N, 0, -N / K).round() - 1
-        return [int(level) for level in levels]
 
     def step(
         self,
@@ -246,11 +229,7 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("generator must be None where variance_noise is given, got both")
         s, t, is_last_noise = self._levels(timestep)
         prediction, ratio = self._split(model_output, sample)
-        steps: StepCoefficients = (
-            ddpm(self.schedule, s, t)
-            if self.config.eta == 1.0
-            else ddim(self.schedule, s, t, eta=self.config.eta)
-        )
+        step = ddim(self.schedule, s, t, eta=self.config.eta)
         p, q = (table[t].item() for table in self.schedule.x0_from(self.config.prediction_type))
         # Not by hessdiag.kernels.gaussian_step, which makes its own noise: here it is the
         # generator's, x0_hat is returned too, and guidance may differentiate it.
@@ -259,14 +238,13 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
         x0_hat = p * x_t + q * prediction.to(dtype)
         if self.config.clip_sample:
             x0_hat = x0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        x_s = steps.mean_from_x_t * x_t + steps.mean_from_x0 * x0_hat
+        x_s = step.mean_from_x_t * x_t + step.mean_from_x0 * x0_hat
         if s > 0:
-            noise_variance = steps.noise_variance + self._covariance(ratio, t, dtype) * (
-                steps.noise_from_variance
-            )
+            covariance = self._covariance(ratio, t, dtype)
+            noise_variance = step.noise_variance + step.mean_from_x0**2 * covariance
             if self.config.max_last_noise is not None and is_last_noise:
                 noise_variance = noise_variance.clamp(max=self.config.max_last_noise**2)
-            if ratio is not None or steps.noise_variance != 0.0:
+            if ratio is not None or step.noise_variance != 0.0:
                 x_s = x_s + noise_variance.sqrt() * self._noise(sample, generator, variance_noise)
         x_s, x0_hat = x_s.to(sample.dtype), x0_hat.to(sample.dtype)
         return OCMSchedulerOutput(x_s, x0_hat) if return_dict else (x_s, x0_hat)
@@ -333,27 +311,3 @@ class OCMScheduler(SchedulerMixin, ConfigMixin):
                 f"{tuple(variance_noise.shape)}"
             )
         return variance_noise
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return x_t = sqrt(alpha_bar_t) x0 + sqrt(beta_bar_t) noise.
-
-        Args:
-            original_samples: x0, shape (B, ...).
-            noise: Shape of ``original_samples``.
-            timesteps: int64 of shape (B,) or (1,), in 0 .. N-1.
-        """
-        levels = timesteps.to(original_samples.device).reshape(-1) + 1
-        return self.schedule.diffuse(original_samples, levels, noise)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return v = sqrt(alpha_bar_t) noise - sqrt(beta_bar_t) x0, what "v_prediction" predicts.
-
-        Args:
-            sample: x0, shape (B, ...).
-            noise: Shape of ``sample``.
-            timesteps: int64 of shape (B,) or (1,), in 0 .. N-1.
-        """
-        levels = timesteps.to(sample.device).reshape(-1) + 1
-        alpha = per_sample(self.schedule.alpha_bar.sqrt(), levels, sample)
-        sigma = per_sample(self.schedule.beta_bar.sqrt(), levels, sample)
-        return alpha * noise - sigma * sample

@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import normal
+from ocm.diffusion import draws
 from ocm.diffusion.schedules import Schedule
 
-# Counter of the data's random numbers, apart from those of samplers (0 .. N) and of training.
-_DATA_STEP = 2**32 - 2
 # Of a matrix of distances that are held at a time.
 _ROWS = 1000
 
@@ -117,7 +116,7 @@ class Mixture:
             True
         """
         z = normal(
-            (count, self.num_features + 1), seed, step=_DATA_STEP, sample_offset=sample_offset
+            (count, self.num_features + 1), seed, step=draws.MIXTURE, sample_offset=sample_offset
         ).double()
         # The distribution function of a normal number is uniform, and picks the component.
         uniform = torch.special.ndtr(z[:, 0])

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hessdiag.checks import check_positive_int
 from ocm.diffusion.architectures import Architecture
+from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule, check_prediction_type
 from ocm.mixtures.mixture import Components, Mixture, Posterior

@@ -26,13 +26,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_batch
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, spectral
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.checks import check_finite
+from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
 from ocm.diffusion.divergences import discretised_gaussian_log_prob, gaussian_step_kl
 from ocm.diffusion.noise import noisy_prediction
-from ocm.diffusion.timesteps import reverse_steps
+from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 from ocm.sampling.samplers import X0_RANGE
 
 # Of a bin: float32 rounding, and nothing that is a wrong number of levels.
@@ -64,10 +64,10 @@ def bits_per_dim(
     denoiser: Denoiser,
     covariance: Covariance,
     x0: Tensor,
-    timesteps: Sequence[int],
+    steps: int | Sequence[int],
     *,
     levels: int = 256,
-    labels: Tensor | None = None,
+    condition: Condition | None = None,
     seed: int = 0,
     sample_offset: int = 0,
     progress: bool = False,
@@ -82,9 +82,10 @@ def bits_per_dim(
         covariance: States Cov[x0 | x_t], with eigenvalues: clipped here to what images in [-1, 1]
             allow, and x0_hat to [-1, 1].
         x0: Images in [-1, 1], shape (B, C, H, W), on the grid of ``levels`` grey levels.
-        timesteps: Increasing timesteps in 1 .. N, the last of them N.
+        steps: Number K of evenly spaced timesteps, or increasing timesteps in 1 .. N, the last of
+            them N.
         levels: Number of grey levels: bins are 2 / (levels - 1) wide.
-        labels: Classes by sample number, for a denoiser that takes them.
+        condition: Class labels of the images, for a denoiser that takes them.
         seed: Seed of the noise.
         sample_offset: Number of the first sample.
         progress: Whether to show a progress bar.
@@ -97,20 +98,21 @@ def bits_per_dim(
     from tqdm import tqdm
 
     check_images(x0, levels)
-    *steps, (_, first) = reverse_steps(timesteps)
-    N = denoiser.schedule.num_timesteps
-    if timesteps[-1] != N:
-        raise ValueError(f"timesteps must end at N = {N}, got {timesteps[-1]}")
+    *noisy_steps, (_, first) = reverse_steps(timesteps_of(denoiser.schedule, steps))
+
+    def predicted(t: int, s: int | None = None) -> Prediction:
+        return noisy_prediction(denoiser, x0, t, seed, sample_offset, s=s, condition=condition)
+
     terms = []
-    for s, t in tqdm(steps, "bits/dim", unit="step", disable=not progress):
-        prediction = noisy_prediction(denoiser, x0, t, seed, sample_offset, labels=labels)
-        stated = spectral(covariance.at(prediction, s=s).bounded(X0_RANGE))
-        terms.append(step_term(denoiser, stated, prediction, x0, s))
-    prediction = noisy_prediction(denoiser, x0, first, seed, sample_offset, labels=labels)
+    for s, t in tqdm(noisy_steps, "bits/dim", unit="step", disable=not progress):
+        prediction = predicted(t, s)
+        stated = spectral(covariance.at(prediction).bounded(X0_RANGE))
+        terms.append(step_term(stated, prediction, x0))
+    prediction = predicted(first)
     return BitsPerDim(
         prior=prior_term(denoiser, x0),
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),
-        decoder=decoder_term(denoiser, prediction, x0, levels),
+        decoder=decoder_term(prediction, x0, levels),
     )
 
 
@@ -120,7 +122,7 @@ def check_images(x0: Tensor, levels: int) -> None:
     Raises:
         ValueError: If they are not, or levels < 2.
     """
-    check_batch("x0", x0)
+    check_finite("x0", x0)
     if bool((x0.abs() > 1).any()):
         raise ValueError(f"x0 must lie in [-1, 1], got values up to {x0.abs().max().item():.4g}")
     off_grid = (x0 - quantise(x0, levels)).abs().max().item() if x0.numel() else 0.0
@@ -131,34 +133,30 @@ def check_images(x0: Tensor, levels: int) -> None:
         )
 
 
-def step_term(
-    denoiser: Denoiser, covariance: SpectralCovariance, prediction: Prediction, x0: Tensor, s: int
-) -> Tensor:
-    """Return the KL of the step from the prediction's t to s, in bits/dim, shape (B,).
+def step_term(covariance: SpectralCovariance, prediction: Prediction, x0: Tensor) -> Tensor:
+    """Return the KL of the step from the prediction's t to its s, in bits/dim, shape (B,).
 
     Args:
-        denoiser: The frozen denoiser.
         covariance: Cov[x0 | x_t], bounded to what the data allow.
-        prediction: At x_t drawn from q(x_t | x_0).
+        prediction: At x_t drawn from q(x_t | x_0), with s in 1 .. t - 1.
         x0: The images.
-        s: Where the step goes, 1 .. t - 1.
     """
-    assert isinstance(prediction.t, int)
-    snr = denoiser.schedule.snr
+    snr, s, t = prediction.denoiser.schedule.snr, prediction.s, prediction.timestep
+    assert s is not None  # the step is known
     error = x0.to(prediction.x_t) - prediction.x0_hat.clamp(*X0_RANGE)
     return _mean_bits(
         gaussian_step_kl(
             squared_error=covariance.basis.analyse(error).double().square(),
             variance=covariance.eigenvalues.double(),
-            snr_difference=(snr[s] - snr[prediction.t]).item(),
+            snr_difference=(snr[s] - snr[t]).item(),
         )
     )
 
 
-def decoder_term(denoiser: Denoiser, prediction: Prediction, x0: Tensor, levels: int) -> Tensor:
+def decoder_term(prediction: Prediction, x0: Tensor, levels: int) -> Tensor:
     """Return -log p(x_0 | x_t1) of the discretised Gaussian, in bits/dim, shape (B,)."""
     x0_hat = prediction.x0_hat.clamp(*X0_RANGE).double()
-    std = math.sqrt(denoiser.schedule.beta_tilde(1, 2))
+    std = math.sqrt(prediction.denoiser.schedule.beta_tilde(1, 2))
     return _mean_bits(-discretised_gaussian_log_prob(x0.to(x0_hat), x0_hat, std, levels))
 
 

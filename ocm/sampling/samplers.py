@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hessdiag.kernels import StepCoefficients, gaussian_step, normal
-from hessdiag.kernels.philox import seed_tensor
+from hessdiag.kernels import StepCoefficients, gaussian_step, normal, seed_tensor
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import (
     PIXELS,
@@ -27,24 +26,38 @@ from ocm.covariances.operators import (
     SpectralCovariance,
     variance_bound,
 )
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion import draws
+from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
-from ocm.diffusion.timesteps import reverse_steps
+from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 
-Sampler = Callable[[Schedule, int, int], StepCoefficients]
+
+class ReverseStep(NamedTuple):
+    """x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]).
+
+    Attributes:
+        mean_from_x_t: a.
+        mean_from_x0: b.
+        noise_variance: lambda^2.
+    """
+
+    mean_from_x_t: float
+    mean_from_x0: float
+    noise_variance: float
+
+
+Sampler = Callable[[Schedule, int, int], ReverseStep]
+"""From (schedule, s, t), s < t, to the step from t to s."""
 
 # Where images lie.
 X0_RANGE = (-1.0, 1.0)
 
 
-def ddpm(schedule: Schedule, s: int, t: int) -> StepCoefficients:
-    """Return the coefficients of a DDPM step from t to s (Ho, Jain and Abbeel, 2020).
+def ddpm(schedule: Schedule, s: int, t: int) -> ReverseStep:
+    """Return the DDPM step from t to s (Ho, Jain and Abbeel, 2020).
 
     mean = sqrt(alpha_bar_s) beta(s, t) / beta_bar_t x0_hat
            + sqrt(alpha(s, t)) beta_bar_s / beta_bar_t x_t,    lambda^2 = beta_tilde(s, t).
-
-    The coefficients of x0_hat are those of a network that predicts the noise; :func:`sample`
-    replaces them by the denoiser's own.
 
     Raises:
         ValueError: Unless 0 <= s < t <= N.
@@ -59,11 +72,11 @@ def ddpm(schedule: Schedule, s: int, t: int) -> StepCoefficients:
     beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
     a = math.sqrt(schedule.alpha(s, t)) * beta_bar_s / beta_bar_t
     b = math.sqrt(alpha_bar_s) * beta / beta_bar_t
-    return _coefficients(schedule, t, a, b, beta_tilde)
+    return ReverseStep(a, b, beta_tilde)
 
 
-def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> StepCoefficients:
-    """Return the coefficients of a DDIM step from t to s (Song, Meng and Ermon, 2021).
+def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> ReverseStep:
+    """Return the DDIM step from t to s (Song, Meng and Ermon, 2021).
 
     mean = sqrt(alpha_bar_s) x0_hat + sqrt(beta_bar_s - lambda^2) epsilon,
     lambda^2 = eta^2 beta_tilde(s, t), with epsilon = (x_t - sqrt(alpha_bar_t) x0_hat) /
@@ -84,14 +97,7 @@ def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> StepCoeffic
     beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
     a = math.sqrt((beta_bar_s - noise_variance) / beta_bar_t)
     b = math.sqrt(alpha_bar_s) - a * math.sqrt(alpha_bar_t)
-    return _coefficients(schedule, t, a, b, noise_variance)
-
-
-def _coefficients(
-    schedule: Schedule, t: int, a: float, b: float, noise_variance: float
-) -> StepCoefficients:
-    p, q = (table[t].item() for table in schedule.x0_from("epsilon"))
-    return StepCoefficients(p, q, a, b, noise_variance, b**2)
+    return ReverseStep(a, b, noise_variance)
 
 
 def last_step_noise(levels: float) -> float:
@@ -114,9 +120,10 @@ def sample(
     denoiser: Denoiser,
     covariance: Covariance,
     shape: Sequence[int],
-    timesteps: Sequence[int],
+    steps: int | Sequence[int],
     *,
     sampler: Sampler = ddpm,
+    condition: Condition | None = None,
     seed: int | Tensor = 0,
     sample_offset: int = 0,
     x0_range: tuple[float, float] | None = X0_RANGE,
@@ -124,7 +131,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Tensor:
-    """Draw samples with one backbone pass a step, and what the covariance costs.
+    """Draw samples with one evaluation of the backbone a step, and what the covariance costs.
 
     The noise follows the random-number contract: sample i is the same in any batch and on any
     number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it allows; the
@@ -134,9 +141,11 @@ def sample(
         denoiser: The frozen denoiser.
         covariance: States Cov[x0 | x_t].
         shape: (B, ...).
-        timesteps: Increasing timesteps in 1 .. N, the last of them N.
-        sampler: Coefficients of the step from t to s, :func:`ddpm` or :func:`ddim`
+        steps: Number K of evenly spaced timesteps, or increasing timesteps in 1 .. N, the last of
+            them N.
+        sampler: The step from t to s, :func:`ddpm` or :func:`ddim`
             (``functools.partial(ddim, eta=0.5)``).
+        condition: Class labels of the samples, and guidance (:meth:`ocm.Denoiser.condition`).
         seed: Seed of the noise: an integer, or an int64 tensor with one element. With a tensor on
             the GPU the whole loop can be captured in a CUDA graph and replayed with a new seed
             written into it (:func:`capture`).
@@ -151,26 +160,23 @@ def sample(
         x_0, shape ``shape``.
 
     Raises:
-        ValueError: If the timesteps do not increase to N from at least 1.
+        ValueError: If there are more steps than N, or the timesteps do not increase to N from at
+            least 1.
     """
     from tqdm import tqdm
 
     schedule, device = denoiser.schedule, denoiser.device
-    steps = reverse_steps(timesteps)
-    if timesteps[-1] != schedule.num_timesteps:
-        raise ValueError(f"timesteps must end at N = {schedule.num_timesteps}, got {timesteps[-1]}")
+    timesteps = timesteps_of(schedule, steps)
     seed = seed_tensor(seed, device)
-    x = normal(shape, seed, sample_offset=sample_offset, device=device).to(dtype)
-    for s, t in tqdm(steps, "sampling", unit="step", disable=not progress):
-        prediction = denoiser.predict(x, t, sample_offset=sample_offset)
-        p, q = denoiser.x0_coefficients(t)
-        coefficients = sampler(schedule, s, t)._replace(x0_from_x_t=p, x0_from_prediction=q)
+    x = normal(shape, seed, step=draws.START, sample_offset=sample_offset, device=device).to(dtype)
+    bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
+    for s, t in bar:
+        prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
         x = reverse_step(
             prediction,
-            covariance.at(prediction, s=s) if s > 0 else None,
-            coefficients,
+            covariance.at(prediction) if s > 0 else None,
+            sampler(schedule, s, t),
             seed=seed,
-            step=t,
             x0_range=x0_range,
             max_noise_std=max_last_noise if s == timesteps[0] else None,
         )
@@ -180,10 +186,9 @@ def sample(
 def reverse_step(
     prediction: Prediction,
     covariance: PosteriorCovariance | None,
-    coefficients: StepCoefficients,
+    step: ReverseStep,
     *,
     seed: int | Tensor,
-    step: int,
     x0_range: tuple[float, float] | None = X0_RANGE,
     max_noise_std: float | None = None,
 ) -> Tensor:
@@ -192,13 +197,16 @@ def reverse_step(
     Args:
         prediction: The prediction at (x_t, t).
         covariance: Cov[x0 | x_t], or None for a step without noise.
-        coefficients: Those of a sampler, x0_hat's being the denoiser's.
-        seed: Seed of the noise.
-        step: Which draw of a sample's noise this is: t.
+        step: That of a sampler.
+        seed: Seed of the noise, of which this is the draw number t.
         x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for no bounds.
         max_noise_std: Largest standard deviation of the noise, in any direction; None for no bound.
     """
-    x_t, offset = prediction.x_t, prediction.sample_offset
+    x_t, t, offset = prediction.x_t, prediction.timestep, prediction.sample_offset
+    a, b, noise_variance = step
+    coefficients = StepCoefficients(
+        *prediction.denoiser.x0_coefficients(t), a, b, noise_variance, b**2
+    )
     if isinstance(covariance, SpectralCovariance) and covariance.basis is PIXELS:
         bound = math.inf if x0_range is None else variance_bound(x0_range)
         return gaussian_step(
@@ -207,7 +215,7 @@ def reverse_step(
             covariance.eigenvalues,
             coefficients,
             seed=seed,
-            step=step,
+            step=t,
             sample_offset=offset,
             x0_range=x0_range,
             variance_range=(0.0, bound),
@@ -215,17 +223,14 @@ def reverse_step(
         )
     without_noise = coefficients._replace(noise_variance=0.0, noise_from_variance=0.0)
     mean = gaussian_step(
-        x_t, prediction.output, 0.0, without_noise, seed=seed, step=step, x0_range=x0_range
+        x_t, prediction.output, 0.0, without_noise, seed=seed, step=t, x0_range=x0_range
     )
     if covariance is None:
         return mean
-    b_squared, lambda_squared = coefficients.noise_from_variance, coefficients.noise_variance
-    assert isinstance(b_squared, float)
-    assert isinstance(lambda_squared, float)
-    reverse = covariance.bounded(x0_range).affine(b_squared, lambda_squared)
+    reverse = covariance.bounded(x0_range).affine(b**2, noise_variance)
     if max_noise_std is not None:
         reverse = reverse.clamped(0.0, max_noise_std**2)
-    z = normal(x_t.shape, seed, step=step, sample_offset=offset, device=x_t.device)
+    z = normal(x_t.shape, seed, step=t, sample_offset=offset, device=x_t.device)
     return mean + reverse.noise(z.to(x_t)).to(x_t)
 
 
@@ -233,7 +238,7 @@ def capture(
     denoiser: Denoiser,
     covariance: Covariance,
     shape: Sequence[int],
-    timesteps: Sequence[int],
+    steps: int | Sequence[int],
     **options: Any,
 ) -> Callable[[int], Tensor]:
     """Capture the whole sampling loop in a CUDA graph, and return seed -> samples.
@@ -245,7 +250,7 @@ def capture(
         denoiser: The frozen denoiser, on a CUDA device.
         covariance: As in :func:`sample`.
         shape: As in :func:`sample`.
-        timesteps: As in :func:`sample`.
+        steps: As in :func:`sample`.
         options: The other arguments of :func:`sample` but seed and progress.
 
     Raises:
@@ -256,7 +261,7 @@ def capture(
     seed = torch.zeros((), dtype=torch.int64, device=denoiser.device)
 
     def draw() -> Tensor:
-        return sample(denoiser, covariance, shape, timesteps, seed=seed, **options)
+        return sample(denoiser, covariance, shape, steps, seed=seed, **options)
 
     stream = torch.cuda.Stream(denoiser.device)
     with torch.cuda.stream(stream):  # compiles the kernels, which a capture must not

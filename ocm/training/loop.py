@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
-from hessdiag.checks import check_positive_int
+from ocm.diffusion.checks import check_positive_int
 from ocm.training.state import (
     TrainingState,
     TrainingStateError,

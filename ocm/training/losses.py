@@ -35,9 +35,8 @@ def denoising_loss(
     """
     schedule = denoiser.schedule
     x_t, noise = noisy(schedule, x0, t, seed, sample_offset)
-    if labels is not None:
-        denoiser = denoiser.conditioned(labels)
-    output = denoiser.output(x_t, t, backbone=backbone)
+    condition = None if labels is None else denoiser.condition(labels)
+    output = denoiser.output(x_t, t, condition=condition, backbone=backbone)
     return functional.mse_loss(output, _target(denoiser, x0, t, noise))
 
 

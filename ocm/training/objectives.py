@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ocm.covariances.base import LearnedCovariance
+from ocm.covariances.learned.base import LearnedCovariance
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import chosen
 from ocm.training.loop import ImageSource, TrainingSettings, train
@@ -120,8 +120,9 @@ def train_head(
         module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
     ) -> Tensor:
         labels = _without_some_classes(covariance.denoiser, labels, settings.seed, sample_offset)
+        condition = None if labels is None else covariance.denoiser.condition(labels)
         return covariance.loss(
-            x0, t, seed=settings.seed, sample_offset=sample_offset, labels=labels, head=module
+            x0, t, seed=settings.seed, sample_offset=sample_offset, condition=condition, head=module
         )
 
     covariance.denoiser.freeze()

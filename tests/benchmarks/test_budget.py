@@ -13,7 +13,7 @@ from hessdiag.kernels import normal
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.architectures import UNET
 from ocm.diffusion.backbones import small_unet
-from ocm.diffusion.tables import TimestepTable
+from ocm.diffusion.tables import Table
 from ocm.evaluation.distances import FeatureExtractor
 
 VARIANCES = torch.tensor([0.09, 0.04, 0.01, 0.0025])
@@ -43,8 +43,8 @@ def gaussian_checkpoint(schedule):
 def checkpoint():
     denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.cosine()).freeze()
     head = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
-    table = TimestepTable.of([1, 1000], [[0.1], [0.9]])
-    analytic = {"analytic": ocm.Analytic(denoiser.schedule, table)}
+    table = Table({1: [0.1], 1000: [0.9]})
+    analytic = {"analytic": ocm.Analytic(denoiser, table)}
     return Checkpoint(denoiser, (1, 8, 8), 17, "digits", {"ocm": head}, analytic)
 
 
@@ -56,7 +56,7 @@ def test_the_first_order_solver_takes_the_steps_of_ddim():
     timesteps = (levels.timesteps.flip(0) + 1).tolist()
     assert timesteps[-1] == 1000
     expected = ocm.sample(
-        checkpoint.denoiser, ocm.BetaTilde(), (5, 1, 1, 4), timesteps,
+        checkpoint.denoiser, ocm.BetaTilde(checkpoint.denoiser), (5, 1, 1, 4), timesteps,
         sampler=ocm.ddim, seed=3, sample_offset=2,
     )  # fmt: skip
     found = budget.solve(checkpoint, lambda c, K: budget.dpm_solver(c, K, order=1), K, 5, 3, 2)

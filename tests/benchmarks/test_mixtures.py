@@ -113,7 +113,7 @@ def test_the_true_score_and_its_exact_diagonal_have_no_error():
         exact = variance_error(ocm.Exact(denoiser), denoiser, points, torch.float64)
         assert exact.relative < 1e-20
         size = (points.weights @ points.variance.square().mean(dim=1)).item()
-        none = variance_error(ocm.BetaTilde(), denoiser, points)
+        none = variance_error(ocm.BetaTilde(denoiser), denoiser, points)
         assert none.mse == pytest.approx(size)
         assert none.relative == pytest.approx(1.0)
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hessdiag
+from hessdiag import Jacobian
 from hessdiag.compat import NotDifferentiableError
-from hessdiag.products import JacobianProducts
 
 WAYS = [(mode, batching) for mode in ("vjp", "jvp") for batching in ("loop", "vmap", "fold")]
 IMAGES = (2, 2, 4, 4)
@@ -261,7 +261,7 @@ def test_products_agree_with_differences_or_are_refused(functions, name, mode, b
 
     def products():
         torch.manual_seed(5)
-        return JacobianProducts(copy.copy(score_fn), x, mode, batching)(v)
+        return Jacobian(copy.copy(score_fn), x, mode=mode, batching=batching).products(v)
 
     if refused:
         with pytest.raises(ValueError, match=refused):

@@ -234,7 +234,7 @@ class TestDesigns:
         assert torch.equal(draw(70, 1, 0, 12), whole[:, 2:3])
 
     def test_a_design_of_ones_own(self):
-        class EveryOther:
+        class EveryOther(hessdiag.ProbeDesign):
             """The even features first, then the odd ones."""
 
             def block_size(self, sample_shape):
@@ -447,7 +447,13 @@ class TestChoice:
         ("probes", "x", "max_probes", "error", "message"),
         [
             ("signs", torch.zeros(1, 2), 3, ValueError, "probes must be one of .*, got 'signs'"),
-            (3, torch.zeros(1, 2), 3, TypeError, "probes must be a name or an object.*got int"),
+            (
+                3,
+                torch.zeros(1, 2),
+                3,
+                TypeError,
+                "probes must be a name or a design, an object.*got int",
+            ),
             ("coloring", torch.zeros(1, 2), 3, ValueError, r"\(B, channels, \.\.\.\).*orthogonal"),
             (Coloring(2), torch.zeros(1, 2), 8, ValueError, "coloring needs samples of shape"),
             (Coloring(4), torch.zeros(1, 1, 4, 4), 3, ValueError, "at least 4, a block of Colo"),

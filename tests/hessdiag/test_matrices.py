@@ -38,6 +38,10 @@ def test_a_coupled_batch_is_refused():
             function(lambda x: x - x.mean(dim=0), torch.randn(2, 2, 3))
 
 
+SIGNS = hessdiag.Rademacher()
+ONE_BLOCK = torch.zeros(3, dtype=torch.int64)
+
+
 class TestBlockDiagonal:
     def expected(self, J, x):
         """Pixels in order, then output channel, then input channel."""
@@ -50,7 +54,7 @@ class TestBlockDiagonal:
         module, x, J = network
         result = hessdiag.block_diagonal(module, x, mode=mode)
         assert result.blocks.shape == (2, 12, 3, 3)
-        assert result.num_probes == 36
+        assert result.num_probes.tolist() == [36, 36]
         torch.testing.assert_close(result.blocks, self.expected(J, x))
         assert (result.stderr == 0).all()
 
@@ -59,9 +63,9 @@ class TestBlockDiagonal:
         _, x, J = network
         J, count = J[0], 3000
         result = hessdiag.block_diagonal(
-            linear(J), x[:1].expand(count, -1, -1, -1), max_probes=17, mode=mode
+            linear(J), x[:1].expand(count, -1, -1, -1), probes=SIGNS, max_probes=17, mode=mode
         )
-        assert result.num_probes == 15  # five sign vectors of three probes
+        assert (result.num_probes == 15).all()  # five sign vectors of three probes
         expected = self.expected(J[None], x[:1])[0]
         M = J if mode == "jvp" else J.T
         energy = M.square().reshape(3, 12, 3, 12)  # output c, p; input d, q
@@ -91,7 +95,7 @@ class TestBlockDiagonal:
     def test_blocks_of_one_feature_are_the_diagonal(self):
         A, x = torch.randn(5, 5), torch.zeros(2, 5)
         result = hessdiag.block_diagonal(
-            linear(A), x, partition=torch.arange(5), max_probes=8, seed=3
+            linear(A), x, partition=torch.arange(5), probes=SIGNS, max_probes=8, seed=3
         )
         plain = hessdiag.estimate(linear(A), x, max_probes=8, seed=3)
         torch.testing.assert_close(result.blocks.flatten(1), plain.diagonal)
@@ -106,8 +110,12 @@ class TestBlockDiagonal:
             ({"partition": "pixels"}, "partition must be a tensor or 'channels', got 'pixels'"),
             ({}, r"partition='channels' needs x of shape \(B, C, ...\)"),
             (
-                {"partition": torch.zeros(3, dtype=torch.int64), "max_probes": 2},
+                {"partition": ONE_BLOCK, "probes": SIGNS, "max_probes": 2},
                 "max_probes must be at least 3, the size of the largest block, got 2",
+            ),
+            (
+                {"partition": ONE_BLOCK, "max_probes": 6},
+                "max_probes must be left out for the exact blocks, got 6",
             ),
         ],
     )
@@ -150,7 +158,7 @@ class TestXDiag:
         """Each leave-one-out estimate by its own QR decomposition."""
         A, k = self.low_rank(0.8), 6
         x = torch.zeros(3, 40, dtype=torch.float64)
-        result = hessdiag.xdiag(linear(A), x, num_products=2 * k, seed=5)
+        result = hessdiag.xdiag(linear(A), x, num_probes=2 * k, seed=5)
         omegas = hessdiag.kernels.rademacher((k, 3, 40), 5, dtype=torch.float64)
         for sample in range(3):
             omega = omegas[:, sample].T
@@ -170,7 +178,7 @@ class TestXDiag:
             A = self.low_rank(decay)
             A = A if decay < 1 else A + 3 * torch.eye(40, dtype=torch.float64)
             plain = hessdiag.hutchinson(linear(A), x, 16, mode="jvp") - A.diagonal()
-            other = hessdiag.xdiag(linear(A), x, num_products=16) - A.diagonal()
+            other = hessdiag.xdiag(linear(A), x, num_probes=16) - A.diagonal()
             assert (other.mean(0).abs() < 6 * other.std(0) / 500**0.5 + 1e-9).all()
             gains.append((plain.square().mean() / other.square().mean()).item())
         assert gains[0] > 50
@@ -180,11 +188,11 @@ class TestXDiag:
         A = self.low_rank(0.7)
         A, x = A + A.T, torch.zeros(2, 40, dtype=torch.float64)
         torch.testing.assert_close(
-            hessdiag.xdiag(linear(A), x, num_products=12, symmetric=True),
-            hessdiag.xdiag(linear(A), x, num_products=12),
+            hessdiag.xdiag(linear(A), x, num_probes=12, symmetric=True),
+            hessdiag.xdiag(linear(A), x, num_probes=12),
         )
 
     @pytest.mark.parametrize("number", [2, 5, 20])
     def test_errors(self, number):
-        with pytest.raises(ValueError, match="num_products must be even, at least 4 and at most"):
-            hessdiag.xdiag(torch.sin, torch.zeros(1, 4), num_products=number)
+        with pytest.raises(ValueError, match="num_probes must be even, at least 4 and at most"):
+            hessdiag.xdiag(torch.sin, torch.zeros(1, 4), num_probes=number)

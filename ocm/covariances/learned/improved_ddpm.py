@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ocm.covariances.base import from_branches
+from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.denoiser import Branch, Condition, Denoiser, Prediction
 from ocm.diffusion.divergences import gaussian_step_kl
 from ocm.diffusion.noise import noisy
 from ocm.diffusion.schedules import full_precision, per_sample
 
 
 @dataclass(frozen=True)
-class ImprovedDDPM:
+class ImprovedDDPM(Covariance):
     """The reverse variance interpolated between beta_tilde and beta in its logarithm.
 
     For the step from t to s with fraction v = (1 + o) / 2,
@@ -42,24 +42,24 @@ class ImprovedDDPM:
     parameterisation: Parameterisation = PAPER
 
     @property
-    def looks_at_s(self) -> bool:
+    def depends_on_s(self) -> bool:
         """Whether the variance depends on s: in the interpolation it does."""
         return math.isinf(self.parameterisation.data_std)
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return the variance of each dimension; no pass through the backbone.
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the variance of each dimension, for the step to the prediction's s.
 
         At s = 0, where no interpolation is defined, the variance is its limit v beta_bar_t of
         small steps.
         """
 
-        def variance(branch: Prediction) -> Tensor:
-            return self._variance(branch, self.head(branch.features), s)
+        def variance(branch: Branch) -> Tensor:
+            return self._variance(branch, self.head(branch.features))
 
-        return from_branches(prediction, variance)
+        return from_branches(prediction.by(self.denoiser), variance)
 
-    def _variance(self, prediction: Prediction, output: Tensor, s: int | None) -> Tensor:
-        schedule, t, x_t = self.denoiser.schedule, prediction.t, prediction.x_t
+    def _variance(self, place: Branch | Prediction, output: Tensor) -> Tensor:
+        schedule, s, t, x_t = self.denoiser.schedule, place.s, place.t, place.x_t
         if math.isfinite(self.parameterisation.data_std):
             unit = self.parameterisation.scale(schedule, t, x_t)
             return unit * self.parameterisation.ratio(output)
@@ -86,7 +86,7 @@ class ImprovedDDPM:
         *,
         seed: int,
         sample_offset: int,
-        labels: Tensor | None = None,
+        condition: Condition | None = None,
         head: nn.Module | None = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
@@ -98,8 +98,8 @@ class ImprovedDDPM:
         t = t.clamp(min=2)
         x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
         with torch.no_grad():
-            prediction = self.denoiser.predict(x_t, t, labels=labels)
-        variance = self._variance(prediction, (head or self.head)(prediction.features), None)
+            prediction = self.denoiser.predict(x_t, t, condition=condition)
+        variance = self._variance(prediction, (head or self.head)(prediction.features))
         spread = [1] * (x_t.dim() - 1)
         snr_difference = -_difference(schedule.snr, t, t - 1).to(x_t).reshape(-1, *spread)
         squared_error = (x0 - prediction.x0_hat).square()

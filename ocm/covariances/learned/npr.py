@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ocm.covariances.base import from_branches, regression_loss, scaled_ratio
+from ocm.covariances.base import Covariance, from_branches
+from ocm.covariances.learned.base import regression_loss, scaled_ratio
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
 from ocm.diffusion.noise import noisy
 
 
 @dataclass(frozen=True)
-class NPR:
+class NPR(Covariance):
     """Var[x0 | x_t] = c_t ratio(o), with the ratio regressed on (x0 - x0_hat)^2 / c_t.
 
     In the paper's units, (beta_bar / alpha_bar) g with g regressing (noise - epsilon)^2. The mean
@@ -33,9 +34,10 @@ class NPR:
     parameterisation: Parameterisation = PAPER
     network_error: float = 0.02
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return the variance of each dimension; no pass through the backbone."""
-        return from_branches(prediction, lambda branch: scaled_ratio(self, branch))
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the variance of each dimension."""
+        own = prediction.by(self.denoiser)
+        return from_branches(own, lambda branch: scaled_ratio(self, branch))
 
     def loss(
         self,
@@ -44,14 +46,14 @@ class NPR:
         *,
         seed: int,
         sample_offset: int,
-        labels: Tensor | None = None,
+        condition: Condition | None = None,
         head: nn.Module | None = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`."""
         schedule = self.denoiser.schedule
         x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
         with torch.no_grad():
-            prediction = self.denoiser.predict(x_t, t, labels=labels)
+            prediction = self.denoiser.predict(x_t, t, condition=condition)
         ratio = self.parameterisation.ratio((head or self.head)(prediction.features))
         target = (x0 - prediction.x0_hat).square()
         return regression_loss(

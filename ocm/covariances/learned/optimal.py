@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 import hessdiag
 from hessdiag import kernels
-from hessdiag.kernels.philox import seed_tensor
-from hessdiag.products import JacobianProducts, Mode
-from ocm.covariances.base import from_branches, loss_weight, scaled_ratio
+from ocm.covariances.base import Covariance, from_branches
+from ocm.covariances.learned.base import loss_weight, scaled_ratio
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
 from ocm.diffusion.noise import noisy
 
 
 @dataclass(frozen=True)
-class OptimalCovarianceMatching:
+class OptimalCovarianceMatching(Covariance):
     """Var[x0 | x_t] = c_t ratio(o), with the ratio regressed on an unbiased estimate of it.
 
     The loss is
@@ -46,13 +45,14 @@ class OptimalCovarianceMatching:
     head: nn.Module
     parameterisation: Parameterisation = PAPER
     num_probes: int = 1
-    probes: hessdiag.ProbeDesign = field(default_factory=hessdiag.Rademacher)
-    mode: Mode = "vjp"
+    probes: hessdiag.ProbeDesign = hessdiag.Rademacher()  # noqa: RUF009, frozen
+    mode: Literal["vjp", "jvp"] = "vjp"
     network_error: float = 0.02
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return the variance of each dimension; no pass through the backbone."""
-        return from_branches(prediction, lambda branch: scaled_ratio(self, branch))
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the variance of each dimension."""
+        own = prediction.by(self.denoiser)
+        return from_branches(own, lambda branch: scaled_ratio(self, branch))
 
     def loss(
         self,
@@ -61,7 +61,7 @@ class OptimalCovarianceMatching:
         *,
         seed: int,
         sample_offset: int,
-        labels: Tensor | None = None,
+        condition: Condition | None = None,
         head: nn.Module | None = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
@@ -70,25 +70,25 @@ class OptimalCovarianceMatching:
             ValueError: If ``num_probes`` is no multiple of the design's block.
         """
         denoiser, schedule = self.denoiser, self.denoiser.schedule
-        if labels is not None:
-            denoiser = denoiser.conditioned(labels)
         x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
         size, weight = (of(tuple(x_t.shape[1:])) for of in (self._block, self.probes.weight))
         v = self.probes.draw(
             (self.num_probes, *x_t.shape),
-            seed_tensor(seed, x_t.device),
+            kernels.seed_tensor(seed, x_t.device),
             probe_offset=0,
             sample_offset=sample_offset,
             dtype=x_t.dtype,
             device=x_t.device,
         )
-        features, products = self._features_and_products(denoiser, x_t, t, v)
-        ratio = self.parameterisation.ratio((head or self.head)(features))
+        # By a plain loop: in reverse mode one evaluation, whose features the head reads.
+        J = denoiser.jacobian(x_t, t, condition, mode=self.mode, batching="loop")
+        products = J.products(v)
+        ratio = self.parameterisation.ratio((head or self.head)(J.aux[0]))
 
         unit = self.parameterisation.scale(schedule, t, x_t)
         c, k = (number / unit for number in denoiser.covariance_coefficients(t, x_t))
         w = loss_weight(self.parameterisation, denoiser, t, self.network_error).to(x_t)
-        if isinstance(self.probes, hessdiag.Rademacher):
+        if self.probes.is_signs:
             return kernels.ocm_loss(
                 ratio,
                 products,
@@ -110,20 +110,3 @@ class OptimalCovarianceMatching:
                 f"{self.num_probes}"
             )
         return size
-
-    def _features_and_products(
-        self, denoiser: Denoiser, x_t: Tensor, t: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        if self.mode == "jvp":
-            with torch.no_grad():
-                features = denoiser.predict(x_t, t).features
-            return features, JacobianProducts(denoiser.output_at(t), x_t, "jvp", "loop")(v)
-        predictions: list[Prediction] = []
-
-        def output(x: Tensor) -> Tensor:
-            predictions.append(denoiser.predict(x, t))
-            return predictions[-1].output
-
-        # One plain evaluation, whose features the head reads.
-        products = JacobianProducts(output, x_t, "vjp", "loop")(v)
-        return predictions[-1].features, products

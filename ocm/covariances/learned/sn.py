@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ocm.covariances.base import from_branches, regression_loss, scaled_ratio
+from ocm.covariances.base import Covariance, from_branches
+from ocm.covariances.learned.base import regression_loss, scaled_ratio
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.denoiser import Branch, Condition, Denoiser, Prediction
 from ocm.diffusion.noise import noisy
 
 
 @dataclass(frozen=True)
-class SN:
+class SN(Covariance):
     """Var[x0 | x_t] = c_t ratio(o) - (x0_hat - m)^2, the ratio regressed on (x0 - m)^2 / c_t.
 
     m is the posterior mean of centred Gaussian data
@@ -33,14 +34,14 @@ class SN:
     head: nn.Module
     parameterisation: Parameterisation = PAPER
 
-    def at(self, prediction: Prediction, *, s: int | None = None) -> SpectralCovariance:
-        """Return the variance of each dimension; no pass through the backbone."""
-        return from_branches(prediction, self._variance)
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the variance of each dimension."""
+        return from_branches(prediction.by(self.denoiser), self._variance)
 
-    def _variance(self, prediction: Prediction) -> Tensor:
-        schedule, t, x_t = self.denoiser.schedule, prediction.t, prediction.x_t
-        offset = prediction.x0_hat - self.parameterisation.gaussian_mean(schedule, t, x_t)
-        return scaled_ratio(self, prediction) - offset.square()
+    def _variance(self, branch: Branch) -> Tensor:
+        schedule, t, x_t = self.denoiser.schedule, branch.t, branch.x_t
+        offset = branch.x0_hat - self.parameterisation.gaussian_mean(schedule, t, x_t)
+        return scaled_ratio(self, branch) - offset.square()
 
     def loss(
         self,
@@ -49,14 +50,14 @@ class SN:
         *,
         seed: int,
         sample_offset: int,
-        labels: Tensor | None = None,
+        condition: Condition | None = None,
         head: nn.Module | None = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`."""
         schedule = self.denoiser.schedule
         x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
         with torch.no_grad():
-            features = self.denoiser.predict(x_t, t, labels=labels).features
+            features = self.denoiser.predict(x_t, t, condition=condition).features
         ratio = self.parameterisation.ratio((head or self.head)(features))
         target = (x0 - self.parameterisation.gaussian_mean(schedule, t, x_t)).square()
         return regression_loss(ratio, target, self.parameterisation, self.denoiser, t)

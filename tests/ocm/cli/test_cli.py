@@ -12,10 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from ocm import checkpoints
-from ocm.checkpoints.catalogue import COVARIANCES
-from ocm.checkpoints.checkpoint import LEARNED
 from ocm.cli import app as cli
 from ocm.cli.demonstration import QUICK, DemoSettings, run
+from ocm.covariances.names import LEARNED, NAMES
 from ocm.evaluation import classifier
 
 
@@ -142,7 +141,7 @@ def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
     )  # fmt: skip
     assert answer.exit_code == 0, answer.output
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    densities = set(COVARIANCES) - {"blocks", "lanczos"}  # one channel, and no density
+    densities = set(NAMES) - {"blocks", "lanczos"}  # one channel, and no density
     rows = densities | {f"{name}_calibrated" for name in densities}
     assert set(record["nll_bits_per_dim"]) == rows
     for sampler in ("ddpm", "ddim"):

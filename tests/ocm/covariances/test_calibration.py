@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 import ocm
 from ocm.covariances.calibrated import fit_variance_components
 from ocm.diffusion.noise import noisy_prediction
-from ocm.diffusion.tables import TimestepTable
+from ocm.diffusion.tables import Table
 
 COVARIANCE = torch.tensor([[0.06, 0.03, 0.0], [0.03, 0.05, -0.01], [0.0, -0.01, 0.02]]).double()
 MEAN = torch.tensor([0.1, -0.1, 0.0])
@@ -100,7 +100,7 @@ def test_the_shift_finds_the_error_of_the_mean(denoiser):
 
 def test_fixed_and_wrong_covariances_become_the_best_of_their_form(denoiser):
     x0, t = data(4000), 400
-    for covariance in (ocm.BetaTilde(), ocm.Beta(denoiser.schedule)):
+    for covariance in (ocm.BetaTilde(denoiser), ocm.Beta(denoiser)):
         calibrated = ocm.calibrate(denoiser, covariance, x0, [t])
         prediction = noisy_prediction(denoiser, x0, t, 0)
         error = (x0 - prediction.x0_hat.clamp(-1, 1)).square().mean()
@@ -126,8 +126,8 @@ def test_mixing_is_at_least_as_good_as_each_part(denoiser):
 def test_calibration_lowers_the_bound_of_a_covariance_that_is_off(denoiser):
     x0 = ocm.quantise(data(2000).clamp(-1, 1).float())
     K = 5
-    timesteps = ocm.even_timesteps(1000, K)
-    for covariance in (ocm.Beta(denoiser.schedule), ocm.BetaTilde()):
+    timesteps = ocm.even_timesteps(ocm.linear(), K)
+    for covariance in (ocm.Beta(denoiser), ocm.BetaTilde(denoiser)):
         calibrated = ocm.calibrate(denoiser, covariance, x0, timesteps)
         plain, better = (
             ocm.bits_per_dim(denoiser, c, x0, timesteps, seed=3).total.mean()
@@ -141,24 +141,26 @@ def test_what_cannot_be_calibrated(denoiser):
         ocm.calibrate(denoiser, ocm.Lanczos(denoiser, 2), data(10), T)
     with pytest.raises(TypeError, match="must be diagonal to be mixed"):
         ocm.calibrate(denoiser, [ocm.Exact(denoiser), ocm.Full(denoiser)], data(10), T)
-    calibrated = ocm.calibrate(denoiser, ocm.BetaTilde(), data(10), T)
+    calibrated = ocm.calibrate(denoiser, ocm.BetaTilde(denoiser), data(10), T)
     with pytest.raises(ValueError, match=r"t must lie in 50 \.\. 400, .* got 401"):
         calibrated.at(denoiser.predict(data(1), 401))
     with pytest.raises(ValueError, match=r"weights must have 2 columns, .* got 3"):
-        ocm.Calibrated((ocm.BetaTilde(),), TimestepTable.of([1], [[1.0, 2.0, 3.0]]))
+        ocm.Calibrated((ocm.BetaTilde(denoiser),), Table({1: [1.0, 2.0, 3.0]}))
 
 
 def test_a_table_interpolates_and_refuses():
-    table = TimestepTable.of([10, 20, 40], [[0.0, 1.0], [1.0, 3.0], [2.0, 3.0]])
+    table = Table({10: [0.0, 1.0], 20: [1.0, 3.0], 40: [2.0, 3.0]})
     for t, expected in ((10, [0, 1]), (15, [0.5, 2]), (20, [1, 3]), (35, [1.75, 3]), (40, [2, 3])):
-        torch.testing.assert_close(table.at(t), torch.tensor(expected).double())
-    for timesteps, values, message in (
-        ([2, 1], [[1.0], [1.0]], "timesteps must increase"),
-        ([], [], "timesteps must increase"),
-        ([1], [[math.nan]], "values must be finite"),
+        torch.testing.assert_close(table.at(None, t), torch.tensor(expected).double())
+    for rows, message in (
+        ({}, "rows must be of one length, by timesteps t or by steps"),
+        ({1: [1.0], (1, 2): [1.0]}, "rows must be of one length, by timesteps t or by steps"),
+        ({"x": [1.0]}, "rows must be of one length, by timesteps t or by steps"),
+        ({1: [1.0], 2: [1.0, 2.0]}, r"rows of lengths \[1, 2\]"),
+        ({1: [math.nan]}, "rows must hold finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):
-            TimestepTable.of(timesteps, values)
+            Table(rows)
 
 
 @pytest.fixture
@@ -190,12 +192,16 @@ def test_each_sample_is_fitted_and_scored_with_its_own_class(classes):
     x0 = torch.where(labels == 1, 0.2, -0.3).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
     wrong = 1 - labels
     for given, error in ((labels, 0.0), (wrong, 0.25)):
-        calibrated = ocm.calibrate(classes, ocm.BetaTilde(), x0, [500], labels=given, batch_size=16)
-        assert calibrated.weights.at(500)[1].item() == pytest.approx(error, abs=1e-6)
+        calibrated = ocm.calibrate(
+            classes, ocm.BetaTilde(classes), x0, [500], labels=given, batch_size=16
+        )
+        assert calibrated.weights.at(None, 500)[1].item() == pytest.approx(error, abs=1e-6)
     x0 = ocm.quantise(x0)
-    timesteps = ocm.even_timesteps(1000, 4)
+    timesteps = ocm.even_timesteps(ocm.linear(), 4)
     right, off = (
-        ocm.bits_per_dim(classes, ocm.Exact(classes), x0, timesteps, labels=given).total.mean()
+        ocm.bits_per_dim(
+            classes, ocm.Exact(classes), x0, timesteps, condition=classes.condition(given)
+        ).total.mean()
         for given in (labels, wrong)
     )
     assert right + 1 < off
@@ -203,18 +209,18 @@ def test_each_sample_is_fitted_and_scored_with_its_own_class(classes):
 
 def test_a_label_that_is_none_of_the_classes(classes):
     with pytest.raises(ValueError, match=r"labels must lie in 0 \.\. 1, got 0 \.\. 7"):
-        classes.conditioned(torch.tensor([0, 7]))
+        classes.condition(torch.tensor([0, 7]))
 
 
-def test_a_covariance_that_looks_at_s_is_calibrated_by_steps(denoiser):
+def test_a_covariance_that_depends_on_s_is_calibrated_by_steps(denoiser):
     covariance = ocm.ImprovedDDPM(denoiser, torch.nn.Identity())
     with pytest.raises(ValueError, match=r"timesteps must be the steps \(s, t\)"):
         ocm.calibrate(denoiser, covariance, data(4), [100])
-    assert ocm.calibrate(denoiser, covariance, data(4), [(50, 100)]).looks_at_s
+    assert ocm.calibrate(denoiser, covariance, data(4), [(50, 100)]).depends_on_s
 
 
 def test_fits_draw_other_noise_than_scores(denoiser):
-    from ocm.diffusion.noise import FITTING
+    from ocm.diffusion.draws import FITTING
 
     fits, scores = (noisy_prediction(denoiser, data(2), 9, 0, draw=d).x_t for d in (FITTING, 0))
     assert not torch.allclose(fits, scores)

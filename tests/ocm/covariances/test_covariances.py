@@ -55,14 +55,14 @@ def test_hutchinson_draws_new_probes_at_each_timestep_and_sample(gaussian):
 def test_the_two_variances_of_ddpm_come_back_in_the_step(s, t):
     schedule = ocm.cosine()
     step = ddpm(schedule, s, t)
-    x_t = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
-    prediction = ocm.Prediction(x_t, t, x_t, x_t, x_t)
+    denoiser = gaussian_denoiser(torch.zeros(4), torch.eye(4), schedule)
+    prediction = denoiser.predict(torch.zeros(1, 1, 1, 4, dtype=torch.float64), t)
     for covariance, expected in (
-        (ocm.Beta(schedule), schedule.beta(s, t)),
-        (ocm.BetaTilde(), schedule.beta_tilde(s, t)),
+        (ocm.Beta(denoiser), schedule.beta(s, t)),
+        (ocm.BetaTilde(denoiser), schedule.beta_tilde(s, t)),
     ):
         variance = covariance.at(prediction).diagonal().item()
-        noise = step.noise_variance + step.noise_from_variance * variance
+        noise = step.noise_variance + step.mean_from_x0**2 * variance
         assert noise == pytest.approx(expected, rel=1e-9)
 
 

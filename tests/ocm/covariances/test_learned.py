@@ -179,12 +179,13 @@ def test_forward_mode_gives_the_same_targets(unet):
 def test_iddpm_interpolates_the_logarithm_of_the_reverse_variance(denoiser, s, t):
     x_t = torch.randn(5, 1, 1, 3).double()
     covariance = ImprovedDDPM(denoiser, Affine())
-    variance = covariance.at(denoiser.predict(x_t, t), s=s).diagonal()
+    variance = covariance.at(denoiser.predict(x_t, t, s=s)).diagonal()
     fraction = (1 + 0.3 * x_t - 0.2) / 2
     beta = 1 - ALPHA_BAR[t - 1] / ALPHA_BAR[s - 1]
     beta_tilde = (1 - ALPHA_BAR[s - 1]) / (1 - ALPHA_BAR[t - 1]) * beta
     expected = torch.exp(fraction * beta.log() + (1 - fraction) * beta_tilde.log())
-    found = ocm.reverse_variance(denoiser.schedule, s, t, variance)
+    step = ocm.ddpm(denoiser.schedule, s, t)
+    found = step.noise_variance + step.mean_from_x0**2 * variance
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     if s == t - 1:
         torch.testing.assert_close(covariance.at(denoiser.predict(x_t, t)).diagonal(), variance)
@@ -243,7 +244,7 @@ def test_iddpm_at_the_lowest_timestep_of_a_batch(denoiser):
 
 def test_only_what_holds_the_predicted_noise_is_weighted_down(unet):
     """For a network that predicts x0, and for SN's target, every noise level counts the same."""
-    from ocm.covariances.base import loss_weight
+    from ocm.covariances.learned.base import loss_weight
 
     t = torch.tensor([10, 1000])
     for prediction_type, expected in (("epsilon", 1e-3), ("sample", 1.0), ("v_prediction", 1.0)):

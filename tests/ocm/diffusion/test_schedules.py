@@ -63,11 +63,11 @@ def test_timesteps_out_of_order(schedule, s, t):
 
 
 def test_even_timesteps():
-    assert timesteps.even_timesteps(1000, 1) == [1000]
-    assert timesteps.even_timesteps(1000, 2) == [1, 1000]
-    assert timesteps.even_timesteps(1000, 1000) == list(range(1, 1001))
+    assert timesteps.even_timesteps(schedules.linear(), 1) == [1000]
+    assert timesteps.even_timesteps(schedules.linear(), 2) == [1, 1000]
+    assert timesteps.even_timesteps(schedules.linear(), 1000) == list(range(1, 1001))
     for K in (3, 10, 25, 50, 999):
-        chosen = timesteps.even_timesteps(1000, K)
+        chosen = timesteps.even_timesteps(schedules.linear(), K)
         assert (len(chosen), chosen[0], chosen[-1]) == (K, 1, 1000)
         assert all(s < t for s, t in itertools.pairwise(chosen))
 
@@ -75,8 +75,8 @@ def test_even_timesteps():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: timesteps.even_timesteps(1000, 0), "K must be at least 1, got 0"),
-        (lambda: timesteps.even_timesteps(1000, 1001), "K must lie in .* got 1001"),
+        (lambda: timesteps.even_timesteps(schedules.linear(), 0), "K must be at least 1, got 0"),
+        (lambda: timesteps.even_timesteps(schedules.linear(), 1001), "K must lie in .* got 1001"),
         (lambda: timesteps.reverse_steps([1, 5, 5]), r"must increase .* got \[1, 5, 5\]"),
         (lambda: timesteps.reverse_steps([]), r"must increase .* got \[\]"),
         (lambda: timesteps.reverse_steps([0, 3]), r"must increase .* got \[0, 3\]"),

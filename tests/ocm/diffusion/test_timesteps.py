@@ -14,12 +14,12 @@ SHORT = ocm.linear(12, 0.02, 0.4)
 
 @pytest.mark.parametrize("K", [1, 2, 5, 40, 999, 1000])
 def test_quadratic_timesteps_increase_to_the_end(K):
-    chosen = timesteps.quadratic_timesteps(1000, K)
+    chosen = timesteps.quadratic_timesteps(ocm.linear(), K)
     assert len(chosen) == K
     assert chosen[-1] == 1000
     assert all(s < t for s, t in itertools.pairwise(chosen))
     if 2 < K < 30:
-        assert chosen[1] < ocm.even_timesteps(1000, K)[1]
+        assert chosen[1] < ocm.even_timesteps(ocm.linear(), K)[1]
 
 
 def bound(path, variances):
@@ -58,7 +58,7 @@ def test_the_optimal_path_lowers_the_bound_of_gaussian_data():
     best = ocm.optimal_timesteps(denoiser.schedule, covariance.variances(), 6)
     bits = {
         name: ocm.bits_per_dim(denoiser, covariance, x0, path).total.mean().item()
-        for name, path in (("even", ocm.even_timesteps(1000, 6)), ("optimal", best))
+        for name, path in (("even", ocm.even_timesteps(ocm.linear(), 6)), ("optimal", best))
     }
     assert bits["optimal"] < bits["even"] - 0.05
 
@@ -66,7 +66,7 @@ def test_the_optimal_path_lowers_the_bound_of_gaussian_data():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ocm.quadratic_timesteps(1000, 0), "K must be at least 1, got 0"),
+        (lambda: ocm.quadratic_timesteps(ocm.linear(), 0), "K must be at least 1, got 0"),
         (lambda: ocm.optimal_timesteps(SHORT, torch.ones(12), 13), r"K must lie in 1 \.\. 12"),
         (lambda: ocm.optimal_timesteps(SHORT, torch.ones(5), 3), r"variances must be 12 .* \(5,\)"),
         (lambda: ocm.optimal_timesteps(SHORT, -torch.ones(12), 3), "variances must be .* -1"),

@@ -5,8 +5,10 @@ import torch
 from gaussian_denoiser import gaussian_denoiser
 
 import ocm
-from ocm.checkpoints.catalogue import COVARIANCES, build_covariance, fitted
+from ocm.checkpoints.catalogue import build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.fitting import fitted
+from ocm.covariances.names import NAMES
 from ocm.evaluation.distances import frechet_distance, maximum_mean_discrepancy
 from ocm.evaluation.scores import draw, likelihood_table, quality, steps_of
 
@@ -48,7 +50,7 @@ def test_the_table_is_that_of_one_bound_at_a_time(checkpoint, images):
     for name, row in table.items():
         covariance = build_covariance(name, checkpoint)
         for K, cell in row.items():
-            timesteps = ocm.even_timesteps(1000, K)
+            timesteps = ocm.even_timesteps(ocm.linear(), K)
             bound = ocm.bits_per_dim(checkpoint.denoiser, covariance, images, timesteps, seed=7)
             assert cell.mean == pytest.approx(bound.total.mean().item(), rel=1e-5)
             error = bound.total.std().item() / 10**0.5

@@ -135,7 +135,7 @@ def test_timesteps(spacing, steps):
     assert len(timesteps) == scheduler.num_inference_steps == steps
     assert bool((timesteps.diff() < 0).all())
     if spacing == "even":
-        assert [t + 1 for t in timesteps.tolist()][::-1] == ocm.even_timesteps(1000, steps)
+        assert [t + 1 for t in timesteps.tolist()][::-1] == ocm.even_timesteps(ocm.linear(), steps)
     else:
         theirs = DDPMScheduler(timestep_spacing=spacing)
         theirs.set_timesteps(steps)
@@ -390,7 +390,7 @@ def test_the_loop_is_that_of_ocm_sample_on_the_same_noise(unet, eta, positive):
         covariance.denoiser,
         covariance,
         shape,
-        ocm.even_timesteps(1000, 6),
+        6,
         sampler=functools.partial(ocm.ddim, eta=eta),
         seed=seed,
         max_last_noise=0.05,

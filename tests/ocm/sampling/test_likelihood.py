@@ -24,7 +24,7 @@ def test_the_step_is_the_kl_of_its_two_gaussians(schedule, s, t):
     )
     model = Normal(
         step.mean_from_x_t * x_t + step.mean_from_x0 * x0_hat,
-        (step.noise_variance + step.noise_from_variance * variance).sqrt(),
+        (step.noise_variance + step.mean_from_x0**2 * variance).sqrt(),
     )
     snr = schedule.alpha_bar / schedule.beta_bar
     kl = gaussian_step_kl((x0 - x0_hat) ** 2, variance, (snr[s] - snr[t]).item())
@@ -67,7 +67,7 @@ def test_gaussian_data_with_the_exact_variance_has_no_gap(K):
     std = torch.tensor([0.05, 0.1, 0.3, 0.2])
     denoiser = gaussian_denoiser(torch.zeros(4), torch.diag(std**2), schedule)
     x0 = ocm.quantise(torch.tensor([0.04, -0.15, 0.2, 0.1])).expand(20000, 1, 1, 4)
-    bound = ocm.bits_per_dim(denoiser, ocm.Exact(denoiser), x0, ocm.even_timesteps(1000, K))
+    bound = ocm.bits_per_dim(denoiser, ocm.Exact(denoiser), x0, K)
     values = bound.prior + bound.steps.sum(dim=1)
     alpha_bar, beta_bar = schedule.alpha_bar[1], schedule.beta_bar[1]
     expected = kl_divergence(
@@ -77,8 +77,8 @@ def test_gaussian_data_with_the_exact_variance_has_no_gap(K):
     # The forward process at N is not quite N(0, I), from which the bound starts: 5e-5 bits.
     standard_error = values.std() / len(values) ** 0.5
     assert (values.mean() - expected).abs() < 4 * standard_error + 1e-4
-    for worse in (ocm.Beta(schedule), ocm.BetaTilde()):
-        other = ocm.bits_per_dim(denoiser, worse, x0[:2000], ocm.even_timesteps(1000, K))
+    for worse in (ocm.Beta(denoiser), ocm.BetaTilde(denoiser)):
+        other = ocm.bits_per_dim(denoiser, worse, x0[:2000], K)
         assert other.total.mean() > bound.total.mean()
 
 
@@ -86,7 +86,7 @@ def test_prior_and_decoder_against_torch_distributions():
     schedule = ocm.linear()
     denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), schedule)
     x0 = ocm.quantise(torch.tensor([-1.0, -0.5, 0.25, 1.0])).reshape(1, 1, 1, 4)
-    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1, 1000], levels=256, seed=6)
+    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(denoiser), x0, [1, 1000], levels=256, seed=6)
 
     alpha_bar, beta_bar = schedule.alpha_bar[-1], schedule.beta_bar[-1]
     prior = kl_divergence(Normal(alpha_bar.sqrt() * x0.double(), beta_bar.sqrt()), Normal(0.0, 1.0))
@@ -109,9 +109,9 @@ def beta_bar_of(t):
 def test_parts_of_a_batch_and_of_the_sum():
     denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), ocm.linear())
     x0 = ocm.quantise(torch.rand(6, 1, 1, 4) * 2 - 1)
-    timesteps = ocm.even_timesteps(1000, 4)
-    whole = ocm.bits_per_dim(denoiser, ocm.Beta(ocm.linear()), x0, timesteps)
-    part = ocm.bits_per_dim(denoiser, ocm.Beta(ocm.linear()), x0[4:], timesteps, sample_offset=4)
+    timesteps = ocm.even_timesteps(ocm.linear(), 4)
+    whole = ocm.bits_per_dim(denoiser, ocm.Beta(denoiser), x0, timesteps)
+    part = ocm.bits_per_dim(denoiser, ocm.Beta(denoiser), x0[4:], timesteps, sample_offset=4)
     torch.testing.assert_close(whole.total[4:], part.total)
     assert whole.steps.shape == (6, 3)
     torch.testing.assert_close(whole.total, whole.prior + whole.steps.sum(dim=1) + whole.decoder)
@@ -120,7 +120,7 @@ def test_parts_of_a_batch_and_of_the_sum():
 def test_one_step_has_a_prior_and_a_decoder():
     denoiser = gaussian_denoiser(torch.zeros(4), 0.04 * torch.eye(4), ocm.linear())
     x0 = torch.ones(2, 1, 1, 4)
-    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, [1000])
+    bound = ocm.bits_per_dim(denoiser, ocm.BetaTilde(denoiser), x0, [1000])
     assert bound.steps.shape == (2, 0)
     assert torch.isfinite(bound.total).all()
 
@@ -132,11 +132,15 @@ def test_one_step_has_a_prior_and_a_decoder():
         (torch.zeros(1, 1, 1, 4), {}, "x0 must lie on the grid of levels = 256"),
         (torch.full((1, 1, 1, 4), math.nan), {}, "x0 must be finite, got 4 NaN"),
         (torch.ones(1, 1, 1, 4), {"levels": 1}, "levels must be at least 2, got 1"),
-        (torch.ones(1, 1, 1, 4), {"timesteps": [1, 10]}, "timesteps must end at N = 1000, got 10"),
+        (
+            torch.ones(1, 1, 1, 4),
+            {"steps": [1, 10]},
+            "steps must be .* timesteps that end at N = 1000, got 10",
+        ),
     ],
 )
 def test_errors(x0, arguments, message):
     denoiser = gaussian_denoiser(torch.zeros(4), torch.eye(4), ocm.linear())
-    arguments = {"timesteps": [1, 1000], **arguments}
+    arguments = {"steps": [1, 1000], **arguments}
     with pytest.raises(ValueError, match=message):
-        ocm.bits_per_dim(denoiser, ocm.BetaTilde(), x0, **arguments)
+        ocm.bits_per_dim(denoiser, ocm.BetaTilde(denoiser), x0, **arguments)

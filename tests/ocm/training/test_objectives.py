@@ -8,7 +8,6 @@ from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 
 import hessdiag
 import ocm
-from ocm import checkpoints
 from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.noise import noisy
 from ocm.training.objectives import train_denoiser, train_head
@@ -150,13 +149,13 @@ def test_a_backbone_that_predicts_a_variance_too_is_refused():
         ocm.Denoiser(unet, ocm.linear())
 
 
-@pytest.mark.parametrize("method", checkpoints.LEARNED)
+@pytest.mark.parametrize("method", LEARNED)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_mixed_precision_trains_what_full_precision_does(images, method, prediction_type):
     denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine(), prediction_type)
     losses = {}
     for precision in ("no", "bf16"):
-        covariance = checkpoints.LEARNED[method](denoiser, ocm.make_head(denoiser))
+        covariance = LEARNED[method](denoiser, ocm.make_head(denoiser))
         settings = ocm.TrainingSettings(4, batch_size=8, mixed_precision=precision)
         losses[precision] = train_head(covariance, images, settings, progress=False)
     torch.testing.assert_close(losses["bf16"], losses["no"], rtol=0.05, atol=0.02)

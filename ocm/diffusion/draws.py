@@ -1,0 +1,25 @@
+"""Whose random numbers are whose: the steps of the normal stream, in one ledger.
+
+By the random-number contract (:mod:`hessdiag.kernels`) a normal number is a pure function of seed,
+stream, sample, step and feature. All of ocm draws from stream 2; who draws takes a step of its own,
+so that numbers of one seed that should be independent are different ones.
+
+=====================  =====================================================================
+0                      x_N, from which sampling starts
+1 .. N                 the noise of a sampler's step from t; of x_t in scores, at level t
+FITTING + 1 .. + N     of x_t, on which analytic variances and calibrations are fitted
+CLASSES                which training samples are shown without their class
+MIXTURE                points of a mixture of Gaussians
+ENCODER                latents, around the means of an autoencoder
+TRAINING               the noise of training
+=====================  =====================================================================
+"""
+
+from __future__ import annotations
+
+START = 0
+FITTING = 2**31
+CLASSES = 2**32 - 4
+ENCODER = 2**32 - 3
+MIXTURE = 2**32 - 2
+TRAINING = 2**32 - 1

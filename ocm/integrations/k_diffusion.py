@@ -1,0 +1,70 @@
+"""A denoiser as k-diffusion's samplers call it.
+
+model = ocm.KDiffusionDenoiser(denoiser)
+images = k_diffusion.sampling.sample_heun(model, x, model.get_sigmas(20))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.denoiser import Condition, Denoiser
+from ocm.sampling.any_sigma import mean_of_x0, sigmas
+
+
+@dataclass(frozen=True, eq=False)
+class KDiffusionDenoiser:
+    """A denoiser as k-diffusion's samplers call it: ``model(x, sigma)`` returns x0_hat.
+
+    Attributes:
+        denoiser: The denoiser.
+        x0_range: Where x0_hat is clipped to; None as k-diffusion has it.
+    """
+
+    denoiser: Denoiser
+    x0_range: tuple[float, float] | None = None
+
+    @property
+    def sigma_min(self) -> float:
+        """The smallest sigma of the schedule."""
+        return sigmas(self.denoiser.schedule)[0].item()
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest, with which sampling starts: x = sigma_max n."""
+        return sigmas(self.denoiser.schedule)[-1].item()
+
+    def get_sigmas(self, n: int) -> Tensor:
+        """Return n decreasing sigmas, evenly spaced in t and interpolated in log sigma, and 0.
+
+        Raises:
+            TypeError: If n is no int.
+            ValueError: If it is not positive.
+        """
+        check_positive_int("n", n)
+        logs = sigmas(self.denoiser.schedule).log()
+        places = torch.linspace(len(logs) - 1, 0, n, dtype=torch.float64)
+        low, high = logs[places.floor().long()], logs[places.ceil().long()]
+        interpolated = torch.lerp(low, high, places.frac()).exp()
+        return torch.cat([interpolated, interpolated.new_zeros(1)]).to(self.denoiser.device).float()
+
+    def __call__(
+        self, x: Tensor, sigma: float | Tensor, *, condition: Condition | None = None
+    ) -> Tensor:
+        """Return x0_hat given x = x0 + sigma n, differentiable in x.
+
+        Args:
+            x: Shape (B, ...).
+            sigma: A number, or a tensor of shape (B,).
+            condition: Class labels and guidance (:meth:`ocm.Denoiser.condition`): k-diffusion's
+                samplers take ``extra_args={"condition": condition}``.
+
+        Raises:
+            ValueError: As :func:`ocm.x0_given`.
+        """
+        mean = mean_of_x0(self.denoiser, x, sigma, condition=condition)
+        return mean if self.x0_range is None else mean.clamp(*self.x0_range)
