@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from cifar10.report import claims as cifar10_claims
 from harness import budget
 from mixtures.report import by_seed, name_of
-from suites.cifar10 import claims as cifar10_claims
 from suites.digits import likelihood, structure
 
 from ocm.checkpoints.catalogue import CALIBRATED
