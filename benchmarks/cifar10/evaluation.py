@@ -35,9 +35,10 @@ from ocm.data import Images
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.tables import StepTable, TimestepTable
 from ocm.evaluation import classifier
-from ocm.evaluation.distances import FeatureExtractor, classifier_features
 from ocm.evaluation.environment import Row, environment
-from ocm.evaluation.scores import draw, likelihood_table, quality, steps_of
+from ocm.evaluation.features import FeatureExtractor, classifier_features
+from ocm.evaluation.samples import draw, quality
+from ocm.evaluation.scores import likelihood_table, steps_of
 from ocm.sampling.samplers import ddpm, last_step_noise, reverse_step
 
 _GRID_IMAGES = 8

@@ -32,10 +32,10 @@ from harness.timing import markdown, synchronize
 from hessdiag.kernels import normal
 from ocm.checkpoints.catalogue import build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
-from ocm.evaluation.distances import FeatureExtractor
 from ocm.evaluation.environment import Row
+from ocm.evaluation.features import FeatureExtractor
 from ocm.evaluation.pictures import label
-from ocm.evaluation.scores import quality
+from ocm.evaluation.samples import quality
 from ocm.sampling.samplers import Sampler, last_step_noise
 
 BUDGETS = (5, 10, 20, 40)

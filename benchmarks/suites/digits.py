@@ -38,11 +38,12 @@ from ocm.cli.train import train
 from ocm.data import Images
 from ocm.diffusion.noise import noisy_prediction
 from ocm.evaluation import classifier
-from ocm.evaluation.distances import classifier_features
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.features import classifier_features
 from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
 from ocm.evaluation.pictures import evaluation_plot
-from ocm.evaluation.scores import Estimate, Quality, estimate, steps_of
+from ocm.evaluation.samples import Quality
+from ocm.evaluation.scores import Estimate, estimate, steps_of
 
 _CACHE = Path(__file__).parent.parent.parent / ".cache" / "benchmarks" / "digits"
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ocm.checkpoints.checkpoint import Checkpoint
     from ocm.data import Images
-    from ocm.evaluation.distances import FeatureExtractor
+    from ocm.evaluation.features import FeatureExtractor
 
 
 def evaluate(
@@ -224,7 +224,7 @@ def _quality(
 
     from ocm.checkpoints.catalogue import CALIBRATED, WITHOUT_DENSITY
     from ocm.evaluation.markdown import quality_markdown
-    from ocm.evaluation.scores import median_distance, quality, quality_table
+    from ocm.evaluation.samples import median_distance, quality, quality_table
     from ocm.sampling.samplers import ddim, ddpm
 
     extractor, said = _features(images, inception, seed, out, progress)
@@ -275,10 +275,10 @@ def _features(
 ) -> tuple[FeatureExtractor, str]:
     """Return the features of quality, and a sentence on what they are."""
     from ocm.evaluation import classifier as classifiers
-    from ocm.evaluation import distances as metrics
+    from ocm.evaluation import features
 
     if inception is not None:
-        extractor = metrics.inception(inception)
+        extractor = features.inception(inception)
         return extractor, f"Features: {extractor.name}."
     if images.train_labels is None or images.num_classes is None:
         raise ValueError(
@@ -293,5 +293,5 @@ def _features(
     if images.test_labels is not None:
         right = classifiers.accuracy(trained, images.test, images.test_labels)
         said += f", right on {right:.1%} of the held-out ones"
-    extractor = metrics.classifier_features(trained)
+    extractor = features.classifier_features(trained)
     return extractor, f"Features: {extractor.name}, {said}."

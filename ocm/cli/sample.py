@@ -90,7 +90,7 @@ def sample(
     from ocm.checkpoints.catalogue import CALIBRATED, CovarianceSettings
     from ocm.evaluation.environment import environment
     from ocm.evaluation.pictures import sample_rows
-    from ocm.evaluation.scores import draw
+    from ocm.evaluation.samples import draw
     from ocm.sampling import samplers
 
     place = resolve_device(device)

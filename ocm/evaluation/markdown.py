@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ocm.evaluation.pictures import label
-from ocm.evaluation.scores import Estimate, Quality
+from ocm.evaluation.samples import Quality
+from ocm.evaluation.scores import Estimate
 
 
 def likelihood_markdown(
