@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from harness import budget
-from harness.timing import markdown
 
 from ocm.checkpoints.catalogue import CALIBRATED
 from ocm.evaluation.environment import Row
+from ocm.evaluation.markdown import markdown_table
 from ocm.evaluation.pictures import label
 
 # With which covariances OCM is compared in bits/dim, and at which numbers of steps.
@@ -54,7 +54,7 @@ def tables(record: Row) -> str:
                 lambda row: f"{row['seconds_per_1000_images']:.1f}",
             ),
             "Cost of a DDPM step over one with β̃",
-            markdown(of_schedule(record["costs"], schedule), _COST_COLUMNS),
+            markdown_table(of_schedule(record["costs"], schedule), _COST_COLUMNS),
             "At equal network evaluations, a Jacobian product counting as one: Fréchet distance "
             f"of {record['equal_evaluations'][0]['num_images']} samples (K steps)",
             budget.table(of_schedule(record["equal_evaluations"], schedule)),
@@ -140,7 +140,9 @@ def _by_steps(rows: Sequence[Row], cell: Any) -> str:
         cells = table.setdefault(name_of(row), {"covariance": name_of(row)})
         cells[f"K = {row['K']}"] = cell(row)
     steps = sorted({row["K"] for row in rows})
-    return markdown(list(table.values()), {"covariance": ""} | {f"K = {K}": "" for K in steps})
+    return markdown_table(
+        list(table.values()), {"covariance": ""} | {f"K = {K}": "" for K in steps}
+    )
 
 
 def _difference(row: Row) -> str:
@@ -185,7 +187,7 @@ def _validation(record: Row) -> list[str]:
     sections = [
         f"**Chosen on {validation['images']}**",
         "Tried before this run on such images of the reduced size, bits/dim of 128 of them",
-        markdown(tried, dict.fromkeys(tried[0], "") | {"K = 10": ".4f", "K = 25": ".4f"}),
+        markdown_table(tried, dict.fromkeys(tried[0], "") | {"K = 10": ".4f", "K = 25": ".4f"}),
     ]
     for schedule in schedules_of(record):
         sections += [

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ocm.evaluation.environment import Row
+from ocm.evaluation.markdown import markdown_table, table_of_lines
 from ocm.evaluation.pictures import label
 
 _UNITS = {"preconditioned": "", "paper": ", the papers' units", "": ""}
@@ -215,14 +216,14 @@ def _axis(values: Mapping[Any, Any]) -> list[int]:
 
 def _table(values: Mapping[Any, Sequence[float]], first: str, columns: Sequence[str]) -> str:
     places = _axis(values)
-    lines = [f"| {first} | {' | '.join(columns)} |", "|:---|" + "---:|" * len(columns)]
-    for name in dict.fromkeys(name for name, _ in values):
-        cells = [mean_and_spread(values[name, place]) for place in places]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = {
+        name: [mean_and_spread(values[name, place]) for place in places]
+        for name in dict.fromkeys(name for name, _ in values)
+    }
+    return table_of_lines(first, columns, lines)
 
 
 def _plain(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", "|:---|" + "---:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
-    return "\n".join(lines)
+    first, *others = columns
+    cells = [{name: cell(row) for name, cell in columns.items()} for row in rows]
+    return markdown_table(cells, {first: ""} | dict.fromkeys(others, ">"))

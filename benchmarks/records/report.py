@@ -6,7 +6,6 @@ It needs nothing but the JSON files that ``benchmarks/run.py`` left there, and t
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -14,9 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import suites
-from harness.timing import markdown
 
 from ocm.evaluation.environment import Row
+from ocm.evaluation.markdown import markdown_table
 
 NAME = "report.md"
 # What the latest run of run.py came to.
@@ -24,9 +23,12 @@ RUN = "run.json"
 # What pytest-benchmark wrote.
 SMALL = "small.json"
 
-_COLUMNS = {"suite": "", "command": "", "commit": "", "uncommitted_changes": "", "date": ""}
-_MACHINE = {"device": "", "processor": "", "threads": "d", "seconds": ".0f"}
-_VERSIONS = {"python": "", "torch": "", "triton": ""}
+_VERSIONS = ("python", "torch", "triton")
+_COLUMNS = {
+    **dict.fromkeys(("suite", "command", "commit", "uncommitted_changes", "date"), ""),
+    **{"device": "", "processor": "", "threads": "d", "seconds": ".0f"},
+    **dict.fromkeys(_VERSIONS, ""),
+}
 
 
 def write_run(
@@ -77,7 +79,7 @@ def text(directory: Path) -> str:
         sections += _run_section(latest, found)
     if found:
         rows = [_origin(name, record) for name, record in found.items()]
-        sections.append(markdown(rows, _COLUMNS | _MACHINE | _VERSIONS))
+        sections.append(markdown_table(rows, _COLUMNS))
     for name, record in found.items():
         sections.append(_section(name, record, directory))
     if small.exists():
@@ -188,21 +190,5 @@ def _small_section(record: Row) -> str:
     return (
         f"## small\n\nCases small enough for every machine: `make bench-small` at "
         f"{commit['id'][:7]}{changes}, {record['datetime'][:19]}; rows in [{SMALL}]({SMALL}).\n\n"
-        f"{markdown(rows, columns)}"
+        f"{markdown_table(rows, columns | {'rounds': 'd'})}"
     )
-
-
-def main() -> None:
-    """Parse the command line and write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where the records are")
-    parser.add_argument("--plots", action="store_true", help="draw the plots again too")
-    arguments = parser.parse_args()
-    if arguments.plots:
-        plot(arguments.directory)
-    try:
-        print(f"report: {write(arguments.directory)}")
-    except ValueError as error:
-        parser.error(str(error))

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from harness import budget
-from harness.timing import Setting, markdown
+from harness.timing import Setting
 from torch import Tensor
 
 import hessdiag
@@ -40,7 +40,7 @@ from ocm.diffusion.noise import noisy_prediction
 from ocm.evaluation import classifier
 from ocm.evaluation.environment import Row, environment
 from ocm.evaluation.features import classifier_features
-from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
+from ocm.evaluation.markdown import likelihood_markdown, markdown_table, quality_markdown
 from ocm.evaluation.pictures import evaluation_plot
 from ocm.evaluation.samples import Quality
 from ocm.evaluation.scores import Estimate, estimate, steps_of
@@ -314,7 +314,7 @@ def structure(record: Row) -> str:
         "covariance_asymmetry": ".3f",
         "negative_eigenvalues": ".3f",
     }
-    return markdown(record["diagonal_against_full"], columns)
+    return markdown_table(record["diagonal_against_full"], columns)
 
 
 def plot(record: Row, path: Path) -> None:

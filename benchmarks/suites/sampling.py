@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from harness.timing import Setting, markdown, time_together
+from harness.timing import Setting, time_together
 
 import ocm
 from ocm.checkpoints.checkpoint import LEARNED
 from ocm.diffusion.backbones import small_unet
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.markdown import markdown_table
 from ocm.sampling.samplers import ddpm, reverse_step
 
 COLUMNS = {
@@ -53,7 +54,7 @@ def run(setting: Setting) -> tuple[Row, str]:
 
 def report(record: Row) -> str:
     """Return the tables of a record."""
-    return markdown(record["rows"], COLUMNS)
+    return markdown_table(record["rows"], COLUMNS)
 
 
 def _network(name: str, unet: Any, batch: int, setting: Setting) -> list[Row]:
