@@ -11,7 +11,7 @@ from harness import budget
 
 from ocm.checkpoints.catalogue import CALIBRATED
 from ocm.evaluation.environment import Row
-from ocm.evaluation.markdown import markdown_table
+from ocm.evaluation.markdown import markdown_table, table_of_lines
 from ocm.evaluation.pictures import label
 
 # With which covariances OCM is compared in bits/dim, and at which numbers of steps.
@@ -102,6 +102,35 @@ def claims(record: Row) -> str:
             "learned. Calibration, two numbers a timestep, makes up for a part of it."
         )
     return "\n".join(lines)
+
+
+def quoted(record: Row) -> str:
+    """Return bits/dim of every head for two schedules, and where OCM is above another."""
+    counts = [K for K in (5, 10, 25, 50) if K in record["settings"]["step_counts"]]
+    places = {
+        (schedule, K): f"{schedule}, K = {K}" for schedule in schedules_of(record) for K in counts
+    }
+    bits: dict[str, dict[tuple[str, int], str]] = {}
+    for row in record["rows"]:
+        cells = bits.setdefault(name_of(row), {})
+        cells[row["schedule"], row["K"]] = f"{row['bits_per_dim']:.3f}"
+    lines = {name: [cells[place] for place in places] for name, cells in bits.items()}
+    table = table_of_lines("covariance", list(places.values()), lines)
+    return f"{table}\n\n{claims(record)}"
+
+
+def quoted_samples(record: Row) -> str:
+    """Return Fréchet distances at equal numbers of network evaluations, for both schedules."""
+    rows = record["equal_evaluations"]
+    tables = [
+        f"{name.capitalize()} schedule:\n\n{budget.table(of_schedule(rows, name))}"
+        for name in schedules_of(record)
+    ]
+    pictures = [
+        "![Bits/dim above OCM, samples, and equal evaluations](cpu/cifar10.png)",
+        "![Samples of ten steps from the same noise](cpu/cifar10_cosine_ddpm_10.png)",
+    ]
+    return "\n\n".join([*tables, *pictures])
 
 
 def schedules_of(record: Row) -> list[str]:

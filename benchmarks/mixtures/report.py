@@ -99,6 +99,57 @@ def tables(record: Mapping[str, Any]) -> str:
     return "\n\n".join(sections)
 
 
+def quoted(record: Mapping[str, Any]) -> str:
+    """Return errors at some noise levels, and samples of five and ten steps: means over seeds."""
+    heads = ("iddpm", "npr", "sn", "ocm")
+    levels = {(t,): f"t = {t}" for t in (5, 100, 300, 500, 700, 1000)}
+    tables = []
+    for mixture, more in (("nine Gaussians", ()), ("correlated mixture", ("hutchinson-10",))):
+        rows = _of(record["errors"], mixture, "true")
+        errors = by_seed(
+            [row for row in rows if row["parameterisation"] != "paper"],
+            lambda row: (row["covariance"], row["t"]),
+            "relative",
+        )
+        tables.append(_means(mixture, errors, ("analytic", *more, *heads), levels))
+    places = {
+        (mixture, sampler, K): f"{mixture.split()[0]}, {sampler.upper()}, {K}"
+        for mixture in ("nine Gaussians", "correlated mixture")
+        for sampler in ("ddpm", "ddim")
+        for K in (5, 10)
+    }
+    samples = by_seed(
+        record["samples"],
+        lambda row: (row["covariance"], row["mixture"], row["sampler"], row["K"]),
+        "mmd",
+    )
+    names = ("beta", "beta_tilde", "analytic", *heads, "exact", "lanczos", "full")
+    sections = [
+        "Relative squared error of Var[x0 | x_t] with the true score, mean of "
+        f"{len(record['seeds'])} seeds:",
+        *tables,
+        _means("MMD² of samples, K", samples, names, places),
+        "![Error of every covariance against the noise level](benchmarks/results/cpu/mixtures.png)",
+        "![Distance of samples from the mixtures against the number of steps]"
+        "(benchmarks/results/cpu/mixtures_samples.png)",
+    ]
+    return "\n\n".join(sections)
+
+
+def _means(
+    corner: str,
+    values: Mapping[Any, Sequence[float]],
+    names: Sequence[str],
+    places: Mapping[tuple[Any, ...], str],
+) -> str:
+    """Return the table of means over seeds of values by covariance and place."""
+    lines = {
+        name_of(name): [f"{statistics.fmean(values[(name, *place)]):.1e}" for place in places]
+        for name in names
+    }
+    return table_of_lines(corner, list(places.values()), lines)
+
+
 def _checks(record: Mapping[str, Any]) -> list[str]:
     counts = record["settings"]["check_step_counts"]
     sections = [

@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,10 @@ def compare(old: Row, new: Row, threshold: float = 1.05) -> Comparison:
         raise NotComparableError(
             f"the records must be of one suite, got {old.get('suite')!r} and {new.get('suite')!r}"
         )
-    tables = [_tables(old), _tables(new)]
-    places = dict.fromkeys([*tables[0], *tables[1]])
+    tables = _tables(old), _tables(new)
+    places = {**tables[0], **tables[1]}
     identities = {place: _identity([t[place] for t in tables if place in t]) for place in places}
-    before, after = (
-        _numbers(record, found, identities)
-        for record, found in zip((old, new), tables, strict=True)
-    )
+    before, after = (_numbers(found, identities) for found in tables)
     common = before.index.intersection(after.index, sort=False)
     if common.empty:
         raise NotComparableError("the records must measure the same, and have no number in common")
@@ -133,14 +131,21 @@ def _measured(record: Row) -> Iterator[tuple[str, Any]]:
 
 
 def _tables(record: Row) -> dict[str, pd.DataFrame]:
-    """Return the tables of a record by their path, with None for what a row lacks."""
-    tables = {}
-    for place, value in _measured(record):
+    """Return the tables of a record by their path, with None for what a row lacks.
+
+    Measured numbers outside of tables are one of a single row for each folder.
+    """
+    tables: dict[str, list[Row]] = {}
+    for path, value in _measured(record):
+        folder, _, name = path.rpartition(", ")
         if _is_table(value):
-            rows = [dict(_leaves(row)) for row in value]
-            fields = dict.fromkeys(field for row in rows for field in row)
-            tables[place] = pd.DataFrame([fields | row for row in rows], dtype=object)
-    return tables
+            tables[path] = [dict(_leaves(row)) for row in value]
+        elif isinstance(value, float):
+            tables.setdefault(folder, [{}])[0][name] = value
+    return {
+        place: pd.DataFrame([dict.fromkeys(chain(*rows)) | row for row in rows], dtype=object)
+        for place, rows in tables.items()
+    }
 
 
 def _identity(versions: Sequence[pd.DataFrame]) -> list[str]:
@@ -158,20 +163,14 @@ def _identity(versions: Sequence[pd.DataFrame]) -> list[str]:
     return chosen
 
 
-def _numbers(
-    record: Row, tables: Mapping[str, pd.DataFrame], identities: Mapping[str, list[str]]
-) -> pd.Series:
+def _numbers(tables: Mapping[str, pd.DataFrame], identities: Mapping[str, list[str]]) -> pd.Series:
     """Return every measured number of a record by the row it stands in and its field."""
     found: dict[tuple[str, str], float] = {}
-    for path, value in _measured(record):
-        if isinstance(value, float):
-            folder, _, name = path.rpartition(", ")
-            found[folder, name] = value
     for place, frame in tables.items():
         identity = frame.reindex(columns=identities[place]).to_dict("records")
-        names = pd.Series([f"{place}: {_written(values)}" for values in identity], dtype=object)
-        copies = names.groupby(names).cumcount()
-        names = names.where(copies == 0, names + " (number " + (copies + 1).astype(str) + ")")
+        names = pd.Series([": ".join(filter(None, [place, _written(row)])) for row in identity])
+        copies = names.groupby(names).cumcount() + 1
+        names = names.where(copies == 1, names + " (number " + copies.astype(str) + ")")
         measured = frame.drop(columns=identities[place], errors="ignore").set_axis(names)
         for name, row in measured.to_dict("index").items():
             found |= {(name, f): float(v) for f, v in row.items() if isinstance(v, (int, float))}
@@ -192,17 +191,17 @@ def _written(identity: Mapping[str, Any]) -> str:
 
 def _notes(old: Row, new: Row) -> list[str]:
     machines = [record.get("environment", {}) for record in (old, new)]
-    settings = [dict(_settings(record)) for record in (old, new)]
+    settings = [_settings(record) for record in (old, new)]
     notes = _differing(*machines, _ENVIRONMENT)
     if _differing(*machines, _HARDWARE):
         notes.append("the machines differ: ratios of times between them say nothing about the code")
-    notes += [
-        f"the {which} record has uncommitted changes: its commit does not name what was measured"
-        for which, machine in zip(("old", "new"), machines, strict=True)
-        if machine.get("uncommitted_changes")
-    ]
-    names = dict.fromkeys([*settings[0], *settings[1]])
-    return [*notes, *_differing(*settings, names, "setting {!r}")]
+    for which, machine in zip(("old", "new"), machines, strict=True):
+        if machine.get("uncommitted_changes"):
+            notes.append(
+                f"the {which} record has uncommitted changes: its commit does not name what was "
+                "measured"
+            )
+    return [*notes, *_differing(*settings, {**settings[0], **settings[1]}, "setting {!r}")]
 
 
 def _differing(
@@ -215,23 +214,23 @@ def _differing(
     ]
 
 
-def _settings(record: Row) -> Iterator[tuple[str, Any]]:
-    """Yield what stands outside of tables and is not measured."""
-    if "command" in record:
-        yield "command", record["command"]
-    for place, value in _measured(record):
-        if not _is_table(value) and not isinstance(value, float):
-            yield place, value
+def _settings(record: Row) -> Row:
+    """Return what stands outside of tables and is not measured."""
+    found = {
+        place: value
+        for place, value in _measured(record)
+        if not (_is_table(value) or isinstance(value, float))
+    }
+    return {"command": record.get("command"), **found}
 
 
 def text(found: Comparison, threshold: float) -> str:
     """Return a comparison in Markdown."""
-    notes = "\n".join(f"- {note}" for note in found.notes)
-    heading = (
+    sections = [_listed(found.notes)] if found.notes else []
+    sections.append(
         f"{len(found.changes)} of {found.num_compared} numbers differ by a factor of "
         f"{threshold:g} or more."
     )
-    sections = [part for part in (notes, heading) if part]
     if len(found.changes):
         # Without a ratio its cell is empty.
         ratios = found.changes["ratio"].map("{:.3f}".format, na_action="ignore").astype(object)
@@ -240,9 +239,12 @@ def text(found: Comparison, threshold: float) -> str:
         sections.append(markdown_table(rows, columns))
     for title, places in (("old", found.only_old), ("new", found.only_new)):
         if places:
-            lines = "\n".join(f"- {place}" for place in places)
-            sections.append(f"In the {title} record alone:\n\n{lines}")
+            sections += [f"In the {title} record alone:", _listed(places)]
     return "\n\n".join(sections)
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def read(file: Path) -> Row:

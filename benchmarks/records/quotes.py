@@ -14,23 +14,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 from cifar10 import report as cifar10
 from harness import budget
-from mixtures.report import name_of
+from mixtures import report as mixtures
 from suites.digits import likelihood, structure
 
 from ocm.evaluation.environment import Row
-from ocm.evaluation.markdown import markdown_table, table_of_lines
+from ocm.evaluation.markdown import markdown_table
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-_SCHEDULES = ("linear", "cosine")
 DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md")
 
 _BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -79,83 +76,6 @@ def _digits(record: Row) -> str:
     return likelihood(record, [*names, *(f"{n}_calibrated" for n in names)], errors=False)
 
 
-def _mixtures(record: Row) -> str:
-    """Errors at some noise levels, and samples of five and ten steps: means over seeds."""
-    heads = ("iddpm", "npr", "sn", "ocm")
-    errors = pd.DataFrame(record["errors"]).query("score == 'true' and parameterisation != 'paper'")
-    levels = {(t,): f"t = {t}" for t in (5, 100, 300, 500, 700, 1000)}
-    parts = [
-        _means(
-            mixture,
-            errors[errors["mixture"] == mixture].groupby(["covariance", "t"])["relative"],
-            ("analytic", *more, *heads),
-            levels,
-        )
-        for mixture, more in (("nine Gaussians", ()), ("correlated mixture", ("hutchinson-10",)))
-    ]
-    samples = pd.DataFrame(record["samples"])
-    places = {
-        (mixture, sampler, K): f"{mixture.split()[0]}, {sampler.upper()}, {K}"
-        for mixture in ("nine Gaussians", "correlated mixture")
-        for sampler in ("ddpm", "ddim")
-        for K in (5, 10)
-    }
-    parts += [
-        _means(
-            "MMD² of samples, K",
-            samples.groupby(["covariance", "mixture", "sampler", "K"])["mmd"],
-            ("beta", "beta_tilde", "analytic", *heads, "exact", "lanczos", "full"),
-            places,
-        ),
-        "![Error of every covariance against the noise level](benchmarks/results/cpu/mixtures.png)",
-        "![Distance of samples from the mixtures against the number of steps]"
-        "(benchmarks/results/cpu/mixtures_samples.png)",
-    ]
-    return "\n\n".join(
-        [
-            "Relative squared error of Var[x0 | x_t] with the true score, "
-            f"mean of {len(record['seeds'])} seeds:",
-            *parts,
-        ]
-    )
-
-
-def _means(
-    corner: str, rows: Any, names: Sequence[str], places: Mapping[tuple[Any, ...], str]
-) -> str:
-    """Return the table of means over seeds, of rows grouped by covariance and place."""
-    means = rows.mean()
-    lines = {name_of(name): [f"{means[(name, *place)]:.1e}" for place in places] for name in names}
-    return table_of_lines(corner, list(places.values()), lines)
-
-
-def _cifar10(record: Row) -> str:
-    """Bits/dim of every head for two schedules, and where OCM is above another."""
-    counts = [K for K in (5, 10, 25, 50) if K in record["settings"]["step_counts"]]
-    places = {(schedule, K): f"{schedule}, K = {K}" for schedule in _SCHEDULES for K in counts}
-    bits: dict[str, dict[tuple[str, int], str]] = {}
-    for row in record["rows"]:
-        cells = bits.setdefault(cifar10.name_of(row), {})
-        cells[row["schedule"], row["K"]] = f"{row['bits_per_dim']:.3f}"
-    lines = {name: [cells[place] for place in places] for name, cells in bits.items()}
-    table = table_of_lines("covariance", list(places.values()), lines)
-    return f"{table}\n\n{cifar10.claims(record)}"
-
-
-def _cifar10_samples(record: Row) -> str:
-    """Fréchet distances at equal numbers of network evaluations, for both schedules."""
-    rows = record["equal_evaluations"]
-    tables = [
-        f"{name.capitalize()} schedule:\n\n{budget.table(cifar10.of_schedule(rows, name))}"
-        for name in _SCHEDULES
-    ]
-    pictures = [
-        "![Bits/dim above OCM, samples, and equal evaluations](cpu/cifar10.png)",
-        "![Samples of ten steps from the same noise](cpu/cifar10_cosine_ddpm_10.png)",
-    ]
-    return "\n\n".join([*tables, *pictures])
-
-
 def _digits_samples(record: Row) -> str:
     return (
         f"{budget.table(record['equal_evaluations'])}\n\n{structure(record)}\n\n"
@@ -184,9 +104,9 @@ BLOCKS = {
     "demo": Block("demo/metrics.json", likelihood, "make demo"),
     "products": Block("cpu/products.json", _products),
     "estimators": Block("cpu/estimators.json", _estimators),
-    "mixtures": Block("cpu/mixtures.json", _mixtures),
-    "cifar10": Block("cpu/cifar10.json", _cifar10),
-    "cifar10-samples": Block("cpu/cifar10.json", _cifar10_samples),
+    "mixtures": Block("cpu/mixtures.json", mixtures.quoted),
+    "cifar10": Block("cpu/cifar10.json", cifar10.quoted),
+    "cifar10-samples": Block("cpu/cifar10.json", cifar10.quoted_samples),
     "digits": Block("cpu/digits.json", _digits),
     "digits-samples": Block("cpu/digits.json", _digits_samples),
     "machine-code": Block("cpu/machine_code.json", _machine_code),
@@ -231,9 +151,7 @@ def write(*, check: bool = False) -> list[str]:
     Args:
         check: Whether to write nothing.
     """
-    differing = {document: filled(document.read_text()) for document in DOCUMENTS}
-    differing = {file: text for file, text in differing.items() if file.read_text() != text}
-    if not check:
-        for file, text in differing.items():
-            file.write_text(text)
+    differing = [file for file in DOCUMENTS if filled(file.read_text()) != file.read_text()]
+    for file in [] if check else differing:
+        file.write_text(filled(file.read_text()))
     return [str(file.relative_to(ROOT)) for file in differing]

@@ -68,20 +68,18 @@ def text(directory: Path) -> str:
     Raises:
         ValueError: If there is no record and no failure to show.
     """
-    found, latest = records(directory), _latest_run(directory)
-    small = directory / SMALL
-    if not found and not latest and not small.exists():
+    found, run, small = records(directory), directory / RUN, directory / SMALL
+    if not (found or run.exists() or small.exists()):
         raise ValueError(
             f"{directory} must hold a record of benchmarks/run.py, <suite>.json, and holds none"
         )
     sections = ["# Benchmarks"]
-    if latest:
-        sections += _run_section(latest, found)
+    if run.exists():
+        sections += _run_section(json.loads(run.read_text()), found)
     if found:
         rows = [_origin(name, record) for name, record in found.items()]
         sections.append(markdown_table(rows, _COLUMNS))
-    for name, record in found.items():
-        sections.append(_section(name, record, directory))
+    sections += [_section(name, record, directory) for name, record in found.items()]
     if small.exists():
         sections.append(_small_section(json.loads(small.read_text())))
     return "\n\n".join(sections) + "\n"
@@ -93,11 +91,6 @@ def plot(directory: Path) -> None:
         suite = suites.load(name)
         if hasattr(suite, "plot"):
             suite.plot(record, directory / f"{name}.png")
-
-
-def _latest_run(directory: Path) -> Row:
-    file = directory / RUN
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _run_section(latest: Row, found: Mapping[str, Row]) -> list[str]:
@@ -134,7 +127,11 @@ def _section(name: str, record: Row, directory: Path) -> str:
         f"{what[0].upper()}{what[1:]}: `{record['command']}` at {commit}"
         f"{_seeds(record)}; rows in [{name}.json]({name}.json).",
         _tables(name, record, directory),
-        *(f"![{file.stem}]({file.name})" for file in _plots(name, directory)),
+        *(
+            f"![{file.stem}]({file.name})"
+            for file in sorted(directory.glob(f"{name}*.png"))
+            if re.fullmatch(rf"{name}(_.*)?", file.stem)
+        ),
     ]
     return "\n\n".join(parts)
 
@@ -152,20 +149,10 @@ def _tables(name: str, record: Row, directory: Path) -> str:
 
 
 def _seeds(record: Row) -> str:
-    seeds = record.get("seeds")
-    if not seeds:
-        return ""
-    if isinstance(seeds, list):
-        return ", seeds " + ", ".join(map(str, seeds))
-    return ", seeds " + ", ".join(f"{what}: {seed}" for what, seed in seeds.items())
-
-
-def _plots(name: str, directory: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(directory.glob(f"{name}*.png"))
-        if re.fullmatch(rf"{name}(_.*)?", file.stem)
-    ]
+    seeds = record.get("seeds") or []
+    if isinstance(seeds, dict):
+        seeds = [f"{what}: {seed}" for what, seed in seeds.items()]
+    return f", seeds {', '.join(map(str, seeds))}" if seeds else ""
 
 
 def _small_section(record: Row) -> str:
@@ -181,14 +168,9 @@ def _small_section(record: Row) -> str:
         }
         for case in record["benchmarks"]
     ]
-    columns = {
-        "case": "",
-        "median_milliseconds": ".3f",
-        "interquartile_range": ".3f",
-        "rounds": "d",
-    }
+    columns = dict.fromkeys(("median_milliseconds", "interquartile_range"), ".3f")
     return (
         f"## small\n\nCases small enough for every machine: `make bench-small` at "
         f"{commit['id'][:7]}{changes}, {record['datetime'][:19]}; rows in [{SMALL}]({SMALL}).\n\n"
-        f"{markdown_table(rows, columns | {'rounds': 'd'})}"
+        f"{markdown_table(rows, {'case': '', **columns, 'rounds': 'd'})}"
     )
