@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessdiag.checks import check_batch, check_positive_int
 
@@ -102,7 +103,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return max(float(metric.compute()), 0.0)  # rounding can leave -1e-8 where it is zero
 
 
-class _Given(nn.Identity):
+class _Given(torch.nn.Identity):
     """Stands where torchmetrics asks for a network: the features are at hand."""
 
     def __init__(self, num_features: int) -> None:
