@@ -123,10 +123,9 @@ def test_ddpm_step(benchmark, name):
 
     @torch.no_grad()
     def step():
-        prediction = denoiser.predict(x_t, t)
-        stated = covariance.at(prediction, s=s)
-        coefficients = ocm.ddpm(schedule, s, t)
-        return reverse_step(prediction, stated, coefficients, seed=0, step=t, x0_range=None)
+        prediction = denoiser.predict(x_t, t, s=s)
+        stated = covariance.at(prediction)
+        return reverse_step(prediction, stated, ocm.ddpm(schedule, s, t), seed=0, x0_range=None)
 
     x_s = benchmark(step).double()
     x, beta_bar = x_t.double(), schedule.beta_bar
@@ -149,11 +148,11 @@ def test_bits_per_dim(benchmark):
     """The bound of a batch is that of its images, each on its own."""
     denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.cosine()).freeze()
     images = digits().test[:4]
-    covariance, timesteps = ocm.Beta(denoiser), ocm.even_timesteps(ocm.linear(), 3)
-    bound = benchmark(ocm.bits_per_dim, denoiser, covariance, images, timesteps, levels=17).total
+    covariance = ocm.Beta(denoiser)
+    bound = benchmark(ocm.bits_per_dim, denoiser, covariance, images, 3, levels=17).total
     alone = [
         ocm.bits_per_dim(
-            denoiser, covariance, images[i : i + 1], timesteps, levels=17, sample_offset=i
+            denoiser, covariance, images[i : i + 1], 3, levels=17, sample_offset=i
         ).total
         for i in range(4)
     ]

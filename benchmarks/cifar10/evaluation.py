@@ -28,16 +28,17 @@ from cifar10.sizes import (
 )
 from cifar10.training import data_sizes, load_images, training_images, validation_images
 from ocm import checkpoints
-from ocm.checkpoints.catalogue import CALIBRATED, build_covariance
+from ocm.checkpoints.catalogue import build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
-from ocm.covariances.base import looks_at_s
+from ocm.covariances.names import CALIBRATED
 from ocm.data import Images
-from ocm.diffusion.denoiser import Denoiser, Prediction
-from ocm.diffusion.tables import StepTable, TimestepTable
+from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.tables import Table
 from ocm.evaluation import classifier
-from ocm.evaluation.distances import FeatureExtractor, classifier_features
 from ocm.evaluation.environment import Row, environment
-from ocm.evaluation.scores import draw, likelihood_table, quality, steps_of
+from ocm.evaluation.features import FeatureExtractor, classifier_features
+from ocm.evaluation.samples import draw, quality
+from ocm.evaluation.scores import likelihood_table, steps_of
 from ocm.sampling.samplers import ddpm, last_step_noise, reverse_step
 
 _GRID_IMAGES = 8
@@ -156,15 +157,16 @@ class RememberingDenoiser(Denoiser):
         x_t: Tensor,
         t: int | Tensor,
         *,
+        s: int | None = None,
+        condition: Condition | None = None,
         sample_offset: int = 0,
-        labels: Tensor | None = None,
     ) -> Prediction:
-        """Return what one pass says, the last one's if x_t and t are the same."""
+        """Return what one evaluation says, the last one's if x_t and t are the same."""
         for known in self.last:
             same = known.t == t and known.sample_offset == sample_offset
-            if same and labels is None and torch.equal(known.x_t, x_t):
-                return known
-        made = super().predict(x_t, t, sample_offset=sample_offset, labels=labels)
+            if same and condition is None and torch.equal(known.x_t, x_t):
+                return replace(known, s=s)
+        made = super().predict(x_t, t, s=s, condition=condition, sample_offset=sample_offset)
         self.last[:] = [made]
         return made
 
@@ -199,10 +201,10 @@ def fits(checkpoint: Checkpoint, x0: Tensor, t: int, ends: Sequence[int], calibr
         return table.values.tolist()
 
     for name, covariance in checkpoint.learned.items():
-        if looks_at_s(covariance) and ends:
+        if covariance.depends_on_s and ends:
             steps = [(s, t) for s in sorted(ends)]
             found[name] = dict(zip(sorted(ends), weights(name, steps), strict=True))
-        elif not looks_at_s(covariance) and calibrate:
+        elif not covariance.depends_on_s and calibrate:
             found[name] = weights(name, [t])[0]
     return found
 
@@ -212,7 +214,7 @@ def _fitted(checkpoint: Checkpoint, x0: Tensor, size: Size, parts: Parts) -> Che
     N = checkpoint.denoiser.schedule.num_timesteps
     used = {*size.step_counts, *(K for cells in size.samples for K, _ in cells.counts)}
     ends: dict[int, list[int]] = {t: [] for t in (1, N)}
-    for s, t in steps_of(N, sorted(used)):
+    for s, t in steps_of(checkpoint.denoiser.schedule, sorted(used)):
         ends.setdefault(t, []).extend([s] if s > 0 else [])
     timesteps, found = sorted(ends), {}
     calibrated = spaced(timesteps, size.fit_spacing)
@@ -225,16 +227,14 @@ def _fitted(checkpoint: Checkpoint, x0: Tensor, size: Size, parts: Parts) -> Che
             **_of(size, "num_fit", "fit_spacing", "step_counts", "samples"),
         )
         found |= {int(t): row for t, row in made.items()}
-    table = TimestepTable.of(timesteps, [found[t]["analytic"] for t in timesteps])
-    calibrations: dict[str, TimestepTable | StepTable] = {}
+    table = Table({t: found[t]["analytic"] for t in timesteps})
+    calibrations: dict[str, Table] = {}
     for name, covariance in checkpoint.learned.items():
         rows = {t: found[t][name] for t in timesteps if name in found[t]}
-        if looks_at_s(covariance):
-            steps = {(int(s), t): w for t, row in rows.items() for s, w in row.items()}
-            calibrations[name] = StepTable.of(list(steps), list(steps.values()))
-        else:
-            calibrations[name] = TimestepTable.of(list(rows), list(rows.values()))
-    analytic = {"analytic": ocm.Analytic(checkpoint.denoiser.schedule, table)}
+        if covariance.depends_on_s:
+            rows = {(int(s), t): w for t, row in rows.items() for s, w in row.items()}
+        calibrations[name] = Table(rows)
+    analytic = {"analytic": ocm.Analytic(checkpoint.denoiser, table)}
     return replace(checkpoint, analytic=analytic, calibrations=calibrations)
 
 
@@ -420,7 +420,7 @@ def sample_cells(
         batch_size=size.batch_size,
         max_last_noise=last_step_noise(last_noise_levels),
     )
-    timesteps = ocm.even_timesteps(checkpoint.denoiser.schedule.num_timesteps, K)
+    timesteps = ocm.even_timesteps(checkpoint.denoiser.schedule, K)
     precision = torch.autocast(device.type, torch.bfloat16, enabled=size.samples_in_bfloat16)
     for name in cells.covariances:
         with precision:
@@ -463,12 +463,11 @@ def step_costs(checkpoint: Checkpoint, size: Size) -> list[Row]:
         "cosine, M = 1": ocm.CosineDiagonal(denoiser, 1),
         "lanczos, k = 3": ocm.Lanczos(denoiser, 3),
     }
-    coefficients = ddpm(denoiser.schedule, _COST_S, _COST_T)
+    process = ddpm(denoiser.schedule, _COST_S, _COST_T)
 
     def step(covariance: ocm.Covariance) -> Tensor:
-        prediction = denoiser.predict(x_t, _COST_T)
-        stated = covariance.at(prediction, s=_COST_S)
-        return reverse_step(prediction, stated, coefficients, seed=SEED, step=_COST_T)
+        prediction = denoiser.predict(x_t, _COST_T, s=_COST_S)
+        return reverse_step(prediction, covariance.at(prediction), process, seed=SEED)
 
     timings, ratios = time_together(
         {name: partial(step, covariance) for name, covariance in covariances.items()},

@@ -20,7 +20,8 @@ from cifar10.parts import as_json, say, write_json
 from cifar10.sizes import HEADS, NUM_TIMESTEPS, SEED, Size
 from ocm import checkpoints
 from ocm import data as datasets
-from ocm.checkpoints.checkpoint import LEARNED, Checkpoint
+from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.covariances.names import LEARNED
 from ocm.data import ByteImages, Images
 from ocm.diffusion.backbones import attention_unet, small_unet
 from ocm.diffusion.denoiser import Denoiser
@@ -202,7 +203,7 @@ def train_schedule(schedule: str, work: Path, data: Path, size: Size, device: to
 
 
 def untrained(name: str, denoiser: Denoiser, size: Size) -> Any:
-    """Return a learned covariance with an untrained head, of the settings chosen (TRIED)."""
+    """Return a learned covariance with an untrained head, of the settings chosen."""
     options = {"num_probes": size.target_probes} if name == "ocm" else {}
     return LEARNED[name](denoiser, ocm.make_head(denoiser, size.head_kind, seed=SEED), **options)
 

@@ -28,14 +28,15 @@ import torch
 from torch import Tensor
 
 import ocm
-from harness.timing import markdown, synchronize
+from harness.timing import synchronize
 from hessdiag.kernels import normal
 from ocm.checkpoints.catalogue import build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
-from ocm.evaluation.distances import FeatureExtractor
+from ocm.covariances.names import label
 from ocm.evaluation.environment import Row
-from ocm.evaluation.pictures import label
-from ocm.evaluation.scores import quality
+from ocm.evaluation.features import FeatureExtractor
+from ocm.evaluation.markdown import markdown_table
+from ocm.evaluation.samples import quality
 from ocm.sampling.samplers import Sampler, last_step_noise
 
 BUDGETS = (5, 10, 20, 40)
@@ -101,7 +102,7 @@ def _covariance_method(
             checkpoint.denoiser,
             build(checkpoint, seed),
             (count, *checkpoint.image_shape),
-            ocm.even_timesteps(checkpoint.denoiser.schedule.num_timesteps, K),
+            K,
             sampler=process,
             seed=seed,
             sample_offset=first,
@@ -366,4 +367,4 @@ def table(rows: Sequence[Row]) -> str:
         cells = lines.setdefault(name_of(row), {"method": name_of(row)})
         cells[f"E = {row['budget']}"] = f"{row['frechet']:.2f} ({row['K']})"
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    return markdown(list(lines.values()), {"method": ""} | {f"E = {E}": "" for E in budgets})
+    return markdown_table(list(lines.values()), {"method": ""} | {f"E = {E}": "" for E in budgets})

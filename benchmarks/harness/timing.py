@@ -1,11 +1,11 @@
-"""What every suite needs: paired timings, the machine on record, rows as JSON and Markdown."""
+"""What every suite needs: paired timings, and rows as JSON and Markdown."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -78,26 +78,6 @@ def time_together(
         for name, values in seconds.items()
     }
     return timings, ratios
-
-
-def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """Return rows as a Markdown table.
-
-    Args:
-        rows: The rows.
-        columns: Key of each column and the format of its values, "" for text.
-    """
-    lines = [
-        "| " + " | ".join(name.replace("_", " ") for name in columns) + " |",
-        "|" + "|".join("---:" if spec else ":---" for spec in columns.values()) + "|",
-    ]
-    for row in rows:
-        cells = [
-            format(row[name], spec) if row.get(name) is not None else ""
-            for name, spec in columns.items()
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def write(out: Path, suite: str, record: Row, tables: str, *, command: str, seconds: float) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -14,33 +14,11 @@ from mixtures.samples import discrepancies, training_free
 from mixtures.settings import ToySettings
 from mixtures.trained import fitted_analytic, learned_denoiser, trained_head
 from ocm.covariances import Covariance, Exact, OptimalCovarianceMatching
-from ocm.covariances.base import LearnedCovariance
-from ocm.covariances.operators import PosteriorCovariance
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.covariances.learned.base import LearnedCovariance
+from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule
 from ocm.evaluation.environment import Row
 from ocm.mixtures.mixture import Mixture
-
-
-@dataclass(frozen=True)
-class FromAnotherBackbone:
-    """The covariance of another denoiser, at the same x_t: one more pass a step.
-
-    A head reads the features of the backbone it was trained on. Used with the mean of another
-    denoiser of the same data it needs its own backbone beside that one, and nothing is retrained.
-
-    Attributes:
-        covariance: A learned covariance, with its own denoiser.
-    """
-
-    covariance: LearnedCovariance
-
-    def at(self, prediction: Prediction, *, s: int | None = None) -> PosteriorCovariance:
-        """Return what the covariance states at (x_t, t), whatever the prediction."""
-        own = self.covariance.denoiser.predict(
-            prediction.x_t, prediction.t, sample_offset=prediction.sample_offset
-        )
-        return self.covariance.at(own, s=s)
 
 
 def with_weight_noise(denoiser: Denoiser, size: float, seed: int) -> Denoiser:
@@ -128,7 +106,7 @@ def one_head(
 
     The other backbones are one of the same training from another seed, and the head's own one with
     a little noise in its weights. On the former the head is read from its features, which mean
-    other things there, and kept with its own backbone (:class:`FromAnotherBackbone`); a head that
+    other things there, and kept with its own backbone, for one evaluation more a step; a head that
     was trained on it, and its exact diagonal, show what there is to reach.
 
     Args:
@@ -152,7 +130,7 @@ def one_head(
         ("its own", "exact diagonal", good, Exact(good)),
         ("its own, with noise in the weights", "head", noisy, read_from(noisy)),
         ("of another seed", "head on features it has not seen", other, read_from(other)),
-        ("of another seed", "head with its own backbone", other, FromAnotherBackbone(head)),
+        ("of another seed", "head with its own backbone", other, head),
         ("of another seed", "head trained anew", other, retrained),
         ("of another seed", "exact diagonal", other, Exact(other)),
     ]

@@ -24,10 +24,10 @@ from mixtures.errors import WeightedPoints, off_diagonal_share, variance_error, 
 from mixtures.samples import discrepancies, discrepancy_of_data, training_free
 from mixtures.settings import MIXTURES, ToySettings
 from mixtures.trained import fitted_analytic, learned_denoiser, trained_head
-from ocm.checkpoints.checkpoint import LEARNED
 from ocm.covariances import Covariance, Exact, Hutchinson
-from ocm.covariances.base import LearnedCovariance
+from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.names import LEARNED
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import linear
 from ocm.evaluation.environment import Row, environment

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from ocm.covariances.names import label
 from ocm.evaluation.environment import Row
-from ocm.evaluation.pictures import label
+from ocm.evaluation.markdown import markdown_table, table_of_lines
 
 _UNITS = {"preconditioned": "", "paper": ", the papers' units", "": ""}
 _HEADS = ("npr", "sn", "iddpm")
@@ -96,6 +97,57 @@ def tables(record: Mapping[str, Any]) -> str:
         sections.append(f"As many draws of the {mixture} itself: {mean_and_spread(chance)}.")
     sections += _checks(record)
     return "\n\n".join(sections)
+
+
+def quoted(record: Mapping[str, Any]) -> str:
+    """Return errors at some noise levels, and samples of five and ten steps: means over seeds."""
+    heads = ("iddpm", "npr", "sn", "ocm")
+    levels = {(t,): f"t = {t}" for t in (5, 100, 300, 500, 700, 1000)}
+    tables = []
+    for mixture, more in (("nine Gaussians", ()), ("correlated mixture", ("hutchinson-10",))):
+        rows = _of(record["errors"], mixture, "true")
+        errors = by_seed(
+            [row for row in rows if row["parameterisation"] != "paper"],
+            lambda row: (row["covariance"], row["t"]),
+            "relative",
+        )
+        tables.append(_means(mixture, errors, ("analytic", *more, *heads), levels))
+    places = {
+        (mixture, sampler, K): f"{mixture.split()[0]}, {sampler.upper()}, {K}"
+        for mixture in ("nine Gaussians", "correlated mixture")
+        for sampler in ("ddpm", "ddim")
+        for K in (5, 10)
+    }
+    samples = by_seed(
+        record["samples"],
+        lambda row: (row["covariance"], row["mixture"], row["sampler"], row["K"]),
+        "mmd",
+    )
+    names = ("beta", "beta_tilde", "analytic", *heads, "exact", "lanczos", "full")
+    sections = [
+        "Relative squared error of Var[x0 | x_t] with the true score, mean of "
+        f"{len(record['seeds'])} seeds:",
+        *tables,
+        _means("MMD² of samples, K", samples, names, places),
+        "![Error of every covariance against the noise level](benchmarks/results/cpu/mixtures.png)",
+        "![Distance of samples from the mixtures against the number of steps]"
+        "(benchmarks/results/cpu/mixtures_samples.png)",
+    ]
+    return "\n\n".join(sections)
+
+
+def _means(
+    corner: str,
+    values: Mapping[Any, Sequence[float]],
+    names: Sequence[str],
+    places: Mapping[tuple[Any, ...], str],
+) -> str:
+    """Return the table of means over seeds of values by covariance and place."""
+    lines = {
+        name_of(name): [f"{statistics.fmean(values[(name, *place)]):.1e}" for place in places]
+        for name in names
+    }
+    return table_of_lines(corner, list(places.values()), lines)
 
 
 def _checks(record: Mapping[str, Any]) -> list[str]:
@@ -215,14 +267,14 @@ def _axis(values: Mapping[Any, Any]) -> list[int]:
 
 def _table(values: Mapping[Any, Sequence[float]], first: str, columns: Sequence[str]) -> str:
     places = _axis(values)
-    lines = [f"| {first} | {' | '.join(columns)} |", "|:---|" + "---:|" * len(columns)]
-    for name in dict.fromkeys(name for name, _ in values):
-        cells = [mean_and_spread(values[name, place]) for place in places]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = {
+        name: [mean_and_spread(values[name, place]) for place in places]
+        for name in dict.fromkeys(name for name, _ in values)
+    }
+    return table_of_lines(first, columns, lines)
 
 
 def _plain(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", "|:---|" + "---:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
-    return "\n".join(lines)
+    first, *others = columns
+    cells = [{name: cell(row) for name, cell in columns.items()} for row in rows]
+    return markdown_table(cells, {first: ""} | dict.fromkeys(others, ">"))

@@ -17,7 +17,6 @@ from ocm.covariances import (
     Lanczos,
 )
 from ocm.diffusion.denoiser import Denoiser
-from ocm.diffusion.timesteps import even_timesteps
 from ocm.evaluation.environment import Row
 from ocm.mixtures.mixture import Mixture
 from ocm.sampling.samplers import Sampler, ddim, ddpm, sample
@@ -31,8 +30,8 @@ def training_free(denoiser: Denoiser, analytic: Analytic) -> dict[str, Covarianc
     Lanczos takes D products: with fewer it would be no covariance in the plane.
     """
     return {
-        "beta": Beta(denoiser.schedule),
-        "beta_tilde": BetaTilde(),
+        "beta": Beta(denoiser),
+        "beta_tilde": BetaTilde(denoiser),
         "analytic": analytic,
         "exact": Exact(denoiser),
         "full": Full(denoiser),
@@ -59,13 +58,12 @@ def discrepancies(
     shape = (num_samples, mixture.num_features)
     for name in samplers:
         for K in step_counts:
-            timesteps = even_timesteps(denoiser.schedule.num_timesteps, K)
             for covariance, stated in covariances.items():
                 x0 = sample(
                     denoiser,
                     stated,
                     shape,
-                    timesteps,
+                    K,
                     sampler=SAMPLERS[name],
                     seed=seed,
                     x0_range=None,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from mixtures.settings import ToySettings
-from ocm.checkpoints.checkpoint import LEARNED
 from ocm.covariances import Analytic, fit_analytic
-from ocm.covariances.base import LearnedCovariance
+from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.parameterisation import Parameterisation
+from ocm.covariances.names import LEARNED
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule
 from ocm.evaluation.environment import Row
@@ -55,7 +55,7 @@ def trained_head(
     """Train the head of a method; also return how long it took and its last losses.
 
     Args:
-        name: A name of :data:`ocm.checkpoints.checkpoint.LEARNED`.
+        name: A name of :data:`ocm.covariances.names.LEARNED`.
         parameterisation: What the head's output means.
         denoiser: Frozen.
         mixture: The data.
@@ -83,7 +83,6 @@ def fitted_analytic(
     seed: int,
 ) -> Analytic:
     """Fit the analytic variance at the timesteps of errors, and of samples in so many steps."""
-    N = denoiser.schedule.num_timesteps
-    timesteps = {*settings.timesteps, *(t for _, t in steps_of(N, step_counts))}
+    timesteps = {*settings.timesteps, *(t for _, t in steps_of(denoiser.schedule, step_counts))}
     x0 = mixture.sample(settings.num_fit, seed).to(denoiser.device)
     return fit_analytic(denoiser, x0, sorted(timesteps), seed=seed, batch_size=settings.num_fit)

@@ -8,75 +8,49 @@ record of benchmarks/run.py, ``ocm demo`` or ``ocm evaluate``. What pytest-bench
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from harness.timing import markdown
+import numpy as np
+import pandas as pd
 
 from ocm.evaluation.environment import Row
+from ocm.evaluation.markdown import markdown_table
 
 # What places a record rather than being measured.
 _ORIGIN = ("environment", "command", "date", "seconds")
-_ENVIRONMENT = ("commit", "uncommitted_changes", "device", "gpu", "processor", "threads")
-_VERSIONS = ("python", "torch", "triton", "platform")
 _HARDWARE = ("device", "gpu", "processor", "threads")
-
-Key = tuple[str, ...]
-"""Where a number stands: its table or folder, what tells its row apart, and its field."""
+_ENVIRONMENT = (
+    *("commit", "uncommitted_changes", *_HARDWARE),
+    *("python", "torch", "triton", "platform"),
+)
 
 
 class NotComparableError(ValueError):
     """Two files are not records of one suite."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """A measured number that differs.
-
-    Attributes:
-        place: Table, and the fields that tell its row apart.
-        field: Name of the number.
-        old: As the old record has it.
-        new: As the new one has it.
-    """
-
-    place: str
-    field: str
-    old: float
-    new: float
-
-    @property
-    def ratio(self) -> float | None:
-        """New over old; None if they have no ratio: one is zero or not finite, or signs differ."""
-        finite = math.isfinite(self.old) and math.isfinite(self.new)
-        return self.new / self.old if finite and self.old * self.new > 0 else None
-
-    @property
-    def size(self) -> float:
-        """How many times larger the larger one is; infinite if there is no ratio."""
-        return math.inf if self.ratio is None else max(self.ratio, 1.0 / self.ratio)
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """What comparing two records found.
 
     Attributes:
-        changes: Numbers that differ by more than the threshold, the largest change first.
+        changes: Numbers that differ by more than the threshold, the largest change first, in the
+            columns row, field, old, new, ratio and size. The ratio is new over old, NaN if there is
+            none: one is zero or not finite, or signs differ. The size is how many times larger
+            the larger one is, infinite without a ratio.
         only_old: Rows that the old record alone has.
         only_new: Rows that the new record alone has.
         notes: What else differs.
         num_compared: Numbers that both have.
     """
 
-    changes: list[Change]
+    changes: pd.DataFrame
     only_old: list[str]
     only_new: list[str]
     notes: list[str]
@@ -105,120 +79,111 @@ def compare(old: Row, new: Row, threshold: float = 1.05) -> Comparison:
         raise NotComparableError(
             f"the records must be of one suite, got {old.get('suite')!r} and {new.get('suite')!r}"
         )
-    identities = _identities([*_tables(old), *_tables(new)])
-    before, after = _numbers(old, identities), _numbers(new, identities)
-    common = [key for key in before if key in after]
-    if not common:
+    tables = _tables(old), _tables(new)
+    places = {**tables[0], **tables[1]}
+    identities = {place: _identity([t[place] for t in tables if place in t]) for place in places}
+    before, after = (_numbers(found, identities) for found in tables)
+    common = before.index.intersection(after.index, sort=False)
+    if common.empty:
         raise NotComparableError("the records must measure the same, and have no number in common")
-    changes = [Change(key[0], key[1], before[key], after[key]) for key in common]
-    shown = [c for c in changes if c.size >= threshold and not _same(c.old, c.new)]
+    both = pd.DataFrame({"old": before[common], "new": after[common]})
+    comparable = np.isfinite(both).all(axis=1) & (both["old"] * both["new"] > 0)
+    both["ratio"] = (both["new"] / both["old"]).where(comparable)
+    both["size"] = np.maximum(both["ratio"], 1 / both["ratio"]).fillna(math.inf)
+    same = (both["old"] == both["new"]) | both[["old", "new"]].isna().all(axis=1)
+    changes = both[(both["size"] >= threshold) & ~same]
     return Comparison(
-        changes=sorted(shown, key=lambda change: -change.size),
-        only_old=_places(before, after),
-        only_new=_places(after, before),
+        changes=changes.sort_values("size", ascending=False, kind="stable").reset_index(),
+        only_old=_missing(before.index, after.index),
+        only_new=_missing(after.index, before.index),
         notes=_notes(old, new),
         num_compared=len(common),
     )
 
 
-def _same(old: float, new: float) -> bool:
-    return old == new or (math.isnan(old) and math.isnan(new))
-
-
-def _places(these: Mapping[Key, float], those: Mapping[Key, float]) -> list[str]:
+def _missing(these: pd.MultiIndex, those: pd.MultiIndex) -> list[str]:
     """Return the rows of which the others have nothing, and fields that they lack."""
-    rows = {place for place, _ in those}
-    missing = [key for key in these if key not in those]
-    named = [place if place not in rows else f"{place}: {field}" for place, field in missing]
-    return list(dict.fromkeys(named))
+    rows = set(those.get_level_values("row"))
+    missing = these[~these.isin(those)]
+    return list(dict.fromkeys(f"{row}: {field}" if row in rows else row for row, field in missing))
 
 
-# Flattening
+# Records as tables
+
+
+def _leaves(record: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every table and every leaf of a record, with its path."""
+    for key, value in record.items():
+        if isinstance(value, list) and not _is_table(value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}, ")
+        else:
+            yield f"{path}{key}", value
 
 
 def _is_table(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
-def _parts(record: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every table and every leaf of a record, with its path."""
-    for key, value in record.items():
-        place = f"{path}{key}"
-        if isinstance(value, dict):
-            yield from _parts(value, f"{place}, ")
-        elif isinstance(value, list) and not _is_table(value):
-            yield from _parts(dict(enumerate(value)), f"{place}, ")
-        else:
-            yield place, value
+def _measured(record: Row) -> Iterator[tuple[str, Any]]:
+    return _leaves({key: value for key, value in record.items() if key not in _ORIGIN})
 
 
-def _without_origin(record: Row) -> Row:
-    return {key: value for key, value in record.items() if key not in _ORIGIN}
+def _tables(record: Row) -> dict[str, pd.DataFrame]:
+    """Return the tables of a record by their path, with None for what a row lacks.
+
+    Measured numbers outside of tables are one of a single row for each folder.
+    """
+    tables: dict[str, list[Row]] = {}
+    for path, value in _measured(record):
+        folder, _, name = path.rpartition(", ")
+        if _is_table(value):
+            tables[path] = [dict(_leaves(row)) for row in value]
+        elif isinstance(value, float):
+            tables.setdefault(folder, [{}])[0][name] = value
+    return {
+        place: pd.DataFrame([dict.fromkeys(chain(*rows)) | row for row in rows], dtype=object)
+        for place, rows in tables.items()
+    }
 
 
-def _tables(record: Row) -> list[tuple[str, list[Row]]]:
-    return [
-        (place, [dict(_parts(row)) for row in value])
-        for place, value in _parts(_without_origin(record))
-        if _is_table(value)
-    ]
+def _identity(versions: Sequence[pd.DataFrame]) -> list[str]:
+    """Return the fields that tell the rows of a table apart, in all its versions alike."""
+    rows = pd.concat(versions)
+    kinds = {field: set(map(type, rows[field].dropna())) for field in rows}
+    chosen = [field for field, found in kinds.items() if found & {str, bool}]
+
+    def told_apart(fields: list[str]) -> int:
+        return sum(len(set(map(tuple, rows.reindex(columns=fields).values))) for rows in versions)
+
+    for field in (field for field, found in kinds.items() if found == {int}):
+        if told_apart([*chosen, field]) > told_apart(chosen):
+            chosen.append(field)
+    return chosen
 
 
-def _identities(tables: Sequence[tuple[str, list[Row]]]) -> dict[str, list[str]]:
-    """Return the fields that tell the rows of each table apart, in both records alike."""
-    found: dict[str, list[str]] = {}
-    for place in dict.fromkeys(place for place, _ in tables):
-        versions = [rows for name, rows in tables if name == place]
-        fields = list(dict.fromkeys(f for rows in versions for row in rows for f in row))
-        values = {f: [row.get(f) for rows in versions for row in rows] for f in fields}
-        chosen = [f for f in fields if any(isinstance(v, (str, bool)) for v in values[f])]
-        integers = [f for f in fields if f not in chosen and _is_integer(values[f])]
-        for field in integers:
-            if _distinct(versions, [*chosen, field]) > _distinct(versions, chosen):
-                chosen.append(field)
-        found[place] = chosen
-    return found
-
-
-def _is_integer(values: Sequence[object]) -> bool:
-    known = [value for value in values if value is not None]
-    return bool(known) and all(type(value) is int for value in known)
-
-
-def _distinct(versions: Sequence[list[Row]], fields: Sequence[str]) -> int:
-    """Return how many rows the fields tell apart, within each version."""
-    return sum(len({tuple(row.get(f) for f in fields) for row in rows}) for rows in versions)
-
-
-def _numbers(record: Row, identities: Mapping[str, list[str]]) -> dict[tuple[str, str], float]:
+def _numbers(tables: Mapping[str, pd.DataFrame], identities: Mapping[str, list[str]]) -> pd.Series:
     """Return every measured number of a record by the row it stands in and its field."""
     found: dict[tuple[str, str], float] = {}
-    for place, value in _parts(_without_origin(record)):
-        if _is_number(value) and isinstance(value, float):
-            folder, _, name = place.rpartition(", ")
-            found[folder, name] = value
-    for place, rows in _tables(record):
-        seen: Counter[str] = Counter()
-        for row in rows:
-            named = [_named(field, row.get(field)) for field in identities[place]]
-            where = ": ".join([place, ", ".join(part for part in named if part)])
-            seen[where] += 1
-            if seen[where] > 1:
-                where += f" (number {seen[where]})"
-            for field, number in row.items():
-                if _is_number(number) and field not in identities[place]:
-                    found[where, field] = float(number)
-    return found
+    for place, frame in tables.items():
+        identity = frame.reindex(columns=identities[place]).to_dict("records")
+        names = pd.Series([": ".join(filter(None, [place, _written(row)])) for row in identity])
+        copies = names.groupby(names).cumcount() + 1
+        names = names.where(copies == 1, names + " (number " + copies.astype(str) + ")")
+        measured = frame.drop(columns=identities[place], errors="ignore").set_axis(names)
+        for name, row in measured.to_dict("index").items():
+            found |= {(name, f): float(v) for f, v in row.items() if isinstance(v, (int, float))}
+    index = pd.MultiIndex.from_tuples(list(found), names=["row", "field"])
+    return pd.Series(list(found.values()), index, dtype=float)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _named(field: str, value: object) -> str:
-    if value is None or value == "":
-        return ""
-    return value if isinstance(value, str) else f"{field} = {value}"
+def _written(identity: Mapping[str, Any]) -> str:
+    return ", ".join(
+        value if isinstance(value, str) else f"{field} = {value}"
+        for field, value in identity.items()
+        if not (pd.isna(value) or value == "")
+    )
 
 
 # What else differs
@@ -226,56 +191,60 @@ def _named(field: str, value: object) -> str:
 
 def _notes(old: Row, new: Row) -> list[str]:
     machines = [record.get("environment", {}) for record in (old, new)]
-    notes = [
-        f"{name} differs: {machines[0].get(name)} and {machines[1].get(name)}"
-        for name in (*_ENVIRONMENT, *_VERSIONS)
-        if machines[0].get(name) != machines[1].get(name)
-    ]
-    if any(machines[0].get(name) != machines[1].get(name) for name in _HARDWARE):
+    settings = [_settings(record) for record in (old, new)]
+    notes = _differing(*machines, _ENVIRONMENT)
+    if _differing(*machines, _HARDWARE):
         notes.append("the machines differ: ratios of times between them say nothing about the code")
-    notes += [
-        f"the {which} record has uncommitted changes: its commit does not name what was measured"
-        for which, machine in zip(("old", "new"), machines, strict=True)
-        if machine.get("uncommitted_changes")
-    ]
-    settings = [dict(_settings(record)) for record in (old, new)]
-    notes += [
-        f"setting {name!r} differs: {settings[0].get(name)} and {settings[1].get(name)}"
-        for name in dict.fromkeys([*settings[0], *settings[1]])
-        if settings[0].get(name) != settings[1].get(name)
-    ]
-    return notes
+    for which, machine in zip(("old", "new"), machines, strict=True):
+        if machine.get("uncommitted_changes"):
+            notes.append(
+                f"the {which} record has uncommitted changes: its commit does not name what was "
+                "measured"
+            )
+    return [*notes, *_differing(*settings, {**settings[0], **settings[1]}, "setting {!r}")]
 
 
-def _settings(record: Row) -> Iterator[tuple[str, Any]]:
-    """Yield what stands outside of tables and is not measured."""
-    if "command" in record:
-        yield "command", record["command"]
-    for place, value in _parts(_without_origin(record)):
-        if not _is_table(value) and not isinstance(value, float):
-            yield place, value
+def _differing(
+    old: Mapping[str, Any], new: Mapping[str, Any], names: Iterable[str], what: str = "{}"
+) -> list[str]:
+    return [
+        f"{what.format(name)} differs: {old.get(name)} and {new.get(name)}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _settings(record: Row) -> Row:
+    """Return what stands outside of tables and is not measured."""
+    found = {
+        place: value
+        for place, value in _measured(record)
+        if not (_is_table(value) or isinstance(value, float))
+    }
+    return {"command": record.get("command"), **found}
 
 
 def text(found: Comparison, threshold: float) -> str:
     """Return a comparison in Markdown."""
-    heading = (
+    sections = [_listed(found.notes)] if found.notes else []
+    sections.append(
         f"{len(found.changes)} of {found.num_compared} numbers differ by a factor of "
         f"{threshold:g} or more."
     )
-    notes = "\n".join(f"- {note}" for note in found.notes)
-    sections = [part for part in (notes, heading) if part]
-    if found.changes:
-        rows = [
-            {"row": c.place, "field": c.field, "old": c.old, "new": c.new, "ratio": c.ratio}
-            for c in found.changes
-        ]
-        columns = {"row": "", "field": "", "old": ".5g", "new": ".5g", "ratio": ".3f"}
-        sections.append(markdown(rows, columns))
+    if len(found.changes):
+        # Without a ratio its cell is empty.
+        ratios = found.changes["ratio"].map("{:.3f}".format, na_action="ignore").astype(object)
+        rows = found.changes.assign(ratio=ratios.where(ratios.notna(), None)).to_dict("records")
+        columns = {"row": "", "field": "", "old": ".5g", "new": ".5g", "ratio": ">"}
+        sections.append(markdown_table(rows, columns))
     for title, places in (("old", found.only_old), ("new", found.only_new)):
         if places:
-            lines = "\n".join(f"- {place}" for place in places)
-            sections.append(f"In the {title} record alone:\n\n{lines}")
+            sections += [f"In the {title} record alone:", _listed(places)]
     return "\n\n".join(sections)
+
+
+def _listed(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def read(file: Path) -> Row:
@@ -295,24 +264,3 @@ def read(file: Path) -> Row:
             f"{file} is of pytest-benchmark: `pytest-benchmark compare` compares such files"
         )
     return record
-
-
-def main() -> None:
-    """Parse the command line and compare."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("old", type=Path, metavar="OLD.json")
-    parser.add_argument("new", type=Path, metavar="NEW.json")
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=1.05,
-        help="show numbers that differ by this factor or more (default: %(default)s)",
-    )
-    arguments = parser.parse_args()
-    try:
-        found = compare(read(arguments.old), read(arguments.new), arguments.threshold)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(text(found, arguments.threshold))

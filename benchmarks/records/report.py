@@ -6,7 +6,6 @@ It needs nothing but the JSON files that ``benchmarks/run.py`` left there, and t
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Mapping
@@ -14,9 +13,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import suites
-from harness.timing import markdown
 
 from ocm.evaluation.environment import Row
+from ocm.evaluation.markdown import markdown_table
 
 NAME = "report.md"
 # What the latest run of run.py came to.
@@ -24,9 +23,12 @@ RUN = "run.json"
 # What pytest-benchmark wrote.
 SMALL = "small.json"
 
-_COLUMNS = {"suite": "", "command": "", "commit": "", "uncommitted_changes": "", "date": ""}
-_MACHINE = {"device": "", "processor": "", "threads": "d", "seconds": ".0f"}
-_VERSIONS = {"python": "", "torch": "", "triton": ""}
+_VERSIONS = ("python", "torch", "triton")
+_COLUMNS = {
+    **dict.fromkeys(("suite", "command", "commit", "uncommitted_changes", "date"), ""),
+    **{"device": "", "processor": "", "threads": "d", "seconds": ".0f"},
+    **dict.fromkeys(_VERSIONS, ""),
+}
 
 
 def write_run(
@@ -66,20 +68,18 @@ def text(directory: Path) -> str:
     Raises:
         ValueError: If there is no record and no failure to show.
     """
-    found, latest = records(directory), _latest_run(directory)
-    small = directory / SMALL
-    if not found and not latest and not small.exists():
+    found, run, small = records(directory), directory / RUN, directory / SMALL
+    if not (found or run.exists() or small.exists()):
         raise ValueError(
             f"{directory} must hold a record of benchmarks/run.py, <suite>.json, and holds none"
         )
     sections = ["# Benchmarks"]
-    if latest:
-        sections += _run_section(latest, found)
+    if run.exists():
+        sections += _run_section(json.loads(run.read_text()), found)
     if found:
         rows = [_origin(name, record) for name, record in found.items()]
-        sections.append(markdown(rows, _COLUMNS | _MACHINE | _VERSIONS))
-    for name, record in found.items():
-        sections.append(_section(name, record, directory))
+        sections.append(markdown_table(rows, _COLUMNS))
+    sections += [_section(name, record, directory) for name, record in found.items()]
     if small.exists():
         sections.append(_small_section(json.loads(small.read_text())))
     return "\n\n".join(sections) + "\n"
@@ -91,11 +91,6 @@ def plot(directory: Path) -> None:
         suite = suites.load(name)
         if hasattr(suite, "plot"):
             suite.plot(record, directory / f"{name}.png")
-
-
-def _latest_run(directory: Path) -> Row:
-    file = directory / RUN
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _run_section(latest: Row, found: Mapping[str, Row]) -> list[str]:
@@ -132,7 +127,11 @@ def _section(name: str, record: Row, directory: Path) -> str:
         f"{what[0].upper()}{what[1:]}: `{record['command']}` at {commit}"
         f"{_seeds(record)}; rows in [{name}.json]({name}.json).",
         _tables(name, record, directory),
-        *(f"![{file.stem}]({file.name})" for file in _plots(name, directory)),
+        *(
+            f"![{file.stem}]({file.name})"
+            for file in sorted(directory.glob(f"{name}*.png"))
+            if re.fullmatch(rf"{name}(_.*)?", file.stem)
+        ),
     ]
     return "\n\n".join(parts)
 
@@ -150,20 +149,10 @@ def _tables(name: str, record: Row, directory: Path) -> str:
 
 
 def _seeds(record: Row) -> str:
-    seeds = record.get("seeds")
-    if not seeds:
-        return ""
-    if isinstance(seeds, list):
-        return ", seeds " + ", ".join(map(str, seeds))
-    return ", seeds " + ", ".join(f"{what}: {seed}" for what, seed in seeds.items())
-
-
-def _plots(name: str, directory: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(directory.glob(f"{name}*.png"))
-        if re.fullmatch(rf"{name}(_.*)?", file.stem)
-    ]
+    seeds = record.get("seeds") or []
+    if isinstance(seeds, dict):
+        seeds = [f"{what}: {seed}" for what, seed in seeds.items()]
+    return f", seeds {', '.join(map(str, seeds))}" if seeds else ""
 
 
 def _small_section(record: Row) -> str:
@@ -179,30 +168,9 @@ def _small_section(record: Row) -> str:
         }
         for case in record["benchmarks"]
     ]
-    columns = {
-        "case": "",
-        "median_milliseconds": ".3f",
-        "interquartile_range": ".3f",
-        "rounds": "d",
-    }
+    columns = dict.fromkeys(("median_milliseconds", "interquartile_range"), ".3f")
     return (
         f"## small\n\nCases small enough for every machine: `make bench-small` at "
         f"{commit['id'][:7]}{changes}, {record['datetime'][:19]}; rows in [{SMALL}]({SMALL}).\n\n"
-        f"{markdown(rows, columns)}"
+        f"{markdown_table(rows, {'case': '', **columns, 'rounds': 'd'})}"
     )
-
-
-def main() -> None:
-    """Parse the command line and write the report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", type=Path, metavar="DIR", help="where the records are")
-    parser.add_argument("--plots", action="store_true", help="draw the plots again too")
-    arguments = parser.parse_args()
-    if arguments.plots:
-        plot(arguments.directory)
-    try:
-        print(f"report: {write(arguments.directory)}")
-    except ValueError as error:
-        parser.error(str(error))

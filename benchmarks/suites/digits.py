@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 from harness import budget
-from harness.timing import Setting, markdown
+from harness.timing import Setting
 from torch import Tensor
 
 import hessdiag
 import ocm
 from hessdiag.bases import dct_matrix
 from ocm import checkpoints
-from ocm.checkpoints.catalogue import fitted
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.fitting import fitted
 from ocm.cli.evaluate import evaluate
 from ocm.cli.inputs import calibration_images
 from ocm.cli.options import HeadName
@@ -38,11 +38,12 @@ from ocm.cli.train import train
 from ocm.data import Images
 from ocm.diffusion.noise import noisy_prediction
 from ocm.evaluation import classifier
-from ocm.evaluation.distances import classifier_features
 from ocm.evaluation.environment import Row, environment
-from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
+from ocm.evaluation.features import classifier_features
+from ocm.evaluation.markdown import likelihood_markdown, markdown_table, quality_markdown
 from ocm.evaluation.pictures import evaluation_plot
-from ocm.evaluation.scores import Estimate, Quality, estimate, steps_of
+from ocm.evaluation.samples import Quality
+from ocm.evaluation.scores import Estimate, estimate, steps_of
 
 _CACHE = Path(__file__).parent.parent.parent / ".cache" / "benchmarks" / "digits"
 
@@ -193,7 +194,7 @@ def diagonal_against_full(
     rows: list[Row] = []
     for t in timesteps:
         x_t = noisy_prediction(denoiser, x0, t, seed).x_t
-        J = hessdiag.jacobian(denoiser.output_at(t), x_t).double()
+        J = hessdiag.jacobian(denoiser.jacobian(x_t, t)).double()
         c, k = (
             number.double().reshape(1, 1, 1) for number in denoiser.covariance_coefficients(t, x_t)
         )
@@ -229,9 +230,9 @@ def _equal_evaluations(
     loaded: Checkpoint, images: Images, directory: Path, sizes: Sizes
 ) -> list[Row]:
     """Return sample quality within budgets, in the features of the evaluation's classifier."""
-    N = loaded.denoiser.schedule.num_timesteps
     x0 = calibration_images(loaded, images, sizes.fit_images)
-    complete = fitted(loaded, x0, ["analytic"], steps_of(N, sizes.budgets), seed=SEED)
+    steps = steps_of(loaded.denoiser.schedule, sizes.budgets)
+    complete = fitted(loaded, x0, ["analytic"], steps, seed=SEED)
     trained = classifier.load(directory / "evaluation" / "classifier", loaded.denoiser.device)
     extractor = classifier_features(trained)
     return budget.equal_evaluations(
@@ -313,7 +314,7 @@ def structure(record: Row) -> str:
         "covariance_asymmetry": ".3f",
         "negative_eigenvalues": ".3f",
     }
-    return markdown(record["diagonal_against_full"], columns)
+    return markdown_table(record["diagonal_against_full"], columns)
 
 
 def plot(record: Row, path: Path) -> None:

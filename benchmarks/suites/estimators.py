@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from harness.memory import peak_bytes
 from harness.peers import ScoreFunction, curvlinops_diagonals, skerch_diagonals
-from harness.timing import Setting, markdown, time_together
+from harness.timing import Setting, time_together
 from harness.trained_unet import trained_unet
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from hessdiag.probes import BalancedColoring, Coloring, ProbeDesign, Rademacher
 from ocm import Denoiser
 from ocm.diffusion.backbones import small_unet
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.markdown import markdown_table
 from suites.products import naive_loop
 
 TIMESTEPS = (5, 50, 200, 500, 900)
@@ -42,7 +44,7 @@ def run(setting: Setting) -> tuple[Row, str]:
     images = trained.test_images[: 2 if quick else 8].to(device)
     timesteps = _QUICK_TIMESTEPS if quick else TIMESTEPS
     points = {t: _noisy(trained.denoiser, images, t) for t in timesteps}
-    functions = {t: trained.denoiser.output_at(t) for t in timesteps}
+    functions = {t: partial(trained.denoiser.output, t=t) for t in timesteps}
     jacobians = {t: hessdiag.jacobian(functions[t], x) for t, x in points.items()}
 
     checks = _check(functions, points, jacobians, quick)
@@ -410,7 +412,7 @@ def report(record: Row) -> str:
         f"U-Net trained on {record['network']}; {record['images']} held-out images.",
         f"Checks: {checks}.",
         "**Cost of M probes**\n\n"
-        + markdown(
+        + markdown_table(
             record["passes"],
             {
                 "way": "",
@@ -424,7 +426,7 @@ def report(record: Row) -> str:
         ),
         "**Error**: of Rademacher probes, relative to the diagonal; and the variance of Rademacher "
         "probes over that of others: exact, and of XDiag and `auto` as measured\n\n"
-        + markdown(
+        + markdown_table(
             record["errors"],
             {
                 "t": "d",
@@ -440,7 +442,7 @@ def report(record: Row) -> str:
         ),
         "**Time to an error**, that of a coloring; the loop runs the network for each Rademacher "
         "probe\n\n"
-        + markdown(
+        + markdown_table(
             record["time_to_error"],
             {
                 "t": "d",
@@ -456,7 +458,7 @@ def report(record: Row) -> str:
             },
         ),
         "**Other libraries**, one image at t = 50\n\n"
-        + markdown(
+        + markdown_table(
             record["peers"],
             {
                 "method": "",
@@ -470,7 +472,7 @@ def report(record: Row) -> str:
         ),
         "**Growth** with the number of features D, the batch B and the probes M; "
         "`crossing_probes` cost as much as the exact diagonal\n\n"
-        + markdown(
+        + markdown_table(
             record["growth"],
             {
                 "D": "d",
@@ -484,7 +486,9 @@ def report(record: Row) -> str:
             },
         ),
         "**Peak memory** of 4 probes against depth, in sizes of the input\n\n"
-        + markdown(record["memory"], {"layers": "d", "vjp_inputs": ".1f", "jvp_inputs": ".1f"}),
+        + markdown_table(
+            record["memory"], {"layers": "d", "vjp_inputs": ".1f", "jvp_inputs": ".1f"}
+        ),
     ]
     return "\n\n".join(sections)
 

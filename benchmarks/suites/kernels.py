@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.timing import Setting, markdown, synchronize
+from harness.timing import Setting, synchronize
 from torch import Tensor
 
 from hessdiag import kernels
 from ocm.evaluation.environment import Row, environment, gpu_state
+from ocm.evaluation.markdown import markdown_table
 
 COLUMNS = {
     "op": "",
@@ -95,7 +96,7 @@ def report(record: Row) -> str:
     """Return the tables of a record."""
     copy = f"Copy: {record['copy_gigabytes_per_second']:.1f} GB/s"
     notes = [f"{provider} left out: {note}" for provider, note in record["notes"].items()]
-    return "\n\n".join([copy, markdown(record["rows"], COLUMNS), *notes])
+    return "\n\n".join([copy, markdown_table(record["rows"], COLUMNS), *notes])
 
 
 def _cases(device: torch.device, quick: bool) -> list[Callable[[], Case]]:

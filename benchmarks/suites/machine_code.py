@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.timing import Setting, markdown
+from harness.timing import Setting
 
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.markdown import markdown_table
 
 INSTRUCTIONS_PER_BYTE = 29.6 / 4.3
 THREADS = 128
@@ -212,7 +213,7 @@ def run(setting: Setting) -> tuple[Row, str]:
 
 def report(record: Row) -> str:
     """Return the tables of a record."""
-    return markdown(record["rows"], COLUMNS)
+    return markdown_table(record["rows"], COLUMNS)
 
 
 def _count(lines: list[str], pattern: str) -> int:

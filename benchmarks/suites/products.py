@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness.timing import Setting, markdown, time_together
+from harness.timing import Setting, time_together
 from torch import Tensor
 
 import hessdiag
 from hessdiag.kernels import rademacher
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.markdown import markdown_table
 
 COLUMNS = {
     "way": "",
@@ -74,7 +75,7 @@ def run(setting: Setting) -> tuple[Row, str]:
 def report(record: Row) -> str:
     """Return the tables of a record."""
     agreement = ", ".join(f"{name}: {value:.1e}" for name, value in record["checks"].items())
-    table = markdown(record["rows"], COLUMNS)
+    table = markdown_table(record["rows"], COLUMNS)
     return f"{table}\n\nRelative difference of results: {agreement}"
 
 

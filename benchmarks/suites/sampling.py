@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
-from harness.timing import Setting, markdown, time_together
+from harness.timing import Setting, time_together
 
 import ocm
-from ocm.checkpoints.checkpoint import LEARNED
+from ocm.covariances.names import LEARNED
 from ocm.diffusion.backbones import small_unet
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.markdown import markdown_table
 from ocm.sampling.samplers import ddpm, reverse_step
 
 COLUMNS = {
@@ -53,7 +54,7 @@ def run(setting: Setting) -> tuple[Row, str]:
 
 def report(record: Row) -> str:
     """Return the tables of a record."""
-    return markdown(record["rows"], COLUMNS)
+    return markdown_table(record["rows"], COLUMNS)
 
 
 def _network(name: str, unet: Any, batch: int, setting: Setting) -> list[Row]:
@@ -72,10 +73,9 @@ def _network(name: str, unet: Any, batch: int, setting: Setting) -> list[Row]:
 
     def step(covariance: Any) -> torch.Tensor:
         with torch.no_grad():
-            prediction = denoiser.predict(x_t, _T)
-            coefficients = ddpm(denoiser.schedule, _S, _T)
-            stated = covariance.at(prediction, s=_S)
-            return reverse_step(prediction, stated, coefficients, seed=0, step=_T)
+            prediction = denoiser.predict(x_t, _T, s=_S)
+            stated = covariance.at(prediction)
+            return reverse_step(prediction, stated, ddpm(denoiser.schedule, _S, _T), seed=0)
 
     passes: dict[str, int] = {}
     for key, covariance in covariances.items():

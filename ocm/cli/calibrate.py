@@ -67,14 +67,10 @@ def calibrate(
     of training images around the denoiser's mean; it is called NAME_calibrated.
     """
     from ocm import checkpoints
-    from ocm.checkpoints.catalogue import (
-        ANALYTIC,
-        WITHOUT_DENSITY,
-        CovarianceSettings,
-        available,
-        fitted,
-    )
+    from ocm.checkpoints.catalogue import CovarianceSettings, available
+    from ocm.checkpoints.fitting import fitted
     from ocm.cli.inputs import calibration_images, calibration_labels, images_for
+    from ocm.covariances.names import has_density, named
     from ocm.evaluation.environment import environment
     from ocm.evaluation.scores import steps_of
 
@@ -83,16 +79,16 @@ def calibrate(
     loaded = checkpoints.load(checkpoint, place)
     images = images_for(loaded, data, vae, image_size)
     chosen = [name.value for name in covariance or []]
-    names = chosen or [n for n in available(loaded) if n in ANALYTIC or n in loaded.learned]
+    names = chosen or [n for n in available(loaded) if n in named("fitted", "learned")]
     for name in names:
-        if name in WITHOUT_DENSITY:
+        if not has_density(name):
             raise ValueError(f"--covariance {name} has no density, and so nothing to calibrate")
     x0 = calibration_images(loaded, images, num_images)
     result = fitted(
         loaded,
         x0,
         names,
-        steps_of(loaded.denoiser.schedule.num_timesteps, steps or [5, 10, 25, 50]),
+        steps_of(loaded.denoiser.schedule, steps or [5, 10, 25, 50]),
         calibrated=names,
         labels=calibration_labels(loaded, images, len(x0)),
         settings=CovarianceSettings(num_probes, seed=seed),

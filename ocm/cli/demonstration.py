@@ -17,13 +17,13 @@ from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint, save
 from ocm.covariances import OptimalCovarianceMatching
 from ocm.covariances.learned.heads import make_head
+from ocm.covariances.names import label
 from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
-from ocm.diffusion.timesteps import even_timesteps
 from ocm.evaluation.environment import environment
 from ocm.evaluation.markdown import likelihood_markdown, variance_error_markdown
-from ocm.evaluation.pictures import label, report_plot, sample_rows
+from ocm.evaluation.pictures import report_plot, sample_rows
 from ocm.evaluation.scores import (
     likelihood_record,
     likelihood_table,
@@ -124,7 +124,7 @@ def run(
     stages.end("train head")
 
     held_out = images.test[: settings.num_images]
-    probes = CovarianceSettings(settings.num_probes, settings.seed)
+    probes = CovarianceSettings(settings.num_probes, seed=settings.seed)
     table = likelihood_table(
         checkpoint,
         held_out,
@@ -194,15 +194,14 @@ class _Stages:
 def _sample_rows(
     checkpoint: Checkpoint, images: data.Images, settings: DemoSettings, progress: bool
 ) -> dict[str, Tensor]:
-    timesteps = even_timesteps(checkpoint.denoiser.schedule.num_timesteps, settings.sample_steps)
-    probes = CovarianceSettings(settings.num_probes, settings.seed)
+    probes = CovarianceSettings(settings.num_probes, seed=settings.seed)
     rows = {"held-out": images.test[:_SAMPLES_PER_ROW]}
     for name in tqdm(_COVARIANCES, "samples", disable=not progress):
         rows[label(name)] = sample(
             checkpoint.denoiser,
             build_covariance(name, checkpoint, probes),
             (_SAMPLES_PER_ROW, *images.shape),
-            timesteps,
+            settings.sample_steps,
             seed=settings.seed,
         )
     return rows

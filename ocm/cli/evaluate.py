@@ -12,8 +12,8 @@ from ocm.cli.options import (
     CheckpointPath,
     CovarianceName,
     Device,
+    LanczosProbes,
     NumProbes,
-    NumProducts,
     Quiet,
     Seed,
     prepare_directory,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ocm.checkpoints.checkpoint import Checkpoint
     from ocm.data import Images
-    from ocm.evaluation.distances import FeatureExtractor
+    from ocm.evaluation.features import FeatureExtractor
 
 
 def evaluate(
@@ -77,7 +77,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
     num_probes: NumProbes = 8,
-    num_products: NumProducts = 3,
+    lanczos_probes: LanczosProbes = 3,
     seed: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -88,8 +88,9 @@ def evaluate(
     them for the timesteps in use. Writes evaluation.json, report.md and evaluation.png.
     """
     from ocm import checkpoints
-    from ocm.checkpoints.catalogue import WITHOUT_DENSITY, CovarianceSettings, affordable
+    from ocm.checkpoints.catalogue import CovarianceSettings, affordable
     from ocm.cli.inputs import calibration_images, calibration_labels, images_for
+    from ocm.covariances.names import has_density
     from ocm.evaluation.environment import environment
     from ocm.evaluation.markdown import likelihood_markdown
     from ocm.evaluation.pictures import evaluation_plot
@@ -108,13 +109,13 @@ def evaluate(
         )
     calibrated, quality = calibrated or everything, quality or everything
     names = [name.value for name in covariance or []] or affordable(loaded)
-    scored = [name for name in names if name not in WITHOUT_DENSITY]
+    scored = [name for name in names if has_density(name)]
     if not scored and not quality:
         raise ValueError(
             f"--covariance {' '.join(names)} has no density, and so no bits/dim; pass --quality"
         )
     step_counts = sorted(set(steps or (5, 10, 25, 50)))
-    settings = CovarianceSettings(num_probes, num_products, seed)
+    settings = CovarianceSettings(num_probes, lanczos_probes, seed)
     start = time.perf_counter()
     x0 = calibration_images(loaded, images, fit_images)
     classes = calibration_labels(loaded, images, len(x0))
@@ -136,7 +137,7 @@ def evaluate(
         "data": images.name,
         "num_images": num_images,
         "num_probes": num_probes,
-        "num_products": num_products,
+        "lanczos_probes": lanczos_probes,
         "fit_images": fit_images,
         "seed": seed,
         "step_counts": step_counts,
@@ -176,21 +177,22 @@ def _fitted(
     progress: bool,
 ) -> Checkpoint:
     """Fit to x0 what the checkpoint lacks for these numbers of steps."""
-    from ocm.checkpoints.catalogue import ANALYTIC, WITHOUT_DENSITY, fitted
-    from ocm.diffusion.tables import StepTable, TimestepTable
+    from ocm.checkpoints.fitting import fitted
+    from ocm.covariances.names import has_density, named
+    from ocm.diffusion.tables import Table
     from ocm.evaluation.scores import steps_of
 
-    steps = steps_of(loaded.denoiser.schedule.num_timesteps, step_counts)
+    steps = steps_of(loaded.denoiser.schedule, step_counts)
 
-    def lacks(table: TimestepTable | StepTable | None) -> bool:
+    def lacks(table: Table | None) -> bool:
         return table is None or not table.covers([(s, t) for s, t in steps if s > 0])
 
     analytic = {name: c.fractions for name, c in loaded.analytic.items()}
-    wanted = [name for name in names if name in ANALYTIC and lacks(analytic.get(name))]
+    wanted = [name for name in names if name in named("fitted") and lacks(analytic.get(name))]
     to_calibrate = [
         name
         for name in names
-        if calibrated and name not in WITHOUT_DENSITY and lacks(loaded.calibrations.get(name))
+        if calibrated and has_density(name) and lacks(loaded.calibrations.get(name))
     ]
     return fitted(
         loaded,
@@ -222,16 +224,16 @@ def _quality(
     """Return the record and the tables of sample quality under DDPM and DDIM."""
     from functools import partial
 
-    from ocm.checkpoints.catalogue import CALIBRATED, WITHOUT_DENSITY
+    from ocm.covariances.names import CALIBRATED, has_density
     from ocm.evaluation.markdown import quality_markdown
-    from ocm.evaluation.scores import median_distance, quality, quality_table
+    from ocm.evaluation.samples import median_distance, quality, quality_table
     from ocm.sampling.samplers import ddim, ddpm
 
     extractor, said = _features(images, inception, seed, out, progress)
     real = extractor(images.train)
     rows = [*names]
     if calibrated:
-        rows += [name + CALIBRATED for name in names if name not in WITHOUT_DENSITY]
+        rows += [name + CALIBRATED for name in names if has_density(name)]
     floor = quality(real, extractor(images.test))
     record: dict[str, Any] = {
         "features": extractor.name,
@@ -275,10 +277,10 @@ def _features(
 ) -> tuple[FeatureExtractor, str]:
     """Return the features of quality, and a sentence on what they are."""
     from ocm.evaluation import classifier as classifiers
-    from ocm.evaluation import distances as metrics
+    from ocm.evaluation import features
 
     if inception is not None:
-        extractor = metrics.inception(inception)
+        extractor = features.inception(inception)
         return extractor, f"Features: {extractor.name}."
     if images.train_labels is None or images.num_classes is None:
         raise ValueError(
@@ -293,5 +295,5 @@ def _features(
     if images.test_labels is not None:
         right = classifiers.accuracy(trained, images.test, images.test_labels)
         said += f", right on {right:.1%} of the held-out ones"
-    extractor = metrics.classifier_features(trained)
+    extractor = features.classifier_features(trained)
     return extractor, f"Features: {extractor.name}, {said}."

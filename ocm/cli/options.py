@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ocm.covariances.names import LEARNED, NAMES
+
 if TYPE_CHECKING:
     from ocm.sampling.samplers import Sampler
 
@@ -24,7 +26,7 @@ Device = Annotated[
 NumProbes = Annotated[
     int, typer.Option(min=1, help="Probes M of 'hutchinson', 'coloring' and 'cosine'.")
 ]
-NumProducts = Annotated[int, typer.Option(min=1, help="Products k of 'lanczos'.")]
+LanczosProbes = Annotated[int, typer.Option(min=1, help="Products k of 'lanczos' for each vector.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 
 
@@ -35,33 +37,9 @@ class SamplerName(str, Enum):
     ddim = "ddim"
 
 
-class HeadName(str, Enum):
-    """Covariances with a head."""
-
-    iddpm = "iddpm"
-    npr = "npr"
-    sn = "sn"
-    ocm = "ocm"
-
-
-class CovarianceName(str, Enum):
-    """Covariances of x0 given x_t."""
-
-    beta = "beta"
-    beta_tilde = "beta_tilde"
-    analytic = "analytic"
-    analytic_data = "analytic_data"
-    iddpm = "iddpm"
-    npr = "npr"
-    sn = "sn"
-    ocm = "ocm"
-    hutchinson = "hutchinson"
-    coloring = "coloring"
-    exact = "exact"
-    blocks = "blocks"
-    cosine = "cosine"
-    lanczos = "lanczos"
-    full = "full"
+# Covariances with a head, and all covariances of x0 given x_t.
+HeadName = Enum("HeadName", {name: name for name in LEARNED}, type=str)  # type: ignore[misc]
+CovarianceName = Enum("CovarianceName", {name: name for name in NAMES}, type=str)  # type: ignore[misc]
 
 
 def resolve_device(name: str) -> Any:

@@ -13,8 +13,8 @@ from ocm.cli.options import (
     CheckpointPath,
     CovarianceName,
     Device,
+    LanczosProbes,
     NumProbes,
-    NumProducts,
     Quiet,
     SamplerName,
     Seed,
@@ -74,7 +74,7 @@ def sample(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
     num_probes: NumProbes = 8,
-    num_products: NumProducts = 3,
+    lanczos_probes: LanczosProbes = 3,
     seed: Seed = 0,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -87,10 +87,11 @@ def sample(
     from safetensors.torch import save_file
 
     from ocm import checkpoints
-    from ocm.checkpoints.catalogue import CALIBRATED, CovarianceSettings
+    from ocm.checkpoints.catalogue import CovarianceSettings
+    from ocm.covariances.names import CALIBRATED
     from ocm.evaluation.environment import environment
     from ocm.evaluation.pictures import sample_rows
-    from ocm.evaluation.scores import draw
+    from ocm.evaluation.samples import draw
     from ocm.sampling import samplers
 
     place = resolve_device(device)
@@ -110,7 +111,7 @@ def sample(
         end - first,
         timesteps,
         sampler=step,
-        settings=CovarianceSettings(num_probes, num_products, seed),
+        settings=CovarianceSettings(num_probes, lanczos_probes, seed),
         labels=label,
         guidance_scale=guidance,
         seed=seed,
@@ -140,7 +141,7 @@ def sample(
         "guidance_scale": guidance,
         "last_noise": last_noise,
         "num_probes": num_probes,
-        "num_products": num_products,
+        "lanczos_probes": lanczos_probes,
         "seed": seed,
         "processes": processes,
         "seconds": round(time.perf_counter() - start, 3),
@@ -175,9 +176,9 @@ def choose_timesteps(loaded: object, spacing: str, steps: int) -> list[int]:
     assert isinstance(loaded, Checkpoint)
     schedule = loaded.denoiser.schedule
     if spacing == "even":
-        return even_timesteps(schedule.num_timesteps, steps)
+        return even_timesteps(schedule, steps)
     if spacing == "quadratic":
-        return quadratic_timesteps(schedule.num_timesteps, steps)
+        return quadratic_timesteps(schedule, steps)
     if spacing != "optimal":
         raise ValueError(f"--spacing must be even, quadratic or optimal, got {spacing!r}")
     # From data, since near t = N the one from the score needs many images to be told from zero.

@@ -14,12 +14,10 @@ Row = dict[str, Any]
 
 def environment(device: torch.device) -> Row:
     """Return commit (None outside of a checkout), versions and hardware as JSON values."""
-    root = Path(__file__).parents[2]
-    # Results of earlier runs are no change to what is measured.
-    changes = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!*.md")
+    commit, changed = _commit()
     record: Row = {
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "uncommitted_changes": bool(changes),
+        "commit": commit,
+        "uncommitted_changes": changed,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -32,6 +30,17 @@ def environment(device: torch.device) -> Row:
         record["gpu"] = torch.cuda.get_device_name(device)
         record.update(gpu_state(device))
     return record
+
+
+def _commit() -> tuple[str | None, bool]:
+    """Return the commit of the checkout that holds this file, and whether it differs from that."""
+    root = Path(__file__).parents[2]
+    # Installed below another repository, as in its .venv, git would answer with that one's commit.
+    if _git(root, "ls-files", "--error-unmatch", "--", __file__) is None:
+        return None, False
+    # Results of earlier runs are no change to what is measured.
+    changes = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!*.md")
+    return _git(root, "rev-parse", "HEAD"), bool(changes)
 
 
 def _git(root: Path, *arguments: str) -> str | None:

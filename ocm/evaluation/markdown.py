@@ -2,10 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from ocm.evaluation.pictures import label
-from ocm.evaluation.scores import Estimate, Quality
+from ocm.covariances.names import label
+from ocm.evaluation.samples import Quality
+from ocm.evaluation.scores import Estimate
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    r"""Return rows as a Markdown table; a value that is None or missing leaves its cell empty.
+
+    Args:
+        rows: The rows.
+        columns: Key of each column and the format of its values: "" for text, ">" for text on the
+            right, else numbers, on the right too. Underscores of keys are shown as spaces.
+
+    Example:
+        >>> print(markdown_table([{"way": "a|b", "mean_ms": 1.25}], {"way": "", "mean_ms": ".1f"}))
+        | way | mean ms |
+        |:---|---:|
+        | a\|b | 1.2 |
+    """
+    lines = [
+        [_cell(key.replace("_", " "), "") for key in columns],
+        *([_cell(row.get(key), spec) for key, spec in columns.items()] for row in rows),
+    ]
+    heading, *body = (f"| {' | '.join(cells)} |" for cells in lines)
+    rule = f"|{'|'.join('---:' if spec else ':---' for spec in columns.values())}|"
+    return "\n".join([heading, rule, *body])
+
+
+def _cell(value: Any, spec: str) -> str:
+    return "" if value is None else format(value, spec).replace("|", r"\|")
+
+
+def table_of_lines(corner: str, columns: Sequence[str], lines: Mapping[str, Sequence[str]]) -> str:
+    """Return a Markdown table of lines with a title each, and cells on the right.
+
+    Args:
+        corner: Heading of the titles.
+        columns: Headings of the cells.
+        lines: Cells of every line by its title.
+
+    Example:
+        >>> print(table_of_lines("covariance", ["K = 5"], {"beta": ["1.2"]}))
+        | covariance | K = 5 |
+        |:---|---:|
+        | beta | 1.2 |
+    """
+    rows = [
+        {corner: title} | dict(zip(columns, cells, strict=True)) for title, cells in lines.items()
+    ]
+    return markdown_table(rows, {corner: ""} | dict.fromkeys(columns, ">"))
 
 
 def likelihood_markdown(
@@ -19,8 +68,12 @@ def likelihood_markdown(
         |:---|---:|
         | OCM head | 4.900 ± 0.100 |
     """
-    rows = {name: [_with_error(row[K]) for K in step_counts] for name, row in table.items()}
-    return _markdown([f"K = {K}" for K in step_counts], rows)
+
+    def cell(found: Estimate) -> str:
+        error = "" if found.standard_error is None else f" ± {found.standard_error:.3f}"
+        return f"{found.mean:.3f}{error}"
+
+    return _by_covariance("K", step_counts, table, cell)
 
 
 def variance_error_markdown(errors: Mapping[str, Mapping[int, float]]) -> str:
@@ -32,9 +85,7 @@ def variance_error_markdown(errors: Mapping[str, Mapping[int, float]]) -> str:
         |:---|---:|---:|
         | OCM head | 0.200 | 0.100 |
     """
-    timesteps = list(next(iter(errors.values())))
-    rows = {name: [f"{row[t]:.3f}" for t in timesteps] for name, row in errors.items()}
-    return _markdown([f"t = {t}" for t in timesteps], rows)
+    return _by_covariance("t", list(next(iter(errors.values()))), errors, "{:.3f}".format)
 
 
 def quality_markdown(table: Mapping[str, Mapping[int, Quality]], step_counts: Sequence[int]) -> str:
@@ -46,25 +97,19 @@ def quality_markdown(table: Mapping[str, Mapping[int, Quality]], step_counts: Se
         |:---|---:|
         | OCM head | 1.250 (0.90, 0.80) |
     """
-    rows = {
-        name: [
-            f"{row[K].frechet:.3f} ({row[K].precision:.2f}, {row[K].recall:.2f})"
-            for K in step_counts
-        ]
-        for name, row in table.items()
-    }
-    return _markdown([f"K = {K}" for K in step_counts], rows)
+    return _by_covariance(
+        "K",
+        step_counts,
+        table,
+        lambda found: f"{found.frechet:.3f} ({found.precision:.2f}, {found.recall:.2f})",
+    )
 
 
-def _with_error(cell: Estimate) -> str:
-    error = "" if cell.standard_error is None else f" ± {cell.standard_error:.3f}"
-    return f"{cell.mean:.3f}{error}"
-
-
-def _markdown(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    lines = [
-        f"| covariance | {' | '.join(columns)} |",
-        "|:---|" + "---:|" * len(columns),
-        *(f"| {label(name)} | {' | '.join(cells)} |" for name, cells in rows.items()),
-    ]
-    return "\n".join(lines)
+def _by_covariance(
+    symbol: str,
+    places: Sequence[int],
+    table: Mapping[str, Mapping[int, Any]],
+    cell: Callable[[Any], str],
+) -> str:
+    lines = {label(name): [cell(row[place]) for place in places] for name, row in table.items()}
+    return table_of_lines("covariance", [f"{symbol} = {place}" for place in places], lines)

@@ -8,59 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-# Okabe and Ito's colours and three of Paul Tol's, which colour-blind readers can tell apart; a
-# marker each besides.
-_STYLES: dict[str, tuple[str, str]] = {
-    "beta": ("#E69F00", "s"),
-    "beta_tilde": ("#CC79A7", "v"),
-    "analytic": ("#56B4E9", "D"),
-    "analytic_data": ("#56B4E9", "d"),
-    "iddpm": ("#882255", "P"),
-    "npr": ("#D55E00", "<"),
-    "sn": ("#999933", ">"),
-    "ocm": ("#0072B2", "o"),
-    "hutchinson": ("#009E73", "^"),
-    "coloring": ("#009E73", "*"),
-    "exact": ("#000000", "x"),
-    "blocks": ("#000000", "1"),
-    "cosine": ("#44AA99", "p"),
-    "lanczos": ("#777777", "h"),
-    "full": ("#777777", "+"),
-}
-_LABELS = {
-    "beta": "β",
-    "beta_tilde": "β̃",
-    "analytic": "analytic",
-    "analytic_data": "analytic, from data",
-    "iddpm": "I-DDPM head",
-    "npr": "NPR head",
-    "sn": "SN head",
-    "ocm": "OCM head",
-    "hutchinson": "Hutchinson",
-    "coloring": "coloring",
-    "exact": "exact diagonal",
-    "blocks": "channel blocks",
-    "cosine": "cosine diagonal",
-    "lanczos": "Lanczos",
-    "full": "exact full",
-}
-_CALIBRATED = "_calibrated"
+from ocm.covariances.names import CALIBRATED, NAMES, label
+
 # Times the lowest value that an evaluation's plot reaches up to.
 _TALLEST = 2.5
-
-
-def label(name: str) -> str:
-    """Return how a covariance is written in tables and plots.
-
-    Example:
-        >>> label("ocm")
-        'OCM head'
-        >>> label("beta_calibrated")
-        'β, calibrated'
-    """
-    plain = name.removesuffix(_CALIBRATED)
-    written = _LABELS.get(plain, plain)
-    return written if plain == name else f"{written}, calibrated"
 
 
 def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = "") -> None:
@@ -199,11 +150,11 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
 
 
 def _plain(rows: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row for name, row in rows.items() if not name.endswith(_CALIBRATED)}
+    return {name: row for name, row in rows.items() if not name.endswith(CALIBRATED)}
 
 
 def _calibrated_ones(rows: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row for name, row in rows.items() if name.endswith(_CALIBRATED)}
+    return {name: row for name, row in rows.items() if name.endswith(CALIBRATED)}
 
 
 def _lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
@@ -232,7 +183,8 @@ def _limit_to_the_close_lines(axis: Any, rows: Mapping[str, Mapping[int, float]]
 
 def style(name: str) -> tuple[str, str]:
     """Return the colour and the marker of a covariance, the same in every plot."""
-    return _STYLES.get(name.removesuffix(_CALIBRATED), ("#56B4E9", "d"))
+    entry = NAMES.get(name.removesuffix(CALIBRATED))
+    return ("#56B4E9", "d") if entry is None else (entry.colour, entry.marker)
 
 
 def pyplot() -> Any:

@@ -1,36 +1,24 @@
-"""Scores of a checkpoint: the bound, sample quality, and the error of each variance."""
+"""Scores of the covariances of a checkpoint: the bound, and the error of each variance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocm.checkpoints.catalogue import (
-    CALIBRATED,
-    WITHOUT_DENSITY,
-    CovarianceSettings,
-    build_covariance,
-)
+from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
-from ocm.covariances import Calibrated
-from ocm.covariances.base import looks_at_s
+from ocm.covariances.names import CALIBRATED, has_density, named
 from ocm.covariances.operators import PosteriorCovariance, spectral
-from ocm.diffusion.noise import noisy_prediction
-from ocm.diffusion.tables import StepTable, TimestepTable
+from ocm.diffusion.noise import labelled, noisy_prediction
+from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import even_timesteps, reverse_steps
-from ocm.evaluation.distances import (
-    FeatureExtractor,
-    frechet_distance,
-    maximum_mean_discrepancy,
-    precision_recall,
-)
 from ocm.sampling.likelihood import check_images, decoder_term, prior_term, step_term
-from ocm.sampling.samplers import X0_RANGE, Sampler, sample
+from ocm.sampling.samplers import X0_RANGE
 
 
 @dataclass(frozen=True)
@@ -91,14 +79,18 @@ def likelihood_table(
     from tqdm import tqdm
 
     for name in names:
-        if name in WITHOUT_DENSITY:
+        if not has_density(name):
             raise ValueError(f"covariance {name!r} has no density, and so no bits/dim")
     check_images(images, checkpoint.levels)
     denoiser = checkpoint.denoiser
-    covariances = {name: build_covariance(name, checkpoint, settings) for name in names}
-    weights = {name: _weights(checkpoint, name, settings) for name in calibrated}
+    # Those of products first: all else then comes from the evaluation that they keep the graph of.
+    by_products = named("probes", "exact")
+    ordered = sorted(names, key=lambda name: name not in by_products)
+    covariances = {name: build_covariance(name, checkpoint, settings) for name in ordered}
+    for name in calibrated:
+        build_covariance(name + CALIBRATED, checkpoint, settings)  # raises without a calibration
     rows = [*names, *(name + CALIBRATED for name in calibrated)]
-    visits = _visits(denoiser.schedule.num_timesteps, step_counts)
+    visits = _visits(denoiser.schedule, step_counts)
     starts = range(0, len(images), batch_size)
     totals = {
         (row, K): torch.zeros(len(images), dtype=torch.float64, device=denoiser.device)
@@ -109,27 +101,28 @@ def likelihood_table(
     for first, t in tqdm(work, "bits/dim", unit="t", disable=not progress):
         batch = slice(first, first + batch_size)
         x0 = images[batch].to(denoiser.device)
-        prediction = noisy_prediction(denoiser, x0, t, seed, first, labels=labels)
+        condition = labelled(denoiser, labels, first, len(x0))
+        prediction = noisy_prediction(denoiser, x0, t, seed, first, condition=condition)
         shared: dict[str, PosteriorCovariance] = {}
         for K, s in visits[t]:
             if s == 0:
                 ends = prior_term(denoiser, x0)
-                ends = ends + decoder_term(denoiser, prediction, x0, checkpoint.levels)
+                ends = ends + decoder_term(prediction, x0, checkpoint.levels)
                 for row in rows:
                     totals[row, K][batch] += ends
                 continue
+            towards = prediction.towards(s)
             for name, covariance in covariances.items():
-                stated = shared.get(name)
-                if stated is None or looks_at_s(covariance):
-                    stated = covariance.at(prediction, s=s).bounded(X0_RANGE)
-                    shared[name] = stated
+                if name not in shared or covariance.depends_on_s:
+                    shared[name] = covariance.at(towards).bounded(X0_RANGE)
+            for name, stated in shared.items():
                 versions = {name: stated}
-                if name in weights:
-                    scale, shift = weights[name].at(t, s).tolist()
+                if name in calibrated:
+                    scale, shift = checkpoint.calibrations[name].at(s, t).tolist()
                     versions[name + CALIBRATED] = stated.affine(scale, shift)
                 for row, version in versions.items():
                     bounded = spectral(version.bounded(X0_RANGE))
-                    totals[row, K][batch] += step_term(denoiser, bounded, prediction, x0, s)
+                    totals[row, K][batch] += step_term(bounded, towards, x0)
     table = {row: {K: estimate(totals[row, K]) for K in step_counts} for row in rows}
     for row, cells in table.items():
         for K, cell in cells.items():
@@ -140,32 +133,25 @@ def likelihood_table(
     return table
 
 
-def _visits(num_timesteps: int, step_counts: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
+def _visits(schedule: Schedule, step_counts: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
     """Return (K, s) of every step by the timestep t that it starts from."""
     visits: dict[int, list[tuple[int, int]]] = {}
     for K in step_counts:
-        for s, t in reverse_steps(even_timesteps(num_timesteps, K)):
+        for s, t in reverse_steps(even_timesteps(schedule, K)):
             visits.setdefault(t, []).append((K, s))
     return visits
 
 
-def steps_of(num_timesteps: int, step_counts: Sequence[int]) -> list[tuple[int, int]]:
+def steps_of(schedule: Schedule, step_counts: Sequence[int]) -> list[tuple[int, int]]:
     """Return every step (s, t) of the evenly spaced trajectories.
 
     Example:
-        >>> steps_of(1000, [2, 3])
+        >>> from ocm.diffusion.schedules import linear
+        >>> steps_of(linear(), [2, 3])
         [(0, 1), (1, 500), (1, 1000), (500, 1000)]
     """
-    visits = _visits(num_timesteps, step_counts)
+    visits = _visits(schedule, step_counts)
     return sorted({(s, t) for t, pairs in visits.items() for _, s in pairs})
-
-
-def _weights(
-    checkpoint: Checkpoint, name: str, settings: CovarianceSettings | None
-) -> TimestepTable | StepTable:
-    covariance = build_covariance(name + CALIBRATED, checkpoint, settings)
-    assert isinstance(covariance, Calibrated)
-    return covariance.weights
 
 
 def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, Any]:
@@ -183,178 +169,6 @@ def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, 
             name: {K: cell.standard_error for K, cell in row.items()} for name, row in table.items()
         },
     }
-
-
-class Quality(NamedTuple):
-    """How close samples are to held-out images, in the features of a network.
-
-    Attributes:
-        frechet: Fréchet distance.
-        precision: Fraction of the samples within the manifold of the images.
-        recall: Fraction of the images within the manifold of the samples.
-        mmd: Squared maximum mean discrepancy, without bias, with a Gaussian kernel of the
-            bandwidth of :func:`median_distance`.
-    """
-
-    frechet: float
-    precision: float
-    recall: float
-    mmd: float
-
-
-def quality(real_features: Tensor, features: Tensor) -> Quality:
-    """Return how close samples are to real images, from the features of both."""
-    manifold = precision_recall(real_features, features)
-    bandwidth = median_distance(real_features)
-    return Quality(
-        frechet_distance(real_features, features),
-        manifold.precision,
-        manifold.recall,
-        maximum_mean_discrepancy(real_features, features, bandwidth),
-    )
-
-
-def median_distance(features: Tensor, count: int = 500) -> float:
-    """Return the median distance between the first ``count`` features, the kernel's bandwidth.
-
-    Example:
-        >>> median_distance(torch.tensor([[0.0], [3.0], [4.0]]))
-        3.0
-    """
-    return torch.pdist(features[:count].double()).median().item()
-
-
-def quality_table(
-    checkpoint: Checkpoint,
-    real_features: Tensor,
-    extractor: FeatureExtractor,
-    names: Sequence[str],
-    step_counts: Sequence[int],
-    *,
-    sampler: Sampler,
-    num_images: int,
-    label: str = "samples",
-    settings: CovarianceSettings | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    max_last_noise: float | None = None,
-    progress: bool = False,
-) -> dict[str, dict[int, Quality]]:
-    """Return the quality of samples for every covariance and every number of steps K.
-
-    Args:
-        checkpoint: The denoiser, with what the covariances need.
-        real_features: Features of real images, shape (n, d).
-        extractor: What made them.
-        names: Covariances, calibrated ones among them.
-        step_counts: Numbers of steps K, evenly spaced.
-        sampler: Reverse process.
-        num_images: Samples for each cell; every cell starts from the same noise, and classes take
-            turns where there are some.
-        label: What the progress bar calls it.
-        settings: For covariances that take products.
-        seed: Seed of the noise.
-        batch_size: Samples at a time.
-        max_last_noise: As in :func:`ocm.sample`.
-        progress: Whether to show a progress bar.
-    """
-    from tqdm import tqdm
-
-    labels: Sequence[int] | None = None
-    if checkpoint.denoiser.num_classes is not None:
-        labels = range(checkpoint.denoiser.num_classes)
-    table: dict[str, dict[int, Quality]] = {name: {} for name in names}
-    cells = [(name, K) for name in names for K in step_counts]
-    bar = tqdm(cells, label, disable=not progress)
-    for name, K in bar:
-        bar.set_postfix_str(f"{name}, K = {K}")
-        images = draw(
-            checkpoint,
-            name,
-            num_images,
-            even_timesteps(checkpoint.denoiser.schedule.num_timesteps, K),
-            sampler=sampler,
-            settings=settings,
-            labels=labels,
-            seed=seed,
-            batch_size=batch_size,
-            max_last_noise=max_last_noise,
-        )
-        table[name][K] = quality(real_features, extractor(images))
-    return table
-
-
-def draw(
-    checkpoint: Checkpoint,
-    name: str,
-    num_images: int,
-    timesteps: Sequence[int],
-    *,
-    sampler: Sampler,
-    settings: CovarianceSettings | None = None,
-    labels: Sequence[int] | None = None,
-    guidance_scale: float = 1.0,
-    seed: int = 0,
-    first: int = 0,
-    batch_size: int = 256,
-    max_last_noise: float | None = None,
-    progress: bool = False,
-) -> Tensor:
-    """Draw samples number ``first`` onwards, a batch at a time, onto the CPU.
-
-    Args:
-        checkpoint: The denoiser, with what the covariance needs.
-        name: Covariance, as :func:`ocm.checkpoints.catalogue.build_covariance` names it.
-        num_images: How many.
-        timesteps: Increasing timesteps up to N.
-        sampler: Reverse process.
-        settings: For covariances that take products.
-        labels: Classes that the samples take in turns, for a denoiser with classes.
-        guidance_scale: Of classifier-free guidance; 1 for none.
-        seed: Seed of the noise.
-        first: Number of the first sample.
-        batch_size: Samples at a time.
-        max_last_noise: As in :func:`ocm.sample`.
-        progress: Whether to show a progress bar.
-
-    Raises:
-        FloatingPointError: If a sample is not finite.
-        ValueError: If labels are given for a denoiser without classes, or not for one with them.
-    """
-    if guidance_scale != 1.0 and not labels:
-        raise ValueError(
-            f"guidance_scale must be 1 without labels, which it leads to, got {guidance_scale}"
-        )
-    if checkpoint.denoiser.takes_labels != bool(labels):
-        raise ValueError(
-            f"labels must be given for a denoiser with classes and for no other, got {labels} for "
-            f"one {'with' if checkpoint.denoiser.takes_labels else 'without'} classes"
-        )
-    batches = []
-    for offset in range(first, first + num_images, batch_size):
-        count = min(batch_size, first + num_images - offset)
-        conditioned = checkpoint
-        if labels:
-            turns = torch.tensor([labels[i % len(labels)] for i in range(offset, offset + count)])
-            denoiser = checkpoint.denoiser.conditioned(turns, guidance_scale)
-            conditioned = replace(checkpoint, denoiser=denoiser)
-        samples = sample(
-            conditioned.denoiser,
-            build_covariance(name, conditioned, settings),
-            (count, *checkpoint.image_shape),
-            timesteps,
-            sampler=sampler,
-            seed=seed,
-            sample_offset=offset,
-            x0_range=checkpoint.x0_range,
-            max_last_noise=max_last_noise,
-            progress=progress,
-        )
-        batches.append(samples.cpu())
-    images = torch.cat(batches) if batches else torch.zeros(0, *checkpoint.image_shape)
-    if not bool(torch.isfinite(images).all()):
-        raise FloatingPointError("the samples hold NaN or infinity; does the denoiser?")
-    return images
 
 
 @torch.no_grad()
@@ -392,7 +206,8 @@ def variance_errors(
             .at(prediction)
             .bounded(X0_RANGE)
             .diagonal()
-            for name in {"exact", *names}
+            # First the exact one, which keeps the graph that other products go through.
+            for name in dict.fromkeys(["exact", *names])
         }
         exact = variances["exact"]
         for name in names:

@@ -14,7 +14,7 @@ from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.architectures import UNET
 from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.tables import Table
-from ocm.evaluation.distances import FeatureExtractor
+from ocm.evaluation.features import FeatureExtractor
 
 VARIANCES = torch.tensor([0.09, 0.04, 0.01, 0.0025])
 PIXELS = FeatureExtractor("pixels", 4, lambda images: images.flatten(1))

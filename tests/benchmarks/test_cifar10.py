@@ -4,10 +4,11 @@ import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from cifar10 import commands as cifar10
+from cifar10 import commands, experiment, figures, report
 from cifar10 import evaluation as cifar10_evaluation
 from cifar10 import training as cifar10_training
 from cifar10.parts import Parts
@@ -20,11 +21,12 @@ from suites import cifar10 as suite
 
 import ocm
 from ocm import checkpoints
-from ocm.checkpoints.catalogue import fitted
+from ocm.checkpoints.fitting import fitted
 from ocm.data import ByteImages
 from ocm.diffusion.backbones import attention_unet, small_unet
 
 CPU = torch.device("cpu")
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"
 
 
 # The backbone
@@ -180,7 +182,7 @@ def claimed(*differences):
         }
         for name, calibrated, K, difference in differences
     ]
-    return suite.claims({"rows": rows})
+    return report.claims({"rows": rows})
 
 
 def test_cells_where_ocm_is_above_are_named():
@@ -191,6 +193,15 @@ def test_cells_where_ocm_is_above_are_named():
     assert "- linear, K = 10, NPR head: OCM is above by 0.0150 ± 0.0100, a tie within two" in said
     assert "K = 25, I-DDPM head, calibrated: OCM is above by 0.0300 ± 0.0100, more than" in said
     assert claimed(("npr", False, 50, -9.0)) == "No K of 10 or 25 was scored."
+
+
+def test_what_was_tried_is_read_from_its_record(monkeypatch, tmp_path):
+    recorded = json.loads((RESULTS / "cifar10.json").read_text())
+    tried = json.loads((RESULTS / "cifar10_tried.json").read_text())
+    tried["rows"][0]["K = 10"] = 1.23456
+    monkeypatch.setattr(report, "_TRIED", tmp_path / "tried.json")
+    (tmp_path / "tried.json").write_text(json.dumps(tried))
+    assert "| analytic | none |  | 0.0 | 0 | 1.2346 | 5.5100 |" in report.tables(recorded)
 
 
 # All of it
@@ -276,7 +287,7 @@ def test_a_training_of_other_settings_is_refused(data, work):
 
 def test_the_whole_evaluation_and_its_pictures(data, work, tmp_path, capsys):
     options = ["--data", str(data), "--work", str(work), "--size", "quick"]
-    cifar10.main(["evaluate", *options, "--out", str(tmp_path)])
+    commands.main(["evaluate", *options, "--out", str(tmp_path)])
     first = json.loads((tmp_path / "cifar10.json").read_text())
     rows = {(r["schedule"], r["covariance"], r["calibrated"], r["K"]) for r in first["rows"]}
     assert len(rows) == len(first["rows"]) == 2 * 2 * (7 + 4)
@@ -292,7 +303,7 @@ def test_the_whole_evaluation_and_its_pictures(data, work, tmp_path, capsys):
     # Killed after most of it: what is finished is not made again, and comes out the same.
     (work / "parts" / "cosine-samples-ddim-3.json").unlink()
     capsys.readouterr()
-    again = cifar10.evaluate(work, data, QUICK, CPU)
+    again = experiment.evaluate(work, data, QUICK, CPU)
     said = capsys.readouterr().out
     assert said.count("made before") == len(list((work / "parts").glob("*.json"))) - 1
     for name in ("rows", "costs", "equal_evaluations", "features", "training"):
@@ -307,7 +318,7 @@ def test_the_whole_evaluation_and_its_pictures(data, work, tmp_path, capsys):
 
 def test_samples_of_another_record_are_not_drawn(work, tmp_path, capsys):
     row = {"schedule": "linear", "sampler": "ddpm", "K": 3, "covariance": "ocm", "frechet": 1.0}
-    suite.plot_samples({"quality": [row]}, work, tmp_path / "x.png")
+    figures.plot_samples({"quality": [row]}, work, tmp_path / "x.png")
     assert "is not of this record" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -317,14 +328,14 @@ def test_without_cifar10_there_is_an_error_that_says_where_it_goes(tmp_path):
     with pytest.raises(ValueError, match=message):
         suite.run(Setting(CPU, True, tmp_path))
     with pytest.raises(SystemExit, match=message):
-        cifar10.main(
+        commands.main(
             ["train", "--schedule", "linear", "--work", str(tmp_path), "--data", str(tmp_path)]
         )
 
 
 def test_an_evaluation_before_training_is_refused(data, tmp_path):
     with pytest.raises(ValueError, match=r"work must hold linear/train.json, .* run `python bench"):
-        cifar10.evaluate(tmp_path, data, QUICK, CPU)
+        experiment.evaluate(tmp_path, data, QUICK, CPU)
 
 
 @pytest.mark.parametrize("size", [FULL, REDUCED, QUICK])
@@ -340,9 +351,9 @@ def test_sizes_fit_themselves(size):
 
 
 def test_both_schedules_are_run_side_by_side_on_a_cpu(tmp_path):
-    found = cifar10.over_schedules(describe, tmp_path, tmp_path, REDUCED, CPU)
+    found = experiment.over_schedules(describe, tmp_path, tmp_path, REDUCED, CPU)
     assert [row["schedule"] for row in found] == ["linear", "cosine"]
     assert {row["threads"] for row in found} == {1}
     assert os.getpid() not in {row["process"] for row in found}
-    alone = cifar10.over_schedules(describe, tmp_path, tmp_path, QUICK, CPU)
+    alone = experiment.over_schedules(describe, tmp_path, tmp_path, QUICK, CPU)
     assert {row["process"] for row in alone} == {os.getpid()}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixtures.checks import FromAnotherBackbone, with_weight_noise
+from mixtures.checks import with_weight_noise
 from mixtures.errors import off_diagonal_share, score_error, variance_error, weighted_points
 from mixtures.experiment import Task, run_task
 from mixtures.plots import draw
@@ -162,15 +162,16 @@ def test_a_covariance_with_its_own_backbone_ignores_the_other():
     torch.nn.init.normal_(head.out.linear.weight, generator=torch.Generator().manual_seed(0))
     covariance = ocm.OptimalCovarianceMatching(own, head.requires_grad_(False))
     x_t = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
-    borrowed = FromAnotherBackbone(covariance).at(other.predict(x_t, 300)).diagonal()
+    borrowed = covariance.at(other.predict(x_t, 300)).diagonal()
     assert torch.equal(borrowed, covariance.at(own.predict(x_t, 300)).diagonal())
-    assert not torch.equal(borrowed, covariance.at(other.predict(x_t, 300)).diagonal())
+    moved = ocm.OptimalCovarianceMatching(other, head)
+    assert not torch.equal(borrowed, moved.at(other.predict(x_t, 300)).diagonal())
 
 
 def test_samples_do_not_depend_on_what_else_is_measured():
     mixture = nine_gaussians()
     denoiser = mixture_denoiser(mixture, SCHEDULE)
-    free = {"beta": ocm.Beta(SCHEDULE), "full": ocm.Full(denoiser)}
+    free = {"beta": ocm.Beta(denoiser), "full": ocm.Full(denoiser)}
     sizes = {"num_samples": 40, "bandwidth": 1.0, "seed": 3}
     both = discrepancies(denoiser, mixture, free, (2, 4), **sizes)
     alone = discrepancies(

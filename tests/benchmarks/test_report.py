@@ -11,7 +11,7 @@ import pytest
 import run
 import suites
 from harness.timing import write
-from records import report
+from records import commands, report
 
 BENCHMARKS = Path(run.__file__).parent
 ENVIRONMENT = {
@@ -112,8 +112,7 @@ def test_the_report_is_made_again_from_records_alone(three_suites, monkeypatch, 
     before = (tmp_path / "report.md").read_text()
     for name in ("report.md", "one.md", "one.png"):
         (tmp_path / name).unlink()
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--plots"])
-    report.main()
+    commands.main(["report", str(tmp_path), "--plots"])
     assert (tmp_path / "report.md").read_text() == before
     assert (tmp_path / "one.png").exists()
 

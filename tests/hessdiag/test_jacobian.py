@@ -93,15 +93,15 @@ def test_an_operator_gives_what_function_and_point_give(name, mode):
     torch.testing.assert_close(ESTIMATORS[name](J), calls[name](), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "way", [("vjp", "loop"), ("vjp", "vmap"), ("jvp", "loop"), ("jvp", "vmap")]
-)
-def test_further_outputs_come_from_the_same_evaluation(way):
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("batching", ["loop", "vmap"])
+def test_further_outputs_come_from_the_same_evaluation(mode, batching):
     function, x = Counted(), point()
-    J = hessdiag.Jacobian(
-        lambda z: (function(z), {"squares": z.square()}), x, mode=way[0], batching=way[1],
-        has_aux=True,
-    )  # fmt: skip
+
+    def both(z):
+        return function(z), {"squares": z.square()}
+
+    J = hessdiag.Jacobian(both, x, mode=mode, batching=batching, has_aux=True)
     torch.testing.assert_close(hessdiag.exact(J), hessdiag.exact(function.layers, x))
     assert torch.equal(J.aux["squares"], x.square())
     assert not J.aux["squares"].requires_grad

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from ocm import data
 from ocm.evaluation import classifier as classifiers
 from ocm.evaluation.classifier import accuracy, train_classifier
-from ocm.evaluation.distances import classifier_features, frechet_distance
+from ocm.evaluation.distances import frechet_distance
+from ocm.evaluation.features import classifier_features
 
 
 @pytest.fixture(scope="module")

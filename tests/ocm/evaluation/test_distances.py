@@ -1,18 +1,13 @@
 """Distances against closed forms for Gaussians, SciPy's matrix square root, and plain loops."""
 
-import hashlib
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
 import scipy.linalg
+import sklearn
 import torch
-from torch import nn
 
-from ocm.data import ByteImages
-from ocm.evaluation import distances as metrics
 from ocm.evaluation.distances import frechet_distance, maximum_mean_discrepancy, precision_recall
 
 
@@ -21,9 +16,11 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture(params=[2**24, 30], ids=["one chunk", "many chunks"])
-def chunks(request, monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_ENTRIES", request.param)
+@pytest.fixture(params=[1024, 4e-4], ids=["one chunk", "many chunks"])
+def chunks(request):
+    """Megabytes for distances: rows of all, or two rows of 23 at a time."""
+    with sklearn.config_context(working_memory=request.param):
+        yield
 
 
 def looped_mmd(x, y, bandwidth, unbiased):
@@ -183,85 +180,3 @@ def test_odd_bandwidths(bandwidth):
 def test_too_few_neighbours():
     with pytest.raises(ValueError, match="below the number of points, 3, got 3"):
         precision_recall(normal(5, 2), normal(3, 2))
-
-
-def test_an_extractor_goes_by_batches_and_takes_bytes():
-    pixels = torch.arange(5 * 4, dtype=torch.uint8).view(5, 1, 2, 2)
-    sizes = []
-
-    def function(images):
-        sizes.append(len(images))
-        return images.flatten(1)
-
-    extractor = metrics.FeatureExtractor("pixels", 4, function, batch_size=2)
-    images = ByteImages(pixels)
-    assert torch.equal(extractor(images), images[:].flatten(1))
-    assert sizes == [2, 2, 1]
-    with pytest.raises(ValueError, match=r"pixels must give features of shape \(2, 4\), got"):
-        extractor(torch.zeros(2, 1, 3, 3))
-    with pytest.raises(ValueError, match=r"images must hold one or more"):
-        extractor(torch.zeros(0, 1, 2, 2))
-
-
-def test_inception_says_that_torch_fidelity_is_missing(tmp_path, monkeypatch):
-    weights = tmp_path / "weights.pth"
-    weights.write_bytes(b"weights")
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="need torch-fidelity: pip install torch-fidelity"):
-        metrics.inception(weights)
-
-
-@pytest.fixture
-def torchmetrics_inception(monkeypatch):
-    """The network of torchmetrics, played by a mean over pixels."""
-    import torchmetrics.image.fid
-
-    class Played(nn.Module):
-        def __init__(self, name, features_list, feature_extractor_weights_path, antialias):
-            super().__init__()
-            assert (features_list, antialias) == (["2048"], False)
-            self.weight = nn.Parameter(torch.zeros(1))
-            # As torch-fidelity does: with it, a pickle runs what it likes.
-            self.load_state_dict(torch.load(feature_extractor_weights_path, weights_only=False))
-
-        def forward(self, images):
-            assert images.dtype == torch.uint8
-            assert images.shape[1] == 3
-            return self.weight * images.float().mean((2, 3)).repeat(1, 683)[:, :2048]
-
-    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(torchmetrics.image.fid, "NoTrainInceptionV3", Played)
-
-
-@pytest.mark.usefixtures("torchmetrics_inception")
-def test_inception_gets_bytes_of_three_channels(tmp_path):
-    weights = tmp_path / "weights.pth"
-    torch.save({"weight": torch.ones(1)}, weights)
-    extractor = metrics.inception(weights)
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    assert f"sha256 {digest[:8]}" in extractor.name
-    pixels = torch.tensor([0, 1, 128, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(-1, 1, 2, 2)
-    features = extractor(ByteImages(pixels))
-    assert features.shape == (4, 2048)
-    assert features[:, 0].tolist() == [0, 1, 128, 255]
-    with pytest.raises(ValueError, match=r"shape \(n, 1 or 3, H, W\) for Inception, got"):
-        extractor(torch.zeros(1, 2, 4, 4))
-
-
-class Trap:
-    sprung = False
-
-    def __reduce__(self):
-        return (setattr, (Trap, "sprung", True))
-
-
-@pytest.mark.usefixtures("torchmetrics_inception")
-@pytest.mark.parametrize("state", [{"other": torch.ones(1)}, Trap(), {"weight": 1.0}])
-def test_inception_of_other_weights_is_one_line_and_runs_nothing(tmp_path, state):
-    weights = tmp_path / "weights.pth"
-    torch.save(state, weights)
-    with pytest.raises(ValueError, match=r"weights.pth' does not load: .") as caught:
-        metrics.inception(weights)
-    assert "\n" not in str(caught.value)
-    assert not Trap.sprung

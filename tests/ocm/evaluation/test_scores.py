@@ -1,4 +1,4 @@
-"""The tables of `ocm evaluate` against one bound, and one set of samples, at a time."""
+"""The table of bounds of `ocm evaluate` against one bound at a time."""
 
 import pytest
 import torch
@@ -8,9 +8,7 @@ import ocm
 from ocm.checkpoints.catalogue import build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
-from ocm.covariances.names import NAMES
-from ocm.evaluation.distances import frechet_distance, maximum_mean_discrepancy
-from ocm.evaluation.scores import draw, likelihood_table, quality, steps_of
+from ocm.evaluation.scores import likelihood_table, steps_of
 
 COVARIANCE = torch.tensor([[0.06, 0.03, 0.0], [0.03, 0.05, -0.01], [0.0, -0.01, 0.02]])
 NAMES = ["beta", "analytic", "analytic_data", "iddpm", "hutchinson", "exact", "cosine", "full"]
@@ -33,7 +31,7 @@ def checkpoint():
     )
     factor = torch.linalg.cholesky(COVARIANCE)
     x0 = (torch.randn(64, 3, generator=torch.Generator().manual_seed(0)) @ factor.T)[:, None, None]
-    return fitted(plain, x0, NAMES, steps_of(1000, [3, 5]), calibrated=NAMES)
+    return fitted(plain, x0, NAMES, steps_of(ocm.linear(), [3, 5]), calibrated=NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -76,40 +74,10 @@ def test_what_a_checkpoint_lacks(checkpoint, name):
         build_covariance(name, checkpoint)
 
 
-def test_samples_do_not_depend_on_batches(checkpoint):
-    whole, parts = (
-        draw(checkpoint, "full", 7, [1, 500, 1000], sampler=ocm.ddpm, seed=2, batch_size=size)
-        for size in (7, 3)
-    )
-    torch.testing.assert_close(parts, whole)
-    rest = draw(checkpoint, "full", 3, [1, 500, 1000], sampler=ocm.ddpm, seed=2, first=4)
-    torch.testing.assert_close(rest, whole[4:])
-    assert draw(checkpoint, "beta", 0, [1000], sampler=ocm.ddpm).shape == (0, 1, 1, 3)
-
-
-def test_labels_are_for_denoisers_with_classes(checkpoint):
-    with pytest.raises(ValueError, match=r"labels must be given .* got \[3\] for one without"):
-        draw(checkpoint, "beta", 2, [1000], sampler=ocm.ddpm, labels=[3])
-
-
-def test_quality_of_the_same_distribution_is_near_zero():
-    features = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
-    same, other = features[200:], features[200:] + 2.0
-    near, far = quality(features[:200], same), quality(features[:200], other)
-    assert near.frechet < 0.1 < far.frechet
-    assert abs(near.mmd) < 0.02 < far.mmd
-    assert near.precision > 0.8 > far.precision
-    assert near.frechet == frechet_distance(features[:200], same)
-    width = torch.cdist(features[:200].double(), features[:200].double())
-    median = width[torch.triu(torch.ones(200, 200, dtype=torch.bool), 1)].median().item()
-    assert near.mmd == pytest.approx(maximum_mean_discrepancy(features[:200], same, median))
-
-
 def test_the_catalogue_names_every_covariance_of_the_command_line():
-    from ocm.checkpoints.checkpoint import LEARNED
     from ocm.cli.options import CovarianceName, HeadName
-    from ocm.evaluation.pictures import label
+    from ocm.covariances import names
 
-    assert {name.value for name in CovarianceName} == set(COVARIANCES)
-    assert {name.value for name in HeadName} == set(LEARNED)
-    assert len({label(name) for name in COVARIANCES}) == len(COVARIANCES)
+    assert {name.value for name in CovarianceName} == set(names.NAMES)
+    assert {name.value for name in HeadName} == set(names.LEARNED)
+    assert len({names.label(name) for name in names.NAMES}) == len(names.NAMES)

@@ -8,6 +8,7 @@ from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 
 import hessdiag
 import ocm
+from ocm.covariances.names import LEARNED
 from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.noise import noisy
 from ocm.training.objectives import train_denoiser, train_head

@@ -1,0 +1,159 @@
+"""Features of images, which distances between sets of samples are taken in.
+
+The name of a :class:`FeatureExtractor` belongs beside every figure: distances in the features of
+different networks have nothing to do with one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ocm.data import ByteImages
+from ocm.diffusion.checks import check_positive_int
+from ocm.evaluation.classifier import Classifier
+
+_INCEPTION_FEATURES = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureExtractor:
+    """A map from images to the features that distances are taken in.
+
+    Attributes:
+        name: What a report quotes beside a figure.
+        num_features: Their number d.
+        function: From images in [-1, 1], shape (n, C, H, W), to features (n, d).
+        batch_size: Images at a time.
+
+    Example:
+        >>> pixels = FeatureExtractor("pixels", 64, lambda images: images.flatten(1))
+        >>> pixels(torch.zeros(3, 1, 8, 8)).shape
+        torch.Size([3, 64])
+    """
+
+    name: str
+    num_features: int
+    function: Callable[[Tensor], Tensor]
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        check_positive_int("num_features", self.num_features)
+        check_positive_int("batch_size", self.batch_size)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor | ByteImages) -> Tensor:
+        """Return the features of images in [-1, 1], shape (n, d).
+
+        Raises:
+            ValueError: If there are no images, or the function returns another shape.
+        """
+        if len(images) == 0:
+            raise ValueError(f"images must hold one or more, got shape {tuple(images.shape)}")
+        parts = []
+        for first in range(0, len(images), self.batch_size):
+            batch = images[first : first + self.batch_size]
+            features = self.function(batch)
+            if features.shape != (len(batch), self.num_features):
+                raise ValueError(
+                    f"{self.name} must give features of shape ({len(batch)}, "
+                    f"{self.num_features}), got {tuple(features.shape)}"
+                )
+            parts.append(features)
+        return torch.cat(parts)
+
+
+def classifier_features(classifier: Classifier) -> FeatureExtractor:
+    """Return the penultimate layer of a classifier of one's own (:mod:`ocm.evaluation.classifier`).
+
+    Example:
+        >>> from ocm.evaluation.classifier import train_classifier
+        >>> images, labels = torch.zeros(8, 1, 8, 8), torch.arange(8) % 2
+        >>> extractor = classifier_features(train_classifier(images, labels, 2, num_steps=1))
+        >>> extractor.name
+        '64 features of a classifier (2 classes of 1x8x8 images, 1 steps of 64, seed 0)'
+        >>> extractor(images).shape
+        torch.Size([8, 64])
+    """
+    description = classifier.description
+    shape = "x".join(map(str, description.image_shape))
+    name = (
+        f"{description.num_features} features of a classifier ({description.num_classes} classes "
+        f"of {shape} images, {description.num_steps} steps of {description.batch_size}, "
+        f"seed {description.seed})"
+    )
+    return FeatureExtractor(name, description.num_features, classifier.features)
+
+
+def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> FeatureExtractor:
+    """Return the 2,048 features of Inception v3 that FID is defined by, from weights at hand.
+
+    The network is torch-fidelity's, by way of torchmetrics, which scales images to 299x299 as the
+    original does (TensorFlow 1's bilinear, no antialiasing). Nothing is downloaded: the weights are
+    the file ``weights-inception-2015-12-05-6726825d.pth`` of torch-fidelity's releases. Images are
+    rounded to bytes first, and grey ones repeated to RGB.
+
+    Args:
+        weights_path: The file of weights.
+        device: Where to run the network.
+
+    Raises:
+        ValueError: If there is no such file, it holds other than the tensors of this network, or
+            torch-fidelity is not installed.
+
+    Example:
+        >>> inception("nowhere.pth")
+        Traceback (most recent call last):
+        ...
+        ValueError: weights_path must be the file weights-inception-2015-12-05-6726825d.pth of
+        torch-fidelity's releases, got 'nowhere.pth', which is no file
+    """
+    path = Path(weights_path).expanduser()
+    if not path.is_file():
+        raise ValueError(
+            "weights_path must be the file weights-inception-2015-12-05-6726825d.pth of "
+            f"torch-fidelity's releases, got {str(weights_path)!r}, which is no file"
+        )
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise ValueError("Inception's features need torch-fidelity: pip install torch-fidelity")
+    try:
+        from torchmetrics.image.fid import NoTrainInceptionV3
+    except ImportError as error:
+        raise ValueError(f"Inception's features need torch-fidelity to import: {error}") from error
+
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    try:
+        # torch-fidelity would unpickle whatever the file holds: this lets only tensors through.
+        torch.load(path, map_location="cpu", weights_only=True)
+        network = NoTrainInceptionV3(
+            name="inception-v3-compat",
+            features_list=[str(_INCEPTION_FEATURES)],
+            feature_extractor_weights_path=str(path),
+            antialias=False,
+        )
+    except Exception as error:  # unpickling and loading of weights raise all sorts
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"weights_path {str(path)!r} does not load: {reason}") from error
+    network = network.to(device).requires_grad_(False)
+    return FeatureExtractor(
+        f"{_INCEPTION_FEATURES} features of Inception v3 (torch-fidelity, weights sha256 {digest})",
+        _INCEPTION_FEATURES,
+        lambda images: network(_rgb_bytes(images).to(device)),
+        batch_size=64,
+    )
+
+
+def _rgb_bytes(images: Tensor) -> Tensor:
+    """Return images in [-1, 1] as uint8 of three channels."""
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"images must have shape (n, 1 or 3, H, W) for Inception, got {tuple(images.shape)}"
+        )
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1)

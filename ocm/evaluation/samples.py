@@ -1,0 +1,192 @@
+"""Samples of a checkpoint, and how close they are to real images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
+from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.evaluation.distances import (
+    frechet_distance,
+    maximum_mean_discrepancy,
+    precision_recall,
+)
+from ocm.evaluation.features import FeatureExtractor
+from ocm.sampling.samplers import Sampler, sample
+
+
+class Quality(NamedTuple):
+    """How close samples are to held-out images, in the features of a network.
+
+    Attributes:
+        frechet: Fréchet distance.
+        precision: Fraction of the samples within the manifold of the images.
+        recall: Fraction of the images within the manifold of the samples.
+        mmd: Squared maximum mean discrepancy, without bias, with a Gaussian kernel of the
+            bandwidth of :func:`median_distance`.
+    """
+
+    frechet: float
+    precision: float
+    recall: float
+    mmd: float
+
+
+def quality(real_features: Tensor, features: Tensor) -> Quality:
+    """Return how close samples are to real images, from the features of both."""
+    manifold = precision_recall(real_features, features)
+    bandwidth = median_distance(real_features)
+    return Quality(
+        frechet_distance(real_features, features),
+        manifold.precision,
+        manifold.recall,
+        maximum_mean_discrepancy(real_features, features, bandwidth),
+    )
+
+
+def median_distance(features: Tensor, count: int = 500) -> float:
+    """Return the median distance between the first ``count`` features, the kernel's bandwidth.
+
+    Example:
+        >>> median_distance(torch.tensor([[0.0], [3.0], [4.0]]))
+        3.0
+    """
+    return torch.pdist(features[:count].double()).median().item()
+
+
+def quality_table(
+    checkpoint: Checkpoint,
+    real_features: Tensor,
+    extractor: FeatureExtractor,
+    names: Sequence[str],
+    step_counts: Sequence[int],
+    *,
+    sampler: Sampler,
+    num_images: int,
+    label: str = "samples",
+    settings: CovarianceSettings | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    max_last_noise: float | None = None,
+    progress: bool = False,
+) -> dict[str, dict[int, Quality]]:
+    """Return the quality of samples for every covariance and every number of steps K.
+
+    Args:
+        checkpoint: The denoiser, with what the covariances need.
+        real_features: Features of real images, shape (n, d).
+        extractor: What made them.
+        names: Covariances, calibrated ones among them.
+        step_counts: Numbers of steps K, evenly spaced.
+        sampler: Reverse process.
+        num_images: Samples for each cell; every cell starts from the same noise, and classes take
+            turns where there are some.
+        label: What the progress bar calls it.
+        settings: For covariances that take products.
+        seed: Seed of the noise.
+        batch_size: Samples at a time.
+        max_last_noise: As in :func:`ocm.sample`.
+        progress: Whether to show a progress bar.
+    """
+    from tqdm import tqdm
+
+    labels: Sequence[int] | None = None
+    if checkpoint.denoiser.num_classes is not None:
+        labels = range(checkpoint.denoiser.num_classes)
+    table: dict[str, dict[int, Quality]] = {name: {} for name in names}
+    cells = [(name, K) for name in names for K in step_counts]
+    bar = tqdm(cells, label, disable=not progress)
+    for name, K in bar:
+        bar.set_postfix_str(f"{name}, K = {K}")
+        images = draw(
+            checkpoint,
+            name,
+            num_images,
+            K,
+            sampler=sampler,
+            settings=settings,
+            labels=labels,
+            seed=seed,
+            batch_size=batch_size,
+            max_last_noise=max_last_noise,
+        )
+        table[name][K] = quality(real_features, extractor(images))
+    return table
+
+
+def draw(
+    checkpoint: Checkpoint,
+    name: str,
+    num_images: int,
+    steps: int | Sequence[int],
+    *,
+    sampler: Sampler,
+    settings: CovarianceSettings | None = None,
+    labels: Sequence[int] | None = None,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+    batch_size: int = 256,
+    max_last_noise: float | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Draw samples number ``first`` onwards, a batch at a time, onto the CPU.
+
+    Args:
+        checkpoint: The denoiser, with what the covariance needs.
+        name: Covariance, as :func:`ocm.checkpoints.catalogue.build_covariance` names it.
+        num_images: How many.
+        steps: Number K of evenly spaced timesteps, or increasing timesteps up to N.
+        sampler: Reverse process.
+        settings: For covariances that take products.
+        labels: Classes that the samples take in turns, for a denoiser with classes.
+        guidance_scale: Of classifier-free guidance; 1 for none.
+        seed: Seed of the noise.
+        first: Number of the first sample.
+        batch_size: Samples at a time.
+        max_last_noise: As in :func:`ocm.sample`.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        FloatingPointError: If a sample is not finite.
+        ValueError: If labels are given for a denoiser without classes, or not for one with them.
+    """
+    if guidance_scale != 1.0 and not labels:
+        raise ValueError(
+            f"guidance_scale must be 1 without labels, which it leads to, got {guidance_scale}"
+        )
+    if checkpoint.denoiser.takes_labels != bool(labels):
+        raise ValueError(
+            f"labels must be given for a denoiser with classes and for no other, got {labels} for "
+            f"one {'with' if checkpoint.denoiser.takes_labels else 'without'} classes"
+        )
+    denoiser, batches = checkpoint.denoiser, []
+    covariance = build_covariance(name, checkpoint, settings)
+    for offset in range(first, first + num_images, batch_size):
+        count = min(batch_size, first + num_images - offset)
+        condition = None
+        if labels:
+            turns = torch.tensor([labels[i % len(labels)] for i in range(offset, offset + count)])
+            condition = denoiser.condition(turns, guidance_scale)
+        samples = sample(
+            denoiser,
+            covariance,
+            (count, *checkpoint.image_shape),
+            steps,
+            sampler=sampler,
+            condition=condition,
+            seed=seed,
+            sample_offset=offset,
+            x0_range=checkpoint.x0_range,
+            max_last_noise=max_last_noise,
+            progress=progress,
+        )
+        batches.append(samples.cpu())
+    images = torch.cat(batches) if batches else torch.zeros(0, *checkpoint.image_shape)
+    if not bool(torch.isfinite(images).all()):
+        raise FloatingPointError("the samples hold NaN or infinity; does the denoiser?")
+    return images
