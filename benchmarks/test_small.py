@@ -5,6 +5,7 @@ Each is checked against something that it does not compute itself.
 
 import pytest
 import torch
+from mixtures.networks import point_head
 from torch import nn
 
 import hessdiag
@@ -19,7 +20,7 @@ from hessdiag.kernels import (
 )
 from ocm.data import digits
 from ocm.diffusion.backbones import small_unet
-from ocm.mixtures import correlated_mixture, mixture_denoiser, point_head
+from ocm.mixtures import correlated_mixture, mixture_denoiser
 from ocm.sampling.samplers import reverse_step
 
 

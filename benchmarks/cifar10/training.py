@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import ocm
+from cifar10.backbone import attention_unet
 from cifar10.parts import as_json, say, write_json
 from cifar10.sizes import HEADS, NUM_TIMESTEPS, SEED, Size
 from ocm import checkpoints
@@ -23,7 +24,7 @@ from ocm import data as datasets
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.covariances.names import LEARNED
 from ocm.data import ByteImages, Images
-from ocm.diffusion.backbones import attention_unet, small_unet
+from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
 from ocm.evaluation.environment import Row, environment

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,6 @@ from torch import Tensor, nn
 import hessdiag
 from ocm.diffusion.architectures import Architecture, architecture_of
 from ocm.diffusion.schedules import Schedule, check_prediction_type, full_precision, per_sample
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from hessdiag.jacobian import Ways
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,7 +392,7 @@ class Denoiser:
         x_t: Tensor,
         t: int | Tensor,
         condition: Condition | None = None,
-        **ways: Unpack[Ways],
+        **ways: Any,
     ) -> hessdiag.Jacobian:
         """Return J of the output at x_t; its ``aux`` are the further results of :meth:`evaluate`.
 

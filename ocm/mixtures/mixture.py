@@ -28,9 +28,6 @@ from hessdiag.kernels import normal
 from ocm.diffusion import draws
 from ocm.diffusion.schedules import Schedule
 
-# Of a matrix of distances that are held at a time.
-_ROWS = 1000
-
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
@@ -154,61 +151,6 @@ class Mixture:
         within = torch.einsum("njk,bnk,nlk->bjl", vectors, weighted, vectors)
         apart = posterior.component_means - posterior.mean[:, None]
         return within + torch.einsum("bn,bnj,bnk->bjk", r, apart, apart)
-
-    def maximum_mean_discrepancy(self, x: Tensor, bandwidth: float) -> float:
-        """Return the squared MMD of samples and the mixture, without bias.
-
-        As :func:`ocm.evaluation.distances.maximum_mean_discrepancy`, with the means over the
-        mixture in closed form, so that the only chance in it is that of the samples: for k(a, b) =
-        exp(-|a - b|^2 / (2 h^2)) and y ~ N(mu, S),
-
-            E k(x, y) = |I + S / h^2|^(-1/2) exp(-(x - mu)^T (h^2 I + S)^-1 (x - mu) / 2).
-
-        Args:
-            x: Samples, shape (n, d), n at least 2.
-            bandwidth: h.
-
-        Raises:
-            ValueError: If shapes do not fit or the bandwidth is not positive.
-
-        Example:
-            >>> mixture = nine_gaussians()
-            >>> abs(mixture.maximum_mean_discrepancy(mixture.sample(2000), 1.0)) < 1e-3
-            True
-        """
-        if x.dim() != 2 or len(x) < 2 or x.shape[1] != self.num_features:
-            raise ValueError(
-                f"x must have shape (n, {self.num_features}), n >= 2, got {tuple(x.shape)}"
-            )
-        if not 0.0 < bandwidth < math.inf:
-            raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-        x = x.double()
-        scale = -0.5 / bandwidth**2
-        total = sum(
-            torch.cdist(part, x).square_().mul_(scale).exp_().sum().item()
-            for part in x.split(_ROWS)
-        )
-        among_samples = (total - len(x)) / (len(x) * (len(x) - 1))  # k(a, a) = 1
-        places = self.means.to(x.device), self.covariances.to(x.device)
-        weights = self.weights.to(x.device)
-        to_samples = _kernel_means(x, *places, bandwidth) @ weights
-        # The difference of two components is Gaussian too, its covariance the sum of theirs.
-        pairs = [
-            _kernel_means(self.means, mu[None], (self.covariances + C)[:, None], bandwidth)[:, 0]
-            for mu, C in zip(self.means, self.covariances, strict=True)
-        ]
-        among_mixture = self.weights @ torch.stack(pairs) @ self.weights
-        return among_samples - 2.0 * to_samples.mean().item() + among_mixture.item()
-
-
-def _kernel_means(x: Tensor, means: Tensor, covariances: Tensor, bandwidth: float) -> Tensor:
-    """Return E k(x_a, y), y ~ N(mean_i, covariance_i), shape (n, number of Gaussians)."""
-    widened = covariances + bandwidth**2 * torch.eye(x.shape[1]).to(x)
-    apart = (x[:, None] - means)[..., None]
-    exponent = -0.5 * (apart * torch.linalg.solve(widened, apart)).sum(dim=(-2, -1))
-    size = (widened / bandwidth**2).logdet()
-    kernel_means: Tensor = (exponent - 0.5 * size).exp()
-    return kernel_means
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ import torch
 from cifar10 import commands, experiment, figures, report
 from cifar10 import evaluation as cifar10_evaluation
 from cifar10 import training as cifar10_training
+from cifar10.backbone import attention_unet
 from cifar10.parts import Parts
 from cifar10.sizes import FULL, QUICK, REDUCED
 from cifar10_worker import describe
@@ -23,7 +24,7 @@ import ocm
 from ocm import checkpoints
 from ocm.checkpoints.fitting import fitted
 from ocm.data import ByteImages
-from ocm.diffusion.backbones import attention_unet, small_unet
+from ocm.diffusion.backbones import small_unet
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"

@@ -10,21 +10,16 @@ import torch
 from mixtures.checks import with_weight_noise
 from mixtures.errors import off_diagonal_share, score_error, variance_error, weighted_points
 from mixtures.experiment import Task, run_task
+from mixtures.networks import point_denoiser, point_head
 from mixtures.plots import draw
 from mixtures.report import by_seed, other_way, tables
-from mixtures.samples import discrepancies
+from mixtures.samples import discrepancies, discrepancy
 from mixtures.settings import MIXTURES, QUICK, ToySettings
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import ocm
 from ocm.evaluation.distances import maximum_mean_discrepancy
-from ocm.mixtures import (
-    correlated_mixture,
-    mixture_denoiser,
-    nine_gaussians,
-    point_denoiser,
-    point_head,
-)
+from ocm.mixtures import correlated_mixture, mixture_denoiser, nine_gaussians
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu" / "mixtures.json"
 SCHEDULE = ocm.linear()
@@ -51,7 +46,7 @@ TINY = replace(
 def test_the_discrepancy_in_closed_form_is_that_to_many_draws(mixture, bandwidth):
     x = mixture.sample(300, seed=1) + 0.3
     y = mixture.sample(4000, seed=2)
-    stated = mixture.maximum_mean_discrepancy(x, bandwidth)
+    stated = discrepancy(mixture, x, bandwidth)
     several = [maximum_mean_discrepancy(x, part, bandwidth) for part in y.split(500)]
     error = statistics.stdev(several) / len(several) ** 0.5
     assert abs(stated - statistics.fmean(several)) < 5 * error
@@ -59,7 +54,7 @@ def test_the_discrepancy_in_closed_form_is_that_to_many_draws(mixture, bandwidth
 
 def test_the_discrepancy_of_the_mixture_itself_is_zero_on_average():
     mixture = correlated_mixture()
-    values = [mixture.maximum_mean_discrepancy(mixture.sample(200, seed=i), 1.0) for i in range(60)]
+    values = [discrepancy(mixture, mixture.sample(200, seed=i), 1.0) for i in range(60)]
     assert abs(statistics.fmean(values)) < 4 * statistics.stdev(values) / len(values) ** 0.5
 
 
@@ -135,9 +130,9 @@ def test_points_must_be_two_or_more():
 @pytest.mark.parametrize("x", [torch.zeros(1, 2), torch.zeros(5, 3), torch.zeros(4)])
 def test_what_has_no_discrepancy(x):
     with pytest.raises(ValueError, match="x must have shape"):
-        nine_gaussians().maximum_mean_discrepancy(x, 1.0)
+        discrepancy(nine_gaussians(), x, 1.0)
     with pytest.raises(ValueError, match="bandwidth must be positive"):
-        nine_gaussians().maximum_mean_discrepancy(torch.zeros(4, 2), 0.0)
+        discrepancy(nine_gaussians(), torch.zeros(4, 2), 0.0)
 
 
 def test_noise_in_the_weights_is_of_the_size_that_was_asked_for():

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 import hessdiag
-from hessdiag import kernels
+from hessdiag.kernels import ocm_loss, seed_tensor
 from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.base import loss_weight, scaled_ratio
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
@@ -74,7 +74,7 @@ class OptimalCovarianceMatching(Covariance):
         size, weight = (of(tuple(x_t.shape[1:])) for of in (self._block, self.probes.weight))
         v = self.probes.draw(
             (self.num_probes, *x_t.shape),
-            kernels.seed_tensor(seed, x_t.device),
+            seed_tensor(seed, x_t.device),
             probe_offset=0,
             sample_offset=sample_offset,
             dtype=x_t.dtype,
@@ -89,7 +89,7 @@ class OptimalCovarianceMatching(Covariance):
         c, k = (number / unit for number in denoiser.covariance_coefficients(t, x_t))
         w = loss_weight(self.parameterisation, denoiser, t, self.network_error).to(x_t)
         if self.probes.is_signs:
-            return kernels.ocm_loss(
+            return ocm_loss(
                 ratio,
                 products,
                 seed,

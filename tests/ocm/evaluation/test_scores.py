@@ -58,9 +58,9 @@ def test_the_table_is_that_of_one_bound_at_a_time(checkpoint, images):
 def test_calibration_of_a_step_is_that_of_its_own_end(checkpoint):
     """I-DDPM's variance at t = 1000 differs between steps to 500 and 750, and so its weights."""
     weights = checkpoint.calibrations["iddpm"]
-    assert not torch.equal(weights.at(1000, 500), weights.at(1000, 750))
+    assert not torch.equal(weights.at(500, 1000), weights.at(750, 1000))
     with pytest.raises(ValueError, match="step from t = 1000 to s = 600 must be one of"):
-        weights.at(1000, 600)
+        weights.at(600, 1000)
 
 
 def test_a_covariance_without_density_has_no_row(checkpoint, images):

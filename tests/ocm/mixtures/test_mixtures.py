@@ -10,6 +10,7 @@ import pytest
 import scipy.fft
 import torch
 from gaussian_denoiser import posterior_covariance
+from mixtures.networks import point_denoiser, point_head
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
@@ -28,8 +29,6 @@ from ocm.mixtures import (
     correlated_mixture,
     mixture_denoiser,
     nine_gaussians,
-    point_denoiser,
-    point_head,
 )
 
 SCHEDULES = {"linear": ocm.linear(), "cosine": ocm.cosine()}
