@@ -7,6 +7,7 @@ round by round.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def _network(name: str, unet: Any, batch: int, setting: Setting) -> list[Row]:
                 head = ocm.make_head(denoiser, kind).eval().requires_grad_(False)
                 covariances[f"{method}, {kind} head"] = learned(denoiser, head)
     covariances["hutchinson, M = 4"] = ocm.Hutchinson(denoiser, 4)
+    covariances["hutchinson, M = 4, evaluated apart"] = _Apart(ocm.Hutchinson(denoiser, 4))
     covariances["lanczos, k = 3"] = ocm.Lanczos(denoiser, 3)
     covariances["cosine, M = 1"] = ocm.CosineDiagonal(denoiser, 1)
 
@@ -101,6 +103,18 @@ def _network(name: str, unet: Any, batch: int, setting: Setting) -> list[Row]:
         }
         for key, timing in timings.items()
     ]
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """A covariance whose products are not those of the prediction's own evaluation."""
+
+    covariance: ocm.Covariance
+
+    def at(self, prediction: ocm.Prediction) -> ocm.PosteriorCovariance:
+        prediction.output  # noqa: B018, evaluates without a graph
+        again = prediction.denoiser.predict(prediction.x_t, prediction.t, s=prediction.s)
+        return self.covariance.at(again)
 
 
 def _passes(unet: Any, call: Any) -> int:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser
 
+import hessdiag
 import ocm
 from hessdiag.kernels import StepCoefficients, gaussian_step
 from ocm.covariances.names import LEARNED
+from ocm.diffusion.tables import Table
 from ocm.sampling.samplers import ddim, ddpm, last_step_noise
 
 SCHEDULES = {"linear": ocm.linear(), "cosine": ocm.cosine()}
@@ -136,6 +138,56 @@ def test_timesteps_must_increase_to_the_noise(timesteps):
     denoiser = gaussian_denoiser(torch.zeros(4), torch.eye(4), ocm.linear())
     with pytest.raises(ValueError, match=r"timesteps (that|must)"):
         ocm.sample(denoiser, ocm.BetaTilde(denoiser), (2, 1, 1, 4), timesteps)
+
+
+BY_PRODUCTS = {
+    "hutchinson": lambda denoiser: ocm.Hutchinson(denoiser, 4),
+    "coloring": lambda denoiser: ocm.Hutchinson(denoiser, 4, probes=hessdiag.Coloring(4)),
+    "exact": ocm.Exact,
+    "full": ocm.Full,
+    "blocks": ocm.ChannelBlocks,
+    "cosine": lambda denoiser: ocm.CosineDiagonal(denoiser, 3),
+    "lanczos": lambda denoiser: ocm.Lanczos(denoiser, 3),
+    "calibrated": lambda denoiser: ocm.Calibrated(
+        (ocm.Hutchinson(denoiser, 4),), Table({1: [1.0, 0.1], 1000: [0.9, 0.0]})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BY_PRODUCTS)
+def test_products_go_back_through_the_evaluation_of_the_prediction(unet, name):
+    denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
+    covariance, steps, evaluations = BY_PRODUCTS[name](denoiser), 4, []
+    shape = (2, 2, 8, 8)
+    ocm.sample(denoiser, covariance, shape, 2)  # finds out what vmap cannot do
+    hook = unet.register_forward_pre_hook(lambda module, inputs: evaluations.append(inputs[0]))
+    ocm.sample(denoiser, covariance, shape, steps)
+    assert [len(x_t) for x_t in evaluations] == [2] * steps
+    evaluations.clear()
+    x0 = torch.zeros(shape)
+    if name != "lanczos":
+        ocm.bits_per_dim(denoiser, covariance, ocm.quantise(x0), steps)
+        assert len(evaluations) == steps
+    hook.remove()
+
+
+@pytest.mark.parametrize("w", [1.0, 2.5])
+def test_guidance_is_one_evaluation_of_both_branches(w):
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
+        layers_per_block=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        num_class_embeds=4,
+    )  # fmt: skip
+    denoiser, sizes = ocm.Denoiser(unet, ocm.cosine()).freeze(), []
+    condition = denoiser.condition(torch.tensor([0, 2]), w, null_label=3)
+    unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    arguments = denoiser, ocm.Hutchinson(denoiser, 2), (2, 1, 8, 8), 3
+    ocm.sample(*arguments, condition=condition)  # finds out what vmap cannot do
+    sizes.clear()
+    ocm.sample(*arguments, condition=condition)
+    assert sizes == [2 if w == 1.0 else 4] * 3
 
 
 @pytest.mark.parametrize("method", LEARNED)
