@@ -176,6 +176,24 @@ class TestUNet:
             result = hessdiag.hutchinson(lambda x: unet(x, 9).sample, x + 0, 2, mode=mode)
         torch.testing.assert_close(result, expected)
 
+    @pytest.mark.parametrize("batching", ["loop", "vmap", "fold"])
+    @pytest.mark.parametrize("mode", ["vjp", "jvp"])
+    def test_every_way_works_inside_inference_mode(self, mode, batching):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 2, 1))
+        x = torch.randn(2, 2, 8, 8)
+
+        def estimate(x):
+            arguments = {"max_probes": 3, "mode": mode, "batching": batching}
+            return hessdiag.estimate(network, x, **arguments).diagonal
+
+        expected = estimate(x)
+        with torch.inference_mode():
+            assert not torch.is_grad_enabled()
+            result = estimate(x + 0)
+            assert not torch.is_grad_enabled()
+        torch.testing.assert_close(result, expected)
+
 
 class TestAuto:
     def test_it_warns_when_it_takes_forward_mode(self, matrix):
