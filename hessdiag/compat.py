@@ -155,6 +155,11 @@ def forward_mode_operators() -> Iterator[None]:
     group_norm = ContiguousGroupNorm() if TORCH_VERSION < (2, 15) else nullcontext()
     # Leaving inference mode alone would switch gradients on.
     grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
-    with torch.inference_mode(False), grad_mode:
-        with sdpa_kernel(SDPBackend.MATH), RefuseCustomOperators(), group_norm:
-            yield
+    with (
+        torch.inference_mode(False),
+        grad_mode,
+        sdpa_kernel(SDPBackend.MATH),
+        RefuseCustomOperators(),
+        group_norm,
+    ):
+        yield

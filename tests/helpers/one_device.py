@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -48,7 +49,6 @@ class _NoTensorFromNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func in (torch.tensor, torch.as_tensor, torch.asarray) and result.is_meta:
-            if not isinstance(args[0], Tensor):
-                raise RuntimeError(f"torch.{func.__name__} copies {args[0]!r} to the device")
-        return result
+        if func not in MAKERS or not result.is_meta or isinstance(args[0], Tensor):
+            return result
+        raise RuntimeError(f"torch.{func.__name__} copies {args[0]!r} to the device")
