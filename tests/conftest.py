@@ -16,6 +16,26 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--vary-rounding",
+        action="store_true",
+        help="let products of matrices round as they may on another machine (CONTRIBUTING.md)",
+    )
+
+
+@pytest.fixture(autouse=True)
+def rounding(request):
+    """Under ``--vary-rounding``, that of a matrix library whose results depend on the shapes."""
+    if not request.config.getoption("--vary-rounding"):
+        yield
+        return
+    from varied_rounding import VariedRounding
+
+    with VariedRounding():
+        yield
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

@@ -1,7 +1,8 @@
 """What a process of ``test_processes`` does; importable by name from a process started anew."""
 
+from pathlib import Path
+
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import hessdiag
@@ -36,17 +37,12 @@ def estimate(make, first, count):
     return result.diagonal, result.stderr, probes.transpose(0, 1).contiguous()
 
 
-def worker(rank, world_size, functions, store, out):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    share, gathered = BATCH // world_size, {}
-    for make in functions:
-        gathered[make.__name__] = []
-        for tensor in estimate(make, rank * share, share):
-            parts = [torch.empty_like(tensor) for _ in range(world_size)]
-            dist.all_gather(parts, tensor)
-            gathered[make.__name__].append(torch.cat(parts))
-    if rank == 0:
-        torch.save(gathered, out)
-    # Together: no process leaves while another still uses the connection.
-    dist.barrier()
-    dist.destroy_process_group()
+def worker(rank, world_size, functions, directory):
+    """Estimate a share of the batch and write it down.
+
+    To a file, not through a process group: nothing here needs one, and its threads can abort a
+    process that leaves.
+    """
+    share = BATCH // world_size
+    parts = {make.__name__: estimate(make, rank * share, share) for make in functions}
+    torch.save(parts, Path(directory) / f"{rank}.pt")
