@@ -15,7 +15,7 @@ GPU_WHEELS ?=
 GPU_INSTALL ?= PIP_BREAK_SYSTEM_PACKAGES=1 $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps \
 	--no-build-isolation $(GPU_WHEELS) --editable .
 # PYTHONSAFEPATH keeps the repository's root, with its folder kernels, off the import path.
-GPU_PYTEST = env PYTHONSAFEPATH=1 $(GPU_PYTHON) -m pytest -m gpu
+GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
 GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
@@ -65,6 +65,7 @@ bench-small: $(VENV)/.installed-test ## The cases of pytest-benchmark, beside th
 
 # These run in the Python that a GPU machine has, and download nothing: see CONTRIBUTING.md.
 gpu-install:
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device')"
 	$(GPU_INSTALL)
 
 gpu-check: ## On a GPU machine: the three checks below, each in at most 9 minutes
@@ -73,12 +74,13 @@ gpu-check: ## On a GPU machine: the three checks below, each in at most 9 minute
 	$(MAKE) gpu-kernels
 
 gpu-tests: gpu-install ## The tests that need a GPU
-	$(GPU_LIMIT) $(GPU_PYTEST) tests/gpu
+	PYTHONSAFEPATH=1 $(GPU_LIMIT) $(GPU_PYTEST) tests/gpu
 
 gpu-memory: gpu-install ## The kernels under CUDA's memory checker
 	@if command -v compute-sanitizer >/dev/null; then \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(GPU_LIMIT) compute-sanitizer --error-exitcode 1 \
-			$(GPU_PYTEST) tests/gpu/test_kernels.py -k 'against_float64 or those_of_the_cpu_bit'; \
+		PYTHONSAFEPATH=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		$(GPU_LIMIT) compute-sanitizer --error-exitcode 1 $(GPU_PYTEST) \
+			tests/gpu/test_kernels.py -k 'against_float64 or those_of_the_cpu_bit'; \
 	else echo "compute-sanitizer is not installed: memory accesses are not checked"; fi
 
 gpu-kernels: gpu-install ## The benchmark suite of the kernels

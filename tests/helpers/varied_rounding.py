@@ -1,8 +1,8 @@
 """The rounding of another machine's matrix library, for ``pytest --vary-rounding``.
 
 How a product of matrices or a convolution rounds depends on the processor, its library and the
-shapes: a row may come out differently in a batch of another size. Here a pattern that depends on the
-shapes changes the last bit of such results. A test that rests on the rounding of one machine fails.
+shapes: a row may come out differently in a batch of another size. Here a pattern that depends on
+the shapes changes the last bit of such results. A test that rests on one machine's rounding fails.
 """
 
 import zlib
