@@ -24,7 +24,7 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def rounding(request):
     """Under ``--vary-rounding``, that of a matrix library whose results depend on the shapes."""
     if not request.config.getoption("--vary-rounding"):
