@@ -3,19 +3,21 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import hessdiag
 
 BATCH, M = 8, 12
 
 
-def mlp_in_float64():
+def shifts_in_float64():
+    """Products of single numbers and shifts, which round the same in any batch and process."""
     torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(24, 32), nn.SiLU(), nn.Linear(32, 24)).double()
-    x = torch.randn(BATCH, 24, dtype=torch.float64)
-    # A row at a time: a matrix product may round differently in another batch.
-    return lambda z: torch.cat([module(row[None]) for row in z]), x
+    weight, x = torch.randn(2, 24, dtype=torch.float64), torch.randn(BATCH, 24, dtype=torch.float64)
+
+    def score_fn(z):
+        return weight[0] * z * z * z + weight[1] * z * torch.roll(z, 1, dims=-1)
+
+    return score_fn, x
 
 
 def small_unet():
