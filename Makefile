@@ -6,8 +6,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# What spreads the tests over two processes.
+SPREAD := --numprocesses 2 --dist loadfile
+
+GPU_PYTHON ?= python3
+# Files of wheels to install beside the project, where the machine lacks diffusers say.
+GPU_WHEELS ?=
+GPU_INSTALL ?= PIP_BREAK_SYSTEM_PACKAGES=1 $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps \
+	--no-build-isolation $(GPU_WHEELS) --editable .
+# PYTHONSAFEPATH keeps the repository's root, with its folder kernels, off the import path.
+GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
+GPU_LIMIT ?= timeout 540
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types bench bench-small gpu-check clean
+.PHONY: help demo test test-portable lint types bench bench-small clean
+.PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,7 +29,18 @@ demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare c
 	$(BIN)/ocm demo --out runs/demo
 
 test: $(VENV)/.installed-test ## Run the tests (5 minutes with set-up; GPU tests where there is a GPU)
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
+
+# See CONTRIBUTING.md. A forced ATEN_CPU_CAPABILITY breaks the C++ code that torch.compile writes,
+# and a dispatch mode, which --vary-rounding is, cannot be compiled through.
+test-portable: $(VENV)/.installed-test ## The tests as other processors may round (40 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --vary-rounding -k 'not compile'
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=default $(BIN)/pytest $(SPREAD) -k 'not compile'
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 $(BIN)/pytest $(SPREAD) -k 'not compile'
+	OMP_NUM_THREADS=1 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(BIN)/pytest $(SPREAD)
+	OMP_NUM_THREADS=1 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest $(SPREAD)
+	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest $(SPREAD)
+	OMP_NUM_THREADS=2 $(BIN)/pytest
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -39,13 +63,28 @@ bench-small: $(VENV)/.installed-test ## The cases of pytest-benchmark, beside th
 	mkdir -p runs/benchmarks
 	$(BIN)/pytest --quiet --benchmark-json=runs/benchmarks/small.json benchmarks
 
-gpu-check: $(VENV)/.installed-test ## On a GPU machine: GPU tests, memory checker and the kernel suite (at most 8 minutes)
-	$(BIN)/pytest -m gpu tests/gpu
+# These run in the Python that a GPU machine has, and download nothing: see CONTRIBUTING.md.
+gpu-install:
+	@$(GPU_PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('no CUDA device')"
+	$(GPU_INSTALL)
+
+gpu-check: ## On a GPU machine: the three checks below, each in at most 9 minutes
+	$(MAKE) gpu-tests
+	$(MAKE) gpu-memory
+	$(MAKE) gpu-kernels
+
+gpu-tests: gpu-install ## The tests that need a GPU
+	PYTHONSAFEPATH=1 $(GPU_LIMIT) $(GPU_PYTEST) tests/gpu
+
+gpu-memory: gpu-install ## The kernels under CUDA's memory checker
 	@if command -v compute-sanitizer >/dev/null; then \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 $(BIN)/python -m \
-			pytest -m gpu tests/gpu -k 'against_float64 or those_of_the_cpu_bit'; \
+		PYTHONSAFEPATH=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		$(GPU_LIMIT) compute-sanitizer --error-exitcode 1 $(GPU_PYTEST) \
+			tests/gpu/test_kernels.py -k 'against_float64 or those_of_the_cpu_bit'; \
 	else echo "compute-sanitizer is not installed: memory accesses are not checked"; fi
-	$(BIN)/python benchmarks/run.py --suite kernels --device cuda
+
+gpu-kernels: gpu-install ## The benchmark suite of the kernels
+	$(GPU_LIMIT) $(GPU_PYTHON) benchmarks/run.py --suite kernels --device cuda
 
 clean: ## Remove the environment, caches and results
 	rm -rf $(VENV) .cache build dist runs *.egg-info

@@ -145,12 +145,21 @@ def forward_mode_operators() -> Iterator[None]:
     """Make attention and group normalisation differentiable in forward mode, or say what is not.
 
     ``scaled_dot_product_attention`` has no forward-mode rule in its flash and memory-efficient
-    backends in any version so far, and one in the mathematical backend.
+    backends in any version so far, and one in the mathematical backend. Inference mode is left: in
+    torch 2.11 no operator passes a tangent on there.
 
     Example:
         >>> with forward_mode_operators():
         ...     pass
     """
     group_norm = ContiguousGroupNorm() if TORCH_VERSION < (2, 15) else nullcontext()
-    with sdpa_kernel(SDPBackend.MATH), RefuseCustomOperators(), group_norm:
+    # Leaving inference mode alone would switch gradients on.
+    grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
+    with (
+        torch.inference_mode(False),
+        grad_mode,
+        sdpa_kernel(SDPBackend.MATH),
+        RefuseCustomOperators(),
+        group_norm,
+    ):
         yield

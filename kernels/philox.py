@@ -86,8 +86,12 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
-    signed = seed - 2**64 if seed >= 2**63 else seed
-    return torch.tensor(signed, dtype=torch.int64, device=device)
+    return _number(seed - 2**64 if seed >= 2**63 else seed, device)
+
+
+def _number(value: int, device: torch.device | str) -> Tensor:
+    """Return a number on a device; ``torch.tensor`` would copy it there, and wait for that."""
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def check_counter(name: str, first: int, count: int = 1) -> None:
@@ -172,7 +176,7 @@ def sign_bits(
     tiles = torch.arange(first_tile, last_tile + 1, device=device)[:, None, None]
     samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
     groups = torch.arange(triton.cdiv(features, FEATURES_PER_SIGN_TILE), device=device)
-    stream = torch.tensor(STREAM_RADEMACHER, device=device)
+    stream = _number(STREAM_RADEMACHER, device)
     words = torch.stack(philox(seed, groups, samples, tiles, stream), dim=1)
     # A word is 4 probes x 8 features; only the bytes of the probes asked for are unpacked.
     probes = torch.arange(probe_offset, probe_offset + num_probes, device=device)
@@ -215,7 +219,7 @@ def standard_normals(
     steps = torch.arange(first_step, first_step + num_steps, device=device)[:, None, None]
     samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
     groups = torch.arange(triton.cdiv(features, FEATURES_PER_NORMAL_GROUP), device=device)
-    words = philox(seed, groups, samples, steps, torch.tensor(stream, device=device))
+    words = philox(seed, groups, samples, steps, _number(stream, device))
     normals = []
     for radius_word, angle_word in (words[:2], words[2:]):
         radius = torch.sqrt(-2.0 * torch.log(uniforms(radius_word)))
@@ -240,7 +244,7 @@ def permutation_ranks(
     blocks = torch.arange(first_block, first_block + num_blocks, device=device)[:, None, None]
     samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
     groups = torch.arange(-(-features // 4), device=device)
-    stream = torch.tensor(STREAM_PERMUTATIONS, device=device)
+    stream = _number(STREAM_PERMUTATIONS, device)
     words = torch.stack(philox(seed, groups, samples, blocks, stream), dim=-1)
     keys = words.reshape(num_blocks, batch, -1)[:, :, :features]
     return keys.argsort(dim=-1, stable=True).argsort(dim=-1)
@@ -345,7 +349,8 @@ def group_offsets(
         offset = index.to(tl.int64)[:, None] * WIDTH + feature_in_group
         inside = (index < num_groups)[:, None]
     else:
-        feature = group[:, None] * WIDTH + feature_in_group
+        # A group's number fits int32; that of its features may not.
+        feature = group.to(tl.int64)[:, None] * WIDTH + feature_in_group
         offset = sample.to(tl.int64)[:, None] * features + feature
         inside = (index < num_groups)[:, None] & (feature < features)
     return offset, inside

@@ -187,10 +187,10 @@ def measure(variant: Variant) -> Row:
         "instructions_per_element": len(instructions) / elements,
         "bytes_per_element": variant.bytes_per_element,
         "budget": INSTRUCTIONS_PER_BYTE * variant.bytes_per_element,
-        "wide_loads": _count(instructions, r"LDG\.E.*\.128"),
-        "wide_stores": _count(instructions, r"STG\.E.*\.128"),
-        "half_wide_loads": _count(instructions, r"LDG\.E.*\.64"),
-        "half_wide_stores": _count(instructions, r"STG\.E.*\.64"),
+        "wide_loads": count_accesses(instructions, "LDG", 128),
+        "wide_stores": count_accesses(instructions, "STG", 128),
+        "half_wide_loads": count_accesses(instructions, "LDG", 64),
+        "half_wide_stores": count_accesses(instructions, "STG", 64),
         "local_accesses": _count(instructions, r"\b(LDL|STL)"),
         "nan_propagating_clamps": len(re.findall(r"(?:min|max)\.NaN\.f32", ptx)),
         "silent_clamps": len(re.findall(r"(?:min|max)\.f32", ptx)),
@@ -214,6 +214,20 @@ def run(setting: Setting) -> tuple[Row, str]:
 def report(record: Row) -> str:
     """Return the tables of a record."""
     return markdown_table(record["rows"], COLUMNS)
+
+
+def count_accesses(instructions: list[str], name: str, bits: int) -> int:
+    """Return how many instructions LDG or STG access ``bits`` bits a thread.
+
+    The width is a suffix of the instruction; an address has one too, which says nothing of it.
+
+    Example:
+        >>> narrow = "@!P0 LDG.E.U16 R7, desc[UR6][R2.64]"
+        >>> wide = "LDG.E.128.CONSTANT R8, desc[UR6][R2.64]"
+        >>> count_accesses([narrow, wide], "LDG", 64), count_accesses([narrow, wide], "LDG", 128)
+        (0, 1)
+    """
+    return _count(instructions, rf"\b{name}(\.\w+)*\.{bits}\b(\.\w+)* ")
 
 
 def _count(lines: list[str], pattern: str) -> int:

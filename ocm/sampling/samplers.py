@@ -258,22 +258,27 @@ def capture(
     """
     if denoiser.device.type != "cuda":
         raise ValueError(f"denoiser must be on a CUDA device, got {denoiser.device}")
-    seed = torch.zeros((), dtype=torch.int64, device=denoiser.device)
+    device = denoiser.device
+    seed = torch.zeros((), dtype=torch.int64, device=device)
 
     def draw() -> Tensor:
         return sample(denoiser, covariance, shape, steps, seed=seed, **options)
 
-    stream = torch.cuda.Stream(denoiser.device)
-    with torch.cuda.stream(stream):  # compiles the kernels, which a capture must not
-        draw()
-    torch.cuda.current_stream(denoiser.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        images = draw()
+    # Streams are of the current device; that of torch.cuda.graph would be of the first one used.
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles the kernels, which a capture must not
+            draw()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            images = draw()
 
     def replay(value: int) -> Tensor:
-        seed.fill_(value)
-        graph.replay()
-        return images.clone()
+        with torch.cuda.device(device):
+            seed.copy_(seed_tensor(value, device))
+            graph.replay()
+            return images.clone()
 
     return replay

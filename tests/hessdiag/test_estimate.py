@@ -33,6 +33,24 @@ def decaying_matrix(shape, rate=1.5, seed=2):
     return random_matrix(len(rows), seed) * torch.exp(-rate * distance)
 
 
+def neighbours(shape, rate=1.5):
+    """A function that couples pixels near one another, whose Jacobian varies with x.
+
+    Products of single numbers and shifts alone, which round the same in any chunk and batch.
+    """
+    shifts = list(itertools.product((-2, -1, 0, 1, 2), repeat=2))
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.randn(len(shifts), *shape, generator=generator)
+    weights *= torch.tensor([math.exp(-rate * math.hypot(*s)) for s in shifts])[:, None, None, None]
+
+    def score_fn(z):
+        w = z - z * z * z / 6
+        parts = [torch.roll(w, s, dims=(-2, -1)) for s in shifts]
+        return sum(weight * part for weight, part in zip(weights, parts, strict=True))
+
+    return score_fn
+
+
 @pytest.fixture(scope="module")
 def network():
     """A small convolutional network, and its exact Jacobian at one image."""
@@ -285,8 +303,10 @@ class TestTolerance:
         for sample in range(3):
             M = int(result.num_probes[sample])
             alone = hessdiag.estimate(score_fn, x, max_probes=M)
-            assert torch.equal(result.diagonal[sample], alone.diagonal[sample])
-            assert torch.equal(result.stderr[sample], alone.stderr[sample])
+            # The matrix product may round differently in chunks of another size.
+            for field in ("diagonal", "stderr"):
+                ours, theirs = (getattr(r, field)[sample] for r in (result, alone))
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
             error = result.stderr[sample].square().mean().sqrt()
             assert error <= 0.05 * result.diagonal[sample].square().mean().sqrt()
             if M > 16:
@@ -294,21 +314,18 @@ class TestTolerance:
                 error = before.stderr[sample].square().mean().sqrt()
                 assert error > 0.05 * before.diagonal[sample].square().mean().sqrt()
 
-    @pytest.mark.parametrize("probes", ["rademacher", Coloring(4)])
-    def test_stopping_does_not_depend_on_chunks_or_batches(self, probes):
-        A, shape = decaying_matrix((1, 6, 6)), (3, 1, 6, 6)
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-
-        def score_fn(z):
-            return torch.stack([(A @ row.flatten().sin()).reshape(row.shape) for row in z])
+    @pytest.mark.parametrize(("probes", "rtol"), [("rademacher", 0.08), (Coloring(4), 0.05)])
+    def test_stopping_does_not_depend_on_chunks_or_batches(self, probes, rtol):
+        x = torch.randn(3, 1, 6, 6, generator=torch.Generator().manual_seed(3))
+        score_fn = neighbours((1, 6, 6))
 
         def run(x, **arguments):
             return hessdiag.estimate(
-                score_fn, x, probes=probes, rtol=0.08, max_probes=300, **arguments
+                score_fn, x, probes=probes, rtol=rtol, max_probes=300, **arguments
             )
 
         whole = run(x)
-        assert 16 <= whole.num_probes.max() < 300
+        assert 16 < whole.num_probes.min() < whole.num_probes.max() < 300
         for chunk_size in (1, 7, 300):
             result = run(x, chunk_size=chunk_size)
             assert torch.equal(result.diagonal, whole.diagonal)

@@ -1,5 +1,6 @@
 """The kernels compile for sm_90 without a GPU, into code that memory can bound."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from suites.machine_code import count_accesses
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +32,19 @@ def rows(tmp_path_factory):
 
 def test_no_kernel_touches_local_memory(rows):
     assert {name: row["local_accesses"] for name, row in rows.items()} == dict.fromkeys(rows, 0)
+
+
+def test_the_width_is_that_of_the_access_and_not_of_the_address():
+    instructions = [
+        "@!P0 LDG.E.U16 R7, desc[UR6][R2.64]",
+        "LDG.E.64.CONSTANT R4, desc[UR6][R2.64]",
+        "@P1 LDG.E.128 R8, desc[UR6][R2.64+0x128]",
+        "STG.E.64 desc[UR6][R2.64], R4",
+        "STG.E desc[UR6][R2.64], R128",
+    ]
+    cases = itertools.product(("LDG", "STG"), (64, 128))
+    found = [count_accesses(instructions, *case) for case in cases]
+    assert found == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

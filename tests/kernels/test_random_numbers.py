@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from one_device import one_device
 from scipy import stats
 
 from hessdiag.kernels import normal, philox, rademacher, rademacher_bits
@@ -151,6 +152,42 @@ def test_uniforms_stay_inside_the_open_interval(kernel_device):
     out = torch.full((4,), float("nan"), device=kernel_device)
     _uniform_kernel[(1,)](words, out, SIZE=4)
     assert torch.equal(out.cpu(), expected)
+
+
+@triton.jit
+def _offsets_kernel(
+    out, exists, first, features, WIDTH: tl.constexpr, ALIGNED: tl.constexpr, SIZE: tl.constexpr
+):
+    group = first + tl.arange(0, SIZE)
+    offset, inside = philox.group_offsets(
+        group, group * 0, group, first + SIZE, features, WIDTH, ALIGNED
+    )
+    place = tl.arange(0, SIZE)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    tl.store(out + place, offset)
+    tl.store(exists + place, inside.to(tl.int32))
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_offsets_beyond_int32_do_not_overflow(width, aligned, kernel_device):
+    """One sample of more than 2**31 features; the groups' numbers are int32."""
+    size = 4
+    first = 2**31 // width - 2
+    features = (first + size) * width - (0 if aligned else 3)
+    out = torch.zeros(size, width, dtype=torch.int64, device=kernel_device)
+    exists = torch.zeros(size, width, dtype=torch.int32, device=kernel_device)
+    _offsets_kernel[(1,)](out, exists, first, features, WIDTH=width, ALIGNED=aligned, SIZE=size)
+    expected = first * width + torch.arange(size * width).reshape(size, width)
+    assert expected.max() > 2**31
+    assert torch.equal(out.cpu(), expected)
+    assert torch.equal(exists.cpu().bool(), expected < features)
+
+
+def test_an_integer_seed_is_made_where_it_is_needed():
+    """Not copied there: the host would wait for the GPU."""
+    with one_device() as operators:
+        assert philox.seed_tensor(2**64 - 1, "meta").device.type == "meta"
+    assert operators == ["aten::full"]
 
 
 def test_seed_may_be_a_tensor():

@@ -70,12 +70,8 @@ class ImprovedDDPM(Covariance):
             return limit
         log_beta_bar = schedule.beta_bar.log()
         snr = schedule.snr
-        step_log = _difference(log_beta_bar, t, before).to(x_t)
-        snr_difference = -_difference(snr, t, before).to(x_t)
-        spread = [1] * (x_t.dim() - 1)
-        step_log, snr_difference = (
-            number.reshape(-1, *spread) for number in (step_log, snr_difference)
-        )
+        step_log = _difference(log_beta_bar, t, before, x_t)
+        snr_difference = -_difference(snr, t, before, x_t)
         variance = torch.expm1(fraction * step_log) / snr_difference
         return torch.where(torch.isfinite(snr_difference), variance, limit)
 
@@ -100,8 +96,7 @@ class ImprovedDDPM(Covariance):
         with torch.no_grad():
             prediction = self.denoiser.predict(x_t, t, condition=condition)
         variance = self._variance(prediction, (head or self.head)(prediction.features))
-        spread = [1] * (x_t.dim() - 1)
-        snr_difference = -_difference(schedule.snr, t, t - 1).to(x_t).reshape(-1, *spread)
+        snr_difference = -_difference(schedule.snr, t, t - 1, x_t)
         squared_error = (x0 - prediction.x0_hat).square()
         # A variance below -1/r has no step; near it the KL is infinite.
         floor = -0.99 / snr_difference
@@ -109,7 +104,11 @@ class ImprovedDDPM(Covariance):
         return schedule.num_timesteps * kl.mean()
 
 
-def _difference(table: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
-    """Return table[t] - table[s], shape (1,) or (B,), taken in float64."""
+def _difference(table: Tensor, t: int | Tensor, s: int | Tensor, x: Tensor) -> Tensor:
+    """Return table[t] - table[s], taken in float64, in the form of :func:`per_sample`."""
+    features = [1] * (x.dim() - 1)
+    if isinstance(t, int) and isinstance(s, int):
+        # Filled on the device, where a copy from the host could not be part of a CUDA graph.
+        return x.new_full([1, *features], (table[t] - table[s]).item())
     table = table.to(t.device) if isinstance(t, Tensor) else table
-    return (table[t] - table[s]).reshape(-1)
+    return (table[t] - table[s]).to(x).reshape(-1, *features)

@@ -182,7 +182,9 @@ def test_a_generator_for_each_image_makes_it_independent_of_the_batch():
     options = {"num_inference_steps": 3, "output_type": "latent"}
     together = pipeline([1, 4], generator=generators(2), **options).images
     alone = pipeline([4], generator=generators(2)[1:], **options).images
-    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
+    # Products of matrices may round differently in another batch, and the first step, from almost
+    # pure noise, multiplies that by hundreds; other noise would be a difference of order 1.
+    assert (together[1:] - alone).norm() < 1e-3 * alone.norm()
 
 
 def test_diffusers_own_dit_pipeline_drops_the_variance_and_is_told(tmp_path):

@@ -7,6 +7,8 @@ import numpy_contract
 import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser
+from one_device import one_device
+from small_backbone import CHANNELS, WIDTH, small_denoiser
 
 import hessdiag
 import ocm
@@ -199,3 +201,35 @@ def test_a_head_costs_no_further_pass_through_the_backbone(unet, method, kind):
     unet.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     ocm.sample(denoiser, covariance, (3, 2, 8, 8), 4)
     assert passes == [3] * 4
+
+
+# Those that read no value back to the host: the only ones that a CUDA graph can hold.
+CAPTURED = {
+    "beta": lambda denoiser, head: ocm.Beta(denoiser),
+    "beta_tilde": lambda denoiser, head: ocm.BetaTilde(denoiser),
+    **LEARNED,
+    "iddpm in other units": lambda denoiser, head: ocm.ImprovedDDPM(
+        denoiser, head, ocm.Parameterisation(0.5)
+    ),
+    "calibrated": lambda denoiser, head: ocm.Calibrated(
+        (ocm.OptimalCovarianceMatching(denoiser, head),),
+        Table({1: [0.5, 0.1], 1000: [1.0, 0.2]}),
+    ),
+}
+
+
+@pytest.mark.parametrize("max_last_noise", [None, 0.1])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_step_copies_nothing_from_the_host(name, max_last_noise):
+    """What a CUDA graph could not hold, with the device "meta" for the GPU."""
+    denoiser = small_denoiser("meta")
+    # The project's own heads leave autocast, which knows no "meta".
+    head = torch.nn.Conv2d(WIDTH, CHANNELS, 3, padding=1, device="meta")
+    covariance = CAPTURED[name](denoiser, head)
+    seed = torch.zeros((), dtype=torch.int64, device="meta")
+    arguments = denoiser, covariance, (3, 2, 8, 8), [1, 400, 1000]
+    with one_device() as operators:
+        images = ocm.sample(*arguments, seed=seed, max_last_noise=max_last_noise)
+    assert images.shape == (3, 2, 8, 8)
+    assert images.is_meta
+    assert operators.count("hessdiag::gaussian_step") == 3

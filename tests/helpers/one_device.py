@@ -1,0 +1,54 @@
+"""What a CUDA graph cannot hold, found without a GPU: copies from the host to the device.
+
+The device "meta" stands for the GPU: its tensors have shapes and no values, so that reading one
+back to the host raises by itself.
+"""
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
+COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+@contextmanager
+def one_device():
+    """Raise where a tensor or a number of the host is copied to "meta".
+
+    Yields:
+        The list of the operators that are called.
+    """
+    mode = _OneDevice()
+    with _NoTensorFromNumbers(), mode:
+        yield mode.names
+
+
+class _OneDevice(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        result = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        # A lone number on the host is handed to a kernel with its arguments, unless it is copied.
+        on_host = [t for t in tensors if not t.is_meta and (t.dim() > 0 or func in COPIES)]
+        if on_host and any(t.is_meta for t in tensors):
+            raise RuntimeError(f"{func.name()} copies {on_host[0]!r} of the host to the device")
+        return result
+
+
+class _NoTensorFromNumbers(TorchFunctionMode):
+    """``torch.tensor(1.0, device=...)`` fills a tensor on the host and copies it, unseen above."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func not in MAKERS or not result.is_meta or isinstance(args[0], Tensor):
+            return result
+        raise RuntimeError(f"torch.{func.__name__} copies {args[0]!r} to the device")
