@@ -9,7 +9,7 @@ from ocm.checkpoints.catalogue import CALIBRATED
 from ocm.checkpoints.checkpoint import LEARNED
 from ocm.evaluation.environment import Row
 from ocm.sampling.samplers import ddim, ddpm
-from ocm.training.loop import TrainingSettings
+from ocm.training.settings import TrainingSettings
 
 SCHEDULES = ("linear", "cosine")
 NUM_TIMESTEPS = 1000

@@ -26,7 +26,8 @@ from ocm.diffusion.backbones import attention_unet, small_unet
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
 from ocm.evaluation.environment import Row, environment
-from ocm.training.loop import TrainingSettings, mean_of_last
+from ocm.training.loop import mean_of_last
+from ocm.training.settings import TrainingSettings
 from ocm.training.state import remove_states
 
 _FILES = ("train.parquet", "test.parquet")

@@ -175,8 +175,9 @@ def train(
     from ocm import data as datasets
     from ocm.cli.inputs import encoded, existing
     from ocm.evaluation.environment import environment
-    from ocm.training.loop import TrainingSettings, mean_of_last
+    from ocm.training.loop import mean_of_last
     from ocm.training.objectives import train_denoiser, train_head
+    from ocm.training.settings import TrainingSettings
 
     place = resolve_device(device)
     prepare_directory(out)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 _FORMAT = "ocm-training-state"
 _VERSION = 2
 _DESCRIPTION = "state.json"
-_FILE = re.compile(r"state-\d{5}-of-\d{5}\.safetensors")
+_FILE = re.compile(r"state(-\d{5}-of-\d{5})?\.safetensors")
 # Of the tensors in a file: with its header the file stays below 15 MB.
 _MAX_FILE_BYTES = 14_000_000
 _FOLDER = re.compile(r"training-state-(\d{8,})")
@@ -85,18 +85,20 @@ def write_state(
     Returns:
         The folder of the state.
     """
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / _PARTIAL
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
-    tensors = {name: _own(tensor) for name, tensor in state.tensors.items()}
-    groups = _groups(tensors, max_file_bytes)
-    files = [f"state-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    for name, group in zip(files, groups, strict=True):
-        save_file(group, partial / name)
+    save_torch_state_dict(
+        {name: _own(tensor) for name, tensor in state.tensors.items()},
+        partial,
+        filename_pattern="state{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
+    files = sorted(path.name for path in partial.glob("*.safetensors"))
     description = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -107,7 +109,7 @@ def write_state(
         "files": {name: _sha256(partial / name) for name in files},
     }
     (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    for path in (*(partial / name for name in files), partial / _DESCRIPTION, partial):
+    for path in (*partial.iterdir(), partial):
         _flush(path)
     folder = directory / f"training-state-{state.step:08d}"
     os.rename(partial, folder)
@@ -264,21 +266,8 @@ def _kind(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
-def _groups(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    """Split tensors, in order, into groups of at most ``max_bytes``, or of one larger tensor."""
-    groups: list[dict[str, Tensor]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        if not groups or tensor.nbytes > room:
-            groups.append({})
-            room = max_bytes
-        groups[-1][name] = tensor
-        room -= tensor.nbytes
-    return groups
-
-
 def _own(tensor: Tensor) -> Tensor:
-    """Return a copy of its own memory: safetensors refuses tensors that share theirs."""
+    """Return a copy of its own memory: of tensors that share theirs only one would be written."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
