@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hessdiag.checks import check_batch, check_positive_int
-from ocm.data import ByteImages
 from ocm.evaluation.classifier import Classifier
+from ocm.images import ArrowImages
 
 # Distances held at once: 128 MiB of float64.
 _CHUNK_ENTRIES = 2**24
@@ -229,7 +229,7 @@ class FeatureExtractor:
         check_positive_int("batch_size", self.batch_size)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor | ByteImages) -> Tensor:
+    def __call__(self, images: Tensor | ArrowImages) -> Tensor:
         """Return the features of images in [-1, 1], shape (n, d).
 
         Raises:
