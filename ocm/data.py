@@ -435,8 +435,6 @@ def _label_column(name: str, features: dict[str, Any], wanted: str | None) -> st
 
 
 def _labels(what: str, dataset: Any, column: str | None, rows: Tensor) -> Tensor | None:
-    import pyarrow
-
     if column is None:
         return None
     values = dataset.data.column(column)
@@ -448,7 +446,7 @@ def _labels(what: str, dataset: Any, column: str | None, rows: Tensor) -> Tensor
             f"label_column must name integers, got {column!r}, which misses "
             f"{int((~known).sum())} of {len(known)} labels in the {what}"
         )
-    labels = torch.tensor(values.cast(pyarrow.int64()).fill_null(-1).to_numpy())[rows]
+    labels = torch.tensor(values.cast("int64").fill_null(-1).to_numpy())[rows]
     # The Hub marks test labels that are kept secret by -1.
     return None if bool((labels < 0).any()) else labels
 

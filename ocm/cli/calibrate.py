@@ -74,14 +74,15 @@ def calibrate(
         available,
         fitted,
     )
-    from ocm.cli.inputs import calibration_images, calibration_labels, images_for
+    from ocm.checkpoints.held_back import calibration_images, calibration_labels
+    from ocm.cli.inputs import images_for
     from ocm.evaluation.environment import environment
     from ocm.evaluation.scores import steps_of
 
     place = resolve_device(device)
     prepare_directory(out or checkpoint)
     loaded = checkpoints.load(checkpoint, place)
-    images = images_for(loaded, data, vae, image_size)
+    images = images_for(loaded, data, vae, image_size, progress=not quiet)
     chosen = [name.value for name in covariance or []]
     names = chosen or [n for n in available(loaded) if n in ANALYTIC or n in loaded.learned]
     for name in names:

@@ -255,13 +255,13 @@ def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
     )  # fmt: skip
     assert invoke(*arguments, "--out", tmp_path / "whole").exit_code == 0
 
-    from ocm.training import objectives as learning
+    from ocm.training import workflow
 
     def interrupted(covariance, *rest, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(learning, "train_head", interrupted)
+        patch.setattr(workflow, "train_head", interrupted)
         assert invoke(*arguments, "--out", tmp_path / "part").exit_code != 0
     assert not (tmp_path / "part" / "ocm.json").exists()
     assert invoke(*arguments, "--out", tmp_path / "part").exit_code == 0
