@@ -117,7 +117,8 @@ def load(
             - ``"digits"``: :func:`digits`;
             - a folder of images, as the ``imagefolder`` of ``datasets`` reads it: folders of
               classes or none, below ``train`` and ``test`` if there are such;
-            - a ``.parquet`` file, or a folder of ``train*.parquet`` and ``test*.parquet``;
+            - a ``.parquet`` file, or a folder of them: those with ``train`` and ``test`` in their
+              names are these splits;
             - ``"owner/name"`` of a data set on the Hugging Face Hub, which is downloaded if it is
               not in the cache.
         image_size: Crop images to their central square and scale that to this size by PIL's box
@@ -329,22 +330,10 @@ def _local_source(name: str, path: Path) -> dict[str, Any]:
         if path.suffix != ".parquet":
             raise ValueError(f"data must be a folder or a .parquet file, got the file {name!r}")
         return {"path": "parquet", "data_files": {"train": str(path)}}
-    tables = sorted(path.glob("*.parquet"))
-    if not tables:
-        return _image_folder(path)
-    files = {
-        split: [str(file) for file in tables if file.name.startswith(split)]
-        for split in ("train", *_TEST_SPLITS)
-    }
-    if not files["train"]:
-        raise ValueError(
-            f"data {name!r} must hold train*.parquet, got {', '.join(f.name for f in tables)}; "
-            "or name one file"
-        )
-    # One of them only: "val" matches validation*.parquet too.
-    test = next((split for split in _TEST_SPLITS if files[split]), None)
-    chosen = ["train"] if test is None else ["train", test]
-    return {"path": "parquet", "data_files": {split: files[split] for split in chosen}}
+    if any(path.glob("*.parquet")):
+        # By their names: train*, test* and so on.
+        return {"path": "parquet", "data_dir": str(path)}
+    return _image_folder(path)
 
 
 def _image_folder(path: Path) -> dict[str, Any]:

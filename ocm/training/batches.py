@@ -7,6 +7,7 @@ as if it had never stopped, however many processes train, and however many read 
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -129,9 +130,15 @@ class MicroBatches(Dataset[MicroBatch]):
             [24, 28, 32]
         """
         parts = self.settings.gradient_accumulation_steps
-        numbers = range(step * parts, self.settings.num_steps * parts)
+        workers = self.settings.num_workers
+        # Those of a fork server would outlive this process, were it killed.
+        forked = workers > 0 and sys.platform == "linux"
         return DataLoader(
-            self, batch_size=None, sampler=numbers, num_workers=self.settings.num_workers
+            self,
+            batch_size=None,
+            sampler=range(step * parts, self.settings.num_steps * parts),
+            num_workers=workers,
+            multiprocessing_context="fork" if forked else None,
         )
 
 

@@ -27,7 +27,7 @@ from ocm.training.batches import (
     check_data,
     derived_seed,
 )
-from ocm.training.processes import Processes, join, own_random_numbers, seed_random_numbers
+from ocm.training.processes import Processes, join, seed_random_numbers
 from ocm.training.settings import TrainingSettings
 from ocm.training.state import (
     TrainingState,
@@ -125,7 +125,9 @@ def train(
     processes = join(device)
     _check_settings(settings, processes)
     run = _run(name, images, labels, num_timesteps, settings, details or {})
-    with own_random_numbers(processes.device):
+    place = processes.device
+    # The caller's random numbers are left as they were.
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         training = _prepare(name, module, settings, processes)
         losses, label = _resume(training, path, run, resume)
         rate_of_step = _rate_of_step(settings)

@@ -6,9 +6,7 @@ environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,13 +88,6 @@ def join(device: torch.device | str | None) -> Processes:
     if place != own:
         raise ValueError(f"device must be {own} in process {rank}, or None, got {device}")
     return Processes(rank, count, place)
-
-
-@contextlib.contextmanager
-def own_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leave the caller's random numbers, on the device and on the CPU, as they were."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 def seed_random_numbers(device: torch.device, seed: int) -> None:

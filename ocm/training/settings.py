@@ -50,26 +50,18 @@ class TrainingSettings:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        check_positive_int("num_steps", self.num_steps)
-        check_positive_int("batch_size", self.batch_size)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        for name in ("num_steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every"):
+            check_positive_int(name, getattr(self, name))
+        for name in ("learning_rate", "max_gradient_norm", "timestep_exponent"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("warmup_steps", "weight_decay", "num_workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if not self.max_gradient_norm > 0:
-            raise ValueError(f"max_gradient_norm must be positive, got {self.max_gradient_norm}")
-        check_positive_int("gradient_accumulation_steps", self.gradient_accumulation_steps)
         if self.mixed_precision not in get_args(MixedPrecision):
             raise ValueError(
                 f"mixed_precision must be one of {', '.join(get_args(MixedPrecision))}, got "
                 f"{self.mixed_precision!r}"
             )
-        if not self.timestep_exponent > 0:
-            raise ValueError(f"timestep_exponent must be positive, got {self.timestep_exponent}")
-        check_positive_int("checkpoint_every", self.checkpoint_every)
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {self.num_workers}")

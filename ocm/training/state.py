@@ -30,6 +30,13 @@ _DESCRIPTION = "state.json"
 _FILE = re.compile(r"state(-\d{5}-of-\d{5})?\.safetensors")
 # Of the tensors in a file: with its header the file stays below 15 MB.
 _MAX_FILE_BYTES = 14_000_000
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "run": (dict,),
+    "step": (int,),
+    "num_processes": (int,),
+    "scaler": (dict, type(None)),
+    "files": (dict,),
+}
 _FOLDER = re.compile(r"training-state-(\d{8,})")
 _PARTIAL = "training-state.partial"
 _WAY_OUT = (
@@ -137,20 +144,15 @@ def read_state(directory: Path, run: Mapping[str, object]) -> TrainingState | No
     folder = folders[-1]
     file = folder / _DESCRIPTION
     description = _read_description(file)
-    written = _entry(file, description, "run", dict)
+    written, step = description["run"], description["step"]
     for name in [*run, *(name for name in written if name not in run)]:
         if written.get(name) != run.get(name):
             raise TrainingStateError(
                 f"{file} is of another training: {name} was {written.get(name)!r}, now it is "
                 f"{run.get(name)!r}; put it back, {_WAY_OUT}"
             )
-    step = _entry(file, description, "step", int)
-    num_processes = _entry(file, description, "num_processes", int)
-    scaler = description.get("scaler")
-    if scaler is not None and not isinstance(scaler, dict):
-        raise _damaged(file, f"its entry scaler must be null or an object, got {scaler!r}")
     tensors: dict[str, Tensor] = {}
-    for name, sha256 in _entry(file, description, "files", dict).items():
+    for name, sha256 in description["files"].items():
         if not _FILE.fullmatch(name):
             raise _damaged(file, f"its entry files must name files of tensors, got {name!r}")
         tensors |= _read_tensors(folder / name, sha256)
@@ -158,6 +160,7 @@ def read_state(directory: Path, run: Mapping[str, object]) -> TrainingState | No
     if losses is None or losses.shape != (step,):
         shape = None if losses is None else tuple(losses.shape)
         raise _damaged(file, f"its step is {step}, but its files have losses of shape {shape}")
+    scaler, num_processes = description["scaler"], description["num_processes"]
     return TrainingState(step, tensors, scaler, num_processes, folder)
 
 
@@ -314,14 +317,12 @@ def _read_description(file: Path) -> dict[str, Any]:
             f"{file} has version {description.get('version')!r}, this ocm reads {_VERSION}; go on "
             f"with the ocm that wrote it, {_WAY_OUT}"
         )
+    for name, kinds in _ENTRIES.items():
+        value = description.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise _damaged(file, f"its entry {name} must be of type {wanted}, got {value!r}")
     return description
-
-
-def _entry(file: Path, description: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = description.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise _damaged(file, f"its entry {name} must be of type {kind.__name__}, got {value!r}")
-    return value
 
 
 def _read_tensors(file: Path, sha256: object) -> dict[str, Tensor]:

@@ -371,10 +371,18 @@ def test_what_is_no_data_set(tmp_path, cache, make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_parquet_needs_train(tmp_path, cache):
-    write_parquet(tmp_path / "other.parquet", random_pixels(2, 2, 2))
-    with pytest.raises(ValueError, match=r"must hold train\*\.parquet, got other\.parquet"):
-        data.load(str(tmp_path), cache_dir=cache)
+def test_tables_of_a_folder_are_splits_by_their_names(tmp_path, cache):
+    pixels = random_pixels(6, 2, 2)
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", pixels[:2])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", pixels[2:4])
+    write_parquet(tmp_path / "validation.parquet", pixels[4:])
+    images = data.load(str(tmp_path), cache_dir=cache)
+    for got, expected in ((images.train, pixels[:4]), (images.test, pixels[4:])):
+        assert sorted(map(bytes, as_bytes(got).numpy())) == sorted(map(bytes, expected))
+    (tmp_path / "other").mkdir()
+    write_parquet(tmp_path / "other" / "all.parquet", pixels)
+    images = data.load(str(tmp_path / "other"), cache_dir=cache)
+    assert (len(images.train), len(images.test)) == (5, 1)
 
 
 def test_a_damaged_file(tmp_path, cache):

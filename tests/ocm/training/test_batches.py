@@ -1,6 +1,7 @@
 """Which images a step takes, and how they are read: alike by any number of workers."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -59,6 +60,15 @@ def test_workers_read_the_same_batches_in_the_same_order(parts):
         assert one.sample_offset == other.sample_offset
         for mine, theirs in zip(one[:3], other[:3], strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing can be forked safely")
+def test_workers_end_with_the_process_that_they_read_for():
+    """They ask who their parent is, which a fork server would hide from them."""
+    batches = MicroBatches(
+        *make_data(), NUM_TIMESTEPS, dataclasses.replace(SETTINGS, num_workers=1)
+    )
+    assert batches.from_step(0).multiprocessing_context.get_start_method() == "fork"
 
 
 def test_workers_change_no_bit_of_a_training(tmp_path):

@@ -157,7 +157,7 @@ def edit(**changes):
         ("state.json", edit(step=True), "its entry step must be of type int, got True"),
         ("state.json", edit(step=2), r"its step is 2, but .* losses of shape \(1,\)"),
         ("state.json", edit(num_processes="x"), "its entry num_processes must be of type int"),
-        ("state.json", edit(scaler=3), "its entry scaler must be null or an object, got 3"),
+        ("state.json", edit(scaler=3), "its entry scaler must be of type dict or NoneType, got 3"),
         ("state.json", edit(files=None), "its entry files must be of type dict, got None"),
         ("state.json", edit(files={"../x": ""}), "must name files of tensors, got '../x'"),
         ("state.json", edit(files={}), "its step is 1, but its files have losses of shape None"),
