@@ -91,7 +91,7 @@ def evaluate(
     place = resolve_device(device)
     prepare_directory(out)
     loaded = checkpoints.load(checkpoint, place)
-    if loaded.x0_range is None:
+    if loaded.x0_range is None:  # before its data are asked for a --vae
         raise ValueError(f"{checkpoint} is a model of latents, which have no grey levels to score")
     settings = EvaluationSettings(
         names=[name.value for name in covariance or []] or affordable(loaded),
@@ -106,11 +106,6 @@ def evaluate(
         seed=seed,
         batch_size=batch_size,
     )
-    if not settings.scored and not settings.quality:
-        raise ValueError(
-            f"--covariance {' '.join(settings.names)} has no density, and so no bits/dim; pass "
-            "--quality"
-        )
     start = time.perf_counter()
     images = images_for(loaded, data, progress=not quiet)
     record, text = evaluated(loaded, images, settings, out, progress=not quiet)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +133,19 @@ def train_checkpoint(
             "prediction_type": start.prediction_type,
         }
         record["denoiser_loss"] = mean_of_last(losses)
-    learned, head_losses = _trained_heads(base, images, shown, heads, out, loop)
+    learned, head_losses = dict(base.learned), {}
+    for name in dict.fromkeys(heads.names):
+        learned[name] = untrained(name, base.denoiser, images, heads)
+        losses = train_head(
+            learned[name],
+            shown.train,
+            heads.training,
+            labels=shown.train_labels if base.denoiser.takes_labels else None,
+            name=f"{name} head",
+            directory=out / "training" / name,
+            **loop,
+        )
+        head_losses[name] = mean_of_last(losses)
     tables = {name: table for name, table in base.calibrations.items() if name not in head_losses}
     record |= {
         "head": asdict(heads.training)
@@ -144,30 +155,6 @@ def train_checkpoint(
         "seconds": round(time.perf_counter() - began, 2),
     }
     return replace(base, learned=learned, calibrations=tables), record
-
-
-def _trained_heads(
-    base: Checkpoint,
-    images: Images,
-    shown: Images,
-    heads: NewHeads,
-    out: Path,
-    loop: Mapping[str, Any],
-) -> tuple[dict[str, LearnedCovariance], dict[str, float]]:
-    learned, losses = dict(base.learned), {}
-    for name in dict.fromkeys(heads.names):
-        learned[name] = untrained(name, base.denoiser, images, heads)
-        found = train_head(
-            learned[name],
-            shown.train,
-            heads.training,
-            labels=shown.train_labels if base.denoiser.takes_labels else None,
-            name=f"{name} head",
-            directory=out / "training" / name,
-            **loop,
-        )
-        losses[name] = mean_of_last(found)
-    return learned, losses
 
 
 def untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -> LearnedCovariance:
