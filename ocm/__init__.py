@@ -42,9 +42,8 @@ from ocm.sampling.any_sigma import x0_given
 from ocm.sampling.inverse import posterior_mean_given_measurement
 from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
 from ocm.sampling.samplers import capture, ddim, ddpm, sample
-from ocm.training.loop import TrainingSettings
-from ocm.training.losses import denoising_loss
-from ocm.training.objectives import train_denoiser, train_head
+from ocm.training.objectives import denoising_loss, train_denoiser, train_head
+from ocm.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from ocm.integrations.attached import CovarianceModel, attach

@@ -6,10 +6,11 @@ files, and data sets of the Hub.
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,84 +18,55 @@ import torch
 from torch import Tensor
 
 from ocm.diffusion.checks import check_positive_int
+from ocm.images import ArrowImages, Headers, headers
 
 _DIGITS_SIZE = 8
 _MAX_HELD_OUT = 10_000
 # A split without "train" in its name that may serve as the held-out one, best first.
 _TEST_SPLITS = ("test", "validation", "valid", "val")
-# Modes of PIL that hold 8 bits or fewer a channel; wider ones would be clipped to white.
-_GREY_MODES = ("1", "L", "LA", "La")
-_COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
-
-
-@dataclass(frozen=True, eq=False)
-class ByteImages:
-    """Images held as bytes, a quarter of the memory of float32, and converted on access.
-
-    Indexing by integers, slices or a tensor of indices gives what the same index of a float32
-    tensor would: ``images[i]`` is -1 + 2 pixels[i] / 255.
-
-    Attributes:
-        pixels: Grey levels 0 .. 255, shape (n, C, H, W), uint8.
-
-    Example:
-        >>> images = ByteImages(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
-        >>> images[:2].flatten()
-        tensor([-1.,  1.])
-        >>> len(images), images.shape
-        (2, torch.Size([2, 1, 1, 1]))
-    """
-
-    pixels: Tensor
-
-    def __post_init__(self) -> None:
-        if self.pixels.dtype != torch.uint8 or self.pixels.dim() != 4:
-            raise ValueError(
-                "pixels must be uint8 of shape (n, C, H, W), got "
-                f"{self.pixels.dtype} of shape {tuple(self.pixels.shape)}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
-        return self.pixels[index].float() / 127.5 - 1.0
-
-    @property
-    def shape(self) -> torch.Size:
-        """(n, C, H, W)."""
-        return self.pixels.shape
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set in memory.
+    """A data set.
 
     Attributes:
         name: What it is called on the command line.
         train: Training images in [-1, 1], shape (n, C, H, W), float32: a tensor for the digits,
-            and :class:`ByteImages`, which gives tensors when indexed, for all else.
+            and :class:`ocm.images.ArrowImages`, which decodes what is indexed, for all else.
         test: Held-out images.
         levels: Number of grey levels; they lie at -1 + 2 k / (levels - 1).
         train_labels: Classes 0 .. num_classes - 1 of the training images, shape (n,), int64, or
             None where there are none.
         test_labels: Classes of the held-out images, or None.
         num_classes: Number of classes, or None without labels.
+        options: Arguments of :func:`load`, but for ``image_size``, that give the same again.
     """
 
     name: str
-    train: Tensor | ByteImages
-    test: Tensor | ByteImages
+    train: Tensor | ArrowImages
+    test: Tensor | ArrowImages
     levels: int
     train_labels: Tensor | None = None
     test_labels: Tensor | None = None
     num_classes: int | None = None
+    options: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
         channels, height, width = self.train.shape[1:]
         return channels, height, width
+
+    def first(self, count: int) -> Images:
+        """Return the same with the first ``count`` training images only.
+
+        Example:
+            >>> len(digits().first(100).train_labels)
+            100
+        """
+        labels = None if self.train_labels is None else self.train_labels[:count]
+        return replace(self, train=_first(self.train, count), train_labels=labels)
 
 
 def digits() -> Images:
@@ -144,8 +116,9 @@ def load(
 
             - ``"digits"``: :func:`digits`;
             - a folder of images, as the ``imagefolder`` of ``datasets`` reads it: folders of
-              classes, below ``train`` and ``test`` if there are such;
-            - a ``.parquet`` file, or a folder of ``train*.parquet`` and ``test*.parquet``;
+              classes or none, below ``train`` and ``test`` if there are such;
+            - a ``.parquet`` file, or a folder of them: those with ``train`` and ``test`` in their
+              names are these splits;
             - ``"owner/name"`` of a data set on the Hugging Face Hub, which is downloaded if it is
               not in the cache.
         image_size: Crop images to their central square and scale that to this size by PIL's box
@@ -160,8 +133,9 @@ def load(
 
     Both splits are shuffled by a fixed permutation, since files are often sorted by class. Where
     there is no test (nor validation) split, a tenth of the images, at most 10,000, is held out.
-    All but the digits have 256 grey levels and are held in memory as bytes: C H W bytes an image
-    (:class:`ByteImages`). Images are grey if all are, else all are RGB; transparency is dropped.
+    All but the digits have 256 grey levels and stay on the disk. Images are grey if all are, else
+    all are RGB; transparency is dropped. Which they are, and of which size, is read from the
+    beginnings of all files, once: ``datasets`` keeps it in its cache.
 
     Raises:
         ValueError: If there is no such data set, it cannot be read, it has no images or no column
@@ -179,38 +153,81 @@ def load(
         return _load_digits(image_size, image_column, label_column, limit)
     with _progress_bars(progress):
         splits = _read(name, cache_dir)
+        return _images(name, splits, image_size, image_column, label_column, limit)
+
+
+def _images(
+    name: str,
+    splits: dict[str, Any],
+    image_size: int | None,
+    image_column: str | None,
+    label_column: str | None,
+    limit: int | None,
+) -> Images:
+    import datasets
+
     features = splits["train"].features
     images_from = _image_column(name, features, image_column)
     labels_from = _label_column(name, features, label_column)
-
     rows = {split: _order(len(dataset)) for split, dataset in splits.items()}
     if "test" not in splits:
         splits, rows = _hold_out(name, splits["train"], rows["train"])
-    pixels, labels = {}, {}
-    for split in ("train", "test"):
-        chosen = rows[split][:limit]
-        dataset = splits[split].select(chosen.tolist())
-        pixels[split] = _decode(
-            f"{split} split of {name}", dataset, images_from, chosen, image_size, progress
+    rows = {split: chosen[:limit] for split, chosen in rows.items()}
+    what = {split: f"{split} split of {name}" for split in rows}
+    encoded = {
+        split: dataset.select_columns(images_from).cast_column(
+            images_from, datasets.Image(decode=False)
         )
-        labels[split] = _labels(f"{split} split of {name}", dataset, labels_from)
-    channels = max(images.shape[1] for images in pixels.values())
-    pixels = {split: images.expand(-1, channels, -1, -1) for split, images in pixels.items()}
-    if pixels["train"].shape[1:] != pixels["test"].shape[1:]:
-        raise ValueError(
-            f"image_size must be given for data {name!r}: its training images are "
-            f"{_size(pixels['train'].shape[:1:-1])}, its test images "
-            f"{_size(pixels['test'].shape[:1:-1])} pixels"
+        for split, dataset in splits.items()
+    }
+    found = {split: headers(encoded[split], rows[split], what[split]) for split in rows}
+    channels = max(header.channels for header in found.values())
+    height, width = _size(name, found, image_size)
+    images = {
+        split: ArrowImages(
+            encoded[split],
+            rows[split],
+            (channels, height, width),
+            resize=image_size is not None,
+            name=what[split],
         )
+        for split in rows
+    }
+    labels = {
+        split: _labels(what[split], splits[split], labels_from, rows[split]) for split in rows
+    }
+    given = {"image_column": image_column, "label_column": label_column, "limit": limit}
     return Images(
         name,
-        train=ByteImages(pixels["train"]),
-        test=ByteImages(pixels["test"]),
+        train=images["train"],
+        test=images["test"],
         levels=256,
         train_labels=labels["train"],
         test_labels=labels["test"],
         num_classes=_num_classes(splits["train"], labels_from, labels),
+        options={option: value for option, value in given.items() if value is not None},
     )
+
+
+def _size(name: str, found: Mapping[str, Headers], image_size: int | None) -> tuple[int, int]:
+    """Return height and width, of which all images are or to which they are resized."""
+    if image_size is not None:
+        return image_size, image_size
+    for header in found.values():
+        if header.size is None:
+            raise ValueError(
+                f"image_size must be given for images of different sizes, got None: "
+                f"{header.difference}"
+            )
+    train, test = found["train"].size, found["test"].size
+    assert train is not None
+    assert test is not None
+    if train != test:
+        raise ValueError(
+            f"image_size must be given for data {name!r}: its training images are "
+            f"{train[0]}x{train[1]}, its test images {test[0]}x{test[1]} pixels"
+        )
+    return train[1], train[0]
 
 
 def _load_digits(
@@ -226,17 +243,19 @@ def _load_digits(
     images = digits()
     if limit is None:
         return images
-    assert images.train_labels is not None
-    assert images.test_labels is not None
-    return Images(
-        images.name,
-        train=images.train[:limit],
-        test=images.test[:limit],
-        levels=images.levels,
-        train_labels=images.train_labels[:limit],
-        test_labels=images.test_labels[:limit],
-        num_classes=images.num_classes,
+    part = images.first(limit)
+    assert part.test_labels is not None
+    return replace(
+        part,
+        test=_first(part.test, limit),
+        test_labels=part.test_labels[:limit],
+        options={"limit": limit},
     )
+
+
+def _first(images: Tensor | ArrowImages, count: int) -> Tensor | ArrowImages:
+    which = slice(count)
+    return images.part(which) if isinstance(images, ArrowImages) else images[which]
 
 
 def _order(count: int) -> Tensor:
@@ -311,22 +330,31 @@ def _local_source(name: str, path: Path) -> dict[str, Any]:
         if path.suffix != ".parquet":
             raise ValueError(f"data must be a folder or a .parquet file, got the file {name!r}")
         return {"path": "parquet", "data_files": {"train": str(path)}}
-    tables = sorted(path.glob("*.parquet"))
-    if not tables:
-        return {"path": "imagefolder", "data_dir": str(path)}
-    files = {
-        split: [str(file) for file in tables if file.name.startswith(split)]
-        for split in ("train", *_TEST_SPLITS)
+    if any(path.glob("*.parquet")):
+        # By their names: train*, test* and so on.
+        return {"path": "parquet", "data_dir": str(path)}
+    return _image_folder(path)
+
+
+def _image_folder(path: Path) -> dict[str, Any]:
+    """Return the arguments of ``load_dataset`` for a folder of images.
+
+    Its splits are named here: ``imagefolder`` itself would list all files once for each name that
+    a split may have.
+    """
+    test = next((split for split in _TEST_SPLITS if (path / split).is_dir()), None)
+    folders = {"train": path}
+    if (path / "train").is_dir():
+        folders = {"train": path / "train"} | ({} if test is None else {"test": path / test})
+    # Else the names of the splits would be taken for classes.
+    unlabelled = not any(entry.is_dir() for entry in folders["train"].iterdir())
+    return {
+        "path": "imagefolder",
+        "data_files": {
+            split: f"{glob.escape(str(folder.resolve()))}/**" for split, folder in folders.items()
+        },
+        "drop_labels": True if unlabelled else None,
     }
-    if not files["train"]:
-        raise ValueError(
-            f"data {name!r} must hold train*.parquet, got {', '.join(f.name for f in tables)}; "
-            "or name one file"
-        )
-    # One of them only: "val" matches validation*.parquet too.
-    test = next((split for split in _TEST_SPLITS if files[split]), None)
-    chosen = ["train"] if test is None else ["train", test]
-    return {"path": "parquet", "data_files": {split: files[split] for split in chosen}}
 
 
 def _choose_splits(name: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -395,83 +423,26 @@ def _label_column(name: str, features: dict[str, Any], wanted: str | None) -> st
     return next((column for column in preferred if column in found), None)
 
 
-def _labels(what: str, dataset: Any, column: str | None) -> Tensor | None:
+def _labels(what: str, dataset: Any, column: str | None, rows: Tensor) -> Tensor | None:
     if column is None:
         return None
-    values = list(dataset[column])
-    if None in values:
+    values = dataset.data.column(column)
+    if values.null_count == len(values):
+        return None
+    known = torch.tensor(values.is_valid().to_numpy())[rows]
+    if not bool(known.all()):
         raise ValueError(
             f"label_column must name integers, got {column!r}, which misses "
-            f"{values.count(None)} of {len(values)} labels in the {what}"
+            f"{int((~known).sum())} of {len(known)} labels in the {what}"
         )
-    labels = torch.tensor(values, dtype=torch.int64)
+    labels = torch.tensor(values.cast("int64").fill_null(-1).to_numpy())[rows]
     # The Hub marks test labels that are kept secret by -1.
     return None if bool((labels < 0).any()) else labels
 
 
 def _num_classes(dataset: Any, column: str | None, labels: dict[str, Tensor | None]) -> int | None:
-    if column is None:
+    known = [int(values.max()) for values in labels.values() if values is not None]
+    if column is None or not known:
         return None
     named = getattr(dataset.features[column], "num_classes", None)
-    if named is not None:
-        return int(named)
-    known = [int(values.max()) for values in labels.values() if values is not None]
-    return max(known) + 1 if known else None
-
-
-def _decode(
-    what: str, dataset: Any, column: str, rows: Tensor, image_size: int | None, progress: bool
-) -> Tensor:
-    """Return the images as uint8, shape (n, C, H, W); ``rows`` are their numbers in the file."""
-    import datasets
-    from tqdm import tqdm
-
-    dataset = dataset.select_columns(column)
-    if not isinstance(dataset.features[column], datasets.Image):
-        dataset = dataset.cast_column(column, datasets.Image())
-    pixels: Tensor | None = None
-    for index in tqdm(range(len(dataset)), f"decoding the {what}", disable=not progress):
-        where = f"row {int(rows[index])} of the {what}"
-        try:
-            image = dataset[index][column]
-        except (OSError, ValueError, SyntaxError) as error:  # PIL has all three for broken files
-            raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
-        if image is None:
-            raise ValueError(f"{where} must hold an image, got none")
-        array = _pixels(where, image, image_size)
-        if pixels is None:
-            pixels = torch.empty((len(dataset), *array.shape), dtype=torch.uint8)
-        if array.shape[1:] != pixels.shape[2:]:
-            raise ValueError(
-                f"image_size must be given for images of different sizes, got None: {where} has "
-                f"{_size(array.shape[:0:-1])} pixels, others {_size(pixels.shape[:1:-1])}"
-            )
-        if array.shape[0] > pixels.shape[1]:
-            pixels = pixels.repeat(1, 3, 1, 1)
-        pixels[index] = array  # a grey image among colours is broadcast
-    assert pixels is not None
-    return pixels
-
-
-def _size(width_height: torch.Size) -> str:
-    return "x".join(str(length) for length in width_height)
-
-
-def _pixels(where: str, image: Any, image_size: int | None) -> Tensor:
-    """Return an image of PIL as uint8, shape (1 or 3, H, W)."""
-    import numpy as np
-    from PIL import Image
-
-    if image.mode not in (*_GREY_MODES, *_COLOUR_MODES):
-        raise ValueError(
-            f"{where} must have 8 bits a channel, got an image of PIL's mode {image.mode!r}"
-        )
-    image = image.convert("L" if image.mode in _GREY_MODES else "RGB")
-    if image_size is not None:
-        side = min(image.size)
-        left, top = ((length - side) // 2 for length in image.size)
-        image = image.resize(
-            (image_size, image_size), Image.Resampling.BOX, (left, top, left + side, top + side)
-        )
-    array = torch.from_numpy(np.array(image))
-    return array.unsqueeze(0) if array.dim() == 2 else array.permute(2, 0, 1)
+    return max(known) + 1 if named is None else int(named)

@@ -7,7 +7,7 @@ from functools import partial
 
 from ocm.covariances.names import CALIBRATED, LEARNED
 from ocm.sampling.samplers import ddim, ddpm
-from ocm.training.loop import TrainingSettings
+from ocm.training.settings import TrainingSettings
 
 SCHEDULES = ("linear", "cosine")
 NUM_TIMESTEPS = 1000

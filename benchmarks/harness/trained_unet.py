@@ -18,8 +18,8 @@ from torch import Tensor
 from ocm import Denoiser, cosine
 from ocm.data import digits
 from ocm.diffusion.backbones import small_unet
-from ocm.training.loop import TrainingSettings
 from ocm.training.objectives import train_denoiser
+from ocm.training.settings import TrainingSettings
 
 SIZE = 16
 _NUM_TRAIN, _NUM_TEST = 10_000, 64

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ocm.mixtures.mixture import Mixture, correlated_mixture, nine_gaussians
-from ocm.training.loop import TrainingSettings
+from ocm.training.settings import TrainingSettings
 
 _DENOISER_SEED = 1000
 

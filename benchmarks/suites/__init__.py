@@ -20,6 +20,7 @@ SUITES = {
     "machine_code": "the Triton kernels compiled for sm_90, which takes no GPU",
     "estimators": "every estimator on a trained U-Net: cost, error and memory; other libraries",
     "sampling": "passes and time that a covariance adds to a sampling step",
+    "data": "memory and time to the first step of training on image files",
     "mixtures": "every covariance on mixtures, with the true score and a learned one",
     "digits": "every covariance on scikit-learn's digits: likelihood, samples, diagonal and full",
     "cifar10": "covariances on CIFAR-10: likelihood, samples, and equal numbers of evaluations",

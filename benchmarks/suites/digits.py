@@ -12,15 +12,14 @@ it was interrupted, and is not made again; the record says at which commit it wa
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from cifar10.parts import as_json, write_json
 from harness import budget
 from harness.timing import Setting
 from torch import Tensor
@@ -29,21 +28,23 @@ import hessdiag
 import ocm
 from hessdiag.bases import dct_matrix
 from ocm import checkpoints
+from ocm.checkpoints.catalogue import CovarianceSettings, affordable
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
-from ocm.cli.evaluate import evaluate
-from ocm.cli.inputs import calibration_images
-from ocm.cli.options import HeadName
-from ocm.cli.train import train
+from ocm.checkpoints.held_back import calibration_images
+from ocm.covariances.names import LEARNED
 from ocm.data import Images
 from ocm.diffusion.noise import noisy_prediction
 from ocm.evaluation import classifier
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.evaluation import EvaluationSettings, evaluate
 from ocm.evaluation.features import classifier_features
 from ocm.evaluation.markdown import likelihood_markdown, markdown_table, quality_markdown
 from ocm.evaluation.pictures import evaluation_plot
 from ocm.evaluation.samples import Quality
 from ocm.evaluation.scores import Estimate, estimate, steps_of
+from ocm.training.settings import TrainingSettings
+from ocm.training.workflow import NewDenoiser, NewHeads, train_checkpoint
 
 _CACHE = Path(__file__).parent.parent.parent / ".cache" / "benchmarks" / "digits"
 
@@ -128,40 +129,41 @@ def _trained(sizes: Sizes, device: torch.device) -> Path:
     directory = _CACHE / name
     # Written last: a checkpoint without it was interrupted, and its states are still there.
     if not (directory / "train.json").exists():
-        (directory / "ocm.json").unlink(missing_ok=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(
-                out=directory,
-                width=sizes.width,
-                denoiser_steps=sizes.denoiser_steps,
-                head_steps=sizes.head_steps,
-                head=list(HeadName),
-                seed=SEED,
-                device=str(device),
-                quiet=True,
-            )
+        training = TrainingSettings(sizes.denoiser_steps, seed=SEED)
+        # Another seed: the heads see other noisy images than those the denoiser was fitted to.
+        of_heads = replace(training, num_steps=sizes.head_steps, learning_rate=1e-2, seed=SEED + 1)
+        checkpoint, record = train_checkpoint(
+            ocm.data.digits(),
+            NewDenoiser(training, sizes.width),
+            NewHeads(of_heads, tuple(LEARNED), seed=SEED),
+            directory,
+            device=device,
+            progress=False,
+        )
+        checkpoints.save(checkpoint, directory)
+        write_json(directory / "train.json", record | {"environment": environment(device)})
     return directory
 
 
 def _evaluated(directory: Path, sizes: Sizes, device: torch.device) -> Row:
     """Return what ``ocm evaluate --all`` records, but for its own time and place."""
+    checkpoint = checkpoints.load(directory, device)
+    settings = EvaluationSettings(
+        affordable(checkpoint),
+        sizes.step_counts,
+        calibrated=True,
+        quality=True,
+        num_images=sizes.num_images,
+        fit_images=sizes.fit_images,
+        num_samples=sizes.num_samples,
+        covariances=CovarianceSettings(seed=SEED),
+        seed=SEED,
+    )
     out = directory / "evaluation"
     # Its tables are those of this suite, which shows them at the end.
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluate(
-            directory,
-            out=out,
-            steps=list(sizes.step_counts),
-            everything=True,
-            num_images=sizes.num_images,
-            num_samples=sizes.num_samples,
-            fit_images=sizes.fit_images,
-            seed=SEED,
-            device=str(device),
-            quiet=True,
-        )
-    record: Row = json.loads((out / "evaluation.json").read_text())
-    return {k: v for k, v in record.items() if k not in ("checkpoint", "environment", "seconds")}
+    record, _ = evaluate(checkpoint, ocm.data.digits(), settings, out, progress=False)
+    found: Row = as_json(record)
+    return found
 
 
 @torch.no_grad()

@@ -53,6 +53,7 @@ class Checkpoint:
         x0_range: Where the data lie; None for data without bounds: latents.
         num_calibration: How many of the training images, the last ones, nothing was trained on:
             they are there for calibrations.
+        data_options: Arguments of :func:`ocm.data.load` that give the same images again.
     """
 
     denoiser: Denoiser
@@ -64,6 +65,7 @@ class Checkpoint:
     calibrations: Mapping[str, Table] = field(default_factory=dict)
     x0_range: tuple[float, float] | None = (-1.0, 1.0)
     num_calibration: int = 0
+    data_options: Mapping[str, str | int] = field(default_factory=dict)
 
 
 def save(
@@ -101,6 +103,7 @@ def save(
         "image_shape": list(checkpoint.image_shape),
         "levels": checkpoint.levels,
         "data": checkpoint.data,
+        "data_options": dict(checkpoint.data_options),
         "x0_range": None if checkpoint.x0_range is None else list(checkpoint.x0_range),
         "num_calibration": checkpoint.num_calibration,
         "learned": {},
@@ -142,6 +145,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         check_positive_int("levels", description["levels"])
         data, prediction_type = str(description["data"]), description["prediction_type"]
         num_calibration = int(description["num_calibration"])
+        # Absent in earlier checkpoints.
+        data_options = dict(description.get("data_options", {}))
         bounds = description["x0_range"]
         x0_range = None if bounds is None else (float(bounds[0]), float(bounds[1]))
         entries = {
@@ -179,6 +184,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         calibrations,
         x0_range,
         num_calibration,
+        data_options,
     )
 
 

@@ -69,7 +69,8 @@ def calibrate(
     from ocm import checkpoints
     from ocm.checkpoints.catalogue import CovarianceSettings, available
     from ocm.checkpoints.fitting import fitted
-    from ocm.cli.inputs import calibration_images, calibration_labels, images_for
+    from ocm.checkpoints.held_back import calibration_images, calibration_labels
+    from ocm.cli.inputs import images_for
     from ocm.covariances.names import has_density, named
     from ocm.evaluation.environment import environment
     from ocm.evaluation.scores import steps_of
@@ -77,7 +78,7 @@ def calibrate(
     place = resolve_device(device)
     prepare_directory(out or checkpoint)
     loaded = checkpoints.load(checkpoint, place)
-    images = images_for(loaded, data, vae, image_size)
+    images = images_for(loaded, data, vae, image_size, progress=not quiet)
     chosen = [name.value for name in covariance or []]
     names = chosen or [n for n in available(loaded) if n in named("fitted", "learned")]
     for name in names:

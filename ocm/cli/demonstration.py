@@ -30,8 +30,9 @@ from ocm.evaluation.scores import (
     variance_errors,
 )
 from ocm.sampling.samplers import sample
-from ocm.training.loop import TrainingSettings, mean_of_last
+from ocm.training.loop import mean_of_last
 from ocm.training.objectives import train_denoiser, train_head
+from ocm.training.settings import TrainingSettings
 
 _SAMPLES_PER_ROW = 12
 _COVARIANCES = ("beta", "beta_tilde", "ocm", "hutchinson", "exact")

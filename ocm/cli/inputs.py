@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     from ocm.checkpoints.checkpoint import Checkpoint
     from ocm.data import Images
+    from ocm.images import ArrowImages
+
+_IMAGES_AT_ONCE = 256
 
 
 def existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
@@ -19,7 +22,9 @@ def existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
 
     if (path / "model_index.json").exists():
         model = checkpoints.load_denoiser(path, place)
-        base = checkpoints.Checkpoint(model, images.shape, images.levels, images.name)
+        base = checkpoints.Checkpoint(
+            model, images.shape, images.levels, images.name, data_options=images.options
+        )
         channels = model.backbone.config.in_channels
         if channels != images.shape[0]:
             raise ValueError(
@@ -33,7 +38,7 @@ def existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
                 f"--denoiser takes images of shape {base.image_shape}, but those of --data "
                 f"{data} have {images.shape}"
             )
-        base = replace(base, data=images.name, levels=images.levels)
+        base = replace(base, data=images.name, levels=images.levels, data_options=images.options)
     if base.denoiser.takes_labels and images.train_labels is None:
         raise ValueError(f"--denoiser takes class labels, and --data {data} has none")
     return base
@@ -41,18 +46,38 @@ def existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
 
 def encoded(images: Images, vae: Path, place: Any) -> Images:
     """Return the data set as latents of the autoencoder in the folder ``vae``."""
-    from ocm.integrations.latents import encode, load_autoencoder
+    from ocm.integrations.latents import load_autoencoder
 
     autoencoder = load_autoencoder(vae, place)
     return replace(
         images,
-        train=encode(autoencoder, images.train[:]),
-        test=encode(autoencoder, images.test[:]),
+        train=_encode(autoencoder, images.train),
+        test=_encode(autoencoder, images.test),
+    )
+
+
+def _encode(autoencoder: Any, images: Tensor | ArrowImages) -> Tensor:
+    """Return latents, of so many images at a time that only latents fill the memory."""
+    import torch
+
+    from ocm.integrations.latents import encode
+
+    firsts = range(0, len(images), _IMAGES_AT_ONCE)
+    return torch.cat(
+        [
+            encode(autoencoder, images[first : first + _IMAGES_AT_ONCE], sample_offset=first)
+            for first in firsts
+        ]
     )
 
 
 def images_for(
-    loaded: Checkpoint, data: str | None, vae: Path | None = None, image_size: int | None = None
+    loaded: Checkpoint,
+    data: str | None,
+    vae: Path | None = None,
+    image_size: int | None = None,
+    *,
+    progress: bool = False,
 ) -> Images:
     """Return the data set of a checkpoint, or another of the same shape.
 
@@ -61,6 +86,7 @@ def images_for(
         data: Name of another data set, or None.
         vae: Autoencoder of a model of latents.
         image_size: Side of the images that it encodes.
+        progress: Whether to show progress bars.
 
     Raises:
         ValueError: If its images are of another shape, or there is no autoencoder for latents.
@@ -71,10 +97,14 @@ def images_for(
         raise ValueError("--vae must be given, since this is a model of latents")
     if vae is None and image_size is not None:
         raise ValueError(f"--image-size {image_size} is for --vae; the model has its own size")
-    if vae is None:
-        images = datasets.load(data or loaded.data, image_size=loaded.image_shape[-1])
-    else:
-        images = datasets.load(data or loaded.data, image_size=image_size)
+    options: Any = loaded.data_options if data is None else {}
+    images = datasets.load(
+        data or loaded.data,
+        image_size=loaded.image_shape[-1] if vae is None else image_size,
+        progress=progress,
+        **options,
+    )
+    if vae is not None:
         images = encoded(images, vae, loaded.denoiser.device)
     if images.shape != loaded.image_shape:
         raise ValueError(
@@ -82,23 +112,3 @@ def images_for(
             f"{images.name} have {images.shape}"
         )
     return images
-
-
-def calibration_images(loaded: Checkpoint, images: Images, count: int) -> Tensor:
-    """Return at most ``count`` training images, those that nothing was trained on where possible.
-
-    A denoiser errs less on what it was trained on, and a calibration there would be too narrow.
-    """
-    kept = loaded.num_calibration
-    if kept == 0:
-        return images.train[: min(count, len(images.train))]
-    first = len(images.train) - kept
-    return images.train[first : first + min(count, kept)]
-
-
-def calibration_labels(loaded: Checkpoint, images: Images, count: int) -> Tensor | None:
-    """Return the classes of :func:`calibration_images`, for a denoiser that takes them."""
-    if not loaded.denoiser.takes_labels or images.train_labels is None:
-        return None
-    first = len(images.train) - loaded.num_calibration if loaded.num_calibration else 0
-    return images.train_labels[first : first + count]

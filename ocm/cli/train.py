@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,8 +22,6 @@ from ocm.cli.options import (
 
 if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
-    from ocm.data import Images
-    from ocm.diffusion.denoiser import Denoiser
 
 
 class ScheduleName(str, Enum):
@@ -65,10 +62,6 @@ class Precision(str, Enum):
     fp16 = "fp16"
 
 
-# Of a new denoiser, refused beside --denoiser.
-_OF_A_NEW_DENOISER = ("width", "schedule", "prediction_type", "denoiser_steps", "learning_rate")
-
-
 def train(
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint.")] = Path("runs/train"),
     data: Annotated[
@@ -81,6 +74,18 @@ def train(
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side to which images are cropped and resized.")
     ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Column of the images. Default: the one that holds images.")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of integer labels. Default: the one of classes.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Most images of each split, after shuffling.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read images ahead of the steps.")
+    ] = 0,
     vae: Annotated[
         Path | None,
         typer.Option(help="Folder of an AutoencoderKL: train in its latent space."),
@@ -175,25 +180,13 @@ def train(
     from ocm import data as datasets
     from ocm.cli.inputs import encoded, existing
     from ocm.evaluation.environment import environment
-    from ocm.training.loop import TrainingSettings, mean_of_last
-    from ocm.training.objectives import train_denoiser, train_head
+    from ocm.training.settings import TrainingSettings
+    from ocm.training.workflow import NewDenoiser, NewHeads, train_checkpoint
 
     place = resolve_device(device)
     prepare_directory(out)
     if (out / "ocm.json").exists() and not overwrite:
         raise ValueError(f"--out {out} holds a checkpoint; choose another or pass --overwrite")
-    loop: dict[str, Any] = {
-        "resume": not overwrite,
-        "tensorboard": tensorboard,
-        "progress": not quiet,
-    }
-    given = {
-        "width": width,
-        "schedule": schedule,
-        "prediction_type": prediction_type,
-        "denoiser_steps": denoiser_steps,
-        "learning_rate": learning_rate,
-    }
     settings = TrainingSettings(
         denoiser_steps or 900,
         batch_size,
@@ -203,151 +196,81 @@ def train(
         mixed_precision=mixed_precision.value,
         horizontal_flip=flip,
         checkpoint_every=checkpoint_every,
+        num_workers=workers,
     )
-    # Another seed: the heads see other noisy images than those the denoiser was fitted to.
-    head_settings = replace(
-        settings, num_steps=head_steps, learning_rate=head_learning_rate, seed=seed + 1
+    heads = NewHeads(
+        # Another seed: the heads see other noisy images than those the denoiser was fitted to.
+        replace(settings, num_steps=head_steps, learning_rate=head_learning_rate, seed=seed + 1),
+        tuple(name.value for name in head or [HeadName.ocm]),
+        head_kind.value,
+        parameterisation.value,
+        target_probes,
+        forward_mode,
+        seed,
     )
-    images = datasets.load(data, image_size=image_size)
+    images = datasets.load(
+        data,
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column,
+        limit=limit,
+        progress=not quiet,
+    )
     if vae is not None:
         images = encoded(images, vae, place)
-    record: dict[str, Any] = {"data": data, "head": asdict(head_settings), "head_loss": {}}
-    record["head"] |= {"target_probes": target_probes, "parameterisation": parameterisation.value}
-    start = time.perf_counter()
+    start: NewDenoiser | Checkpoint
     if denoiser is None:
-        schedule_name = (schedule or ScheduleName.cosine).value
-        kind = (prediction_type or PredictionName.epsilon).value
-        apart = min(len(images.train) // 10, 1000) if hold_out is None else hold_out
-        shown = images.train[: _rest(images, apart)]
-        (out / "ocm.json").unlink(missing_ok=True)
-        model = _new_denoiser(images, width or 32, schedule_name, kind, seed, place)
-        losses = train_denoiser(
-            model, shown, settings, directory=out / "training" / "denoiser", **loop
+        start = NewDenoiser(
+            settings,
+            width or 32,
+            (schedule or ScheduleName.cosine).value,
+            (prediction_type or PredictionName.epsilon).value,
+            hold_out,
         )
-        base = checkpoints.Checkpoint(
-            model, images.shape, images.levels, images.name, num_calibration=apart
-        )
-        record["denoiser"] = asdict(settings) | {
-            "width": width or 32,
-            "schedule": schedule_name,
-            "prediction_type": kind,
-        }
-        record["denoiser_loss"] = mean_of_last(losses)
     else:
-        for option in _OF_A_NEW_DENOISER:
-            value: Any = given[option]
-            if value is not None:
-                raise ValueError(
-                    f"--{option.replace('_', '-')} {getattr(value, 'value', value)} is for a new "
-                    "denoiser; leave it out with --denoiser"
-                )
-        base = existing(denoiser, images, data, place)
-        (out / "ocm.json").unlink(missing_ok=True)
+        _check_kept(
+            width=width,
+            schedule=schedule,
+            prediction_type=prediction_type,
+            denoiser_steps=denoiser_steps,
+            learning_rate=learning_rate,
+        )
+        start = existing(denoiser, images, data, place)
         if hold_out is not None:
-            if (denoiser / "ocm.json").exists() and hold_out > base.num_calibration:
+            if (denoiser / "ocm.json").exists() and hold_out > start.num_calibration:
                 raise ValueError(
-                    f"--hold-out must be at most {base.num_calibration}, the images that the "
+                    f"--hold-out must be at most {start.num_calibration}, the images that the "
                     f"denoiser in {denoiser} was not trained on, got {hold_out}"
                 )
-            base = replace(base, num_calibration=hold_out)
-        shown = images.train[: _rest(images, base.num_calibration)]
-        record["denoiser"] = str(denoiser)
-    if vae is not None:
-        base = replace(base, x0_range=None)
-    learned = dict(base.learned)
-    trained = list(dict.fromkeys(name.value for name in head or [HeadName.ocm]))
-    for name in trained:
-        covariance = untrained(
-            name,
-            base,
-            images,
-            kind=head_kind.value,
-            parameterisation=parameterisation.value,
-            target_probes=target_probes,
-            forward_mode=forward_mode,
-            seed=seed,
-        )
-        losses = train_head(
-            covariance,
-            shown,
-            head_settings,
-            labels=_labels(images, len(shown)) if base.denoiser.takes_labels else None,
-            name=f"{name} head",
-            directory=out / "training" / name,
-            **loop,
-        )
-        learned[name] = covariance
-        record["head_loss"][name] = mean_of_last(losses)
+            start = replace(start, num_calibration=hold_out)
+    trained, record = train_checkpoint(
+        images,
+        start,
+        heads,
+        out,
+        device=place,
+        resume=not overwrite,
+        tensorboard=tensorboard,
+        progress=not quiet,
+    )
     if os.environ.get("RANK", "0") != "0":  # one of several processes, and not the first
         return
-    record["trained_on"] = len(shown)
-    record["seconds"] = round(time.perf_counter() - start, 2)
-    record["environment"] = environment(place)
-    kept = {name: table for name, table in base.calibrations.items() if name not in trained}
-    checkpoints.save(replace(base, learned=learned, calibrations=kept), out)
-    write_json(out / "train.json", record)
+    if denoiser is not None:
+        record["denoiser"] = str(denoiser)
+    if vae is not None:
+        trained = replace(trained, x0_range=None)
+    checkpoints.save(trained, out)
+    write_json(out / "train.json", record | {"environment": environment(place)})
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
     typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")
 
 
-def untrained(
-    name: str,
-    checkpoint: Checkpoint,
-    images: Images,
-    *,
-    kind: str = "simple",
-    parameterisation: str = "paper",
-    target_probes: int = 1,
-    forward_mode: bool = False,
-    seed: int = 0,
-) -> Any:
-    """Return a learned covariance with an untrained head.
-
-    Args:
-        name: A name of :data:`ocm.checkpoints.checkpoint.LEARNED`.
-        checkpoint: The denoiser.
-        images: Whose standard deviation is the unit of a preconditioned head.
-        kind: "simple" or "residual".
-        parameterisation: "paper", "preconditioned" or "positive".
-        target_probes: Probes in each target of OCM.
-        forward_mode: Whether OCM's targets come from forward mode.
-        seed: Seed of the head's weights.
-    """
-    from ocm.checkpoints.checkpoint import LEARNED
-    from ocm.covariances.learned.heads import make_head
-    from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
-
-    units = PAPER
-    if parameterisation != "paper":
-        std = images.train[:1000].std().item()
-        units = Parameterisation(round(std, 4), positive=parameterisation == "positive")
-    options: dict[str, Any] = {}
-    if name == "ocm":
-        options = {"num_probes": target_probes, "mode": "jvp" if forward_mode else "vjp"}
-    head = make_head(checkpoint.denoiser, kind, seed=seed)
-    return LEARNED[name](checkpoint.denoiser, head, units, **options)
-
-
-def _new_denoiser(
-    images: Images, width: int, schedule: str, prediction_type: str, seed: int, place: Any
-) -> Denoiser:
-    from ocm.diffusion.backbones import small_unet
-    from ocm.diffusion.denoiser import Denoiser
-    from ocm.diffusion.schedules import SCHEDULES
-
-    unet = small_unet(images.shape, width=width, seed=seed).to(place)
-    return Denoiser(unet, SCHEDULES[schedule](1000), prediction_type)
-
-
-def _rest(images: Images, kept: int) -> int:
-    """Return how many training images are left for training."""
-    if not 0 <= kept < len(images.train):
-        raise ValueError(
-            f"--hold-out must be below {len(images.train)}, the training images, got {kept}"
-        )
-    return len(images.train) - kept
-
-
-def _labels(images: Images, count: int) -> Any:
-    return None if images.train_labels is None else images.train_labels[:count]
+def _check_kept(**given: Any) -> None:
+    """Refuse options of a new denoiser beside --denoiser."""
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"--{option.replace('_', '-')} {getattr(value, 'value', value)} is for a new "
+                "denoiser; leave it out with --denoiser"
+            )

@@ -2,52 +2,31 @@
 
 Where Inception's weights are not at hand, or images are not of its kind (digits, say), distances
 between samples are taken in these features
-(:func:`ocm.evaluation.distances.classifier_features`). They are figures of this classifier, and
+(:func:`ocm.evaluation.features.classifier_features`). They are figures of this classifier, and
 compare methods with one another only.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
+import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ocm.data import ByteImages
 from ocm.diffusion.checks import check_positive_int
+from ocm.images import ArrowImages
+from ocm.training.loop import train
+from ocm.training.settings import TrainingSettings
 
-_FORMAT = "ocm-classifier"
-_VERSION = 1
 _MIN_SIZE = 4  # two halvings leave a pixel
 _WIDTHS = (32, 64, 128)
-_PEAK_LEARNING_RATE = 3e-3
-
-
-class _Network(nn.Module):
-    """Three 3x3 convolutions, the last two after a halving, the mean over pixels, two layers."""
-
-    def __init__(self, channels: int, num_features: int, num_classes: int) -> None:
-        super().__init__()
-        first, second, third = _WIDTHS
-        self.body = nn.Sequential(
-            *(nn.Conv2d(channels, first, 3, padding=1), nn.GroupNorm(8, first), nn.SiLU()),
-            nn.MaxPool2d(2),
-            *(nn.Conv2d(first, second, 3, padding=1), nn.GroupNorm(8, second), nn.SiLU()),
-            nn.MaxPool2d(2),
-            *(nn.Conv2d(second, third, 3, padding=1), nn.GroupNorm(8, third), nn.SiLU()),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-            *(nn.Linear(third, num_features), nn.SiLU()),
-        )
-        self.output = nn.Linear(num_features, num_classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.output(self.body(images))
-        return logits
+# As PyTorchModelHubMixin calls them.
+_FILES = ("config.json", "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -81,41 +60,66 @@ class ClassifierDescription:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class Classifier:
-    """A trained classifier, frozen and in eval mode.
+class Classifier(nn.Module, PyTorchModelHubMixin):
+    """Three 3x3 convolutions, the last two after a halving, the mean over pixels, two layers.
 
-    Attributes:
-        network: Gives logits, shape (n, num_classes), of images in [-1, 1].
-        description: Shapes, and how it was trained.
+    The arguments are those of :class:`ClassifierDescription`.
     """
 
-    network: nn.Module
-    description: ClassifierDescription
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        num_features: int,
+        num_steps: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        self.description = ClassifierDescription(
+            (channels, height, width), num_classes, num_features, num_steps, batch_size, seed
+        )
+        first, second, third = _WIDTHS
+        self.body = nn.Sequential(
+            *(nn.Conv2d(channels, first, 3, padding=1), nn.GroupNorm(8, first), nn.SiLU()),
+            nn.MaxPool2d(2),
+            *(nn.Conv2d(first, second, 3, padding=1), nn.GroupNorm(8, second), nn.SiLU()),
+            nn.MaxPool2d(2),
+            *(nn.Conv2d(second, third, 3, padding=1), nn.GroupNorm(8, third), nn.SiLU()),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            *(nn.Linear(third, num_features), nn.SiLU()),
+        )
+        self.output = nn.Linear(num_features, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits, shape (n, num_classes), of images in [-1, 1], shape (n, C, H, W)."""
+        logits: Tensor = self.output(self._body(images))
+        return logits
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Return logits, shape (n, num_classes), of images in [-1, 1], shape (n, C, H, W)."""
-        logits: Tensor = self.network(self._placed(images))
-        return logits
+        """Return what the classifier does, without gradients."""
+        return self.forward(images)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return the penultimate layer, shape (n, num_features), after its activation."""
-        features: Tensor = self.network.get_submodule("body")(self._placed(images))
-        return features
+        return self._body(images)
 
-    def _placed(self, images: Tensor) -> Tensor:
-        if tuple(images.shape[1:]) != self.description.image_shape:
+    def _body(self, images: Tensor) -> Tensor:
+        shape = self.description.image_shape
+        if tuple(images.shape[1:]) != shape:
             raise ValueError(
-                f"images must have shape (n, {', '.join(map(str, self.description.image_shape))}), "
+                f"images must have shape (n, {', '.join(map(str, shape))}), "
                 f"got {tuple(images.shape)}"
             )
-        return images.to(next(self.network.parameters()))
+        features: Tensor = self.body(images.to(self.output.weight))
+        return features
 
 
 def train_classifier(
-    images: Tensor | ByteImages,
+    images: Tensor | ArrowImages,
     labels: Tensor,
     num_classes: int,
     *,
@@ -128,9 +132,9 @@ def train_classifier(
 ) -> Classifier:
     """Train a small convolutional network to tell the classes of images.
 
-    AdamW minimises the cross-entropy; its rate rises for a tenth of the steps, then falls to zero
-    on a cosine. The seed fixes the start and the order of the images: on a CPU the same call gives
-    the same weights, whatever the state of PyTorch's generator.
+    :func:`ocm.training.loop.train` minimises the cross-entropy; the rate rises for a tenth of the
+    steps. The seed fixes the start and the order of the images: on a CPU the same call gives the
+    same weights, whatever the state of PyTorch's generator.
 
     Args:
         images: Images in [-1, 1], shape (n, C, H, W), of 4x4 pixels or more.
@@ -143,6 +147,9 @@ def train_classifier(
         progress: Whether to show a progress bar.
         device: Where to train; the classifier stays there.
 
+    Returns:
+        The classifier, frozen and in eval mode.
+
     Raises:
         ValueError: If shapes or labels do not fit.
         FloatingPointError: If the loss is not finite.
@@ -154,8 +161,6 @@ def train_classifier(
         >>> accuracy(classifier, images, bright)
         1.0
     """
-    from tqdm import tqdm
-
     _check_labels(images, labels, num_classes)
     channels, height, width = images.shape[1:]
     description = ClassifierDescription(
@@ -163,37 +168,33 @@ def train_classifier(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # layers draw their start from the global generator
-        network = _Network(channels, num_features, num_classes).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=_PEAK_LEARNING_RATE)
-    warmup_steps = max(num_steps // 10, 1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: (
-            min(1.0, (step + 1) / warmup_steps) * (1 + math.cos(math.pi * step / num_steps)) / 2
-        ),
+        classifier = Classifier(**asdict(description))
+
+    def loss(
+        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+    ) -> Tensor:
+        assert labels is not None
+        return functional.cross_entropy(module(x0), labels)
+
+    settings = TrainingSettings(
+        num_steps,
+        batch_size,
+        learning_rate=3e-3,
+        warmup_steps=num_steps // 10,
+        ema_decay=0.0,
+        seed=seed,
+        weight_decay=0.01,
     )
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.empty(0, dtype=torch.int64)
-    for step in tqdm(range(num_steps), "classifier", disable=not progress):
-        while len(order) < batch_size:
-            order = torch.cat([order, torch.randperm(len(images), generator=generator)])
-        batch, order = order[:batch_size], order[batch_size:]
-        loss = functional.cross_entropy(
-            network(images[batch].to(device, torch.float32)), labels[batch].to(device)
-        )
-        if not math.isfinite(loss.item()):
-            raise FloatingPointError(
-                f"the classifier's loss is {loss.item()} at step {step}; are the images finite?"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-    return Classifier(network.eval().requires_grad_(False), description)
+    # One timestep, which the loss does not look at.
+    train(
+        "classifier", classifier, loss, images, labels, 1, settings, device=device,
+        progress=progress,
+    )  # fmt: skip
+    return classifier.eval().requires_grad_(False)
 
 
 def accuracy(
-    classifier: Classifier, images: Tensor | ByteImages, labels: Tensor, *, batch_size: int = 500
+    classifier: Classifier, images: Tensor | ArrowImages, labels: Tensor, *, batch_size: int = 500
 ) -> float:
     """Return the share of images whose largest logit is that of their label.
 
@@ -215,7 +216,7 @@ def accuracy(
     return correct / len(images)
 
 
-def _check_labels(images: Tensor | ByteImages, labels: Tensor, num_classes: int) -> None:
+def _check_labels(images: Tensor | ArrowImages, labels: Tensor, num_classes: int) -> None:
     check_positive_int("num_classes", num_classes)
     if len(images.shape) != 4 or len(images) == 0:
         raise ValueError(
@@ -235,7 +236,7 @@ def _check_labels(images: Tensor | ByteImages, labels: Tensor, num_classes: int)
 
 
 def save(classifier: Classifier, path: str | Path) -> None:
-    """Write ``classifier.json`` and ``classifier.safetensors`` to a directory, made if need be.
+    """Write ``config.json`` and ``model.safetensors`` to a directory, made if need be.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -246,63 +247,34 @@ def save(classifier: Classifier, path: str | Path) -> None:
         ...     torch.equal(load(directory).logits(images), classifier.logits(images))
         True
     """
-    from safetensors.torch import save_file
-
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(classifier.network.state_dict(), directory / "classifier.safetensors")
-    description = {"format": _FORMAT, "version": _VERSION} | asdict(classifier.description)
-    (directory / "classifier.json").write_text(json.dumps(description, indent=2) + "\n")
+    classifier.save_pretrained(path, config=asdict(classifier.description))
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
-    """Read a classifier that :func:`save` wrote; nothing is unpickled.
+    """Read a classifier that :func:`save` wrote; nothing is unpickled, and nothing downloaded.
 
     Raises:
-        ValueError: That names the file, if one is missing, damaged, of another format, or holds
-            other weights than its description says.
+        ValueError: That names the file or the folder, if one is missing or damaged, or holds other
+            weights than its configuration says.
 
     Example:
         >>> load("nowhere")
         Traceback (most recent call last):
         ...
-        ValueError: no classifier at nowhere: nowhere/classifier.json is missing
+        ValueError: no classifier at nowhere: nowhere/config.json is missing
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     directory = Path(path)
-    description = _read_description(directory / "classifier.json")
-    network = _Network(
-        description.image_shape[0], description.num_features, description.num_classes
-    )
-    file = directory / "classifier.safetensors"
+    for file in _FILES:
+        if not (directory / file).is_file():
+            raise ValueError(f"no classifier at {directory}: {directory / file} is missing")
     try:
-        network.load_state_dict(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{file} is of another classifier: {error}") from error
-    if not all(bool(torch.isfinite(weight).all()) for weight in network.parameters()):
-        raise ValueError(f"{file} holds NaN or infinite weights")
-    return Classifier(network.to(device).eval().requires_grad_(False), description)
-
-
-def _read_description(file: Path) -> ClassifierDescription:
-    try:
-        entries: Any = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"no classifier at {file.parent}: {file} is missing") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(entries, dict) or entries.pop("format", None) != _FORMAT:
-        raise ValueError(f'{file} is no classifier of ocm: "format" must be "{_FORMAT}"')
-    version = entries.pop("version", None)
-    if version != _VERSION:
-        raise ValueError(f"{file} has version {version!r}, this ocm reads {_VERSION}")
-    try:
-        channels, height, width = (int(size) for size in entries.pop("image_shape"))
-        return ClassifierDescription((channels, height, width), **entries)
-    except (KeyError, TypeError, ValueError) as error:
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads
+            classifier = Classifier.from_pretrained(directory, strict=True)
+    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} lacks or misstates an entry: {reason}") from error
+        raise ValueError(f"{directory} holds no classifier that can be read: {reason}") from error
+    if not all(bool(torch.isfinite(weight).all()) for weight in classifier.parameters()):
+        raise ValueError(f"{directory / _FILES[1]} holds NaN or infinite weights")
+    return classifier.to(device).eval().requires_grad_(False)

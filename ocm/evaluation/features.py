@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ocm.data import ByteImages
 from ocm.diffusion.checks import check_positive_int
 from ocm.evaluation.classifier import Classifier
+from ocm.images import ArrowImages
 
 _INCEPTION_FEATURES = 2048
 
@@ -48,7 +48,7 @@ class FeatureExtractor:
         check_positive_int("batch_size", self.batch_size)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor | ByteImages) -> Tensor:
+    def __call__(self, images: Tensor | ArrowImages) -> Tensor:
         """Return the features of images in [-1, 1], shape (n, d).
 
         Raises:

@@ -1,7 +1,7 @@
-"""Training: a loop that knows nothing of diffusion, on Hugging Face accelerate.
+"""Training: a loop that knows nothing of diffusion.
 
 What it trains is in :mod:`ocm.training.objectives`. It runs on one device, or on processes that
-``accelerate launch`` or ``torchrun`` started, in mixed precision, with accumulated gradients. A
+``torchrun`` or ``accelerate launch`` started, in mixed precision, with accumulated gradients. A
 step is a pure function of the weights, the seed and the step's number. So it does not matter
 over how many processes or micro-batches a batch is split, to the rounding of sums, and a training
 that was killed goes on to the same bits.
@@ -10,17 +10,25 @@ that was killed goes on to the same bits.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ocm.diffusion.checks import check_positive_int
+from ocm.training.batches import (
+    ImageSource,
+    MicroBatch,
+    MicroBatches,
+    check_data,
+    derived_seed,
+)
+from ocm.training.processes import Processes, join, seed_random_numbers
+from ocm.training.settings import TrainingSettings
 from ocm.training.state import (
     TrainingState,
     TrainingStateError,
@@ -32,10 +40,7 @@ from ocm.training.state import (
 )
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from diffusers.training_utils import EMAModel
-
-MixedPrecision = Literal["no", "bf16", "fp16"]
 
 LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor | None, int], Tensor]
 """``loss(module, x0, t, labels, sample_offset)``: the mean over a (micro-)batch.
@@ -44,117 +49,6 @@ LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor | None, int], Tensor]
 are several processes. ``x0`` has shape (b, ...), ``t`` and ``labels`` are int64 of shape (b,), and
 ``sample_offset`` is the number of samples that training has seen before these.
 """
-
-
-class ImageSource(Protocol):
-    """Images that are read as they are needed; a tensor of shape (n, C, ...) is one too."""
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    def __getitem__(self, indices: Tensor, /) -> Tensor:
-        """Return the images of ``indices``, int64 of shape (b,), as (b, C, ...) in [-1, 1]."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Settings of one training loop.
-
-    Attributes:
-        num_steps: Optimiser steps.
-        batch_size: Images a step, over all processes and micro-batches.
-        learning_rate: Peak of AdamW's learning rate: a linear warm-up, then a cosine to zero.
-        warmup_steps: Steps of the warm-up.
-        ema_decay: Decay of the exponential moving average of the weights, which is what training
-            leaves in the network.
-        seed: Seed of the order of the images, the timesteps, the noise and the probes.
-        weight_decay: AdamW's weight decay.
-        max_gradient_norm: Norm to which a larger gradient is scaled down.
-        gradient_accumulation_steps: Micro-batches that a process takes a step in.
-        mixed_precision: What autocast computes the loss in: "no" for none, "bf16" or "fp16".
-        horizontal_flip: Whether to flip each image left to right with probability 1/2.
-        timestep_exponent: Timesteps are N u^exponent with u uniform: 1 for all alike, 2 to see
-            little noise more often, half of the time t <= N / 4.
-        checkpoint_every: Steps from one state on disk to the next, where there is a directory.
-    """
-
-    num_steps: int
-    batch_size: int = 64
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
-    ema_decay: float = 0.995
-    seed: int = 0
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
-    mixed_precision: MixedPrecision = "no"
-    horizontal_flip: bool = False
-    timestep_exponent: float = 1.0
-    checkpoint_every: int = 200
-
-    def __post_init__(self) -> None:
-        check_positive_int("num_steps", self.num_steps)
-        check_positive_int("batch_size", self.batch_size)
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay}")
-        if not self.max_gradient_norm > 0:
-            raise ValueError(f"max_gradient_norm must be positive, got {self.max_gradient_norm}")
-        check_positive_int("gradient_accumulation_steps", self.gradient_accumulation_steps)
-        if self.mixed_precision not in get_args(MixedPrecision):
-            raise ValueError(
-                f"mixed_precision must be one of {', '.join(get_args(MixedPrecision))}, got "
-                f"{self.mixed_precision!r}"
-            )
-        if not self.timestep_exponent > 0:
-            raise ValueError(f"timestep_exponent must be positive, got {self.timestep_exponent}")
-        check_positive_int("checkpoint_every", self.checkpoint_every)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Which images a step takes, and at which timesteps.
-
-    Attributes:
-        indices: Places of the images, int64 of shape (batch_size,).
-        timesteps: Timesteps in 1 .. N, int64 of shape (batch_size,).
-        flips: Which images are flipped, bool of shape (batch_size,).
-    """
-
-    indices: Tensor
-    timesteps: Tensor
-    flips: Tensor
-
-
-def batch_of_step(
-    step: int, settings: TrainingSettings, num_images: int, num_timesteps: int
-) -> Batch:
-    """Draw images with replacement, and timesteps spread over 1 .. N, for one step.
-
-    Each u of the timesteps N u^exponent is uniform alone; spreading them evenly within a batch
-    lowers the gradient's variance.
-
-    Example:
-        >>> settings = TrainingSettings(num_steps=9, batch_size=4)
-        >>> batch_of_step(7, settings, num_images=100, num_timesteps=1000).timesteps.diff()
-        tensor([250, 250, 250])
-    """
-    generator = torch.Generator().manual_seed(_derived_seed(settings.seed, "batch", step))
-    size = settings.batch_size
-    indices = torch.randint(num_images, (size,), generator=generator)
-    place = (torch.arange(size) + torch.rand(1, generator=generator)) / size
-    place = place**settings.timestep_exponent
-    timesteps = 1 + (place * num_timesteps).long().clamp(max=num_timesteps - 1)
-    if settings.horizontal_flip:
-        flips = torch.rand(size, generator=generator) < 0.5
-    else:
-        flips = torch.zeros(size, dtype=torch.bool)
-    return Batch(indices, timesteps, flips)
 
 
 def train(
@@ -224,25 +118,30 @@ def train(
     from tqdm import tqdm
 
     check_positive_int("num_timesteps", num_timesteps)
-    _check_data(images, labels)
+    check_data(images, labels)
     path = None if directory is None else Path(directory)
     if tensorboard:
         _check_tensorboard(path)
-    with (
-        _accelerator(device, settings) as accelerator,
-        _own_random_numbers(accelerator, device) as place,
-    ):
-        run = _run(name, images, labels, num_timesteps, settings, details or {})
-        training = _prepare(name, module, settings, accelerator, place)
+    processes = join(device)
+    _check_settings(settings, processes)
+    run = _run(name, images, labels, num_timesteps, settings, details or {})
+    place = processes.device
+    # The caller's random numbers are left as they were.
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        training = _prepare(name, module, settings, processes)
         losses, label = _resume(training, path, run, resume)
-        main = accelerator.is_main_process
         rate_of_step = _rate_of_step(settings)
+        batches = MicroBatches(
+            images, labels, num_timesteps, settings, processes.rank, processes.count
+        )
+        loader = iter(batches.from_step(len(losses)))
+        main = processes.is_main
         steps = range(len(losses), settings.num_steps)
         bar = tqdm(steps, label, unit="step", disable=not (progress and main))
         with _writer(path if tensorboard and main else None, len(losses)) as writer:
             for step in bar:
                 rate = rate_of_step(step)
-                losses.append(_backward(training, loss, images, labels, num_timesteps, step))
+                losses.append(_backward(training, loss, loader, step))
                 _check_finite(training, losses[-1], step)
                 _update(training, rate)
                 if step % 10 == 0:
@@ -255,7 +154,7 @@ def train(
                     _write(training, path, run, losses)
         training.average.copy_to(training.parameters)
         training.optimizer.zero_grad()
-        accelerator.wait_for_everyone()
+        processes.wait()
     return losses
 
 
@@ -278,133 +177,24 @@ class _Training:
 
     name: str
     settings: TrainingSettings
-    accelerator: Accelerator
-    device: torch.device
+    processes: Processes
     module: nn.Module
     called: nn.Module
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
     average: EMAModel
 
 
-@contextlib.contextmanager
-def _accelerator(
-    device: torch.device | str | None, settings: TrainingSettings
-) -> Iterator[Accelerator]:
-    """Make an Accelerator, and leave accelerate's process-wide state as it was.
-
-    That state would refuse a second training in another precision, or on another device.
-    """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import GradientAccumulationPlugin
-
-    if device is None:
-        cpu = not torch.accelerator.is_available()
-    else:
-        cpu = torch.device(device).type == "cpu"
-    if cpu and settings.mixed_precision == "fp16":
+def _check_settings(settings: TrainingSettings, processes: Processes) -> None:
+    if settings.mixed_precision == "fp16" and processes.device.type == "cpu":
         raise ValueError('mixed_precision "fp16" needs a GPU, and device is the CPU; give "bf16"')
-    states = [kind._shared_state for kind in (AcceleratorState, PartialState, GradientState)]
-    before = [dict(state) for state in states]
-    for state in states:
-        state.clear()
-    try:
-        accelerator = Accelerator(
-            # Without it processes that torchrun starts on a CPU would not find each other.
-            cpu=cpu,
-            mixed_precision=settings.mixed_precision,
-            device_placement=False,
-            # Given as a plugin, since a number gives way to an environment variable.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=settings.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-        )
-        _check_processes(accelerator, settings)
-        yield accelerator
-    finally:
-        for state, entries in zip(states, before, strict=True):
-            state.clear()
-            state.update(entries)
-
-
-def _check_processes(accelerator: Accelerator, settings: TrainingSettings) -> None:
-    if str(accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"):
-        raise ValueError(
-            f"training keeps the whole module in every process, got {accelerator.distributed_type} "
-            f"from accelerate; launch it with --multi_gpu, or by torchrun"
-        )
-    parts = accelerator.num_processes * settings.gradient_accumulation_steps
+    parts = processes.count * settings.gradient_accumulation_steps
     if settings.batch_size % parts:
         raise ValueError(
-            f"batch_size must be a multiple of {parts}, which is {accelerator.num_processes} "
-            f"processes times gradient_accumulation_steps = "
-            f"{settings.gradient_accumulation_steps}; got {settings.batch_size}"
-        )
-
-
-def _place(accelerator: Accelerator, device: torch.device | str | None) -> torch.device:
-    """Return the device of this process: the CPU without an index, a GPU with its index."""
-
-    def named(place: torch.device) -> torch.device:
-        if place.type == "cpu":
-            return torch.device("cpu")
-        if place.type == "cuda" and place.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-        return place
-
-    own = named(accelerator.device)
-    place = own if device is None else named(torch.device(device))
-    if accelerator.num_processes > 1 and place != own:
-        raise ValueError(
-            f"device must be {own} in process {accelerator.process_index}, or None, got {device}"
-        )
-    return place
-
-
-@contextlib.contextmanager
-def _own_random_numbers(
-    accelerator: Accelerator, device: torch.device | str | None
-) -> Iterator[torch.device]:
-    """Yield the device, and leave the caller's random numbers on it and on the CPU as they were."""
-    place = _place(accelerator, device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        yield place
-
-
-def _seed_step(training: _Training, step: int) -> None:
-    """Seed PyTorch's global random numbers, of this process's device and of the CPU."""
-    process = training.accelerator.process_index
-    seed = _derived_seed(training.settings.seed, "module", step, process)
-    place = training.device
-    if place.type in ("cpu", "cuda"):
-        # torch.manual_seed would seed the caller's other GPUs too.
-        torch.default_generator.manual_seed(seed)
-        if place.type == "cuda":
-            torch.cuda.default_generators[place.index].manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
-
-
-def _derived_seed(*parts: object) -> int:
-    """Return a seed for torch that differs, but for chance, wherever a part does."""
-    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") % 2**63
-
-
-def _check_data(images: Tensor | ImageSource, labels: Tensor | None) -> None:
-    if len(images) == 0:
-        raise ValueError("images must hold at least one image, got none")
-    if isinstance(images, Tensor) and not images.is_floating_point():
-        raise ValueError(f"images must be floating-point numbers in [-1, 1], got {images.dtype}")
-    if labels is None:
-        return
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != (len(images),):
-        raise ValueError(
-            f"labels must have shape ({len(images)},), one for each image, got "
-            f"{tuple(labels.shape)}"
+            f"batch_size must be a multiple of {parts}, which is {processes.count} processes times "
+            f"gradient_accumulation_steps = {settings.gradient_accumulation_steps}; got "
+            f"{settings.batch_size}"
         )
 
 
@@ -448,7 +238,8 @@ def _run(
         raise ValueError(
             f"details must have other names than the settings have, got {', '.join(sorted(both))}"
         )
-    del run["checkpoint_every"]  # Changes no number.
+    for changes_no_number in ("checkpoint_every", "num_workers"):
+        del run[changes_no_number]
     return {**run, **details}
 
 
@@ -463,39 +254,27 @@ def _rate_of_step(settings: TrainingSettings) -> Callable[[int], float]:
 
 
 def _prepare(
-    name: str,
-    module: nn.Module,
-    settings: TrainingSettings,
-    accelerator: Accelerator,
-    place: torch.device,
+    name: str, module: nn.Module, settings: TrainingSettings, processes: Processes
 ) -> _Training:
     from diffusers.training_utils import EMAModel
-    from torch.nn.parallel import DistributedDataParallel
 
-    module.to(place).train()
+    module.to(processes.device).train()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(f"no parameter of the {name} requires a gradient: nothing to train")
-    called = module
-    # By hand: Accelerator.prepare would patch the module's forward and leave marks on it.
-    if accelerator.num_processes > 1:
-        devices = None if place.type == "cpu" else [place]
-        called = DistributedDataParallel(module, device_ids=devices)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    # After DistributedDataParallel, which gives all processes the main one's weights.
-    average = EMAModel(parameters, decay=settings.ema_decay)
     return _Training(
         name,
         settings,
-        accelerator,
-        place,
+        processes,
         module,
-        called,
+        # Before the average is made: it gives all processes the main one's weights.
+        processes.wrap(module),
         parameters,
-        accelerator.prepare_optimizer(optimizer, device_placement=False),
-        average,
+        torch.optim.AdamW(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        ),
+        torch.amp.GradScaler(processes.device.type, enabled=settings.mixed_precision == "fp16"),
+        EMAModel(parameters, decay=settings.ema_decay),
     )
 
 
@@ -503,14 +282,13 @@ def _resume(
     training: _Training, path: Path | None, run: dict[str, object], resume: bool
 ) -> tuple[list[float], str]:
     """Go on from a state, if there is one: return the losses so far, and what the bar says."""
-    accelerator = training.accelerator
+    processes = training.processes
     if path is not None and not resume:
-        if accelerator.is_main_process:
+        if processes.is_main:
             remove_states(path)
-        accelerator.wait_for_everyone()
+        processes.wait()
     state = None if path is None else read_state(path, run)
-    step = torch.tensor([0 if state is None else state.step], device=training.device)
-    steps = accelerator.gather(step).tolist()
+    steps = processes.all_of(0 if state is None else state.step)
     if len(set(steps)) > 1:
         raise TrainingStateError(
             f"the processes read states of steps {steps} in {path}: it must be a directory that "
@@ -518,85 +296,73 @@ def _resume(
         )
     if state is None:
         return [], training.name
-    optimizer = training.optimizer
-    restore_tensors(state, training.module, training.average.shadow_params, optimizer)
+    restore_tensors(state, training.module, training.average.shadow_params, training.optimizer)
     training.average.optimization_step = state.step
-    if state.scaler is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(dict(state.scaler))
+    if state.scaler is not None and training.scaler.is_enabled():
+        training.scaler.load_state_dict(dict(state.scaler))
     if state.step == training.settings.num_steps:
         return state.losses, f"{training.name}, finished before"
     change = ""
-    if state.num_processes != accelerator.num_processes:
+    if state.num_processes != processes.count:
         change = f" of {state.num_processes} processes"
     return state.losses, f"{training.name}, from step {state.step}{change}"
 
 
 def _backward(
-    training: _Training,
-    loss: LossFunction,
-    images: Tensor | ImageSource,
-    labels: Tensor | None,
-    num_timesteps: int,
-    step: int,
+    training: _Training, loss: LossFunction, batches: Iterator[MicroBatch], step: int
 ) -> float:
     """Leave the gradient of a step in the parameters, and return the loss of its whole batch."""
-    accelerator, settings = training.accelerator, training.settings
-    _seed_step(training, step)
-    batch = batch_of_step(step, settings, len(images), num_timesteps)
-    parts = settings.gradient_accumulation_steps
-    size = settings.batch_size // (accelerator.num_processes * parts)
+    processes, settings = training.processes, training.settings
+    device, parts = processes.device, settings.gradient_accumulation_steps
+    seed_random_numbers(device, derived_seed(settings.seed, "module", step, processes.rank))
     training.optimizer.zero_grad()
-    total = torch.zeros((), device=training.device)
+    total = torch.zeros((), device=device)
     for part in range(parts):
-        first = (accelerator.process_index * parts + part) * size
-        picked = batch.indices[first : first + size]
-        x0 = images[picked].to(training.device)
-        flips = batch.flips[first : first + size]
-        if settings.horizontal_flip:
-            x0 = _flip(x0, flips)
-        t = batch.timesteps[first : first + size].to(training.device)
-        y = None if labels is None else labels[picked.to(labels.device)].to(training.device)
-        with accelerator.accumulate(training.called):
-            with accelerator.autocast():
-                value = loss(training.called, x0, t, y, step * settings.batch_size + first)
-            accelerator.backward(value)
+        x0, t, labels, sample_offset = next(batches)
+        y = None if labels is None else labels.to(device)
+        with _gradients_of_all(training.called, last=part == parts - 1):
+            with _autocast(settings, device):
+                value = loss(training.called, x0.to(device), t.to(device), y, sample_offset)
+            training.scaler.scale(value / parts).backward()
         total += value.detach().float()
-    return float(accelerator.reduce(total / parts, reduction="mean").item())
+    return float(processes.mean(total / parts).item())
 
 
-def _flip(x0: Tensor, flips: Tensor) -> Tensor:
-    if x0.dim() < 4:
-        raise ValueError(
-            f"horizontal_flip needs images of shape (n, C, H, W), got {tuple(x0.shape)}"
-        )
-    return torch.where(flips.to(x0.device)[:, None, None, None], x0.flip(-1), x0)
+def _gradients_of_all(called: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Average gradients over processes in the last micro-batch alone, which has the sum."""
+    if last or not isinstance(called, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return called.no_sync()
+
+
+def _autocast(
+    settings: TrainingSettings, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
+    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
 def _check_finite(training: _Training, loss: float, step: int) -> None:
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"the loss of the {training.name} is {loss} at step {step}; "
-            f"try a learning_rate below {training.settings.learning_rate}"
+            f"the loss of the {training.name} is {loss} at step {step}; try a learning_rate below "
+            f"{training.settings.learning_rate}, if the images are finite"
         )
 
 
 def _update(training: _Training, rate: float) -> None:
     for group in training.optimizer.param_groups:
         group["lr"] = rate
-    norm = training.settings.max_gradient_norm
-    training.accelerator.clip_grad_norm_(training.parameters, norm)
-    training.optimizer.step()
+    training.scaler.unscale_(training.optimizer)
+    nn.utils.clip_grad_norm_(training.parameters, training.settings.max_gradient_norm)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
     training.average.step(training.parameters)
 
 
 def _write(training: _Training, path: Path, run: dict[str, object], losses: list[float]) -> None:
     tensors = training_tensors(training.module, training.average.shadow_params, training.optimizer)
     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    scaler = training.accelerator.scaler
-    state = TrainingState(
-        len(losses),
-        tensors,
-        None if scaler is None else scaler.state_dict(),
-        training.accelerator.num_processes,
-    )
-    write_state(path, state, run)
+    # A scaler that is not enabled has an empty state.
+    scaler = training.scaler.state_dict() or None
+    write_state(path, TrainingState(len(losses), tensors, scaler, training.processes.count), run)

@@ -5,15 +5,61 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.diffusion.denoiser import Denoiser
-from ocm.diffusion.noise import chosen
-from ocm.training.loop import ImageSource, TrainingSettings, train
-from ocm.training.losses import denoising_loss
+from ocm.diffusion.noise import chosen, noisy
+from ocm.diffusion.schedules import per_sample
+from ocm.training.batches import ImageSource
+from ocm.training.loop import train
+from ocm.training.settings import TrainingSettings
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    x0: Tensor,
+    t: Tensor,
+    *,
+    seed: int,
+    sample_offset: int,
+    labels: Tensor | None = None,
+    backbone: nn.Module | None = None,
+) -> Tensor:
+    """Return the mean of (target - output(x_t, t))^2 (Ho, Jain and Abbeel, 2020).
+
+    The target is the noise, x0 or v, by the denoiser's ``prediction_type``.
+
+    Args:
+        denoiser: The denoiser in training.
+        x0: Data, shape (B, ...).
+        t: Timesteps in 1 .. N, int64 of shape (B,).
+        seed: Seed of the noise.
+        sample_offset: Number of samples that training has seen before these.
+        labels: Class labels, for a backbone that takes them.
+        backbone: Called in place of the denoiser's own: the same, wrapped for training.
+    """
+    schedule = denoiser.schedule
+    x_t, noise = noisy(schedule, x0, t, seed, sample_offset)
+    condition = None if labels is None else denoiser.condition(labels)
+    output = denoiser.output(x_t, t, condition=condition, backbone=backbone)
+    return functional.mse_loss(output, _target(denoiser, x0, t, noise))
+
+
+def _target(denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    if denoiser.prediction_type == "epsilon":
+        return noise
+    if denoiser.prediction_type == "sample":
+        return x0
+    signal, spread = (
+        per_sample(table.sqrt(), t, x0)
+        for table in (denoiser.schedule.alpha_bar, denoiser.schedule.beta_bar)
+    )
+    return signal * noise - spread * x0
 
 
 def train_denoiser(
@@ -72,7 +118,7 @@ def train_denoiser(
         device=denoiser.device,
         directory=directory,
         resume=resume,
-        details=_told_apart_by(denoiser, images),
+        details=None if directory is None else _told_apart_by(denoiser, images),
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -138,21 +184,25 @@ def train_head(
         device=covariance.denoiser.device,
         directory=directory,
         resume=resume,
-        details={"covariance": type(covariance).__name__}
-        | {
-            key: value
-            for key, value in vars(covariance).items()
-            if isinstance(value, (str, int, float))
-        }
-        | covariance.parameterisation.to_json()
-        | {"probes": repr(getattr(covariance, "probes", None))}
-        | {"denoiser": _digest(covariance.denoiser.backbone.state_dict().values())}
-        | _told_apart_by(covariance.denoiser, images),
+        details=None if directory is None else _details(covariance, images),
         tensorboard=tensorboard,
         progress=progress,
     )
     covariance.head.eval().requires_grad_(False)
     return losses
+
+
+def _details(covariance: LearnedCovariance, images: Tensor | ImageSource) -> dict[str, Any]:
+    """Return what tells one training of a head from another beside its settings."""
+    plain = {k: v for k, v in vars(covariance).items() if isinstance(v, (str, int, float))}
+    return {
+        "covariance": type(covariance).__name__,
+        **plain,
+        **covariance.parameterisation.to_json(),
+        "probes": repr(getattr(covariance, "probes", None)),
+        "denoiser": _digest(covariance.denoiser.backbone.state_dict().values()),
+        **_told_apart_by(covariance.denoiser, images),
+    }
 
 
 def _told_apart_by(denoiser: Denoiser, images: Tensor | ImageSource) -> dict[str, str]:
@@ -168,7 +218,9 @@ def _told_apart_by(denoiser: Denoiser, images: Tensor | ImageSource) -> dict[str
 def _digest(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # Flat, since a tensor of no dimensions cannot be viewed as bytes.
+        flat = tensor.detach().cpu().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

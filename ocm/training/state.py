@@ -27,9 +27,16 @@ from torch import Tensor, nn
 _FORMAT = "ocm-training-state"
 _VERSION = 2
 _DESCRIPTION = "state.json"
-_FILE = re.compile(r"state-\d{5}-of-\d{5}\.safetensors")
+_FILE = re.compile(r"state(-\d{5}-of-\d{5})?\.safetensors")
 # Of the tensors in a file: with its header the file stays below 15 MB.
 _MAX_FILE_BYTES = 14_000_000
+_ENTRIES: dict[str, tuple[type, ...]] = {
+    "run": (dict,),
+    "step": (int,),
+    "num_processes": (int,),
+    "scaler": (dict, type(None)),
+    "files": (dict,),
+}
 _FOLDER = re.compile(r"training-state-(\d{8,})")
 _PARTIAL = "training-state.partial"
 _WAY_OUT = (
@@ -85,18 +92,20 @@ def write_state(
     Returns:
         The folder of the state.
     """
-    from safetensors.torch import save_file
+    from huggingface_hub import save_torch_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / _PARTIAL
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
-    tensors = {name: _own(tensor) for name, tensor in state.tensors.items()}
-    groups = _groups(tensors, max_file_bytes)
-    files = [f"state-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    for name, group in zip(files, groups, strict=True):
-        save_file(group, partial / name)
+    save_torch_state_dict(
+        {name: _own(tensor) for name, tensor in state.tensors.items()},
+        partial,
+        filename_pattern="state{suffix}.safetensors",
+        max_shard_size=max_file_bytes,
+    )
+    files = sorted(path.name for path in partial.glob("*.safetensors"))
     description = {
         "format": _FORMAT,
         "version": _VERSION,
@@ -107,7 +116,7 @@ def write_state(
         "files": {name: _sha256(partial / name) for name in files},
     }
     (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    for path in (*(partial / name for name in files), partial / _DESCRIPTION, partial):
+    for path in (*partial.iterdir(), partial):
         _flush(path)
     folder = directory / f"training-state-{state.step:08d}"
     os.rename(partial, folder)
@@ -135,20 +144,15 @@ def read_state(directory: Path, run: Mapping[str, object]) -> TrainingState | No
     folder = folders[-1]
     file = folder / _DESCRIPTION
     description = _read_description(file)
-    written = _entry(file, description, "run", dict)
+    written, step = description["run"], description["step"]
     for name in [*run, *(name for name in written if name not in run)]:
         if written.get(name) != run.get(name):
             raise TrainingStateError(
                 f"{file} is of another training: {name} was {written.get(name)!r}, now it is "
                 f"{run.get(name)!r}; put it back, {_WAY_OUT}"
             )
-    step = _entry(file, description, "step", int)
-    num_processes = _entry(file, description, "num_processes", int)
-    scaler = description.get("scaler")
-    if scaler is not None and not isinstance(scaler, dict):
-        raise _damaged(file, f"its entry scaler must be null or an object, got {scaler!r}")
     tensors: dict[str, Tensor] = {}
-    for name, sha256 in _entry(file, description, "files", dict).items():
+    for name, sha256 in description["files"].items():
         if not _FILE.fullmatch(name):
             raise _damaged(file, f"its entry files must name files of tensors, got {name!r}")
         tensors |= _read_tensors(folder / name, sha256)
@@ -156,6 +160,7 @@ def read_state(directory: Path, run: Mapping[str, object]) -> TrainingState | No
     if losses is None or losses.shape != (step,):
         shape = None if losses is None else tuple(losses.shape)
         raise _damaged(file, f"its step is {step}, but its files have losses of shape {shape}")
+    scaler, num_processes = description["scaler"], description["num_processes"]
     return TrainingState(step, tensors, scaler, num_processes, folder)
 
 
@@ -264,21 +269,8 @@ def _kind(tensor: Tensor | None) -> str:
     return "absent" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
 
-def _groups(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    """Split tensors, in order, into groups of at most ``max_bytes``, or of one larger tensor."""
-    groups: list[dict[str, Tensor]] = []
-    room = 0
-    for name, tensor in tensors.items():
-        if not groups or tensor.nbytes > room:
-            groups.append({})
-            room = max_bytes
-        groups[-1][name] = tensor
-        room -= tensor.nbytes
-    return groups
-
-
 def _own(tensor: Tensor) -> Tensor:
-    """Return a copy of its own memory: safetensors refuses tensors that share theirs."""
+    """Return a copy of its own memory: of tensors that share theirs only one would be written."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -325,14 +317,12 @@ def _read_description(file: Path) -> dict[str, Any]:
             f"{file} has version {description.get('version')!r}, this ocm reads {_VERSION}; go on "
             f"with the ocm that wrote it, {_WAY_OUT}"
         )
+    for name, kinds in _ENTRIES.items():
+        value = description.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise _damaged(file, f"its entry {name} must be of type {wanted}, got {value!r}")
     return description
-
-
-def _entry(file: Path, description: Mapping[str, Any], name: str, kind: type) -> Any:
-    value = description.get(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise _damaged(file, f"its entry {name} must be of type {kind.__name__}, got {value!r}")
-    return value
 
 
 def _read_tensors(file: Path, sha256: object) -> dict[str, Tensor]:

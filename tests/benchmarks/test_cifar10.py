@@ -14,6 +14,7 @@ from cifar10 import training as cifar10_training
 from cifar10.backbone import attention_unet
 from cifar10.parts import Parts
 from cifar10.sizes import FULL, QUICK, REDUCED
+from cifar10.training import ByteImages
 from cifar10_worker import describe
 from harness.budget import forward_passes
 from harness.timing import Setting
@@ -23,7 +24,6 @@ from suites import cifar10 as suite
 import ocm
 from ocm import checkpoints
 from ocm.checkpoints.fitting import fitted
-from ocm.data import ByteImages
 from ocm.diffusion.backbones import small_unet
 
 CPU = torch.device("cpu")
@@ -64,6 +64,19 @@ def test_files_of_the_full_checkpoint_are_at_most_15_megabytes(tmp_path):
     sizes = [file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()]
     assert max(sizes) <= 15e6
     assert 19e6 < sum(sizes) < 25e6
+
+
+# Images in memory
+
+
+@pytest.mark.parametrize("index", [slice(1, 4), torch.tensor([5, 0, 0]), 3, slice(None)])
+def test_bytes_index_as_the_float_tensor_does(index):
+    pixels = torch.randint(256, (6, 3, 4, 5), generator=torch.Generator().manual_seed(0))
+    images = ByteImages(pixels.to(torch.uint8))
+    torch.testing.assert_close(
+        images[index], (-1 + 2 * pixels.double() / 255)[index].float(), rtol=0, atol=1e-7
+    )
+    assert (len(images), images.shape) == (6, (6, 3, 4, 5))
 
 
 # Parts

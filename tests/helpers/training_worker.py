@@ -1,14 +1,19 @@
-"""What the trainings of ``test_training_engine`` do; importable by name from another process."""
+"""What the trainings of ``tests/ocm/training`` do; importable by name from another process."""
 
 import os
 import time
+from pathlib import Path
 
+import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from ocm.training.loop import TrainingSettings, train
+from ocm.training.loop import train
+from ocm.training.settings import TrainingSettings
 
 NUM_TIMESTEPS = 1000
+PARTIAL = "training-state.partial"
 SETTINGS = TrainingSettings(num_steps=40, batch_size=8, warmup_steps=5, horizontal_flip=True)
 
 
@@ -68,6 +73,42 @@ def trained(settings=SETTINGS, *, noisy=False, seed=0, loss=loss, **options):
     options = {"device": "cpu", "progress": False, **options}
     losses = train("network", module, loss, *make_data(), NUM_TIMESTEPS, settings, **options)
     return losses, module
+
+
+class StoppedError(Exception):
+    pass
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one
+    )
+
+
+def files(directory):
+    return sorted(path.name for path in Path(directory).iterdir())
+
+
+def state_of(directory):
+    (folder,) = Path(directory).glob("training-state-*[0-9]")
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+    return tensors
+
+
+def stopping_at(step, settings=SETTINGS):
+    def stopping(module, x0, t, labels, sample_offset):
+        if sample_offset == step * settings.batch_size:
+            raise StoppedError
+        return loss(module, x0, t, labels, sample_offset)
+
+    return stopping
+
+
+def stopped_at(step, settings, directory, **options):
+    with pytest.raises(StoppedError):
+        trained(settings, loss=stopping_at(step, settings), directory=directory, **options)
 
 
 def train_and_report(connection, settings, directory, stay):

@@ -81,30 +81,6 @@ def test_digits_up_to_a_limit():
     assert torch.equal(part.test_labels, whole.test_labels[:7])
 
 
-@pytest.mark.parametrize("index", [slice(1, 4), torch.tensor([5, 0, 0]), 3, slice(None)])
-def test_bytes_index_as_the_float_tensor_does(index):
-    pixels = torch.from_numpy(random_pixels(6, 3, 4, 5))
-    images = data.ByteImages(pixels)
-    torch.testing.assert_close(
-        images[index], (-1 + 2 * pixels.double() / 255)[index].float(), rtol=0, atol=1e-7
-    )
-    assert (len(images), images.shape) == (6, (6, 3, 4, 5))
-
-
-def test_bytes_lie_on_the_grid_of_levels():
-    every = data.ByteImages(torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16))[:]
-    assert every.min() == -1
-    assert every.max() == 1
-    levels = (every.double() + 1) * 127.5
-    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-5)
-    assert len(levels.round().unique()) == 256
-
-
-def test_bytes_refuse_floats():
-    with pytest.raises(ValueError, match=r"pixels must be uint8 .* got torch.float32"):
-        data.ByteImages(torch.zeros(1, 1, 2, 2))
-
-
 def test_folder_with_splits_and_classes(tmp_path, cache):
     pixels = random_pixels(14, 6, 5, 3)
     save_images(tmp_path / "train" / "cats", pixels[:5])
@@ -135,8 +111,8 @@ def test_without_a_test_split_a_tenth_is_held_out_and_always_the_same(tmp_path, 
     assert images.num_classes is None
     both = torch.cat([as_bytes(images.train), as_bytes(images.test)]).numpy()
     assert sorted(map(bytes, both)) == sorted(map(bytes, pixels))
-    assert torch.equal(images.train.pixels, again.train.pixels)
-    assert torch.equal(images.test.pixels, again.test.pixels)
+    assert torch.equal(images.train[:], again.train[:])
+    assert torch.equal(images.test[:], again.test[:])
 
 
 def test_images_sorted_by_class_are_shuffled(tmp_path, cache):
@@ -155,8 +131,8 @@ def test_a_limit_takes_the_first_of_the_shuffled(tmp_path, cache):
     write_parquet(file, random_pixels(40, 2, 2), label=list(range(40)))
     whole, part = (data.load(str(file), cache_dir=cache, limit=limit) for limit in (None, 3))
     assert torch.equal(part.train_labels, whole.train_labels[:3])
-    assert torch.equal(part.train.pixels, whole.train.pixels[:3])
-    assert torch.equal(part.test.pixels, whole.test.pixels[:3])
+    assert torch.equal(part.train[:], whole.train[:3])
+    assert torch.equal(part.test[:], whole.test[:3])
 
 
 def test_resizing_crops_the_centre_and_averages_areas(tmp_path, cache):
@@ -205,8 +181,123 @@ def test_grey_images_among_colours_become_rgb(tmp_path, cache, grey_split):
 
 def test_wide_pixels_are_refused(tmp_path, cache):
     save_images(tmp_path, random_pixels(2, 4, 4).astype(np.uint16) * 256)
-    with pytest.raises(ValueError, match=r"row \d .* 8 bits a channel, .* 'I;16'"):
+    message = r"row \d of the .* \(.*/[01]\.png\) must have 8 bits a channel, .* 'I;16'"
+    with pytest.raises(ValueError, match=message):
         data.load(str(tmp_path), cache_dir=cache)
+
+
+def test_folders_without_labels(tmp_path, cache):
+    pixels = random_pixels(7, 4, 4)
+    save_images(tmp_path / "train", pixels[:5])
+    save_images(tmp_path / "test", pixels[5:])
+    images = data.load(str(tmp_path), cache_dir=cache)
+    assert (images.train_labels, images.test_labels, images.num_classes) == (None, None, None)
+    for got, expected in ((images.train, pixels[:5]), (images.test, pixels[5:])):
+        assert sorted(map(bytes, as_bytes(got).numpy())) == sorted(map(bytes, expected))
+
+
+def test_a_folder_with_a_name_of_patterns(tmp_path, cache):
+    save_images(tmp_path / "a[b]*?", random_pixels(4, 2, 2))
+    images = data.load(str(tmp_path / "a[b]*?"), cache_dir=cache)
+    assert (len(images.train), len(images.test)) == (3, 1)
+
+
+def test_a_column_of_labels_without_any_is_none(tmp_path, cache):
+    labels = pyarrow.array([None, None, None], pyarrow.int64())
+    write_parquet(tmp_path / "a.parquet", random_pixels(3, 2, 2), label=labels)
+    images = data.load(str(tmp_path / "a.parquet"), cache_dir=cache)
+    assert (images.train_labels, images.num_classes) == (None, None)
+
+
+def test_images_are_decoded_when_they_are_indexed(tmp_path, cache):
+    save_images(tmp_path, random_pixels(20, 8, 8, 3))
+    images = data.load(str(tmp_path), cache_dir=cache)
+    whole = images.train[:]
+    for index in (3, -1, slice(2, 9, 3), torch.tensor([5, 0, 0]), torch.tensor([[1], [2]])):
+        assert torch.equal(images.train[index], whole[index])
+    assert images.train[:0].shape == (0, 3, 8, 8)
+    part = images.first(7)
+    assert torch.equal(part.train[:], whole[:7])
+    assert torch.equal(part.test[:], images.test[:])
+    # A file that is cut short has its header still.
+    row = int(images.train.rows[4])
+    file = Path(images.train.dataset[row]["image"]["path"])
+    file.write_bytes(file.read_bytes()[:60])
+    assert torch.equal(images.train[:4], whole[:4])
+    message = rf"row {row} of the train split .* \({file}\) holds no image that PIL can read"
+    with pytest.raises(ValueError, match=message):
+        images.train[4:6]
+
+
+def test_an_image_that_changed_its_size_is_named(tmp_path, cache):
+    save_images(tmp_path, random_pixels(10, 8, 8))
+    images = data.load(str(tmp_path), cache_dir=cache)
+    file = images.train.dataset[int(images.train.rows[0])]["image"]["path"]
+    Image.fromarray(random_pixels(1, 8, 4)[0]).save(file)
+    with pytest.raises(ValueError, match=rf"{file}\) has 4x8 pixels, others 8x8"):
+        images.train[0]
+
+
+def test_bytes_lie_on_the_grid_of_levels(tmp_path, cache):
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    save_images(tmp_path, np.repeat(every, 2, axis=0))
+    image = data.load(str(tmp_path), cache_dir=cache).train[0]
+    assert image.min() == -1
+    assert image.max() == 1
+    levels = (image.double() + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-5)
+    assert len(levels.round().unique()) == 256
+
+
+def test_turned_photographs_stand_upright(tmp_path, cache):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for index in range(3):
+        Image.fromarray(random_pixels(1, 4, 6)[0]).save(tmp_path / f"{index}.jpg", exif=exif)
+    images = data.load(str(tmp_path), cache_dir=cache)
+    assert images.train[:].shape == (2, 1, 6, 4)
+
+
+def test_headers_are_read_once(tmp_path, cache, monkeypatch):
+    from ocm import images as encoded
+
+    save_images(tmp_path, random_pixels(10, 4, 4))
+    read, real = [], encoded._header
+    monkeypatch.setattr(encoded, "_header", lambda *a: read.append(a) or real(*a))
+    shapes = [data.load(str(tmp_path), cache_dir=cache).shape for _ in range(2)]
+    assert shapes == [(1, 4, 4)] * 2
+    assert len(read) == 10
+
+
+def test_progress_is_shown_while_headers_are_read(tmp_path, cache, capsys):
+    save_images(tmp_path, random_pixels(10, 4, 4))
+    data.load(str(tmp_path), cache_dir=cache, progress=True)
+    assert f"headers of the train split of {tmp_path}" in capsys.readouterr().err
+    save_images(tmp_path, random_pixels(11, 4, 4))
+    data.load(str(tmp_path), cache_dir=cache)
+    assert capsys.readouterr().err == ""
+
+
+def test_workers_read_encoded_images(tmp_path, cache):
+    from torch.utils.data import DataLoader
+
+    save_images(tmp_path, random_pixels(20, 4, 4))
+    images = data.load(str(tmp_path), cache_dir=cache).train
+    places = [torch.tensor([2, 5]), torch.tensor([17, 0])]
+    loader = DataLoader(images, batch_size=None, sampler=places, num_workers=1)
+    for got, place in zip(loader, places, strict=True):
+        assert torch.equal(got, images[place])
+
+
+def test_options_give_the_same_again(tmp_path, cache):
+    write_parquet(tmp_path / "a.parquet", random_pixels(30, 2, 2), kind=list(range(30)))
+    name = str(tmp_path / "a.parquet")
+    images = data.load(name, label_column="kind", limit=9, cache_dir=cache)
+    assert images.options == {"label_column": "kind", "limit": 9}
+    again = data.load(name, cache_dir=cache, **images.options)
+    assert torch.equal(again.train[:], images.train[:])
+    assert torch.equal(again.test_labels, images.test_labels)
+    assert data.load("digits", limit=5).options == {"limit": 5}
 
 
 @pytest.mark.parametrize(
@@ -280,10 +371,18 @@ def test_what_is_no_data_set(tmp_path, cache, make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_of_parquet_needs_train(tmp_path, cache):
-    write_parquet(tmp_path / "other.parquet", random_pixels(2, 2, 2))
-    with pytest.raises(ValueError, match=r"must hold train\*\.parquet, got other\.parquet"):
-        data.load(str(tmp_path), cache_dir=cache)
+def test_tables_of_a_folder_are_splits_by_their_names(tmp_path, cache):
+    pixels = random_pixels(6, 2, 2)
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", pixels[:2])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", pixels[2:4])
+    write_parquet(tmp_path / "validation.parquet", pixels[4:])
+    images = data.load(str(tmp_path), cache_dir=cache)
+    for got, expected in ((images.train, pixels[:4]), (images.test, pixels[4:])):
+        assert sorted(map(bytes, as_bytes(got).numpy())) == sorted(map(bytes, expected))
+    (tmp_path / "other").mkdir()
+    write_parquet(tmp_path / "other" / "all.parquet", pixels)
+    images = data.load(str(tmp_path / "other"), cache_dir=cache)
+    assert (len(images.train), len(images.test)) == (5, 1)
 
 
 def test_a_damaged_file(tmp_path, cache):
@@ -359,4 +458,4 @@ def test_cifar_10_small_and_from_one_file(cache):
     images = data.load(str(CIFAR / "test.parquet"), image_size=8, limit=30, cache_dir=cache)
     assert images.shape == (3, 8, 8)
     assert (len(images.train), len(images.test)) == (30, 30)
-    assert not torch.equal(images.train.pixels, images.test.pixels)
+    assert not torch.equal(images.train[:], images.test[:])

@@ -58,8 +58,9 @@ def test_the_wheel_holds_every_module(wheel_files):
 
 
 EXTRAS = [
-    *("accelerate", "datasets", "diffusers", "matplotlib", "PIL", "pynvml", "pytest"),
-    *("pytest_benchmark", "safetensors", "scipy", "sklearn", "torchmetrics", "tqdm", "typer"),
+    *("accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "pynvml"),
+    *("pytest", "pytest_benchmark", "safetensors", "scipy", "sklearn", "torchmetrics", "tqdm"),
+    "typer",
 ]
 
 

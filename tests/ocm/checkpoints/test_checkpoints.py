@@ -38,6 +38,7 @@ def original():
         {"analytic": ocm.Analytic(denoiser, table)},
         {"ocm": weights, "iddpm": Table({(3, 7): [0.5, 0.1]})},
         num_calibration=150,
+        data_options={"limit": 300, "label_column": "label"},
     )
 
 
@@ -66,6 +67,7 @@ def test_round_trip(original, saved):
         assert torch.equal(one, other)
     assert loaded.learned["sn"].parameterisation == ocm.Parameterisation(0.5, positive=True)
     assert (loaded.x0_range, loaded.num_calibration) == ((-1.0, 1.0), 150)
+    assert loaded.data_options == {"limit": 300, "label_column": "label"}
     assert torch.equal(
         original.denoiser.schedule.log_alpha_bar, loaded.denoiser.schedule.log_alpha_bar
     )

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from ocm import checkpoints
@@ -203,6 +204,38 @@ def test_two_processes_share_the_samples_out(trained, tmp_path):
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
 
 
+def test_images_of_a_folder_are_read_alike_by_all_commands(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for index in range(12):
+            image = Image.new("L", (8, 8), 20 * index)
+            image.save(tmp_path / "images" / split / f"{index}.png")
+    out = tmp_path / "out"
+    common = ("--device", "cpu", "--quiet")
+    answer = invoke(
+        "train", "--data", tmp_path / "images", "--limit", 9, "--hold-out", 2, "--out", out,
+        "--denoiser-steps", 2, "--head-steps", 2, "--batch-size", 4, "--workers", 1, *common,
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((out / "train.json").read_text())
+    assert (record["trained_on"], record["data_options"]) == (7, {"limit": 9})
+    answer = invoke("calibrate", out, "--steps", 2, "--covariance", "ocm", *common)
+    assert answer.exit_code == 0, answer.output
+    assert json.loads((out / "calibration.json").read_text())["num_images"] == 2
+    for count, works in ((9, True), (10, False)):
+        answer = invoke(
+            "evaluate", out, "--num-images", count, "--steps", 2, "--covariance", "beta",
+            "--out", tmp_path / "scores", *common,
+        )  # fmt: skip
+        assert (answer.exit_code == 0) == works
+    assert "num_images must be at most 9" in str(answer.exception)
+    answer = invoke(
+        "train", "--data", tmp_path / "images", "--label-column", "label", "--out", out / "b"
+    )
+    assert "label_column must be a column of integers" in str(answer.exception)
+
+
 def test_a_retrained_head_loses_its_calibration(trained, invoke, tmp_path):
     sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
     answer = invoke("train", "--denoiser", trained, "--out", tmp_path, "--head", "sn", *sizes)
@@ -254,13 +287,13 @@ def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
     )  # fmt: skip
     assert invoke(*arguments, "--out", tmp_path / "whole").exit_code == 0
 
-    from ocm.training import objectives as learning
+    from ocm.training import workflow
 
     def interrupted(covariance, *rest, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(learning, "train_head", interrupted)
+        patch.setattr(workflow, "train_head", interrupted)
         assert invoke(*arguments, "--out", tmp_path / "part").exit_code != 0
     assert not (tmp_path / "part" / "ocm.json").exists()
     assert invoke(*arguments, "--out", tmp_path / "part").exit_code == 0

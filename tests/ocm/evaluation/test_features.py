@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from ocm.data import ByteImages
 from ocm.evaluation import features
 
 
-def test_an_extractor_goes_by_batches_and_takes_bytes():
-    pixels = torch.arange(5 * 4, dtype=torch.uint8).view(5, 1, 2, 2)
+def test_an_extractor_goes_by_batches():
+    images = torch.linspace(-1, 1, 5 * 4).view(5, 1, 2, 2)
     sizes = []
 
     def function(images):
@@ -21,8 +20,7 @@ def test_an_extractor_goes_by_batches_and_takes_bytes():
         return images.flatten(1)
 
     extractor = features.FeatureExtractor("pixels", 4, function, batch_size=2)
-    images = ByteImages(pixels)
-    assert torch.equal(extractor(images), images[:].flatten(1))
+    assert torch.equal(extractor(images), images.flatten(1))
     assert sizes == [2, 2, 1]
     with pytest.raises(ValueError, match=r"pixels must give features of shape \(2, 4\), got"):
         extractor(torch.zeros(2, 1, 3, 3))
@@ -69,7 +67,7 @@ def test_inception_gets_bytes_of_three_channels(tmp_path):
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     assert f"sha256 {digest[:8]}" in extractor.name
     pixels = torch.tensor([0, 1, 128, 255], dtype=torch.uint8).view(4, 1, 1, 1).expand(-1, 1, 2, 2)
-    found = extractor(ByteImages(pixels))
+    found = extractor(pixels.float() / 127.5 - 1)
     assert found.shape == (4, 2048)
     assert found[:, 0].tolist() == [0, 1, 128, 255]
     with pytest.raises(ValueError, match=r"shape \(n, 1 or 3, H, W\) for Inception, got"):

@@ -114,6 +114,31 @@ def test_training_is_the_same_again_for_the_same_seed(images):
     assert train(images, seed=1)[2] != first[2]
 
 
+def test_a_backbone_with_tensors_of_no_dimensions_trains_and_goes_on(images, tmp_path):
+    """Such as the counter of a BatchNorm, which the state of a head tells denoisers apart by."""
+
+    unet = small_unet((1, 4, 4), width=8)
+    unet.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+    denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
+    for directory in (None, tmp_path):
+        covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
+        settings = ocm.TrainingSettings(3, batch_size=4)
+        train_head(covariance, images, settings, directory=directory, progress=False)
+    unet.calls += 1
+    with pytest.raises(ValueError, match="is of another training: denoiser was"):
+        train_head(covariance, images, settings, directory=tmp_path, progress=False)
+
+
+def test_without_a_directory_nothing_is_digested(images, monkeypatch):
+    from ocm.training import objectives
+
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine()).freeze()
+    monkeypatch.setattr(objectives, "_digest", None)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
+    settings = ocm.TrainingSettings(1, batch_size=4)
+    assert len(train_head(covariance, images, settings, progress=False)) == 1
+
+
 def test_training_stops_at_a_loss_that_is_not_finite(images):
     denoiser = ocm.Denoiser(small_unet((1, 4, 4)), ocm.cosine())
     with pytest.raises(FloatingPointError, match=r"loss of the denoiser is (nan|inf) at step"):

@@ -1,0 +1,240 @@
+"""The evaluation of a checkpoint: bits/dim and sample quality of its covariances."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ocm.checkpoints.catalogue import CovarianceSettings
+from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.fitting import fitted
+from ocm.checkpoints.held_back import calibration_images, calibration_labels
+from ocm.covariances.names import CALIBRATED, has_density
+from ocm.data import Images
+from ocm.diffusion.tables import Table
+from ocm.evaluation import classifier as classifiers
+from ocm.evaluation import features
+from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
+from ocm.evaluation.samples import median_distance, quality, quality_table
+from ocm.evaluation.scores import likelihood_record, likelihood_table, steps_of
+from ocm.sampling.samplers import ddim, ddpm
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is scored, and on how much.
+
+    Attributes:
+        names: Covariances, by name.
+        step_counts: Numbers of reverse steps K.
+        calibrated: Whether every covariance is scored calibrated too.
+        quality: Whether samples are drawn by DDPM and DDIM and compared with images.
+        num_images: Held-out images to score.
+        fit_images: Training images that calibrations are fitted to.
+        num_samples: Samples for each figure of quality.
+        inception: Inception weights of torch-fidelity for the features; None trains a classifier
+            on the labelled data.
+        covariances: Settings of the covariances.
+        seed: Seed of all randomness.
+        batch_size: Images at a time.
+    """
+
+    names: Sequence[str]
+    step_counts: Sequence[int] = (5, 10, 25, 50)
+    calibrated: bool = False
+    quality: bool = False
+    num_images: int = 64
+    fit_images: int = 256
+    num_samples: int = 256
+    inception: Path | None = None
+    covariances: CovarianceSettings = field(default_factory=CovarianceSettings)
+    seed: int = 0
+    batch_size: int = 128
+
+    @property
+    def scored(self) -> list[str]:
+        """Those of the names that have a density."""
+        return [name for name in self.names if has_density(name)]
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    images: Images,
+    settings: EvaluationSettings,
+    out: Path,
+    *,
+    progress: bool = True,
+) -> tuple[dict[str, Any], str]:
+    """Score covariances on held-out images.
+
+    Analytic variances and calibrations are fitted on training images where the checkpoint lacks
+    them for the timesteps in use.
+
+    Args:
+        checkpoint: What to score.
+        images: Its data set.
+        settings: What is scored, and on how much.
+        out: Whose folder ``classifier`` gets the classifier that is trained for features.
+        progress: Whether to show progress bars.
+
+    Returns:
+        All figures as JSON values, and their tables in Markdown.
+
+    Raises:
+        ValueError: If there is nothing to score, or the data have too few images or no labels for
+            what is asked.
+    """
+    if checkpoint.x0_range is None:
+        raise ValueError("checkpoint is a model of latents, which have no grey levels to score")
+    if settings.num_images > len(images.test):
+        raise ValueError(
+            f"num_images must be at most {len(images.test)}, the held-out images of "
+            f"{images.name}, got {settings.num_images}"
+        )
+    scored = settings.scored
+    if not scored and not settings.quality:
+        raise ValueError(
+            f"covariance {' '.join(settings.names)} has no density, and so no bits/dim; ask for "
+            "quality"
+        )
+    checkpoint = _fitted(checkpoint, images, settings, progress)
+    table = likelihood_table(
+        checkpoint,
+        images.test[: settings.num_images],
+        scored,
+        settings.step_counts,
+        calibrated=scored if settings.calibrated else (),
+        labels=images.test_labels if checkpoint.denoiser.takes_labels else None,
+        settings=settings.covariances,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        progress=progress,
+    )
+    record: dict[str, Any] = likelihood_record(table) | {
+        "data": images.name,
+        "num_images": settings.num_images,
+        "num_probes": settings.covariances.num_probes,
+        "lanczos_probes": settings.covariances.lanczos_probes,
+        "fit_images": settings.fit_images,
+        "seed": settings.seed,
+        "step_counts": list(settings.step_counts),
+    }
+    sections = []
+    if scored:
+        sections.append(
+            f"Bits/dim on {settings.num_images} held-out images of {images.name}, ± the standard "
+            f"error over images\n\n{likelihood_markdown(table, settings.step_counts)}"
+        )
+    if settings.quality:
+        part, more = _quality(checkpoint, images, settings, out, progress)
+        record |= part
+        sections += more
+    return record, "\n\n".join(sections)
+
+
+def _fitted(
+    checkpoint: Checkpoint, images: Images, settings: EvaluationSettings, progress: bool
+) -> Checkpoint:
+    """Fit to training images what the checkpoint lacks for these numbers of steps."""
+    x0 = calibration_images(checkpoint, images, settings.fit_images)
+    steps = steps_of(checkpoint.denoiser.schedule, settings.step_counts)
+
+    def lacks(table: Table | None) -> bool:
+        return table is None or not table.covers([(s, t) for s, t in steps if s > 0])
+
+    analytic = {name: c.fractions for name, c in checkpoint.analytic.items()}
+    wanted = [n for n in settings.names if n in named("fitted") and lacks(analytic.get(n))]
+    to_calibrate = [n for n in settings.scored if lacks(checkpoint.calibrations.get(n))]
+    return fitted(
+        checkpoint,
+        x0,
+        wanted,
+        steps,
+        calibrated=to_calibrate if settings.calibrated else [],
+        labels=calibration_labels(checkpoint, images, len(x0)),
+        settings=settings.covariances,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+def _quality(
+    checkpoint: Checkpoint,
+    images: Images,
+    settings: EvaluationSettings,
+    out: Path,
+    progress: bool,
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the record and the tables of sample quality under DDPM and DDIM."""
+    extractor, said = _features(images, settings, out, progress)
+    real = extractor(images.train)
+    rows = [*settings.names]
+    if settings.calibrated:
+        rows += [name + CALIBRATED for name in settings.scored]
+    floor = quality(real, extractor(images.test))
+    record: dict[str, Any] = {
+        "features": extractor.name,
+        "num_samples": settings.num_samples,
+        "num_real": len(real),
+        "mmd_bandwidth": median_distance(real),
+        "held_out": floor._asdict() | {"num_images": len(images.test)},
+        "quality": {},
+    }
+    sections = [
+        f"{said} {settings.num_samples} samples a cell are compared with {len(real)} training "
+        f"images; {len(images.test)} held-out images are at a Fréchet distance of "
+        f"{floor.frechet:.3f}."
+    ]
+    for title, sampler in (("ddpm", ddpm), ("ddim", partial(ddim, eta=0.0))):
+        table = quality_table(
+            checkpoint,
+            real,
+            extractor,
+            rows,
+            settings.step_counts,
+            sampler=sampler,
+            num_images=settings.num_samples,
+            label=f"samples of {title}",
+            settings=settings.covariances,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        record["quality"][title] = {
+            name: {K: cell._asdict() for K, cell in row.items()} for name, row in table.items()
+        }
+        sections.append(
+            f"Fréchet distance of {title.upper()} samples (precision, recall)\n\n"
+            f"{quality_markdown(table, settings.step_counts)}"
+        )
+    return record, sections
+
+
+def _features(
+    images: Images, settings: EvaluationSettings, out: Path, progress: bool
+) -> tuple[features.FeatureExtractor, str]:
+    """Return the features of quality, and a sentence on what they are."""
+    if settings.inception is not None:
+        extractor = features.inception(settings.inception)
+        return extractor, f"Features: {extractor.name}."
+    labels: Tensor | None = images.train_labels
+    if labels is None or images.num_classes is None:
+        raise ValueError(
+            f"quality needs labels to train a classifier on, and {images.name} has none; give "
+            "inception, the weights of torch-fidelity"
+        )
+    trained = classifiers.train_classifier(
+        images.train, labels, images.num_classes, seed=settings.seed, progress=progress
+    )
+    classifiers.save(trained, out / "classifier")
+    said = "a classifier trained on the same training images"
+    if images.test_labels is not None:
+        right = classifiers.accuracy(trained, images.test, images.test_labels)
+        said += f", right on {right:.1%} of the held-out ones"
+    extractor = features.classifier_features(trained)
+    return extractor, f"Features: {extractor.name}, {said}."

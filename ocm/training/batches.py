@@ -1,0 +1,178 @@
+"""The batches of a training: which images a step takes, at which timesteps, and their reading.
+
+A batch is a pure function of the seed and the number of its step. So a training goes on at any step
+as if it had never stopped, however many processes train, and however many read ahead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ocm.training.settings import TrainingSettings
+
+
+class ImageSource(Protocol):
+    """Images that are read as they are needed; a tensor of shape (n, C, ...) is one too."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor:
+        """Return the images of ``indices``, int64 of shape (b,), as (b, C, ...) in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Which images a step takes, and at which timesteps.
+
+    Attributes:
+        indices: Places of the images, int64 of shape (batch_size,).
+        timesteps: Timesteps in 1 .. N, int64 of shape (batch_size,).
+        flips: Which images are flipped, bool of shape (batch_size,).
+    """
+
+    indices: Tensor
+    timesteps: Tensor
+    flips: Tensor
+
+
+def batch_of_step(
+    step: int, settings: TrainingSettings, num_images: int, num_timesteps: int
+) -> Batch:
+    """Draw images with replacement, and timesteps spread over 1 .. N, for one step.
+
+    Each u of the timesteps N u^exponent is uniform alone; spreading them evenly within a batch
+    lowers the gradient's variance.
+
+    Example:
+        >>> settings = TrainingSettings(num_steps=9, batch_size=4)
+        >>> batch_of_step(7, settings, num_images=100, num_timesteps=1000).timesteps.diff()
+        tensor([250, 250, 250])
+    """
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "batch", step))
+    size = settings.batch_size
+    indices = torch.randint(num_images, (size,), generator=generator)
+    place = (torch.arange(size) + torch.rand(1, generator=generator)) / size
+    place = place**settings.timestep_exponent
+    timesteps = 1 + (place * num_timesteps).long().clamp(max=num_timesteps - 1)
+    if settings.horizontal_flip:
+        flips = torch.rand(size, generator=generator) < 0.5
+    else:
+        flips = torch.zeros(size, dtype=torch.bool)
+    return Batch(indices, timesteps, flips)
+
+
+class MicroBatch(NamedTuple):
+    """What one process takes into one evaluation of the loss.
+
+    Attributes:
+        x0: Images, shape (b, C, ...), flipped where that was drawn.
+        t: Timesteps in 1 .. N, int64 of shape (b,).
+        labels: Classes, int64 of shape (b,), or None.
+        sample_offset: Number of samples that training has seen before these.
+    """
+
+    x0: Tensor
+    t: Tensor
+    labels: Tensor | None
+    sample_offset: int
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatches(Dataset[MicroBatch]):
+    """The micro-batches of one of several processes, by number.
+
+    Attributes:
+        images: Training images, shape (n, C, ...), or a source of them.
+        labels: Classes of the images, int64 of shape (n,), or None.
+        num_timesteps: Timesteps N of the diffusion.
+        settings: Of the training.
+        rank: Number of the process.
+        num_processes: How many there are.
+    """
+
+    images: Tensor | ImageSource
+    labels: Tensor | None
+    num_timesteps: int
+    settings: TrainingSettings
+    rank: int = 0
+    num_processes: int = 1
+
+    def __getitem__(self, number: int) -> MicroBatch:
+        settings = self.settings
+        parts = settings.gradient_accumulation_steps
+        step, part = divmod(number, parts)
+        batch = batch_of_step(step, settings, len(self.images), self.num_timesteps)
+        size = settings.batch_size // (self.num_processes * parts)
+        first = (self.rank * parts + part) * size
+        own = slice(first, first + size)
+        picked = batch.indices[own]
+        x0 = self.images[picked]
+        if settings.horizontal_flip:
+            x0 = _flip(x0, batch.flips[own])
+        labels = None if self.labels is None else self.labels[picked.to(self.labels.device)]
+        return MicroBatch(x0, batch.timesteps[own], labels, step * settings.batch_size + first)
+
+    def from_step(self, step: int) -> DataLoader[MicroBatch]:
+        """Return a loader of all micro-batches from this step on, in order.
+
+        Example:
+            >>> settings = TrainingSettings(num_steps=9, batch_size=4)
+            >>> batches = MicroBatches(torch.zeros(5, 1, 2, 2), None, 1000, settings)
+            >>> [batch.sample_offset for batch in batches.from_step(6)]
+            [24, 28, 32]
+        """
+        parts = self.settings.gradient_accumulation_steps
+        workers = self.settings.num_workers
+        # Those of a fork server would outlive this process, were it killed.
+        forked = workers > 0 and sys.platform == "linux"
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(step * parts, self.settings.num_steps * parts),
+            num_workers=workers,
+            multiprocessing_context="fork" if forked else None,
+        )
+
+
+def check_data(images: Tensor | ImageSource, labels: Tensor | None) -> None:
+    """Raise unless images and labels can be trained on.
+
+    Raises:
+        TypeError: If the labels are not int64.
+        ValueError: If there are no images, or labels for others than there are.
+    """
+    if len(images) == 0:
+        raise ValueError("images must hold at least one image, got none")
+    if isinstance(images, Tensor) and not images.is_floating_point():
+        raise ValueError(f"images must be floating-point numbers in [-1, 1], got {images.dtype}")
+    if labels is None:
+        return
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    if labels.shape != (len(images),):
+        raise ValueError(
+            f"labels must have shape ({len(images)},), one for each image, got "
+            f"{tuple(labels.shape)}"
+        )
+
+
+def derived_seed(*parts: object) -> int:
+    """Return a seed for torch that differs, but for chance, wherever a part does."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") % 2**63
+
+
+def _flip(x0: Tensor, flips: Tensor) -> Tensor:
+    if x0.dim() < 4:
+        raise ValueError(
+            f"horizontal_flip needs images of shape (n, C, H, W), got {tuple(x0.shape)}"
+        )
+    return torch.where(flips.to(x0.device)[:, None, None, None], x0.flip(-1), x0)

@@ -1,0 +1,185 @@
+"""A checkpoint from a data set: a denoiser, or one that exists, and the heads of covariances."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.covariances import LearnedCovariance
+from ocm.covariances.learned.heads import make_head
+from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.names import LEARNED
+from ocm.data import Images
+from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.denoiser import Denoiser
+from ocm.diffusion.schedules import SCHEDULES
+from ocm.training.loop import mean_of_last
+from ocm.training.objectives import train_denoiser, train_head
+from ocm.training.settings import TrainingSettings
+
+_NUM_TIMESTEPS = 1000
+# Most images that are kept from training where no number is given.
+_MAX_HELD_BACK = 1000
+
+
+@dataclass(frozen=True)
+class NewDenoiser:
+    """A denoiser to be trained.
+
+    Attributes:
+        training: Settings of its loop.
+        width: Channels of the U-Net, a multiple of 8.
+        schedule: Name of the noise schedule, of 1000 timesteps.
+        prediction_type: What it predicts.
+        hold_out: Training images, the last ones, that nothing is trained on; None for a tenth, at
+            most 1000.
+    """
+
+    training: TrainingSettings
+    width: int = 32
+    schedule: str = "cosine"
+    prediction_type: str = "epsilon"
+    hold_out: int | None = None
+
+
+@dataclass(frozen=True)
+class NewHeads:
+    """Heads to be trained on a denoiser.
+
+    Attributes:
+        training: Settings of each of their loops.
+        names: Names of :data:`ocm.covariances.names.LEARNED`.
+        kind: "simple" or "residual".
+        parameterisation: "paper", "preconditioned" or "positive".
+        target_probes: Probes in each target of OCM.
+        forward_mode: Whether OCM's targets come from forward mode.
+        seed: Seed of their weights.
+    """
+
+    training: TrainingSettings
+    names: tuple[str, ...] = ("ocm",)
+    kind: str = "simple"
+    parameterisation: str = "paper"
+    target_probes: int = 1
+    forward_mode: bool = False
+    seed: int = 0
+
+
+def train_checkpoint(
+    images: Images,
+    start: NewDenoiser | Checkpoint,
+    heads: NewHeads,
+    out: Path,
+    *,
+    device: torch.device | str = "cpu",
+    resume: bool = True,
+    tensorboard: bool = False,
+    progress: bool = True,
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """Train a denoiser, unless there is one, and heads for it.
+
+    Args:
+        images: The data set.
+        start: A denoiser to train, or a checkpoint: its denoiser and other heads are kept, and
+            calibrations of heads that are trained anew are not.
+        heads: The heads to train.
+        out: Whose folder ``training`` keeps the states from which an interrupted training goes on.
+            An ``ocm.json`` there is removed first: the checkpoint it describes is to be replaced.
+        device: Where a new denoiser is trained.
+        resume: Whether to go on from such states.
+        tensorboard: Whether to log for TensorBoard, into these folders.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The checkpoint, which is not written, and the settings and losses as JSON values.
+
+    Raises:
+        ValueError: If no images are left to train on.
+    """
+    began = time.perf_counter()
+    loop: dict[str, Any] = {"resume": resume, "tensorboard": tensorboard, "progress": progress}
+    kept = start.num_calibration if isinstance(start, Checkpoint) else start.hold_out
+    if kept is None:
+        kept = min(len(images.train) // 10, _MAX_HELD_BACK)
+    if not 0 <= kept < len(images.train):
+        raise ValueError(
+            f"hold_out must be below {len(images.train)}, the training images, got {kept}"
+        )
+    shown = images.first(len(images.train) - kept)
+    (out / "ocm.json").unlink(missing_ok=True)
+    record: dict[str, Any] = {"data": images.name, "data_options": dict(images.options)}
+    if isinstance(start, Checkpoint):
+        base = start
+    else:
+        denoiser = _untrained_denoiser(start, images, device)
+        losses = train_denoiser(
+            denoiser, shown.train, start.training, directory=out / "training" / "denoiser", **loop
+        )
+        base = Checkpoint(
+            denoiser,
+            images.shape,
+            images.levels,
+            images.name,
+            num_calibration=kept,
+            data_options=images.options,
+        )
+        record["denoiser"] = asdict(start.training) | {
+            "width": start.width,
+            "schedule": start.schedule,
+            "prediction_type": start.prediction_type,
+        }
+        record["denoiser_loss"] = mean_of_last(losses)
+    learned, head_losses = dict(base.learned), {}
+    for name in dict.fromkeys(heads.names):
+        learned[name] = untrained(name, base.denoiser, images, heads)
+        losses = train_head(
+            learned[name],
+            shown.train,
+            heads.training,
+            labels=shown.train_labels if base.denoiser.takes_labels else None,
+            name=f"{name} head",
+            directory=out / "training" / name,
+            **loop,
+        )
+        head_losses[name] = mean_of_last(losses)
+    tables = {name: table for name, table in base.calibrations.items() if name not in head_losses}
+    record |= {
+        "head": asdict(heads.training)
+        | {"target_probes": heads.target_probes, "parameterisation": heads.parameterisation},
+        "head_loss": head_losses,
+        "trained_on": len(shown.train),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    return replace(base, learned=learned, calibrations=tables), record
+
+
+def untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -> LearnedCovariance:
+    """Return a learned covariance with an untrained head.
+
+    Args:
+        name: A name of :data:`ocm.covariances.names.LEARNED`.
+        denoiser: The denoiser.
+        images: Whose standard deviation is the unit of a preconditioned head.
+        heads: What heads there are to be.
+    """
+    units = PAPER
+    if heads.parameterisation != "paper":
+        std = images.train[:1000].std().item()
+        units = Parameterisation(round(std, 4), positive=heads.parameterisation == "positive")
+    options: dict[str, Any] = {}
+    if name == "ocm":
+        mode = "jvp" if heads.forward_mode else "vjp"
+        options = {"num_probes": heads.target_probes, "mode": mode}
+    head = make_head(denoiser, heads.kind, seed=heads.seed)
+    covariance: LearnedCovariance = LEARNED[name](denoiser, head, units, **options)
+    return covariance
+
+
+def _untrained_denoiser(new: NewDenoiser, images: Images, device: torch.device | str) -> Denoiser:
+    unet = small_unet(images.shape, width=new.width, seed=new.training.seed).to(device)
+    return Denoiser(unet, SCHEDULES[new.schedule](_NUM_TIMESTEPS), new.prediction_type)

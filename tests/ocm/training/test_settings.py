@@ -1,0 +1,27 @@
+"""Settings that cannot be are refused."""
+
+import pytest
+
+from ocm.training.settings import TrainingSettings
+
+
+def test_an_exponent_must_be_positive():
+    with pytest.raises(ValueError, match="timestep_exponent must be positive, got 0"):
+        TrainingSettings(num_steps=1, timestep_exponent=0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
+        ({"weight_decay": -0.5}, "weight_decay must not be negative, got -0.5"),
+        ({"max_gradient_norm": 0.0}, "max_gradient_norm must be positive, got 0.0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of no, bf16, fp16, got 'fp8'"),
+        ({"num_workers": -1}, "num_workers must not be negative, got -1"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+    ],
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingSettings(num_steps=1, **changes)
