@@ -19,11 +19,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from harness.timing import Setting, markdown
+from harness.timing import Setting
 from torch import Tensor, nn
 
 from ocm import data
 from ocm.evaluation.environment import Row, environment
+from ocm.evaluation.markdown import markdown_table
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
 
@@ -210,7 +211,7 @@ def report(record: Row) -> str:
             f"Loading N images of 64x64 pixels and training {sizes['num_steps']} steps of "
             f"{sizes['batch_size']}: the peak of resident memory, its parts at the end, and the "
             "time from the start of the process",
-            markdown(record["rows"], columns),
+            markdown_table(record["rows"], columns),
             f"Growth of the peak over {record['growth'][0]['fewest']:,} images: "
             f"{', '.join(grown)}.",
         ]

@@ -14,7 +14,7 @@ from ocm.checkpoints.catalogue import CovarianceSettings
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
 from ocm.checkpoints.held_back import calibration_images, calibration_labels
-from ocm.covariances.names import CALIBRATED, has_density
+from ocm.covariances.names import CALIBRATED, has_density, named
 from ocm.data import Images
 from ocm.diffusion.tables import Table
 from ocm.evaluation import classifier as classifiers

@@ -24,6 +24,7 @@ from suites import cifar10 as suite
 import ocm
 from ocm import checkpoints
 from ocm.checkpoints.fitting import fitted
+from ocm.covariances.names import LEARNED
 from ocm.diffusion.backbones import small_unet
 
 CPU = torch.device("cpu")
@@ -118,7 +119,7 @@ def test_a_part_that_fails_leaves_nothing(tmp_path):
 def checkpoint():
     denoiser = ocm.Denoiser(small_unet((3, 8, 8), width=8), ocm.cosine()).freeze()
     learned = {}
-    for seed, name in enumerate(checkpoints.LEARNED):
+    for seed, name in enumerate(LEARNED):
         learned[name] = cifar10_training.untrained(name, denoiser, QUICK)
         generator = torch.Generator().manual_seed(seed)
         for parameter in learned[name].head.requires_grad_(False).parameters():
@@ -138,11 +139,11 @@ def test_fits_of_one_pass_are_those_of_the_library(checkpoint, images):
     with forward_passes(checkpoint.denoiser.backbone) as counted:
         found = cifar10_evaluation.fits(checkpoint, images, 500, [200, 1], True)
     assert counted == [1]
-    assert found["analytic"] == expected.analytic["analytic"].fractions.at(500).tolist()
+    assert found["analytic"] == expected.analytic["analytic"].fractions.at(None, 500).tolist()
     for name in ("npr", "sn", "ocm"):
-        assert found[name] == expected.calibrations[name].at(500).tolist()
+        assert found[name] == expected.calibrations[name].at(None, 500).tolist()
     assert found["iddpm"] == {
-        s: expected.calibrations["iddpm"].at(500, s).tolist() for s in (1, 200)
+        s: expected.calibrations["iddpm"].at(s, 500).tolist() for s in (1, 200)
     }
     rest = cifar10_evaluation.fits(checkpoint, images, 500, [], False)
     assert rest == {"analytic": found["analytic"]}
@@ -157,8 +158,8 @@ def test_a_remembering_denoiser_forgets_when_x_t_or_t_changes(checkpoint):
         assert found.output.equal(plain.predict(x_t, t).output)
         assert found.sample_offset == offset
     with forward_passes(plain.backbone) as counted:
-        denoiser.predict(x.clone(), 5)
-        denoiser.predict(y, 5)
+        assert denoiser.predict(x.clone(), 5).output.equal(found.output)
+        assert denoiser.predict(y, 5).output.shape == y.shape
     assert counted == [1]
 
 

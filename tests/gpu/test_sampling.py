@@ -75,7 +75,6 @@ def test_a_head_is_calibrated():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_head_is_trained(precision):
-    pytest.importorskip("accelerate", reason="training runs on accelerate")
     pytest.importorskip("diffusers", reason="training averages weights by diffusers' EMAModel")
     denoiser = small_denoiser("cuda")
     head = small_head("cuda").requires_grad_(True)

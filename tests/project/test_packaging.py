@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_module(wheel_files):
 
 
 EXTRAS = [
-    *("accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "pynvml"),
+    *("datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "pynvml"),
     *("pytest", "pytest_benchmark", "safetensors", "scipy", "sklearn", "torchmetrics", "tqdm"),
     "typer",
 ]

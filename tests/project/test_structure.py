@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # Every floor imports from itself and from those below.
 FLOORS = (
     {"ocm.diffusion"},
-    {"ocm.covariances", "ocm.data", "ocm.mixtures"},
+    {"ocm.covariances", "ocm.data", "ocm.images", "ocm.mixtures"},
     {"ocm.sampling", "ocm.training", "ocm.checkpoints"},
     {"ocm.integrations", "ocm.evaluation"},
     {"ocm.cli"},
