@@ -5,7 +5,9 @@ Each is checked against something that it does not compute itself.
 
 import pytest
 import torch
+from mixtures.mixture import correlated_mixture
 from mixtures.networks import point_head
+from mixtures.true_score import mixture_denoiser
 from torch import nn
 
 import hessdiag
@@ -20,7 +22,6 @@ from hessdiag.kernels import (
 )
 from ocm.data import digits
 from ocm.diffusion.backbones import small_unet
-from ocm.mixtures import correlated_mixture, mixture_denoiser
 from ocm.sampling.samplers import reverse_step
 
 

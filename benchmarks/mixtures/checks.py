@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from mixtures.errors import WeightedPoints, score_error, variance_error
+from mixtures.mixture import Mixture
 from mixtures.samples import discrepancies, training_free
 from mixtures.settings import ToySettings
 from mixtures.trained import fitted_analytic, learned_denoiser, trained_head
@@ -18,7 +19,6 @@ from ocm.covariances.learned.base import LearnedCovariance
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule
 from ocm.evaluation.environment import Row
-from ocm.mixtures.mixture import Mixture
 
 
 def with_weight_noise(denoiser: Denoiser, size: float, seed: int) -> Denoiser:

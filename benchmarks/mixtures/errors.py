@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixtures.mixture import Mixture
 from ocm.covariances import Covariance
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule
-from ocm.mixtures.mixture import Mixture
 
 # Of half of the points; the other half is drawn with the noise of q.
 _WIDENING = 2.0
@@ -58,7 +58,7 @@ def weighted_points(
 
     Example:
         >>> from ocm.diffusion.schedules import linear
-        >>> from ocm.mixtures import nine_gaussians
+        >>> from mixtures.mixture import nine_gaussians
         >>> points = weighted_points(nine_gaussians(), linear(), 300, 4000)
         >>> round(points.weights.sum().item(), 9)
         1.0

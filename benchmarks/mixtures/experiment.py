@@ -24,6 +24,7 @@ from mixtures.errors import WeightedPoints, off_diagonal_share, variance_error, 
 from mixtures.samples import discrepancies, discrepancy_of_data, training_free
 from mixtures.settings import MIXTURES, ToySettings
 from mixtures.trained import fitted_analytic, learned_denoiser, trained_head
+from mixtures.true_score import mixture_denoiser
 from ocm.covariances import Covariance, Exact, Hutchinson
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
@@ -31,7 +32,6 @@ from ocm.covariances.names import LEARNED
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import linear
 from ocm.evaluation.environment import Row, environment
-from ocm.mixtures.networks import mixture_denoiser
 
 # What is measured of a task, and the keys of a record.
 _PARTS = ("training", "errors", "samples", "off_diagonal", "degraded", "one_head")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixtures.true_score import NUM_LEVELS, POINTS, hats, standardised
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule
-from ocm.mixtures.networks import NUM_LEVELS, POINTS, hats, standardised
 
 
 class PointNetwork(nn.Module):

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mixtures.mixture import Mixture
 from ocm.covariances import (
     Analytic,
     Beta,
@@ -20,7 +21,6 @@ from ocm.covariances import (
 )
 from ocm.diffusion.denoiser import Denoiser
 from ocm.evaluation.environment import Row
-from ocm.mixtures.mixture import Mixture
 from ocm.sampling.samplers import Sampler, ddim, ddpm, sample
 
 # Of a matrix of distances that are held at a time.
@@ -106,7 +106,7 @@ def discrepancy(mixture: Mixture, x: Tensor, bandwidth: float) -> float:
         ValueError: If shapes do not fit or the bandwidth is not positive.
 
     Example:
-        >>> from ocm.mixtures import nine_gaussians
+        >>> from mixtures.mixture import nine_gaussians
         >>> abs(discrepancy(nine_gaussians(), nine_gaussians().sample(2000), 1.0)) < 1e-3
         True
     """

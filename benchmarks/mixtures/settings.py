@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from ocm.mixtures.mixture import Mixture, correlated_mixture, nine_gaussians
+from mixtures.mixture import Mixture, correlated_mixture, nine_gaussians
 from ocm.training.settings import TrainingSettings
 
 _DENOISER_SEED = 1000

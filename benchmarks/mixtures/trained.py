@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mixtures.mixture import Mixture
 from mixtures.networks import point_denoiser, point_head
 from mixtures.settings import ToySettings
 from ocm.covariances import Analytic, fit_analytic
@@ -18,7 +19,6 @@ from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule
 from ocm.evaluation.environment import Row
 from ocm.evaluation.scores import steps_of
-from ocm.mixtures.mixture import Mixture
 from ocm.training.loop import mean_of_last
 from ocm.training.objectives import train_denoiser, train_head
 

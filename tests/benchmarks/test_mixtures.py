@@ -10,16 +10,17 @@ import torch
 from mixtures.checks import with_weight_noise
 from mixtures.errors import off_diagonal_share, score_error, variance_error, weighted_points
 from mixtures.experiment import Task, run_task
+from mixtures.mixture import correlated_mixture, nine_gaussians
 from mixtures.networks import point_denoiser, point_head
 from mixtures.plots import draw
 from mixtures.report import by_seed, other_way, tables
 from mixtures.samples import discrepancies, discrepancy
 from mixtures.settings import MIXTURES, QUICK, ToySettings
+from mixtures.true_score import mixture_denoiser
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import ocm
 from ocm.evaluation.distances import maximum_mean_discrepancy
-from ocm.mixtures import correlated_mixture, mixture_denoiser, nine_gaussians
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu" / "mixtures.json"
 SCHEDULE = ocm.linear()

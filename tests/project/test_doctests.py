@@ -4,14 +4,18 @@ import doctest
 import importlib
 import pkgutil
 
+import cifar10
+import harness
+import mixtures
 import pytest
+import records
 
 import hessdiag
 import ocm
 
 
 def module_names():
-    for package in (hessdiag, ocm):
+    for package in (hessdiag, ocm, cifar10, harness, mixtures, records):
         yield package.__name__
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if not module.name.endswith("__main__"):

@@ -9,11 +9,12 @@ import math
 
 import pytest
 import torch
+from mixtures.mixture import Mixture
+from mixtures.true_score import mixture_denoiser
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import ocm
 from ocm.covariances.operators import full
-from ocm.mixtures import Mixture, mixture_denoiser
 from ocm.sampling.likelihood import step_term
 
 SAMPLES = 20_000

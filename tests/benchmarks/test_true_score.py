@@ -10,7 +10,9 @@ import pytest
 import scipy.fft
 import torch
 from gaussian_denoiser import posterior_covariance
+from mixtures.mixture import Mixture, correlated_mixture, nine_gaussians
 from mixtures.networks import point_denoiser, point_head
+from mixtures.true_score import POINTS, mixture_denoiser
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
@@ -22,13 +24,6 @@ from ocm.covariances.operators import (
     cosine_diagonal,
     diagonal,
     full,
-)
-from ocm.mixtures import (
-    POINTS,
-    Mixture,
-    correlated_mixture,
-    mixture_denoiser,
-    nine_gaussians,
 )
 
 SCHEDULES = {"linear": ocm.linear(), "cosine": ocm.cosine()}

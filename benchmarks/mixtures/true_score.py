@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixtures.mixture import Components, Mixture, Posterior
 from ocm.diffusion.architectures import Architecture
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule, check_prediction_type
-from ocm.mixtures.mixture import Components, Mixture, Posterior
 
 # Hat functions that stand for the noise level.
 NUM_LEVELS = 16
@@ -101,7 +101,7 @@ def mixture_denoiser(
 
     Example:
         >>> from ocm import Exact, linear
-        >>> from ocm.mixtures import nine_gaussians
+        >>> from mixtures.mixture import nine_gaussians
         >>> denoiser = mixture_denoiser(nine_gaussians(), linear())
         >>> x_t = torch.tensor([[1.0, 0.0]]).double()
         >>> Exact(denoiser).at(denoiser.predict(x_t, 300)).diagonal().round(decimals=3)
