@@ -26,7 +26,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (8 minutes with set-up)
-	$(BIN)/ocm demo --out runs/demo
+	$(BIN)/python examples/demo.py --out runs/demo
 
 test: $(VENV)/.installed-test ## Run the tests (5 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)

@@ -2,7 +2,7 @@
 
 Prints a Markdown table of the measured numbers that differ, the largest change first, and says what
 else differs: commit, hardware, versions, settings, rows that only one of them has. It takes any
-record of benchmarks/run.py, ``ocm demo`` or ``ocm evaluate``. What pytest-benchmark wrote
+record of benchmarks/run.py, ``make demo`` or ``ocm evaluate``. What pytest-benchmark wrote
 (``make bench-small``) is for its own comparison: ``pytest-benchmark compare OLD.json NEW.json``.
 """
 

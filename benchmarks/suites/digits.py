@@ -278,7 +278,7 @@ def likelihood(
     """Return the table of bits/dim.
 
     Args:
-        record: Of this suite, or what ``ocm evaluate`` or ``ocm demo`` wrote.
+        record: Of this suite, or what ``ocm evaluate`` or ``examples/demo.py`` wrote.
         names: Covariances to show; None for all.
         errors: Whether to show standard errors.
     """

@@ -8,7 +8,6 @@ import sys
 import typer
 
 from ocm.cli.calibrate import calibrate
-from ocm.cli.demo import demo
 from ocm.cli.evaluate import evaluate
 from ocm.cli.sample import sample
 from ocm.cli.train import train
@@ -23,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (train, calibrate, sample, evaluate, demo):
+for command in (train, calibrate, sample, evaluate):
     app.command()(command)
 
 

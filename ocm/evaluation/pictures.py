@@ -128,7 +128,8 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         lowest = min(min(row.values()) for row in rows.values())
         highest = max(max(row.values()) for row in rows.values())
         top = min(highest + 0.05 * (highest - lowest), _TALLEST * lowest)
-        axis.set_ylim(lowest - 0.05 * (top - lowest), top)
+        if top > lowest:
+            axis.set_ylim(lowest - 0.05 * (top - lowest), top)
         if highest > top:
             heading += "\n(what is higher leaves the plot)"
         axis.set(xscale="log", xlabel="steps K", ylabel=unit, title=heading)

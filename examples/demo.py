@@ -1,4 +1,10 @@
-"""The demonstration: train a denoiser and its covariance head on real digits, and compare."""
+"""Train a denoiser and its covariance head on real digits, and compare the covariances.
+
+    python examples/demo.py [--quick] [--out runs/demo]
+
+Takes six minutes on two cores. Writes ``metrics.json``, ``report.md``, ``samples.png``,
+``likelihood.png`` and the checkpoint, from which ``ocm sample`` and ``ocm evaluate`` go on.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +12,17 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import Tensor
 from tqdm import tqdm
 
 from ocm import data
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint, save
+from ocm.cli.options import Device, Quiet, Seed, prepare_directory, resolve_device
 from ocm.covariances import OptimalCovarianceMatching
 from ocm.covariances.learned.heads import make_head
 from ocm.covariances.names import label
@@ -237,3 +245,25 @@ diagonal costs D = 64 products, the OCM head none.
 
 Time: {times}. Seed {settings.seed}.
 """
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the results.")] = Path("runs/demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps and images: shows that it runs.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Train a denoiser and its OCM head on real digits, and compare the covariances."""
+    place = resolve_device(device)
+    prepare_directory(out)
+    settings = DemoSettings(seed=seed, **(QUICK if quick else {}))
+    result = run(out, settings, device=place, progress=not quiet)
+    typer.echo(result.summary)
+    typer.echo(f"report: {out / 'report.md'}   pictures: {out / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    typer.run(demo)
