@@ -22,7 +22,7 @@ def test_a_process_loads_and_trains(tmp_path):
     assert 0 < found["cpu_seconds_to_first_step"]
     assert 0 < found["seconds_to_first_step"] < 600
     assert found["own_megabytes"] + found["mapped_megabytes"] <= found["peak_megabytes"] + 64
-    with pytest.raises(RuntimeError, match=r"(?s)training on .*no file or folder"):
+    with pytest.raises(RuntimeError, match=r"(?s)training on .*an existing folder"):
         suite.measured(tmp_path / "absent.png/x", tmp_path / "cache", sizes)
 
 
