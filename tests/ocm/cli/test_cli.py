@@ -187,7 +187,7 @@ def test_images_of_a_folder_are_read_alike_by_all_commands(invoke, tmp_path, mon
     for count, works in ((9, True), (10, False)):
         answer = invoke(
             "evaluate", out, "--num-images", count, "--steps", 2, "--covariance", "beta",
-            "--out", tmp_path / "scores", *common,
+            "--covariance", "beta_tilde", "--out", tmp_path / "scores", *common,
         )  # fmt: skip
         assert (answer.exit_code == 0) == works
     assert "num_images must be at most 9" in str(answer.exception)
