@@ -21,7 +21,7 @@ from hessdiag.kernels import (
     rademacher,
 )
 from ocm.data import digits
-from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.small_unet import small_unet
 from ocm.sampling.samplers import reverse_step
 
 

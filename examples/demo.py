@@ -26,9 +26,9 @@ from ocm.cli.options import Device, Quiet, Seed, prepare_directory, resolve_devi
 from ocm.covariances import OptimalCovarianceMatching
 from ocm.covariances.learned.heads import make_head
 from ocm.covariances.names import label
-from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
+from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import environment
 from ocm.evaluation.markdown import likelihood_markdown, variance_error_markdown
 from ocm.evaluation.pictures import report_plot, sample_rows

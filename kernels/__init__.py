@@ -8,7 +8,7 @@ from hessdiag.kernels.normal import normal
 from hessdiag.kernels.ocm_loss import ocm_loss
 from hessdiag.kernels.philox import seed_tensor
 from hessdiag.kernels.probe_moments import Moments, probe_moments
-from hessdiag.kernels.rademacher import rademacher, rademacher_bits
+from hessdiag.kernels.rademacher import rademacher
 
 __all__ = [
     "Moments",
@@ -18,6 +18,5 @@ __all__ = [
     "ocm_loss",
     "probe_moments",
     "rademacher",
-    "rademacher_bits",
     "seed_tensor",
 ]

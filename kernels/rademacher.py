@@ -30,7 +30,6 @@ def _rademacher_kernel(
     row_length,
     probe_offset,
     sample_offset,
-    PACKED: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -50,16 +49,12 @@ def _rademacher_kernel(
         rows = tl.zeros_like(index) + row
         wanted = (rows >= 0) & (rows < num_probes)
         out_row = out_ptr + row * row_length
-        if PACKED:
-            byte = (word >> (8 * (probe_in_tile % 4))) & 0xFF
-            tl.store(out_row + index, byte.to(tl.uint8), mask=(index < num_groups) & wanted)
+        negative = philox.is_negative(word, probe_in_tile % 4)
+        if out_ptr.dtype.element_ty == tl.float32:
+            sign = ((negative << 31) | 0x3F800000).to(tl.float32, bitcast=True)
         else:
-            negative = philox.is_negative(word, probe_in_tile % 4)
-            if out_ptr.dtype.element_ty == tl.float32:
-                sign = ((negative << 31) | 0x3F800000).to(tl.float32, bitcast=True)
-            else:
-                sign = (1.0 - 2.0 * negative.to(tl.float32)).to(out_ptr.dtype.element_ty)
-            tl.store(out_row + offset, sign, mask=inside & wanted[:, None])
+            sign = (1.0 - 2.0 * negative.to(tl.float32)).to(out_ptr.dtype.element_ty)
+        tl.store(out_row + offset, sign, mask=inside & wanted[:, None])
 
 
 def rademacher_reference(
@@ -69,18 +64,15 @@ def rademacher_reference(
     sample_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the signs, or for uint8 their packed bits, in PyTorch.
+    """Compute the signs in PyTorch.
 
     The arguments are those of :func:`rademacher_triton`.
     """
     num_probes, batch, *sample_shape = shape
     features = math.prod(sample_shape)
     if math.prod(shape) == 0:
-        return _empty(seed, shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=seed.device)
     bits = philox.sign_bits(seed, probe_offset, num_probes, sample_offset, batch, features)
-    if dtype == torch.uint8:
-        bits = torch.nn.functional.pad(bits, (0, -features % 8)).reshape(num_probes, batch, -1, 8)
-        return (bits << torch.arange(8, device=seed.device)).sum(dim=-1).to(torch.uint8)
     return (bits * 2 - 1).to(dtype).reshape(shape).contiguous()
 
 
@@ -91,21 +83,20 @@ def rademacher_triton(
     sample_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Compute the signs, or for uint8 their packed bits, with the Triton kernel.
+    """Compute the signs with the Triton kernel.
 
     Args:
         seed: 0-dimensional int64 tensor, on the device of the result.
         shape: (M, B, ...).
         probe_offset: Number of the first probe.
         sample_offset: Number of the first sample.
-        dtype: A floating-point type, or uint8 for packed bits.
+        dtype: A floating-point type.
     """
     num_probes, batch, *sample_shape = shape
     features = math.prod(sample_shape)
-    out = _empty(seed, shape, dtype)
+    out = torch.empty(shape, dtype=dtype, device=seed.device)
     if out.numel() == 0:
         return out
-    packed = dtype == torch.uint8
     tile_width = philox.PROBES_PER_SIGN_TILE
     groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE)
     num_groups = batch * groups_per_sample
@@ -119,22 +110,14 @@ def rademacher_triton(
             num_groups,
             groups_per_sample,
             features,
-            num_groups if packed else batch * features,
+            batch * features,
             probe_offset,
             sample_offset,
-            PACKED=packed,
             ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
             WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
             GROUPS=_GROUPS_PER_PROGRAM,
         )
     return out
-
-
-def _empty(seed: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    if dtype == torch.uint8:
-        groups = triton.cdiv(math.prod(shape[2:]), philox.FEATURES_PER_SIGN_TILE)
-        shape = (shape[0], shape[1], groups)
-    return torch.empty(shape, dtype=dtype, device=seed.device)
 
 
 @torch.library.custom_op("hessdiag::rademacher", mutates_args=())
@@ -159,7 +142,7 @@ def _(
     sample_offset: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return _empty(seed, shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=seed.device)
 
 
 def rademacher(
@@ -198,53 +181,6 @@ def rademacher(
     """
     if dtype not in FLOAT_TYPES:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOAT_TYPES))}, got {dtype}")
-    return _checked(shape, seed, probe_offset, sample_offset, dtype, device)
-
-
-def rademacher_bits(
-    shape: Sequence[int],
-    seed: int | Tensor,
-    *,
-    probe_offset: int = 0,
-    sample_offset: int = 0,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Return the signs of :func:`rademacher` as packed bits: a thirty-second of float32's memory.
-
-    Bit i of byte k holds feature 8 k + i, set for +1 (``numpy.packbits`` with
-    ``bitorder="little"``); bits beyond the last feature are not specified.
-
-    Args:
-        shape: (M, B, ...), as for :func:`rademacher`.
-        seed: An integer in [0, 2**64), or an int64 tensor with one element.
-        probe_offset: Number of the first probe.
-        sample_offset: Number of the first sample.
-        device: Where the bits are made.
-
-    Returns:
-        uint8, shape (M, B, ceil(D / 8)) with D features a sample.
-
-    Raises:
-        TypeError: If an argument is not an integer.
-        ValueError: As :func:`rademacher`.
-
-    Example:
-        >>> rademacher((1, 1, 8), seed=0).flatten().tolist()
-        [1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 1.0]
-        >>> f"{rademacher_bits((1, 1, 8), seed=0).item():08b}"
-        '11010101'
-    """
-    return _checked(shape, seed, probe_offset, sample_offset, torch.uint8, device)
-
-
-def _checked(
-    shape: Sequence[int],
-    seed: int | Tensor,
-    probe_offset: int,
-    sample_offset: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Tensor:
     shape = check_shape(shape)
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be (M, B, ...) with sizes of at least 0, got {tuple(shape)}")

@@ -24,9 +24,9 @@ from ocm import data as datasets
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.covariances.names import LEARNED
 from ocm.data import Images
-from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
+from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import Row, environment
 from ocm.images import ArrowImages
 from ocm.training.loop import mean_of_last

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ocm import Denoiser, cosine
 from ocm.data import digits
-from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.small_unet import small_unet
 from ocm.training.objectives import train_denoiser
 from ocm.training.settings import TrainingSettings
 

@@ -12,7 +12,7 @@ import torch
 from mixtures.errors import WeightedPoints, score_error, variance_error
 from mixtures.mixture import Mixture
 from mixtures.samples import discrepancies, training_free
-from mixtures.settings import ToySettings
+from mixtures.settings import MixtureSettings
 from mixtures.trained import fitted_analytic, learned_denoiser, trained_head
 from ocm.covariances import Covariance, Exact, OptimalCovarianceMatching
 from ocm.covariances.learned.base import LearnedCovariance
@@ -43,7 +43,7 @@ def degraded_scores(
     schedule: Schedule,
     good: Denoiser,
     points: Sequence[WeightedPoints],
-    settings: ToySettings,
+    settings: MixtureSettings,
     seed: int,
 ) -> list[Row]:
     """Return the errors of score, variances and samples as the denoiser gets worse.
@@ -99,7 +99,7 @@ def one_head(
     schedule: Schedule,
     head: LearnedCovariance,
     points: Sequence[WeightedPoints],
-    settings: ToySettings,
+    settings: MixtureSettings,
     seed: int,
 ) -> list[Row]:
     """Return errors and samples of one OCM head under both samplers and on other backbones.

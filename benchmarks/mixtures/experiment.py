@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mixtures.checks import degraded_scores, one_head
 from mixtures.errors import WeightedPoints, off_diagonal_share, variance_error, weighted_points
 from mixtures.samples import discrepancies, discrepancy_of_data, training_free
-from mixtures.settings import MIXTURES, ToySettings
+from mixtures.settings import MIXTURES, MixtureSettings
 from mixtures.trained import fitted_analytic, learned_denoiser, trained_head
 from mixtures.true_score import mixture_denoiser
 from ocm.covariances import Covariance, Exact, Hutchinson
@@ -54,7 +54,9 @@ class Task:
     first: bool
 
 
-def run(settings: ToySettings, device: torch.device, *, progress: bool = True) -> dict[str, Any]:
+def run(
+    settings: MixtureSettings, device: torch.device, *, progress: bool = True
+) -> dict[str, Any]:
     """Run the experiment and return its record, as JSON values.
 
     Args:
@@ -90,7 +92,7 @@ def run(settings: ToySettings, device: torch.device, *, progress: bool = True) -
 
 
 def _results(
-    tasks: list[Task], settings: ToySettings, device: torch.device, progress: bool
+    tasks: list[Task], settings: MixtureSettings, device: torch.device, progress: bool
 ) -> Iterator[tuple[Task, dict[str, list[Row]]]]:
     workers = min(len(tasks), os.cpu_count() or 1) if device.type == "cpu" else 1
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -101,7 +103,7 @@ def _results(
             yield futures[future], future.result()
 
 
-def run_task(task: Task, settings: ToySettings, device: torch.device) -> dict[str, list[Row]]:
+def run_task(task: Task, settings: MixtureSettings, device: torch.device) -> dict[str, list[Row]]:
     """Return the rows of a task, by part of the record."""
     torch.set_num_threads(1)
     mixture, schedule = MIXTURES[task.mixture](), linear()

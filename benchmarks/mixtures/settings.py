@@ -17,7 +17,7 @@ MIXTURES: dict[str, Callable[[], Mixture]] = {
 
 
 @dataclass(frozen=True)
-class ToySettings:
+class MixtureSettings:
     """Sizes of the experiment; the defaults take less than ten minutes on two cores.
 
     Attributes:
@@ -92,7 +92,7 @@ def _training(num_steps: int, batch_size: int, rate: float, seed: int) -> Traini
 
 
 # Sizes at which every line runs in seconds, and the figures mean little.
-QUICK = ToySettings(
+QUICK = MixtureSettings(
     seeds=(0,),
     head_steps=100,
     head_batch_size=256,

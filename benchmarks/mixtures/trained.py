@@ -10,7 +10,7 @@ import torch
 
 from mixtures.mixture import Mixture
 from mixtures.networks import point_denoiser, point_head
-from mixtures.settings import ToySettings
+from mixtures.settings import MixtureSettings
 from ocm.covariances import Analytic, fit_analytic
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.parameterisation import Parameterisation
@@ -26,7 +26,7 @@ from ocm.training.objectives import train_denoiser, train_head
 def learned_denoiser(
     mixture: Mixture,
     schedule: Schedule,
-    settings: ToySettings,
+    settings: MixtureSettings,
     seed: int,
     device: torch.device,
     num_steps: int | None = None,
@@ -47,7 +47,7 @@ def trained_head(
     parameterisation: Parameterisation,
     denoiser: Denoiser,
     mixture: Mixture,
-    settings: ToySettings,
+    settings: MixtureSettings,
     seed: int,
     *,
     true_score: bool = False,
@@ -78,7 +78,7 @@ def trained_head(
 def fitted_analytic(
     denoiser: Denoiser,
     mixture: Mixture,
-    settings: ToySettings,
+    settings: MixtureSettings,
     step_counts: Sequence[int],
     seed: int,
 ) -> Analytic:

@@ -24,7 +24,7 @@ import hessdiag
 from hessdiag.compat import forward_mode_operators
 from hessdiag.probes import BalancedColoring, Coloring, ProbeDesign, Rademacher
 from ocm import Denoiser
-from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import Row, environment
 from ocm.evaluation.markdown import markdown_table
 from suites.products import naive_loop

@@ -73,15 +73,11 @@ def variants() -> list[Variant]:
             f"rademacher, {name}",
             ("rademacher", "_rademacher_kernel"),
             {**common, "out_ptr": pointer},
-            {**flags, "PACKED": pointer == "*u8", "GROUPS": 256},
+            {**flags, "GROUPS": 256},
             8 * 16,
             size,
         )
-        for name, pointer, size in (
-            ("float32", "*fp32", 4),
-            ("bfloat16", "*bf16", 2),
-            ("packed", "*u8", 1 / 8),
-        )
+        for name, pointer, size in (("float32", "*fp32", 4), ("bfloat16", "*bf16", 2))
     ]
     result.append(
         Variant(

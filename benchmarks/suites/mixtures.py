@@ -7,14 +7,14 @@ from pathlib import Path
 from harness.timing import Setting
 from mixtures import experiment, plots
 from mixtures.report import tables
-from mixtures.settings import QUICK, ToySettings
+from mixtures.settings import QUICK, MixtureSettings
 
 from ocm.evaluation.environment import Row
 
 
 def run(setting: Setting) -> tuple[Row, str]:
     """Return the record of the suite and its Markdown tables."""
-    settings = QUICK if setting.quick else ToySettings()
+    settings = QUICK if setting.quick else MixtureSettings()
     record = experiment.run(settings, setting.device, progress=False)
     return record, report(record)
 

@@ -16,7 +16,7 @@ from harness.timing import Setting, time_together
 
 import ocm
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import Row, environment
 from ocm.evaluation.markdown import markdown_table
 from ocm.sampling.samplers import ddpm, reverse_step

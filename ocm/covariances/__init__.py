@@ -24,7 +24,8 @@ with DDPM's coefficients, is
     sigma^2 = beta_tilde(s, t) + (alpha_bar_s beta(s, t)^2 / beta_bar_t^2) Var[x0 | x_t].
 
 A new covariance is a small frozen dataclass with the method ``at``, in a file of its own; one that
-learns has a ``loss`` too, and stands in ``learned``. Its name stands in ``names.py``.
+learns has a ``loss`` too, and stands in ``learned``. Its name stands in ``names.py``; it is shown
+here and in :mod:`ocm`.
 """
 
 from ocm.covariances.analytic import Analytic, fit_analytic, fit_analytic_from_data

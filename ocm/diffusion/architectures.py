@@ -2,7 +2,8 @@
 
 A head reads what enters a backbone's last output layer. diffusers counts noise levels from 0, so
 that timestep t here is t - 1 there. An architecture that is not listed is one more
-:class:`Architecture`, handed to :class:`ocm.Denoiser`.
+:class:`Architecture`, handed to :class:`ocm.Denoiser`. The heads that fit one are in ``KINDS`` of
+:mod:`ocm.covariances.learned.heads`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Whose random numbers are whose: the steps of the normal stream, in one ledger.
 
 By the random-number contract (:mod:`hessdiag.kernels`) a normal number is a pure function of seed,
-stream, sample, step and feature. All of ocm draws from stream 2; who draws takes a step of its own,
-so that numbers of one seed that should be independent are different ones.
+stream, sample, step and feature. All normal noise of ocm is of stream 2; who draws takes a step of
+its own, so that numbers of one seed that should be independent are different ones. Probes are
+numbered apart: those of timestep t start at ``probe_offset = t * M``.
 
 =====================  =====================================================================
 0                      x_N, from which sampling starts

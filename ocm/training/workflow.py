@@ -15,9 +15,9 @@ from ocm.covariances.learned.heads import make_head
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.names import LEARNED
 from ocm.data import Images
-from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
+from ocm.diffusion.small_unet import small_unet
 from ocm.training.loop import mean_of_last
 from ocm.training.objectives import train_denoiser, train_head
 from ocm.training.settings import TrainingSettings

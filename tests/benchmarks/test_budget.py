@@ -12,7 +12,7 @@ import ocm
 from hessdiag.kernels import normal
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.architectures import UNET
-from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.small_unet import small_unet
 from ocm.diffusion.tables import Table
 from ocm.evaluation.features import FeatureExtractor
 

@@ -15,7 +15,7 @@ from mixtures.networks import point_denoiser, point_head
 from mixtures.plots import draw
 from mixtures.report import by_seed, other_way, tables
 from mixtures.samples import discrepancies, discrepancy
-from mixtures.settings import MIXTURES, QUICK, ToySettings
+from mixtures.settings import MIXTURES, QUICK, MixtureSettings
 from mixtures.true_score import mixture_denoiser
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
@@ -271,7 +271,7 @@ def mean_discrepancies(record, mixture, sampler, K):
 
 
 def test_the_record_is_of_the_default_size(record):
-    assert record["settings"] == json.loads(json.dumps(vars(ToySettings())))
+    assert record["settings"] == json.loads(json.dumps(vars(MixtureSettings())))
     assert record["environment"]["uncommitted_changes"] is False
 
 

@@ -12,7 +12,6 @@ from hessdiag.kernels import (
     ocm_loss,
     probe_moments,
     rademacher,
-    rademacher_bits,
 )
 
 pytestmark = pytest.mark.gpu
@@ -48,11 +47,6 @@ def test_step_against_float64(dtype):
 
 
 STEP = StepCoefficients(1.3, -0.4, 0.6, 0.5, 0.01, 0.3)
-
-
-@pytest.mark.parametrize("shape", [(17, 3, 129), (5, 4, 3, 32, 32)])
-def test_packed_signs_are_those_of_the_cpu(shape):
-    assert torch.equal(rademacher_bits(shape, 3, device="cuda").cpu(), rademacher_bits(shape, 3))
 
 
 @pytest.mark.parametrize("shape", [(20, 3, 129), (16, 8, 3, 32, 32), (35, 2, 1)])

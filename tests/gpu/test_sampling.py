@@ -7,7 +7,7 @@ import torch
 from small_backbone import small_denoiser, small_head
 
 import ocm
-from ocm.checkpoints.checkpoint import LEARNED
+from ocm.covariances.names import LEARNED
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from one_device import one_device
 from scipy import stats
 
-from hessdiag.kernels import normal, philox, rademacher, rademacher_bits
+from hessdiag.kernels import normal, philox, rademacher
 from hessdiag.kernels.normal import normal_triton
 from hessdiag.kernels.rademacher import rademacher_reference, rademacher_triton
 
@@ -77,19 +77,6 @@ def test_signs_do_not_depend_on_the_dtype(dtype, kernel_device):
     ):
         assert made.dtype == dtype
         torch.testing.assert_close(made.float().cpu(), expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_packed_bits_are_the_signs(shape, kernel_device):
-    signs = numpy_contract.rademacher(*shape, 5, 3, 1) > 0
-    seed = philox.seed_tensor(5, kernel_device)
-    for bits in (
-        rademacher_bits(shape, 5, probe_offset=3, sample_offset=1),
-        rademacher_triton(seed, shape, 3, 1, torch.uint8).cpu(),
-    ):
-        assert bits.shape == (*shape[:2], -(-shape[2] // 8))
-        unpacked = np.unpackbits(bits.numpy(), axis=-1, count=shape[2], bitorder="little")
-        np.testing.assert_array_equal(unpacked, signs)
 
 
 def test_a_batch_in_two_calls_and_probes_in_three_are_the_same():

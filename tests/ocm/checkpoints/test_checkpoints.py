@@ -10,7 +10,7 @@ import ocm
 from ocm import checkpoints
 from ocm.checkpoints.catalogue import build_covariance
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.backbones import small_unet
+from ocm.diffusion.small_unet import small_unet
 from ocm.diffusion.tables import Table
 
 NO_UNET = "denoiser holds no UNet2DModel that fits"

@@ -9,8 +9,8 @@ from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 import hessdiag
 import ocm
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.backbones import small_unet
 from ocm.diffusion.noise import noisy
+from ocm.diffusion.small_unet import small_unet
 from ocm.training.objectives import train_denoiser, train_head
 
 
