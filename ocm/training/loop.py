@@ -102,7 +102,7 @@ def train(
         ImportError: If tensorboard is asked for and not installed.
         TrainingStateError: A ValueError, if the state in ``directory`` is damaged, or was written
             with other settings or another module; it names the file and the entry.
-        TypeError: If the images have no length or the labels are not int64.
+        TypeError: If the images have no length.
         ValueError: If the data or the settings do not fit each other or the device.
 
     Example:

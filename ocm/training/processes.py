@@ -20,7 +20,7 @@ class Processes:
     Attributes:
         rank: Its number; the main process is 0.
         count: How many there are.
-        device: Where it computes: the CPU without an index, a GPU with its index.
+        device: Where it computes; a GPU with its index.
     """
 
     rank: int
@@ -61,13 +61,8 @@ class Processes:
 def join(device: torch.device | str | None) -> Processes:
     """Find the other processes, if a launcher started several, and the device of this one.
 
-    They stay joined until the end: whoever started them may not find them a second time.
-
-    Args:
-        device: Where to compute; None takes the process's GPU if it has one, else the CPU.
-
-    Raises:
-        ValueError: If there are several processes, and ``device`` is not this one's.
+    None takes the process's GPU if it has one, else the CPU. The processes stay joined until the
+    end: whoever started them may not find them a second time.
 
     Example:
         >>> join("cpu")
@@ -75,19 +70,17 @@ def join(device: torch.device | str | None) -> Processes:
     """
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    place = torch.device(device)
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        return Processes(0, 1, _with_index(place))
+    place, count = torch.device(device), int(os.environ.get("WORLD_SIZE", 1))
     if place.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    own, place = _with_index(torch.device(place.type)), _with_index(place)
+        if count > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if place.index is None else place)
+        if place.index is None:
+            place = torch.device("cuda", torch.cuda.current_device())
+    if count == 1:
+        return Processes(0, 1, place)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    rank = distributed.get_rank()
-    if place != own:
-        raise ValueError(f"device must be {own} in process {rank}, or None, got {device}")
-    return Processes(rank, count, place)
+    return Processes(distributed.get_rank(), count, place)
 
 
 def seed_random_numbers(device: torch.device, seed: int) -> None:
@@ -99,11 +92,3 @@ def seed_random_numbers(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
-
-
-def _with_index(place: torch.device) -> torch.device:
-    if place.type == "cpu":
-        return torch.device("cpu")
-    if place.type == "cuda" and place.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return place
