@@ -319,7 +319,7 @@ def damage(name):
         ("no weights", NO_UNET + ": .*single model file"),
         ("truncated weights", NO_UNET),
         ("another class", "denoiser must hold one of UNet2DModel, .* got 'AutoencoderKL'"),
-        ("another model's weights", NO_UNET + ": .*Unexpected key"),
+        ("another model's weights", f"(?s){NO_UNET}: .*Unexpected key"),
         ("no head", "heads/ocm.safetensors cannot be read"),
         ("truncated head", "heads/ocm.safetensors cannot be read"),
         ("another head", "heads/ocm.safetensors is of another model"),
