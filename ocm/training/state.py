@@ -112,7 +112,7 @@ def read_state(directory: Path, run: Mapping[str, object]) -> dict[str, Tensor] 
             f"{file} has version {version!r}, this ocm reads {_VERSION}; go on with the ocm that "
             f"wrote it, {_WAY_OUT}"
         )
-    for name in run | written:
+    for name in {**run, **written}:
         if written.get(name) != run.get(name):
             raise TrainingStateError(
                 f"{file} is of another training: {name} was {written.get(name)!r}, now it is "
