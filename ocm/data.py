@@ -66,7 +66,8 @@ class Images:
         """
         labels = None if self.train_labels is None else self.train_labels[:count]
         if isinstance(self.train, ArrowImages):
-            return replace(self, train=self.train.part(slice(count)), train_labels=labels)
+            train = replace(self.train, rows=self.train.rows[:count])
+            return replace(self, train=train, train_labels=labels)
         return replace(self, train=self.train[:count], train_labels=labels)
 
 
@@ -258,15 +259,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _image_folder(path: Path) -> dict[str, Any]:
-    """Return the arguments of ``load_dataset`` for a folder of images.
-
-    Its splits are named here: ``imagefolder`` itself would list all files once for each name that
-    a split may have.
-    """
-    test = next((split for split in _TEST_SPLITS if (path / split).is_dir()), None)
-    folders = {"train": path}
-    if (path / "train").is_dir():
-        folders = {"train": path / "train"} | ({} if test is None else {"test": path / test})
+    """Name the splits, for each of whose possible names ``imagefolder`` would list all files."""
+    splits = [split for split in ("train", *_TEST_SPLITS) if (path / split).is_dir()]
+    folders = {split: path / split for split in splits} if "train" in splits else {"train": path}
     # Else the names of the splits would be taken for classes.
     unlabelled = not any(entry.is_dir() for entry in folders["train"].iterdir())
     return {

@@ -7,7 +7,7 @@ image files, or their paths. Nothing of them is held in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,10 +62,6 @@ class ArrowImages:
             for place, value in enumerate(self.dataset[numbers][column]):
                 pixels[place] = self._decoded(value, numbers[place])
         return pixels.reshape(*chosen.shape, *self.image_shape)
-
-    def part(self, which: slice) -> ArrowImages:
-        """Return some of the images, as they are: not decoded."""
-        return replace(self, rows=self.rows[which])
 
     def _decoded(self, value: Mapping[str, Any], row: int) -> Tensor:
         import datasets

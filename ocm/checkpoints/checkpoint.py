@@ -30,10 +30,7 @@ from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
 from ocm.diffusion.tables import Table
 
-_FORMAT = "ocm-checkpoint"
-_VERSION = 2
-# Small enough to be carried one by one.
-_MAX_SHARD_SIZE = "14MB"
+_FORMAT = {"format": "ocm-checkpoint", "version": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +68,7 @@ def save(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: str = _MAX_SHARD_SIZE,
+    max_shard_size: str = "14MB",
 ) -> None:
     """Write a checkpoint to the directory ``path``, which is made if need be.
 
@@ -82,7 +79,7 @@ def save(
             them as they are. :func:`load` reads them into float32 all the same: heads that were
             trained before belong to the weights before.
         max_shard_size: Most bytes of a file of the denoiser's weights, as ``save_pretrained`` of
-            diffusers takes it.
+            diffusers takes it; by default small enough to be carried one by one.
     """
     from safetensors.torch import save_file
 
@@ -94,8 +91,7 @@ def save(
         file.unlink()
     backbone.save_pretrained(directory / "denoiser", max_shard_size=max_shard_size)
     description: dict[str, Any] = {
-        "format": _FORMAT,
-        "version": _VERSION,
+        **_FORMAT,
         "schedule": _schedule_entry(denoiser.schedule),
         "prediction_type": denoiser.prediction_type,
         "image_shape": checkpoint.image_shape,
@@ -114,8 +110,8 @@ def save(
             "config": head.config,
             "parameterisation": covariance.parameterisation.to_json(),
         }
-    _write_json(directory / "ocm.json", description)
     save_tables(checkpoint, directory)
+    _write_json(directory / "ocm.json", description)
 
 
 def save_tables(checkpoint: Checkpoint, path: str | Path) -> None:
@@ -136,7 +132,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """
     directory = Path(path)
     file = directory / "ocm.json"
-    description = _read_description(file)
+    if not file.exists():
+        raise CheckpointError(
+            f"no checkpoint at {directory}: {file} is missing; `ocm train` writes one, and "
+            "diffusers a pipeline, with model_index.json"
+        )
+    description = _read_json(file)
+    found = {name: description.get(name) for name in _FORMAT}
+    if found != _FORMAT:
+        raise CheckpointError(f"{file} must have {_FORMAT}, got {found}")
     backbone = load_backbone(directory / "denoiser").to(device)
     with _naming_entries_of(file):
         schedule = _schedule(description["schedule"])
@@ -168,24 +172,18 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             # Absent in earlier checkpoints.
             data_options=description.get("data_options", {}),
         )
+    file = directory / "tables.json"
+    tables = _read_json(file)
+    with _naming_entries_of(file):
+        fractions, weights = (
+            {name: Table.from_json(table) for name, table in tables[kind].items()}
+            for kind in ("analytic", "calibrations")
+        )
     for name, covariance in learned.items():
         load_weights(covariance.head, directory / "heads" / f"{name}.safetensors")
         covariance.head.to(device).eval().requires_grad_(False)
-    file = directory / "tables.json"
-    if not file.exists():
-        return checkpoint
-    tables = _read_json(file)
-    with _naming_entries_of(file):
-        return replace(
-            checkpoint,
-            analytic={
-                name: Analytic(denoiser, Table.from_json(table))
-                for name, table in tables["analytic"].items()
-            },
-            calibrations={
-                name: Table.from_json(table) for name, table in tables["calibrations"].items()
-            },
-        )
+    analytic = {name: Analytic(denoiser, table) for name, table in fractions.items()}
+    return replace(checkpoint, analytic=analytic, calibrations=weights)
 
 
 def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
@@ -204,10 +202,8 @@ def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoi
         return load(directory, device).denoiser
     config_file = directory / "scheduler" / "scheduler_config.json"
     config = _read_json(config_file)
-    try:
+    with _naming_entries_of(config_file):
         schedule = from_scheduler(config)
-    except ValueError as error:
-        raise CheckpointError(f"{config_file}: {error}") from error
     for part in ("unet", "transformer"):
         if (directory / part).is_dir():
             backbone = load_backbone(directory / part).to(device)
@@ -266,19 +262,6 @@ def _naming_entries_of(file: Path) -> Iterator[None]:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
-
-
-def _read_description(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise CheckpointError(
-            f"no checkpoint at {file.parent}: {file} is missing; `ocm train` writes one, and "
-            "diffusers a pipeline, with model_index.json"
-        )
-    description = _read_json(file)
-    found, known = (description.get("format"), description.get("version")), (_FORMAT, _VERSION)
-    if found != known:
-        raise CheckpointError(f"{file} must have format and version {known}, got {found}")
-    return description
 
 
 def _read_json(file: Path) -> dict[str, Any]:

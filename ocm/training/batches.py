@@ -91,19 +91,17 @@ class MicroBatches(Dataset[MicroBatch]):
         picked = batch.indices[own]
         x0 = self.images[picked]
         if settings.horizontal_flip:
-            x0 = _flip(x0, batch.flips[own])
+            if x0.dim() < 4:
+                raise ValueError(
+                    f"horizontal_flip needs images of shape (n, C, H, W), got {tuple(x0.shape)}"
+                )
+            flips = batch.flips[own].to(x0.device)[:, None, None, None]
+            x0 = torch.where(flips, x0.flip(-1), x0)
         labels = None if self.labels is None else self.labels[picked.to(self.labels.device)]
         return MicroBatch(x0, batch.timesteps[own], labels, step * settings.batch_size + first)
 
     def from_step(self, step: int) -> DataLoader[MicroBatch]:
-        """Return a loader of all micro-batches from this step on, in order.
-
-        Example:
-            >>> settings = TrainingSettings(num_steps=9, batch_size=4)
-            >>> batches = MicroBatches(torch.zeros(5, 1, 2, 2), None, 1000, settings)
-            >>> [batch.sample_offset for batch in batches.from_step(6)]
-            [24, 28, 32]
-        """
+        """Return a loader of all micro-batches from this step on, in order."""
         parts = self.settings.gradient_accumulation_steps
         workers = self.settings.num_workers
         # Those of a fork server would outlive this process, were it killed.
@@ -135,11 +133,3 @@ def derived_seed(*parts: object) -> int:
     """Return a seed for torch that differs, but for chance, wherever a part does."""
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") % 2**63
-
-
-def _flip(x0: Tensor, flips: Tensor) -> Tensor:
-    if x0.dim() < 4:
-        raise ValueError(
-            f"horizontal_flip needs images of shape (n, C, H, W), got {tuple(x0.shape)}"
-        )
-    return torch.where(flips.to(x0.device)[:, None, None, None], x0.flip(-1), x0)

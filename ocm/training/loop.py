@@ -10,15 +10,14 @@ that was killed goes on to the same bits.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ocm.diffusion.checks import check_positive_int
 from ocm.training.batches import (
@@ -28,9 +27,10 @@ from ocm.training.batches import (
     check_data,
     derived_seed,
 )
-from ocm.training.processes import Processes, join, seed_random_numbers
+from ocm.training.processes import Processes, join
 from ocm.training.settings import TrainingSettings
 from ocm.training.state import (
+    Parts,
     TrainingStateError,
     read_state,
     remove_states,
@@ -123,7 +123,7 @@ def train(
     if tensorboard:
         if path is None:
             raise ValueError("tensorboard needs a directory to write to, got directory=None")
-        importlib.import_module("torch.utils.tensorboard")  # before anything is written
+        from torch.utils.tensorboard import SummaryWriter
     processes = join(device)
     _check_settings(settings, processes)
     run = {
@@ -135,9 +135,9 @@ def train(
         "labels": labels is not None,
         "num_timesteps": num_timesteps,
     }
-    place, main = processes.device, processes.is_main
+    main = processes.rank == 0
     # The caller's random numbers are left as they were.
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         training = _prepare(name, module, settings, processes)
         losses = [] if path is None else _resume(training, path, run, resume)
         first = len(losses)
@@ -154,7 +154,12 @@ def train(
             unit="step",
             disable=not (progress and main),
         )
-        with _writer(path if tensorboard and main else None, first) as writer:
+        with contextlib.ExitStack() as stack:
+            writer: SummaryWriter | None = None
+            if tensorboard and main:
+                # Steps that a killed training logged after its last state are taken anew.
+                logs = SummaryWriter(f"{path}/tensorboard", purge_step=first)
+                writer = stack.enter_context(logs)
             for step in bar:
                 rate = rate_of_step(step)
                 losses.append(_backward(training, loss, loader, step))
@@ -171,11 +176,11 @@ def train(
                     writer.add_scalar("learning_rate", rate, step)
                 due = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps
                 if path is not None and main and due:
-                    tensors = training_tensors(*training.parts)
+                    tensors = training_tensors(training.parts)
                     tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
                     write_state(path, tensors, run)
         training.average.copy_to(training.parameters)
-        training.optimizer.zero_grad()
+        training.parts.optimizer.zero_grad()
         processes.wait()
     return losses
 
@@ -196,19 +201,10 @@ class _Training:
 
     settings: TrainingSettings
     processes: Processes
-    module: nn.Module
     called: nn.Module
     parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
     average: EMAModel
-
-    @property
-    def parts(
-        self,
-    ) -> tuple[nn.Module, list[Tensor], torch.optim.Optimizer, torch.amp.GradScaler]:
-        """What changes from step to step."""
-        return self.module, self.average.shadow_params, self.optimizer, self.scaler
+    parts: Parts
 
 
 def _check_settings(settings: TrainingSettings, processes: Processes) -> None:
@@ -221,15 +217,6 @@ def _check_settings(settings: TrainingSettings, processes: Processes) -> None:
             f"gradient_accumulation_steps = {settings.gradient_accumulation_steps}; got "
             f"{settings.batch_size}"
         )
-
-
-def _writer(path: Path | None, step: int) -> contextlib.AbstractContextManager[Any]:
-    if path is None:
-        return contextlib.nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Steps that a killed training logged after its last state are taken anew.
-    return SummaryWriter(str(path / "tensorboard"), purge_step=step)
 
 
 def _rate_of_step(settings: TrainingSettings) -> Callable[[int], float]:
@@ -247,23 +234,20 @@ def _prepare(
 ) -> _Training:
     from diffusers.training_utils import EMAModel
 
-    module.to(processes.device).train()
+    device = processes.device
+    module.to(device).train()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(f"no parameter of the {name} requires a gradient: nothing to train")
-    return _Training(
-        settings,
-        processes,
-        module,
-        # Before the average is made: it gives all processes the main one's weights.
-        processes.wrap(module),
-        parameters,
-        torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        ),
-        torch.amp.GradScaler(processes.device.type, enabled=settings.mixed_precision == "fp16"),
-        EMAModel(parameters, decay=settings.ema_decay),
+    # Before the average is made: it gives all processes the main one's weights.
+    called = nn.parallel.DistributedDataParallel(module) if processes.count > 1 else module
+    average = EMAModel(parameters, decay=settings.ema_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
+    parts = Parts(module, average.shadow_params, optimizer, scaler)
+    return _Training(settings, processes, called, parameters, average, parts)
 
 
 def _resume(
@@ -272,7 +256,7 @@ def _resume(
     """Go on from a state, if there is one, and return the losses so far."""
     processes = training.processes
     if not resume:
-        if processes.is_main:
+        if processes.rank == 0:
             remove_states(path)
         processes.wait()
     tensors = read_state(path, run)
@@ -284,7 +268,7 @@ def _resume(
             f"all of them share"
         )
     if tensors is not None:
-        restore_tensors(tensors, *training.parts)
+        restore_tensors(tensors, training.parts)
         training.average.optimization_step = len(losses)
     return losses
 
@@ -296,8 +280,8 @@ def _backward(
     processes, settings, called = training.processes, training.settings, training.called
     dtype = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
     device, parts = processes.device, settings.gradient_accumulation_steps
-    seed_random_numbers(device, derived_seed(settings.seed, "module", step, processes.rank))
-    training.optimizer.zero_grad()
+    torch.manual_seed(derived_seed(settings.seed, "module", step, processes.rank))
+    training.parts.optimizer.zero_grad()
     total = torch.zeros((), device=device)
     for part in range(parts):
         x0, t, labels, sample_offset = next(batches)
@@ -307,16 +291,19 @@ def _backward(
                 stack.enter_context(called.no_sync())  # The last gradient has the sum.
             with torch.autocast(device.type, dtype, enabled=settings.mixed_precision != "no"):
                 value = loss(called, x0.to(device), t.to(device), y, sample_offset)
-            training.scaler.scale(value / parts).backward()
+            training.parts.scaler.scale(value / parts).backward()
         total += value.detach().float()
-    return float(processes.mean(total / parts).item())
+    if processes.count > 1:
+        distributed.all_reduce(total)
+    return total.item() / (parts * processes.count)
 
 
 def _update(training: _Training, rate: float) -> None:
-    for group in training.optimizer.param_groups:
+    optimizer, scaler = training.parts.optimizer, training.parts.scaler
+    for group in optimizer.param_groups:
         group["lr"] = rate
-    training.scaler.unscale_(training.optimizer)
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(training.parameters, training.settings.max_gradient_norm)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
+    scaler.step(optimizer)
+    scaler.update()
     training.average.step(training.parameters)

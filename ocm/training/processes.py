@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Processes:
     """Where this process stands among those that train together.
 
     Attributes:
-        rank: Its number; the main process is 0.
+        rank: Its number; the main process, which writes states and shows progress, is 0.
         count: How many there are.
         device: Where it computes; a GPU with its index.
     """
@@ -26,24 +26,6 @@ class Processes:
     rank: int
     count: int
     device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes states and shows progress."""
-        return self.rank == 0
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module to call: itself if alone, else one that averages gradients."""
-        if self.count == 1:
-            return module
-        devices = None if self.device.type == "cpu" else [self.device]
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Return the mean of a tensor over all processes."""
-        if self.count > 1:
-            distributed.all_reduce(value)
-        return value / self.count
 
     def all_of(self, value: int) -> list[int]:
         """Return the numbers of all processes, in their order."""
@@ -81,14 +63,3 @@ def join(device: torch.device | str | None) -> Processes:
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
     return Processes(distributed.get_rank(), count, place)
-
-
-def seed_random_numbers(device: torch.device, seed: int) -> None:
-    """Seed PyTorch's global random numbers on the device and on the CPU."""
-    if device.type not in ("cpu", "cuda"):
-        torch.manual_seed(seed)
-        return
-    # torch.manual_seed would seed the caller's other GPUs too.
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)

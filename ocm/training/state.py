@@ -15,8 +15,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,15 @@ _WAY_OUT = (
 )
 
 
+class Parts(NamedTuple):
+    """What changes from step to step, with the means of the parameters that are trained."""
+
+    module: nn.Module
+    average: list[Tensor]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+
 class TrainingStateError(ValueError):
     """The state of a training is damaged, or is that of another training."""
 
@@ -43,16 +53,10 @@ def write_state(
     *,
     max_file_bytes: int = _MAX_FILE_BYTES,
 ) -> Path:
-    """Write a state, then remove older ones.
+    """Write :func:`training_tensors` and "losses" to a folder of their own; remove older ones.
 
-    Args:
-        directory: Made if need be.
-        tensors: Those of :func:`training_tensors`, and "losses", one for every step taken.
-        run: The settings that a training must share to go on from it, as JSON can hold them.
-        max_file_bytes: Most bytes of tensors in a file; a larger tensor gets a file of its own.
-
-    Returns:
-        The folder of the state.
+    ``run`` holds the settings that a training must share to go on from there, as JSON can hold
+    them. A file has at most ``max_file_bytes`` of tensors, or a single one.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -81,16 +85,7 @@ def write_state(
 
 
 def read_state(directory: Path, run: Mapping[str, object]) -> dict[str, Tensor] | None:
-    """Return the tensors of the newest state in ``directory``, or None if there is none.
-
-    Args:
-        directory: As given to :func:`write_state`.
-        run: The settings of the training that wants to go on.
-
-    Raises:
-        TrainingStateError: A ValueError that names the file and the entry, if the state is
-            damaged or was written with other settings.
-    """
+    """Return the tensors of the newest state, if there is one and ``run`` is what it was."""
     from safetensors.torch import load_file
 
     folders = _folders(directory)
@@ -139,64 +134,20 @@ def remove_states(directory: Path) -> None:
             shutil.rmtree(doomed)
 
 
-def training_tensors(
-    module: nn.Module,
-    average: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> dict[str, Tensor]:
-    """Return, by name, all tensors that the next step of a training depends on.
-
-    Args:
-        module: The module in training.
-        average: Moving average of those of its parameters that require gradients, in order.
-        optimizer: The optimiser of the same parameters.
-        scaler: The scaler of their gradients.
-
-    Returns:
-        "module/name" and "average/name" for the names of the module, "optimizer/number/entry" for
-        the numbers of its parameters, and "scaler/entry", if it is enabled.
-
-    Raises:
-        TypeError: If the module keeps state that is not a tensor.
-
-    Example:
-        >>> layer = nn.Linear(2, 1, bias=False)
-        >>> optimizer = torch.optim.AdamW(layer.parameters())
-        >>> layer(torch.ones(1, 2)).sum().backward()
-        >>> optimizer.step()
-        >>> scaler = torch.amp.GradScaler("cpu", enabled=False)
-        >>> sorted(training_tensors(layer, [layer.weight], optimizer, scaler))
-        ['average/weight', 'module/weight', 'optimizer/0/exp_avg', 'optimizer/0/exp_avg_sq',
-         'optimizer/0/step']
-    """
-    tensors = _weights(module, average)
-    for number, entries in optimizer.state_dict()["state"].items():
+def training_tensors(parts: Parts) -> dict[str, Tensor]:
+    """Return "module/name", "average/name", "optimizer/number/entry" and "scaler/entry"."""
+    tensors = _weights(parts)
+    for number, entries in parts.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{number}/{entry}": value for entry, value in entries.items()}
-    for entry, number in scaler.state_dict().items():
+    for entry, number in parts.scaler.state_dict().items():
         tensors[f"scaler/{entry}"] = torch.tensor(number)
     return tensors
 
 
-def restore_tensors(
-    tensors: Mapping[str, Tensor],
-    module: nn.Module,
-    average: Iterable[Tensor],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    """Write the tensors of a state back into what :func:`training_tensors` took them from.
-
-    Raises:
-        TrainingStateError: If the state is that of a module of other names, shapes or types; it
-            names the first. Nothing is changed then.
-    """
-    parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "scaler": {}}
-    for name, value in tensors.items():
-        part, _, rest = name.partition("/")
-        parts.setdefault(part, {})[rest] = value
-    targets = _weights(module, average)
-    for name in targets | {f"module/{name}": x for name, x in parts["module"].items()}:
+def restore_tensors(tensors: Mapping[str, Tensor], parts: Parts) -> None:
+    """Write a state back into what :func:`training_tensors` took it from, all of it or nothing."""
+    targets = _weights(parts)
+    for name in targets | {name: x for name, x in tensors.items() if name.startswith("module/")}:
         there, here = _kind(tensors.get(name)), _kind(targets.get(name))
         if there != here:
             raise TrainingStateError(
@@ -207,25 +158,29 @@ def restore_tensors(
         for name, target in targets.items():
             target.copy_(tensors[name])
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in parts["optimizer"].items():
-        number, entry = name.split("/")
-        state.setdefault(int(number), {})[entry] = value.clone()
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    if parts["scaler"]:
-        scaler.load_state_dict({entry: number.item() for entry, number in parts["scaler"].items()})
+    scaler = {}
+    for name, value in tensors.items():
+        match name.split("/"):
+            case "optimizer", number, entry:
+                state.setdefault(int(number), {})[entry] = value.clone()
+            case "scaler", entry:
+                scaler[entry] = value.item()
+    parts.optimizer.load_state_dict({**parts.optimizer.state_dict(), "state": state})
+    if scaler:
+        parts.scaler.load_state_dict(scaler)
 
 
-def _weights(module: nn.Module, average: Iterable[Tensor]) -> dict[str, Tensor]:
+def _weights(parts: Parts) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, value in module.state_dict().items():
+    for name, value in parts.module.state_dict().items():
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"the state of a module must be tensors to be written to disk, but {name} of "
-                f"{type(module).__name__} is a {type(value).__name__}"
+                f"{type(parts.module).__name__} is a {type(value).__name__}"
             )
         tensors[f"module/{name}"] = value
-    trained = [name for name, p in module.named_parameters() if p.requires_grad]
-    return tensors | {f"average/{name}": x for name, x in zip(trained, average, strict=True)}
+    trained = [name for name, p in parts.module.named_parameters() if p.requires_grad]
+    return tensors | {f"average/{name}": x for name, x in zip(trained, parts.average, strict=True)}
 
 
 def _kind(tensor: Tensor | None) -> str:
