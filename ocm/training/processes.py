@@ -55,7 +55,8 @@ def join(device: torch.device | str | None) -> Processes:
     place, count = torch.device(device), int(os.environ.get("WORLD_SIZE", 1))
     if place.type == "cuda":
         if count > 1:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) if place.index is None else place)
+            own = int(os.environ.get("LOCAL_RANK", 0))
+            torch.cuda.set_device(own if place.index is None else place)
         if place.index is None:
             place = torch.device("cuda", torch.cuda.current_device())
     if count == 1:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 _VERSION = 3
+_NAME = "training-state-"
 _DESCRIPTION = "state.json"
 # Of the tensors in a file: with its header the file stays below 15 MB.
 _MAX_FILE_BYTES = 14_000_000
@@ -75,7 +76,7 @@ def write_state(
     (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
     for path in (*partial.iterdir(), partial):
         _flush(path)
-    folder = directory / f"training-state-{len(tensors['losses']):08d}"
+    folder = directory / f"{_NAME}{len(tensors['losses']):08d}"
     os.rename(partial, folder)
     _flush(directory)
     for other in _folders(directory):
@@ -147,7 +148,8 @@ def training_tensors(parts: Parts) -> dict[str, Tensor]:
 def restore_tensors(tensors: Mapping[str, Tensor], parts: Parts) -> None:
     """Write a state back into what :func:`training_tensors` took it from, all of it or nothing."""
     targets = _weights(parts)
-    for name in targets | {name: x for name, x in tensors.items() if name.startswith("module/")}:
+    weights = [name for name in tensors if name.startswith(("module/", "average/"))]
+    for name in [*targets, *weights]:
         there, here = _kind(tensors.get(name)), _kind(targets.get(name))
         if there != here:
             raise TrainingStateError(
@@ -189,7 +191,8 @@ def _kind(tensor: Tensor | None) -> str:
 
 def _folders(directory: Path) -> list[Path]:
     """Return the folders of complete states, the newest last."""
-    return sorted(directory.glob("training-state-*[0-9]"), key=lambda path: (len(str(path)), path))
+    found = {path.name.removeprefix(_NAME): path for path in directory.glob(f"{_NAME}*")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -114,7 +114,8 @@ def test_removing_states_cut_short_at_any_call_leaves_a_complete_one_or_none(tmp
         os.rename(folder, tmp_path / "aside")
         write_state(directory, a_state(2), {})
         os.rename(tmp_path / "aside", folder)
-        (directory / "mine").touch()
+        for name in ("mine", "training-state-of-mine-1"):
+            (directory / name).touch()
         cut = cut_short(lambda d=directory: remove_states(d), point, monkeypatch)
         state = read_state(directory, {})
         assert state is None or step_of(state) == 2
@@ -122,7 +123,7 @@ def test_removing_states_cut_short_at_any_call_leaves_a_complete_one_or_none(tmp
             break
     assert state is None
     assert point > 4
-    assert files(directory) == ["mine"]
+    assert files(directory) == ["mine", "training-state-of-mine-1"]
 
 
 def test_a_folder_that_a_kill_left_is_ignored(tmp_path):
@@ -216,6 +217,10 @@ def test_a_state_of_another_module_or_other_data_is_refused(tmp_path):
         train("network", module, loss, images, labels, NUM_TIMESTEPS, SETTINGS, **options)
     assert equal(module.state_dict(), before)
     module = make_network(noisy=False)
+    module.first.requires_grad_(False)
+    with pytest.raises(TrainingStateError, match=r"average/first\.bias is .* absent here"):
+        train("network", module, loss, images, labels, NUM_TIMESTEPS, SETTINGS, **options)
+    module.first.requires_grad_(True)
     with pytest.raises(TrainingStateError, match="num_images was 20, now it is 19"):
         train("network", module, loss, images[1:], labels[1:], NUM_TIMESTEPS, SETTINGS, **options)
     with pytest.raises(TrainingStateError, match="name was 'network', now it is 'head'"):
