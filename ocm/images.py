@@ -58,9 +58,8 @@ class ArrowImages:
         numbers = chosen.reshape(-1).tolist()
         (column,) = self.dataset.column_names
         pixels = torch.empty((len(numbers), *self.image_shape), dtype=torch.uint8)
-        if numbers:
-            for place, value in enumerate(self.dataset[numbers][column]):
-                pixels[place] = self._decoded(value, numbers[place])
+        for place, value in enumerate(self.dataset[numbers][column]):
+            pixels[place] = self._decoded(value, numbers[place])
         return pixels.reshape(*chosen.shape, *self.image_shape)
 
     def _decoded(self, value: Mapping[str, Any], row: int) -> Tensor:

@@ -15,13 +15,7 @@ from torch import distributed
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands among those that train together.
-
-    Attributes:
-        rank: Its number; the main process, which writes states and shows progress, is 0.
-        count: How many there are.
-        device: Where it computes; a GPU with its index.
-    """
+    """The number of this process, 0 for the main one; how many there are; its own device."""
 
     rank: int
     count: int
