@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from ocm.diffusion.checks import check_positive_int
-from ocm.images import ArrowImages, Headers, headers
+from ocm.images import ArrowImages, arrow_images
 
-_DIGITS_SIZE = 8
 _MAX_HELD_OUT = 10_000
 # A split without "train" in its name that may serve as the held-out one, best first.
 _TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -66,14 +65,17 @@ class Images:
             100
         """
         labels = None if self.train_labels is None else self.train_labels[:count]
-        return replace(self, train=_first(self.train, count), train_labels=labels)
+        if isinstance(self.train, ArrowImages):
+            train = replace(self.train, rows=self.train.rows[:count])
+            return replace(self, train=train, train_labels=labels)
+        return replace(self, train=self.train[:count], train_labels=labels)
 
 
-def digits() -> Images:
+def digits(limit: int | None = None) -> Images:
     """Load scikit-learn's handwritten digits: 1,797 real 8x8 images of 17 grey levels.
 
     They come with the package (from the UCI repository, Alpaydin and Kaynak, 1998). A fixed
-    permutation holds out 297 images.
+    permutation holds out 297 images. ``limit`` is the most of either split, if it is given.
 
     Example:
         >>> digits().test.shape
@@ -87,7 +89,7 @@ def digits() -> Images:
     images = torch.from_numpy(bundle.images).float().unsqueeze(1) / 8.0 - 1.0
     labels = torch.from_numpy(bundle.target).long()
     order = _order(len(images))
-    train, test = order[297:], order[:297]
+    train, test = order[297:][:limit], order[:297][:limit]
     return Images(
         "digits",
         train=images[train],
@@ -96,6 +98,7 @@ def digits() -> Images:
         train_labels=labels[train],
         test_labels=labels[test],
         num_classes=10,
+        options={} if limit is None else {"limit": limit},
     )
 
 
@@ -150,52 +153,44 @@ def load(
     if limit is not None:
         check_positive_int("limit", limit)
     if name == "digits":
-        return _load_digits(image_size, image_column, label_column, limit)
-    with _progress_bars(progress):
-        splits = _read(name, cache_dir)
-        return _images(name, splits, image_size, image_column, label_column, limit)
-
-
-def _images(
-    name: str,
-    splits: dict[str, Any],
-    image_size: int | None,
-    image_column: str | None,
-    label_column: str | None,
-    limit: int | None,
-) -> Images:
+        if image_size not in (None, 8) or {image_column, label_column} != {None}:
+            raise ValueError(
+                "data 'digits' must be given without columns, and with no image_size but 8, got "
+                f"image_column {image_column!r}, label_column {label_column!r}, image_size "
+                f"{image_size}"
+            )
+        return digits(limit)
     import datasets
 
-    features = splits["train"].features
-    images_from = _image_column(name, features, image_column)
-    labels_from = _label_column(name, features, label_column)
-    rows = {split: _order(len(dataset)) for split, dataset in splits.items()}
-    if "test" not in splits:
-        splits, rows = _hold_out(name, splits["train"], rows["train"])
-    rows = {split: chosen[:limit] for split, chosen in rows.items()}
-    what = {split: f"{split} split of {name}" for split in rows}
-    encoded = {
-        split: dataset.select_columns(images_from).cast_column(
-            images_from, datasets.Image(decode=False)
+    with _progress_bars(progress):
+        splits = _read(name, cache_dir)
+        features = splits["train"].features
+        images_from = _image_column(name, features, image_column)
+        labels_from = _label_column(name, features, label_column)
+        rows = {split: _order(len(dataset)) for split, dataset in splits.items()}
+        if "test" not in splits:
+            if len(rows["train"]) < 2:
+                raise ValueError(
+                    f"data {name!r} must have a test split, or two images or more to hold one out, "
+                    f"got {len(rows['train'])}"
+                )
+            count = min(max(len(rows["train"]) // 10, 1), _MAX_HELD_OUT)
+            splits["test"] = splits["train"]
+            rows = {"train": rows["train"][count:], "test": rows["train"][:count]}
+        encoded = datasets.Image(decode=False)
+        images = arrow_images(
+            {
+                split: (
+                    dataset.select_columns(images_from).cast_column(images_from, encoded),
+                    rows[split][:limit],
+                    f"{split} split of {name}",
+                )
+                for split, dataset in splits.items()
+            },
+            image_size,
         )
-        for split, dataset in splits.items()
-    }
-    found = {split: headers(encoded[split], rows[split], what[split]) for split in rows}
-    channels = max(header.channels for header in found.values())
-    height, width = _size(name, found, image_size)
-    images = {
-        split: ArrowImages(
-            encoded[split],
-            rows[split],
-            (channels, height, width),
-            resize=image_size is not None,
-            name=what[split],
-        )
-        for split in rows
-    }
-    labels = {
-        split: _labels(what[split], splits[split], labels_from, rows[split]) for split in rows
-    }
+    labels = {split: _labels(splits[split], labels_from, images[split]) for split in images}
+    known = [int(values.max()) + 1 for values in labels.values() if values is not None]
     given = {"image_column": image_column, "label_column": label_column, "limit": limit}
     return Images(
         name,
@@ -204,75 +199,13 @@ def _images(
         levels=256,
         train_labels=labels["train"],
         test_labels=labels["test"],
-        num_classes=_num_classes(splits["train"], labels_from, labels),
+        num_classes=getattr(features[labels_from], "num_classes", max(known)) if known else None,
         options={option: value for option, value in given.items() if value is not None},
     )
 
 
-def _size(name: str, found: Mapping[str, Headers], image_size: int | None) -> tuple[int, int]:
-    """Return height and width, of which all images are or to which they are resized."""
-    if image_size is not None:
-        return image_size, image_size
-    for header in found.values():
-        if header.size is None:
-            raise ValueError(
-                f"image_size must be given for images of different sizes, got None: "
-                f"{header.difference}"
-            )
-    train, test = found["train"].size, found["test"].size
-    assert train is not None
-    assert test is not None
-    if train != test:
-        raise ValueError(
-            f"image_size must be given for data {name!r}: its training images are "
-            f"{train[0]}x{train[1]}, its test images {test[0]}x{test[1]} pixels"
-        )
-    return train[1], train[0]
-
-
-def _load_digits(
-    image_size: int | None, image_column: str | None, label_column: str | None, limit: int | None
-) -> Images:
-    if image_size not in (None, _DIGITS_SIZE):
-        raise ValueError(
-            f"image_size must be {_DIGITS_SIZE} or None for data 'digits', got {image_size}"
-        )
-    for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if column is not None:
-            raise ValueError(f"{argument} must be None for data 'digits', got {column!r}")
-    images = digits()
-    if limit is None:
-        return images
-    part = images.first(limit)
-    assert part.test_labels is not None
-    return replace(
-        part,
-        test=_first(part.test, limit),
-        test_labels=part.test_labels[:limit],
-        options={"limit": limit},
-    )
-
-
-def _first(images: Tensor | ArrowImages, count: int) -> Tensor | ArrowImages:
-    which = slice(count)
-    return images.part(which) if isinstance(images, ArrowImages) else images[which]
-
-
 def _order(count: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
-
-
-def _hold_out(name: str, dataset: Any, order: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if len(order) < 2:
-        raise ValueError(
-            f"data {name!r} must have a test split, or two images or more to hold one out, got "
-            f"{len(order)}"
-        )
-    count = min(max(len(order) // 10, 1), _MAX_HELD_OUT)
-    return (
-        {"train": dataset, "test": dataset},
-        {"train": order[count:], "test": order[:count]},
-    )
 
 
 @contextmanager
@@ -294,24 +227,25 @@ def _read(name: str, cache_dir: str | Path | None) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
 
     path = Path(name).expanduser()
-    if path.exists():
-        source = _local_source(name, path)
-        kind = {"parquet": "parquet", "imagefolder": "a folder of images"}[source["path"]]
-        origin = f"data {name!r} cannot be read as {kind}"
+    source: dict[str, Any]
+    if path.is_dir():
+        # Tables are splits by their names: train*, test* and so on.
+        tables = any(path.glob("*.parquet"))
+        source = {"path": "parquet", "data_dir": str(path)} if tables else _image_folder(path)
+        origin = f"data {name!r} cannot be read as {source['path']}"
+    elif path.is_file() and path.suffix == ".parquet":
+        source = {"path": "parquet", "data_files": {"train": str(path)}}
+        origin = f"data {name!r} cannot be read as parquet"
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and path.suffix != ".parquet":
         source = {"path": name}
-        origin = (
-            f"data {name!r} is no file or folder, and cannot be loaded from the Hugging Face Hub"
-        )
+        origin = f"data {name!r} is no folder, and cannot be loaded from the Hugging Face Hub"
     else:
         raise ValueError(
             "data must be 'digits', an existing folder or .parquet file, or 'owner/name' of a data "
             f"set on the Hugging Face Hub, got {name!r}"
         )
     try:
-        found = datasets.load_dataset(
-            **source, cache_dir=None if cache_dir is None else str(cache_dir)
-        )
+        found = datasets.load_dataset(**source, cache_dir=cache_dir)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"{origin}: {_reason(error)}") from error
     return _choose_splits(name, dict(found))
@@ -324,28 +258,10 @@ def _reason(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _local_source(name: str, path: Path) -> dict[str, Any]:
-    """Return the arguments of ``load_dataset`` for a file or folder."""
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"data must be a folder or a .parquet file, got the file {name!r}")
-        return {"path": "parquet", "data_files": {"train": str(path)}}
-    if any(path.glob("*.parquet")):
-        # By their names: train*, test* and so on.
-        return {"path": "parquet", "data_dir": str(path)}
-    return _image_folder(path)
-
-
 def _image_folder(path: Path) -> dict[str, Any]:
-    """Return the arguments of ``load_dataset`` for a folder of images.
-
-    Its splits are named here: ``imagefolder`` itself would list all files once for each name that
-    a split may have.
-    """
-    test = next((split for split in _TEST_SPLITS if (path / split).is_dir()), None)
-    folders = {"train": path}
-    if (path / "train").is_dir():
-        folders = {"train": path / "train"} | ({} if test is None else {"test": path / test})
+    """Name the splits, for each of whose possible names ``imagefolder`` would list all files."""
+    splits = [split for split in ("train", *_TEST_SPLITS) if (path / split).is_dir()][:2]
+    folders = {split: path / split for split in splits} if "train" in splits else {"train": path}
     # Else the names of the splits would be taken for classes.
     unlabelled = not any(entry.is_dir() for entry in folders["train"].iterdir())
     return {
@@ -381,68 +297,51 @@ def _holds_images(feature: Any) -> bool:
 
 def _image_column(name: str, features: dict[str, Any], wanted: str | None) -> str:
     found = [column for column, feature in features.items() if _holds_images(feature)]
-    if wanted is not None:
-        if wanted not in found:
-            raise ValueError(
-                f"image_column must be a column of images of data {name!r} "
-                f"({', '.join(found) or 'it has none'}), got {wanted!r}"
-            )
-        return wanted
-    if not found:
+    rule = f"image_column must be a column of images of data {name!r}"
+    column = _column(rule, wanted, found, ["image", "img"], found)
+    if column is None:
         raise ValueError(
-            f"data {name!r} must have a column of images (encoded, as bytes or "
-            f"{{bytes, path}}), got the columns {', '.join(features)}"
+            f"data {name!r} must have one column of images (encoded, as bytes or {{bytes, path}}), "
+            f"or image_column must be given, one of {', '.join(found) or 'none'}; got the columns "
+            f"{', '.join(features)}"
         )
-    preferred = ["image", "img"] + (found if len(found) == 1 else [])
-    for column in preferred:
-        if column in found:
-            return column
-    raise ValueError(
-        f"image_column must be given for data {name!r}, one of {', '.join(found)}, got None"
-    )
+    return column
 
 
 def _label_column(name: str, features: dict[str, Any], wanted: str | None) -> str | None:
     import datasets
 
-    found = [
-        column
-        for column, feature in features.items()
-        if isinstance(feature, datasets.ClassLabel)
-        or str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool"))
-    ]
-    if wanted is not None:
-        if wanted not in found:
-            raise ValueError(
-                f"label_column must be a column of integers of data {name!r} "
-                f"({', '.join(found) or 'it has none'}), got {wanted!r}"
-            )
-        return wanted
-    classes = [column for column in found if isinstance(features[column], datasets.ClassLabel)]
-    preferred = ["label", "labels"] + (classes if len(classes) == 1 else [])
-    return next((column for column in preferred if column in found), None)
+    kinds = ("int", "uint", "bool")
+    found = [c for c, f in features.items() if str(getattr(f, "dtype", "")).startswith(kinds)]
+    classes = [c for c in found if isinstance(features[c], datasets.ClassLabel)]
+    rule = f"label_column must be a column of integers of data {name!r}"
+    return _column(rule, wanted, found, ["label", "labels"], classes)
 
 
-def _labels(what: str, dataset: Any, column: str | None, rows: Tensor) -> Tensor | None:
+def _column(
+    rule: str, wanted: str | None, found: list[str], usual: list[str], single: list[str]
+) -> str | None:
+    """Return the column that is wanted, one of a usual name, or a single one, if there is."""
+    if wanted is None:
+        preferred = usual + (single if len(single) == 1 else [])
+        return next((column for column in preferred if column in found), None)
+    if wanted not in found:
+        raise ValueError(f"{rule} ({', '.join(found) or 'it has none'}), got {wanted!r}")
+    return wanted
+
+
+def _labels(dataset: Any, column: str | None, images: ArrowImages) -> Tensor | None:
     if column is None:
         return None
-    values = dataset.data.column(column)
+    values = dataset.data.column(column).cast("int64")
     if values.null_count == len(values):
         return None
-    known = torch.tensor(values.is_valid().to_numpy())[rows]
-    if not bool(known.all()):
+    missing = int(torch.tensor(values.is_null().to_numpy())[images.rows].sum())
+    if missing:
         raise ValueError(
-            f"label_column must name integers, got {column!r}, which misses "
-            f"{int((~known).sum())} of {len(known)} labels in the {what}"
+            f"label_column must name integers, got {column!r}, which misses {missing} of "
+            f"{len(images)} labels in the {images.name}"
         )
-    labels = torch.tensor(values.cast("int64").fill_null(-1).to_numpy())[rows]
+    labels = torch.tensor(values.fill_null(-1).to_numpy())[images.rows]
     # The Hub marks test labels that are kept secret by -1.
     return None if bool((labels < 0).any()) else labels
-
-
-def _num_classes(dataset: Any, column: str | None, labels: dict[str, Tensor | None]) -> int | None:
-    known = [int(values.max()) for values in labels.values() if values is not None]
-    if column is None or not known:
-        return None
-    named = getattr(dataset.features[column], "num_classes", None)
-    return max(known) + 1 if named is None else int(named)

@@ -7,15 +7,13 @@ image files, or their paths. Nothing of them is held in memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Modes of PIL that hold 8 bits or fewer a channel; wider ones would be clipped to white.
-_GREY_MODES = ("1", "L", "LA", "La")
-_COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
+_GREY_MODES = ("1", "L", "LA")
 # Orientations of EXIF that swap width and height.
 _TURNED = (5, 6, 7, 8)
 
@@ -60,98 +58,72 @@ class ArrowImages:
         numbers = chosen.reshape(-1).tolist()
         (column,) = self.dataset.column_names
         pixels = torch.empty((len(numbers), *self.image_shape), dtype=torch.uint8)
-        if numbers:
-            for place, value in enumerate(self.dataset[numbers][column]):
-                pixels[place] = self._decoded(value, numbers[place])
+        for place, value in enumerate(self.dataset[numbers][column]):
+            pixels[place] = self._decoded(value, numbers[place])
         return pixels.reshape(*chosen.shape, *self.image_shape)
-
-    def part(self, which: slice) -> ArrowImages:
-        """Return some of the images, as they are: not decoded."""
-        return replace(self, rows=self.rows[which])
 
     def _decoded(self, value: Mapping[str, Any], row: int) -> Tensor:
         import datasets
         import numpy as np
         from PIL import Image, ImageOps
 
+        channels, height, width = self.image_shape
         where = _where(value, row, self.name)
         try:
-            image = datasets.Image().decode_example(value)
+            image = datasets.Image(mode="L" if channels == 1 else "RGB").decode_example(value)
         except (OSError, ValueError, SyntaxError) as error:  # PIL has all three for broken files
             raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
-        channels, height, width = self.image_shape
-        image = image.convert("L") if image.mode in _GREY_MODES else image
-        image = image.convert("L" if channels == 1 else "RGB")
         if self.resize:
             image = ImageOps.fit(image, (width, height), Image.Resampling.BOX)
         if image.size != (width, height):
-            raise ValueError(
-                f"image_size must be given for images of different sizes, got None: {where} has "
-                f"{image.width}x{image.height} pixels, others {width}x{height}"
-            )
-        array = torch.from_numpy(np.array(image))
-        return array.unsqueeze(0) if channels == 1 else array.permute(2, 0, 1)
+            raise ValueError(_different(where, image.size, (width, height)))
+        return torch.from_numpy(np.array(image)).reshape(height, width, channels).movedim(2, 0)
 
 
-@dataclass(frozen=True, eq=False)
-class Headers:
-    """What the files of some images say before they are decoded.
+def arrow_images(
+    splits: Mapping[str, tuple[Any, Tensor, str]], image_size: int | None
+) -> dict[str, ArrowImages]:
+    """Return the images of some splits, of the shape that the beginnings of their files tell.
 
-    Attributes:
-        channels: 1 for grey, 3 for colours: the most of any image.
-        size: Width and height, as all images have them; None if they differ.
-        difference: Two images that differ in size, in words, if there are.
+    A split is a data set of one column, of encoded images; the rows to take; and its name. What was
+    read from the files stays in the cache of ``datasets``: once, not again.
     """
-
-    channels: int
-    size: tuple[int, int] | None
-    difference: str
-
-
-def headers(dataset: Any, rows: Tensor, name: str) -> Headers:
-    """Read the beginnings of image files, which ``datasets`` keeps in its cache: once, not again.
-
-    Args:
-        dataset: A data set of one column, of encoded images.
-        rows: Which rows of it.
-        name: What they are, for errors and the progress bar.
-
-    Raises:
-        ValueError: That names the file or the row, if one holds no image, or more than 8 bits a
-            channel.
-    """
-    order = rows.sort().values.tolist()  # as they lie on the disk
-    table = dataset.select(order).map(
-        _read_headers,
-        batched=True,
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        fn_kwargs={"name": name, "rows": order},
-        desc=f"headers of the {name}",
-    )
-    found = {key: torch.tensor(table.data.column(key).to_numpy()) for key in table.column_names}
-    other = (found["width"] != found["width"][0]) | (found["height"] != found["height"][0])
-    size, difference = (int(found["width"][0]), int(found["height"][0])), ""
-    if bool(other.any()):
-        place = int(other.long().argmax())
-        (value,) = dataset[order[place]].values()
-        difference = (
-            f"{_where(value, order[place], name)} has {found['width'][place]}x"
-            f"{found['height'][place]} pixels, others {size[0]}x{size[1]}"
+    channels, size = 1, None
+    for dataset, rows, name in splits.values():
+        order = rows.sort().values.tolist()  # as they lie on the disk
+        table = dataset.select(order).map(
+            _read_headers,
+            batched=True,
+            with_indices=True,
+            input_columns=dataset.column_names,
+            remove_columns=dataset.column_names,
+            fn_kwargs={"name": name, "rows": order},
+            desc=f"headers of the {name}",
         )
-    return Headers(int(found["channels"].max()), None if difference else size, difference)
+        numbers = table.data.column("header").combine_chunks().flatten()
+        found = torch.tensor(numbers.to_numpy()).view(-1, 3)
+        channels = max(channels, int(found[:, 0].max()))
+        size = found[0, 1:] if size is None else size
+        differs = (found[:, 1:] != size).any(dim=1)
+        if image_size is None and bool(differs.any()):
+            place = int(differs.long().argmax())
+            (value,) = dataset[order[place]].values()
+            where = _where(value, order[place], name)
+            raise ValueError(_different(where, found[place, 1:].tolist(), size.tolist()))
+    assert size is not None
+    width, height = size.tolist() if image_size is None else (image_size, image_size)
+    shape, resize = (channels, height, width), image_size is not None
+    return {
+        split: ArrowImages(dataset, rows, shape, resize, name)
+        for split, (dataset, rows, name) in splits.items()
+    }
 
 
 def _read_headers(
-    batch: Mapping[str, Sequence[Any]], indices: Sequence[int], *, name: str, rows: Sequence[int]
-) -> dict[str, list[int]]:
-    (values,) = batch.values()
-    columns: dict[str, list[int]] = {"channels": [], "width": [], "height": []}
-    for value, index in zip(values, indices, strict=True):
-        header = _header(value, _where(value, rows[index], name))
-        for column, number in zip(columns.values(), header, strict=True):
-            column.append(number)
-    return columns
+    values: Sequence[Any], indices: Sequence[int], *, name: str, rows: Sequence[int]
+) -> dict[str, list[tuple[int, int, int]]]:
+    found = [_header(v, _where(v, rows[i], name)) for v, i in zip(values, indices, strict=True)]
+    return {"header": found}
 
 
 def _header(value: Mapping[str, Any] | None, where: str) -> tuple[int, int, int]:
@@ -170,7 +142,7 @@ def _header(value: Mapping[str, Any] | None, where: str) -> tuple[int, int, int]
             exif = image.getexif() if "exif" in image.info else {}
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
-    if mode not in (*_GREY_MODES, *_COLOUR_MODES):
+    if mode[0] in "IF":  # integers and floating-point numbers, which would be clipped to white
         raise ValueError(f"{where} must have 8 bits a channel, got an image of PIL's mode {mode!r}")
     if exif.get(ExifTags.Base.Orientation) in _TURNED:
         width, height = height, width
@@ -180,3 +152,10 @@ def _header(value: Mapping[str, Any] | None, where: str) -> tuple[int, int, int]
 def _where(value: Mapping[str, Any] | None, row: int, name: str) -> str:
     path = None if value is None else value["path"]
     return f"row {row} of the {name}" + (f" ({path})" if path else "")
+
+
+def _different(where: str, size: Sequence[int], other: Sequence[int]) -> str:
+    return (
+        f"image_size must be given for images of different sizes, got None: {where} has "
+        f"{size[0]}x{size[1]} pixels, others {other[0]}x{other[1]}"
+    )

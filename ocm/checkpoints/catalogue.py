@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import hessdiag
 from ocm.checkpoints.checkpoint import Checkpoint
@@ -51,31 +53,19 @@ def build_covariance(
         return covariance
     if not has_density(plain):
         raise ValueError(f"covariance {plain!r} has no density, and so nothing to calibrate")
-    if plain not in checkpoint.calibrations:
-        raise ValueError(
-            f"covariance {name!r} needs a calibration, and this checkpoint has "
-            f"{', '.join(checkpoint.calibrations) or 'none'}; `ocm calibrate` fits it"
-        )
-    return Calibrated((covariance,), checkpoint.calibrations[plain], checkpoint.x0_range)
+    weights = _of(checkpoint.calibrations, plain, "a calibration; `ocm calibrate` fits it")
+    return Calibrated((covariance,), weights, checkpoint.x0_range)
 
 
 def _plain(name: str, checkpoint: Checkpoint, settings: CovarianceSettings) -> Covariance:
     entry, denoiser = NAMES[name], checkpoint.denoiser
     covariance: Covariance
     if entry.kind == "learned":
-        if name not in checkpoint.learned:
-            raise ValueError(
-                f"covariance {name!r} needs a trained head, and this checkpoint has "
-                f"{', '.join(checkpoint.learned) or 'none'}; `ocm train --head {name}` trains it"
-            )
-        covariance = checkpoint.learned[name]
+        missing = f"a trained head; `ocm train --head {name}` trains it"
+        covariance = _of(checkpoint.learned, name, missing)
     elif entry.kind == "fitted":
-        if name not in checkpoint.analytic:
-            raise ValueError(
-                f"covariance {name!r} needs a pass over data, which this checkpoint has not seen; "
-                "`ocm calibrate` makes it"
-            )
-        covariance = checkpoint.analytic[name]
+        missing = "a pass over data; `ocm calibrate` makes it"
+        covariance = _of(checkpoint.analytic, name, missing)
     elif entry.kind == "probes":
         design = {"probes": hessdiag.Coloring(settings.num_probes)} if name == "coloring" else {}
         covariance = entry.make(denoiser, settings.num_probes, settings.seed, **design)
@@ -84,6 +74,13 @@ def _plain(name: str, checkpoint: Checkpoint, settings: CovarianceSettings) -> C
     else:
         covariance = entry.make(denoiser)
     return covariance
+
+
+def _of(found: Mapping[str, Any], name: str, missing: str) -> Any:
+    if name not in found:
+        has = ", ".join(found) or "none"
+        raise ValueError(f"covariance {name!r} needs {missing}; this checkpoint has that of {has}")
+    return found[name]
 
 
 def available(checkpoint: Checkpoint) -> list[str]:

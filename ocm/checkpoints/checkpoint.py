@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 
 from ocm.checkpoints.weights import CheckpointError, load_model, load_weights
 from ocm.covariances import Analytic, LearnedCovariance
-from ocm.covariances.learned.heads import HEADS, KINDS
+from ocm.covariances.learned.heads import KINDS
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.names import LEARNED
 from ocm.diffusion.architectures import ARCHITECTURES
@@ -29,13 +30,7 @@ from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
 from ocm.diffusion.tables import Table
 
-_FORMAT = "ocm-checkpoint"
-_VERSION = 2
-# As diffusers' save_pretrained names them: one file, or several and an index.
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_INDEX = f"{_WEIGHTS}.index.json"
-# Small enough to be carried one by one.
-_MAX_SHARD_SIZE = "14MB"
+_FORMAT = {"format": "ocm-checkpoint", "version": 2}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +68,7 @@ def save(
     path: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: str = _MAX_SHARD_SIZE,
+    max_shard_size: str = "14MB",
 ) -> None:
     """Write a checkpoint to the directory ``path``, which is made if need be.
 
@@ -84,27 +79,26 @@ def save(
             them as they are. :func:`load` reads them into float32 all the same: heads that were
             trained before belong to the weights before.
         max_shard_size: Most bytes of a file of the denoiser's weights, as ``save_pretrained`` of
-            diffusers takes it.
+            diffusers takes it; by default small enough to be carried one by one.
     """
     from safetensors.torch import save_file
 
     directory, denoiser = Path(path), checkpoint.denoiser
     (directory / "heads").mkdir(parents=True, exist_ok=True)
-    backbone = denoiser.backbone if dtype is None else _rounded(denoiser.backbone, dtype)
+    backbone = denoiser.backbone if dtype is None else copy.deepcopy(denoiser.backbone).to(dtype)
     # save_pretrained would leave the index of an earlier one, or its single file, beside its own.
-    for file in (_WEIGHTS, _INDEX):
-        (directory / "denoiser" / file).unlink(missing_ok=True)
+    for file in (directory / "denoiser").glob("diffusion_pytorch_model.*"):
+        file.unlink()
     backbone.save_pretrained(directory / "denoiser", max_shard_size=max_shard_size)
     description: dict[str, Any] = {
-        "format": _FORMAT,
-        "version": _VERSION,
+        **_FORMAT,
         "schedule": _schedule_entry(denoiser.schedule),
         "prediction_type": denoiser.prediction_type,
-        "image_shape": list(checkpoint.image_shape),
+        "image_shape": checkpoint.image_shape,
         "levels": checkpoint.levels,
         "data": checkpoint.data,
         "data_options": dict(checkpoint.data_options),
-        "x0_range": None if checkpoint.x0_range is None else list(checkpoint.x0_range),
+        "x0_range": checkpoint.x0_range,
         "num_calibration": checkpoint.num_calibration,
         "learned": {},
     }
@@ -116,8 +110,8 @@ def save(
             "config": head.config,
             "parameterisation": covariance.parameterisation.to_json(),
         }
-    _write_json(directory / "ocm.json", description)
     save_tables(checkpoint, directory)
+    _write_json(directory / "ocm.json", description)
 
 
 def save_tables(checkpoint: Checkpoint, path: str | Path) -> None:
@@ -138,54 +132,58 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """
     directory = Path(path)
     file = directory / "ocm.json"
-    description = _read_description(file)
-    try:
+    if not file.exists():
+        raise CheckpointError(
+            f"no checkpoint at {directory}: {file} is missing; `ocm train` writes one, and "
+            "diffusers a pipeline, with model_index.json"
+        )
+    description = _read_json(file)
+    found = {name: description.get(name) for name in _FORMAT}
+    if found != _FORMAT:
+        raise CheckpointError(f"{file} must have {_FORMAT}, got {found}")
+    backbone = load_backbone(directory / "denoiser").to(device)
+    with _naming_entries_of(file):
         schedule = _schedule(description["schedule"])
-        channels, height, width = (int(size) for size in description["image_shape"])
+        denoiser = Denoiser(backbone, schedule, description["prediction_type"]).freeze()
+        channels, height, width = description["image_shape"]
+        if channels != backbone.config.in_channels:
+            raise ValueError(
+                f"image_shape has {channels} channels, the denoiser beside it "
+                f"{backbone.config.in_channels}"
+            )
         check_positive_int("levels", description["levels"])
-        data, prediction_type = str(description["data"]), description["prediction_type"]
-        num_calibration = int(description["num_calibration"])
-        # Absent in earlier checkpoints.
-        data_options = dict(description.get("data_options", {}))
         bounds = description["x0_range"]
-        x0_range = None if bounds is None else (float(bounds[0]), float(bounds[1]))
-        entries = {
-            name: (_head(entry), Parameterisation.from_json(entry["parameterisation"]))
+        learned = {
+            name: LEARNED[name](
+                denoiser,
+                _head(name, entry, backbone),
+                Parameterisation.from_json(entry["parameterisation"]),
+            )
             for name, entry in description["learned"].items()
         }
-        if not set(entries) <= set(LEARNED):
-            raise ValueError(
-                f"learned must be among {', '.join(LEARNED)}, got {', '.join(entries)}"
-            )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
-
-    backbone = load_backbone(directory / "denoiser").to(device)
-    try:
-        denoiser = Denoiser(backbone, schedule, prediction_type).freeze()
-    except ValueError as error:
-        raise CheckpointError(f"{file} misstates an entry: {error}") from error
-    _check_same(file, "image_shape", channels, backbone.config.in_channels)
-    learned: dict[str, LearnedCovariance] = {}
-    for name, (head, parameterisation) in entries.items():
-        _check_fit(file, name, head, denoiser)
-        load_weights(head, directory / "heads" / f"{name}.safetensors")
-        head.to(device).eval().requires_grad_(False)
-        learned[name] = LEARNED[name](denoiser, head, parameterisation)
-    analytic, calibrations = _read_tables(directory / "tables.json", denoiser)
-    return Checkpoint(
-        denoiser,
-        (channels, height, width),
-        description["levels"],
-        data,
-        learned,
-        analytic,
-        calibrations,
-        x0_range,
-        num_calibration,
-        data_options,
-    )
+        checkpoint = Checkpoint(
+            denoiser,
+            (channels, height, width),
+            description["levels"],
+            description["data"],
+            learned,
+            x0_range=None if bounds is None else (bounds[0], bounds[1]),
+            num_calibration=description["num_calibration"],
+            # Absent in earlier checkpoints.
+            data_options=description.get("data_options", {}),
+        )
+    file = directory / "tables.json"
+    tables = _read_json(file)
+    with _naming_entries_of(file):
+        fractions, weights = (
+            {name: Table.from_json(table) for name, table in tables[kind].items()}
+            for kind in ("analytic", "calibrations")
+        )
+    for name, covariance in learned.items():
+        load_weights(covariance.head, directory / "heads" / f"{name}.safetensors")
+        covariance.head.to(device).eval().requires_grad_(False)
+    analytic = {name: Analytic(denoiser, table) for name, table in fractions.items()}
+    return replace(checkpoint, analytic=analytic, calibrations=weights)
 
 
 def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:
@@ -204,10 +202,8 @@ def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoi
         return load(directory, device).denoiser
     config_file = directory / "scheduler" / "scheduler_config.json"
     config = _read_json(config_file)
-    try:
+    with _naming_entries_of(config_file):
         schedule = from_scheduler(config)
-    except ValueError as error:
-        raise CheckpointError(f"{config_file}: {error}") from error
     for part in ("unet", "transformer"):
         if (directory / part).is_dir():
             backbone = load_backbone(directory / part).to(device)
@@ -232,15 +228,6 @@ def load_backbone(directory: str | Path) -> Any:
     return load_model(getattr(diffusers, name), directory)
 
 
-def _rounded(backbone: Any, dtype: torch.dtype) -> Any:
-    """Return a copy with weights and buffers in another floating-point type."""
-    rounded = copy.deepcopy(backbone)
-    for tensor in (*rounded.parameters(), *rounded.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-    return rounded
-
-
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
     if schedule.name in SCHEDULES:
         usual = SCHEDULES[schedule.name](schedule.num_timesteps)
@@ -256,65 +243,25 @@ def _schedule(entry: dict[str, Any]) -> Schedule:
     return SCHEDULES[entry["name"]](entry["num_timesteps"])
 
 
-def _head(entry: dict[str, Any]) -> nn.Module:
-    return HEADS[entry["head"]](**entry["config"])
-
-
-def _check_fit(file: Path, name: str, head: nn.Module, denoiser: Denoiser) -> None:
-    """Raise unless the head is one that the denoiser's architecture would make."""
-    config: Any = getattr(head, "config", None)
-    kinds = KINDS[type(denoiser.backbone).__name__]
-    fitting = [make(denoiser.backbone) for make in kinds.values()]
-    alike = [other for other in fitting if type(other) is type(head)]
-    if not alike:
-        raise CheckpointError(
-            f"{file} is of another model: learned.{name} has a {type(head).__name__}, the denoiser "
-            f"beside it takes {' or '.join(type(other).__name__ for other in fitting)}"
+def _head(name: str, entry: dict[str, Any], backbone: nn.Module) -> nn.Module:
+    """Return the head of an entry, if it is one that the backbone's architecture would make."""
+    wanted = entry["head"], entry["config"]
+    fitting = [make(backbone) for make in KINDS[type(backbone).__name__].values()]
+    made = [(type(head).__name__, vars(head)["config"]) for head in fitting]
+    if wanted not in made:
+        raise ValueError(
+            f"learned.{name} must be of the denoiser beside it, one of {made}, got {wanted}"
         )
-    for key, expected in vars(alike[0])["config"].items():
-        if key != "residual":
-            _check_same(file, f"learned.{name}.{key}", config[key], expected)
+    return fitting[made.index(wanted)]
 
 
-def _check_same(file: Path, name: str, got: int, expected: int) -> None:
-    if got != expected:
-        raise CheckpointError(
-            f"{file} is of another model: {name} has {got}, the denoiser beside it {expected}"
-        )
-
-
-def _read_description(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise CheckpointError(
-            f"no checkpoint at {file.parent}: {file} is missing; `ocm train` writes one, and "
-            "diffusers a pipeline, with model_index.json"
-        )
-    description = _read_json(file)
-    if description.get("format") != _FORMAT:
-        raise CheckpointError(f'{file} is no checkpoint of ocm: "format" must be "{_FORMAT}"')
-    if description.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{file} has version {description.get('version')!r}, this ocm reads {_VERSION}"
-        )
-    return description
-
-
-def _read_tables(file: Path, denoiser: Denoiser) -> tuple[dict[str, Analytic], dict[str, Table]]:
-    if not file.exists():
-        return {}, {}
-    record = _read_json(file)
+@contextmanager
+def _naming_entries_of(file: Path) -> Iterator[None]:
     try:
-        analytic = {
-            name: Analytic(denoiser, Table.from_json(table))
-            for name, table in record["analytic"].items()
-        }
-        calibrations = {
-            name: Table.from_json(table) for name, table in record["calibrations"].items()
-        }
+        yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{file} lacks or misstates an entry: {reason}") from error
-    return analytic, calibrations
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -13,18 +13,17 @@ def calibration_images(checkpoint: Checkpoint, images: Images, count: int) -> Te
 
     A denoiser errs less on what it was trained on, and a calibration there would be too narrow.
     """
-    first = _first(checkpoint, images)
-    return images.train[first : min(first + count, len(images.train))]
+    return images.train[_kept(checkpoint, images, count)]
 
 
 def calibration_labels(checkpoint: Checkpoint, images: Images, count: int) -> Tensor | None:
     """Return the classes of :func:`calibration_images`, for a denoiser that takes them."""
     if not checkpoint.denoiser.takes_labels or images.train_labels is None:
         return None
-    first = _first(checkpoint, images)
-    return images.train_labels[first : first + count]
+    return images.train_labels[_kept(checkpoint, images, count)]
 
 
-def _first(checkpoint: Checkpoint, images: Images) -> int:
+def _kept(checkpoint: Checkpoint, images: Images, count: int) -> slice:
     kept = checkpoint.num_calibration
-    return len(images.train) - kept if kept else 0
+    first = len(images.train) - kept if kept else 0
+    return slice(first, first + count)

@@ -30,13 +30,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Which images a step takes, and at which timesteps.
-
-    Attributes:
-        indices: Places of the images, int64 of shape (batch_size,).
-        timesteps: Timesteps in 1 .. N, int64 of shape (batch_size,).
-        flips: Which images are flipped, bool of shape (batch_size,).
-    """
+    """Which images a step takes, at which timesteps in 1 .. N, and which of them are flipped."""
 
     indices: Tensor
     timesteps: Tensor
@@ -62,22 +56,12 @@ def batch_of_step(
     place = (torch.arange(size) + torch.rand(1, generator=generator)) / size
     place = place**settings.timestep_exponent
     timesteps = 1 + (place * num_timesteps).long().clamp(max=num_timesteps - 1)
-    if settings.horizontal_flip:
-        flips = torch.rand(size, generator=generator) < 0.5
-    else:
-        flips = torch.zeros(size, dtype=torch.bool)
+    flips = torch.rand(size, generator=generator) < (0.5 if settings.horizontal_flip else 0.0)
     return Batch(indices, timesteps, flips)
 
 
 class MicroBatch(NamedTuple):
-    """What one process takes into one evaluation of the loss.
-
-    Attributes:
-        x0: Images, shape (b, C, ...), flipped where that was drawn.
-        t: Timesteps in 1 .. N, int64 of shape (b,).
-        labels: Classes, int64 of shape (b,), or None.
-        sample_offset: Number of samples that training has seen before these.
-    """
+    """What one process takes into one evaluation of the loss, as ``train`` hands it on."""
 
     x0: Tensor
     t: Tensor
@@ -87,16 +71,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MicroBatches(Dataset[MicroBatch]):
-    """The micro-batches of one of several processes, by number.
-
-    Attributes:
-        images: Training images, shape (n, C, ...), or a source of them.
-        labels: Classes of the images, int64 of shape (n,), or None.
-        num_timesteps: Timesteps N of the diffusion.
-        settings: Of the training.
-        rank: Number of the process.
-        num_processes: How many there are.
-    """
+    """The micro-batches, by number, of process ``rank`` among ``num_processes``."""
 
     images: Tensor | ImageSource
     labels: Tensor | None
@@ -116,19 +91,17 @@ class MicroBatches(Dataset[MicroBatch]):
         picked = batch.indices[own]
         x0 = self.images[picked]
         if settings.horizontal_flip:
-            x0 = _flip(x0, batch.flips[own])
+            if x0.dim() < 4:
+                raise ValueError(
+                    f"horizontal_flip needs images of shape (n, C, H, W), got {tuple(x0.shape)}"
+                )
+            flips = batch.flips[own].to(x0.device)[:, None, None, None]
+            x0 = torch.where(flips, x0.flip(-1), x0)
         labels = None if self.labels is None else self.labels[picked.to(self.labels.device)]
         return MicroBatch(x0, batch.timesteps[own], labels, step * settings.batch_size + first)
 
     def from_step(self, step: int) -> DataLoader[MicroBatch]:
-        """Return a loader of all micro-batches from this step on, in order.
-
-        Example:
-            >>> settings = TrainingSettings(num_steps=9, batch_size=4)
-            >>> batches = MicroBatches(torch.zeros(5, 1, 2, 2), None, 1000, settings)
-            >>> [batch.sample_offset for batch in batches.from_step(6)]
-            [24, 28, 32]
-        """
+        """Return a loader of all micro-batches from this step on, in order."""
         parts = self.settings.gradient_accumulation_steps
         workers = self.settings.num_workers
         # Those of a fork server would outlive this process, were it killed.
@@ -143,24 +116,16 @@ class MicroBatches(Dataset[MicroBatch]):
 
 
 def check_data(images: Tensor | ImageSource, labels: Tensor | None) -> None:
-    """Raise unless images and labels can be trained on.
-
-    Raises:
-        TypeError: If the labels are not int64.
-        ValueError: If there are no images, or labels for others than there are.
-    """
-    if len(images) == 0:
+    """Raise unless images and labels can be trained on."""
+    count = len(images)
+    if count == 0:
         raise ValueError("images must hold at least one image, got none")
     if isinstance(images, Tensor) and not images.is_floating_point():
         raise ValueError(f"images must be floating-point numbers in [-1, 1], got {images.dtype}")
-    if labels is None:
-        return
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
-    if labels.shape != (len(images),):
+    if labels is not None and (labels.dtype != torch.int64 or labels.shape != (count,)):
         raise ValueError(
-            f"labels must have shape ({len(images)},), one for each image, got "
-            f"{tuple(labels.shape)}"
+            f"labels must be int64 of shape ({count},), one for each image, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}"
         )
 
 
@@ -168,11 +133,3 @@ def derived_seed(*parts: object) -> int:
     """Return a seed for torch that differs, but for chance, wherever a part does."""
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") % 2**63
-
-
-def _flip(x0: Tensor, flips: Tensor) -> Tensor:
-    if x0.dim() < 4:
-        raise ValueError(
-            f"horizontal_flip needs images of shape (n, C, H, W), got {tuple(x0.shape)}"
-        )
-    return torch.where(flips.to(x0.device)[:, None, None, None], x0.flip(-1), x0)

@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ocm.diffusion.checks import check_positive_int
 from ocm.training.batches import (
@@ -27,10 +27,10 @@ from ocm.training.batches import (
     check_data,
     derived_seed,
 )
-from ocm.training.processes import Processes, join, seed_random_numbers
+from ocm.training.processes import Processes, join
 from ocm.training.settings import TrainingSettings
 from ocm.training.state import (
-    TrainingState,
+    Parts,
     TrainingStateError,
     read_state,
     remove_states,
@@ -102,7 +102,7 @@ def train(
         ImportError: If tensorboard is asked for and not installed.
         TrainingStateError: A ValueError, if the state in ``directory`` is damaged, or was written
             with other settings or another module; it names the file and the entry.
-        TypeError: If the images have no length or the labels are not int64.
+        TypeError: If the images have no length.
         ValueError: If the data or the settings do not fit each other or the device.
 
     Example:
@@ -121,28 +121,53 @@ def train(
     check_data(images, labels)
     path = None if directory is None else Path(directory)
     if tensorboard:
-        _check_tensorboard(path)
+        if path is None:
+            raise ValueError("tensorboard needs a directory to write to, got directory=None")
+        from torch.utils.tensorboard import SummaryWriter
     processes = join(device)
     _check_settings(settings, processes)
-    run = _run(name, images, labels, num_timesteps, settings, details or {})
-    place = processes.device
+    run = {
+        **(details or {}),
+        "name": name,
+        # Neither changes a number.
+        **asdict(replace(settings, checkpoint_every=1, num_workers=0)),
+        "num_images": len(images),
+        "labels": labels is not None,
+        "num_timesteps": num_timesteps,
+    }
+    main = processes.rank == 0
     # The caller's random numbers are left as they were.
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         training = _prepare(name, module, settings, processes)
-        losses, label = _resume(training, path, run, resume)
+        losses = [] if path is None else _resume(training, path, run, resume)
+        first = len(losses)
         rate_of_step = _rate_of_step(settings)
         batches = MicroBatches(
             images, labels, num_timesteps, settings, processes.rank, processes.count
         )
-        loader = iter(batches.from_step(len(losses)))
-        main = processes.is_main
-        steps = range(len(losses), settings.num_steps)
-        bar = tqdm(steps, label, unit="step", disable=not (progress and main))
-        with _writer(path if tensorboard and main else None, len(losses)) as writer:
+        loader = iter(batches.from_step(first))
+        bar = tqdm(
+            range(first, settings.num_steps),
+            name,
+            initial=first,
+            total=settings.num_steps,
+            unit="step",
+            disable=not (progress and main),
+        )
+        with contextlib.ExitStack() as stack:
+            writer: SummaryWriter | None = None
+            if tensorboard and main:
+                # Steps that a killed training logged after its last state are taken anew.
+                logs = SummaryWriter(f"{path}/tensorboard", purge_step=first)
+                writer = stack.enter_context(logs)
             for step in bar:
                 rate = rate_of_step(step)
                 losses.append(_backward(training, loss, loader, step))
-                _check_finite(training, losses[-1], step)
+                if not math.isfinite(losses[-1]):
+                    raise FloatingPointError(
+                        f"the loss of the {name} is {losses[-1]} at step {step}; try a "
+                        f"learning_rate below {settings.learning_rate}, if the images are finite"
+                    )
                 _update(training, rate)
                 if step % 10 == 0:
                     bar.set_postfix(loss=f"{mean_of_last(losses):.4f}")
@@ -151,9 +176,11 @@ def train(
                     writer.add_scalar("learning_rate", rate, step)
                 due = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps
                 if path is not None and main and due:
-                    _write(training, path, run, losses)
+                    tensors = training_tensors(training.parts)
+                    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+                    write_state(path, tensors, run)
         training.average.copy_to(training.parameters)
-        training.optimizer.zero_grad()
+        training.parts.optimizer.zero_grad()
         processes.wait()
     return losses
 
@@ -170,20 +197,14 @@ def mean_of_last(losses: list[float], count: int = 100) -> float:
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """What one call of :func:`train` works on.
+    """What one call of :func:`train` works on; ``called`` averages gradients over processes."""
 
-    ``called`` is the module, inside DistributedDataParallel where there are several processes.
-    """
-
-    name: str
     settings: TrainingSettings
     processes: Processes
-    module: nn.Module
     called: nn.Module
     parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
     average: EMAModel
+    parts: Parts
 
 
 def _check_settings(settings: TrainingSettings, processes: Processes) -> None:
@@ -196,51 +217,6 @@ def _check_settings(settings: TrainingSettings, processes: Processes) -> None:
             f"gradient_accumulation_steps = {settings.gradient_accumulation_steps}; got "
             f"{settings.batch_size}"
         )
-
-
-def _check_tensorboard(path: Path | None) -> None:
-    if path is None:
-        raise ValueError("tensorboard needs a directory to write to, got directory=None")
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"tensorboard=True needs the package tensorboard ({error}): pip install tensorboard"
-        ) from error
-
-
-def _writer(path: Path | None, step: int) -> contextlib.AbstractContextManager[Any]:
-    if path is None:
-        return contextlib.nullcontext()
-    from torch.utils.tensorboard import SummaryWriter
-
-    # Steps that a killed training logged after its last state are taken anew.
-    return SummaryWriter(str(path / "tensorboard"), purge_step=step)
-
-
-def _run(
-    name: str,
-    images: Tensor | ImageSource,
-    labels: Tensor | None,
-    num_timesteps: int,
-    settings: TrainingSettings,
-    details: Mapping[str, object],
-) -> dict[str, object]:
-    """Return what two trainings must share for one to go on from the other's state."""
-    run = {
-        "name": name,
-        **asdict(settings),
-        "num_images": len(images),
-        "labels": labels is not None,
-        "num_timesteps": num_timesteps,
-    }
-    if both := run.keys() & details.keys():
-        raise ValueError(
-            f"details must have other names than the settings have, got {', '.join(sorted(both))}"
-        )
-    for changes_no_number in ("checkpoint_every", "num_workers"):
-        del run[changes_no_number]
-    return {**run, **details}
 
 
 def _rate_of_step(settings: TrainingSettings) -> Callable[[int], float]:
@@ -258,111 +234,76 @@ def _prepare(
 ) -> _Training:
     from diffusers.training_utils import EMAModel
 
-    module.to(processes.device).train()
+    device = processes.device
+    module.to(device).train()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(f"no parameter of the {name} requires a gradient: nothing to train")
-    return _Training(
-        name,
-        settings,
-        processes,
-        module,
-        # Before the average is made: it gives all processes the main one's weights.
-        processes.wrap(module),
-        parameters,
-        torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        ),
-        torch.amp.GradScaler(processes.device.type, enabled=settings.mixed_precision == "fp16"),
-        EMAModel(parameters, decay=settings.ema_decay),
+    # Before the average is made: it gives all processes the main one's weights.
+    called = nn.parallel.DistributedDataParallel(module) if processes.count > 1 else module
+    average = EMAModel(parameters, decay=settings.ema_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
+    parts = Parts(module, average.shadow_params, optimizer, scaler)
+    return _Training(settings, processes, called, parameters, average, parts)
 
 
 def _resume(
-    training: _Training, path: Path | None, run: dict[str, object], resume: bool
-) -> tuple[list[float], str]:
-    """Go on from a state, if there is one: return the losses so far, and what the bar says."""
+    training: _Training, path: Path, run: Mapping[str, object], resume: bool
+) -> list[float]:
+    """Go on from a state, if there is one, and return the losses so far."""
     processes = training.processes
-    if path is not None and not resume:
-        if processes.is_main:
+    if not resume:
+        if processes.rank == 0:
             remove_states(path)
         processes.wait()
-    state = None if path is None else read_state(path, run)
-    steps = processes.all_of(0 if state is None else state.step)
+    tensors = read_state(path, run)
+    losses: list[float] = [] if tensors is None else tensors["losses"].tolist()
+    steps = processes.all_of(len(losses))
     if len(set(steps)) > 1:
         raise TrainingStateError(
             f"the processes read states of steps {steps} in {path}: it must be a directory that "
             f"all of them share"
         )
-    if state is None:
-        return [], training.name
-    restore_tensors(state, training.module, training.average.shadow_params, training.optimizer)
-    training.average.optimization_step = state.step
-    if state.scaler is not None and training.scaler.is_enabled():
-        training.scaler.load_state_dict(dict(state.scaler))
-    if state.step == training.settings.num_steps:
-        return state.losses, f"{training.name}, finished before"
-    change = ""
-    if state.num_processes != processes.count:
-        change = f" of {state.num_processes} processes"
-    return state.losses, f"{training.name}, from step {state.step}{change}"
+    if tensors is not None:
+        restore_tensors(tensors, training.parts)
+        training.average.optimization_step = len(losses)
+    return losses
 
 
 def _backward(
     training: _Training, loss: LossFunction, batches: Iterator[MicroBatch], step: int
 ) -> float:
     """Leave the gradient of a step in the parameters, and return the loss of its whole batch."""
-    processes, settings = training.processes, training.settings
+    processes, settings, called = training.processes, training.settings, training.called
+    dtype = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
     device, parts = processes.device, settings.gradient_accumulation_steps
-    seed_random_numbers(device, derived_seed(settings.seed, "module", step, processes.rank))
-    training.optimizer.zero_grad()
+    torch.manual_seed(derived_seed(settings.seed, "module", step, processes.rank))
+    training.parts.optimizer.zero_grad()
     total = torch.zeros((), device=device)
     for part in range(parts):
         x0, t, labels, sample_offset = next(batches)
         y = None if labels is None else labels.to(device)
-        with _gradients_of_all(training.called, last=part == parts - 1):
-            with _autocast(settings, device):
-                value = loss(training.called, x0.to(device), t.to(device), y, sample_offset)
-            training.scaler.scale(value / parts).backward()
+        with contextlib.ExitStack() as stack:
+            if isinstance(called, nn.parallel.DistributedDataParallel) and part < parts - 1:
+                stack.enter_context(called.no_sync())  # The last gradient has the sum.
+            with torch.autocast(device.type, dtype, enabled=settings.mixed_precision != "no"):
+                value = loss(called, x0.to(device), t.to(device), y, sample_offset)
+            training.parts.scaler.scale(value / parts).backward()
         total += value.detach().float()
-    return float(processes.mean(total / parts).item())
-
-
-def _gradients_of_all(called: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """Average gradients over processes in the last micro-batch alone, which has the sum."""
-    if last or not isinstance(called, nn.parallel.DistributedDataParallel):
-        return contextlib.nullcontext()
-    return called.no_sync()
-
-
-def _autocast(
-    settings: TrainingSettings, device: torch.device
-) -> contextlib.AbstractContextManager[Any]:
-    dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _check_finite(training: _Training, loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss of the {training.name} is {loss} at step {step}; try a learning_rate below "
-            f"{training.settings.learning_rate}, if the images are finite"
-        )
+    if processes.count > 1:
+        distributed.all_reduce(total)
+    return total.item() / (parts * processes.count)
 
 
 def _update(training: _Training, rate: float) -> None:
-    for group in training.optimizer.param_groups:
+    optimizer, scaler = training.parts.optimizer, training.parts.scaler
+    for group in optimizer.param_groups:
         group["lr"] = rate
-    training.scaler.unscale_(training.optimizer)
+    scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(training.parameters, training.settings.max_gradient_norm)
-    training.scaler.step(training.optimizer)
-    training.scaler.update()
+    scaler.step(optimizer)
+    scaler.update()
     training.average.step(training.parameters)
-
-
-def _write(training: _Training, path: Path, run: dict[str, object], losses: list[float]) -> None:
-    tensors = training_tensors(training.module, training.average.shadow_params, training.optimizer)
-    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    # A scaler that is not enabled has an empty state.
-    scaler = training.scaler.state_dict() or None
-    write_state(path, TrainingState(len(losses), tensors, scaler, training.processes.count), run)

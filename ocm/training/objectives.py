@@ -14,7 +14,6 @@ from torch.nn import functional
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import chosen, noisy
-from ocm.diffusion.schedules import per_sample
 from ocm.training.batches import ImageSource
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
@@ -47,19 +46,9 @@ def denoising_loss(
     x_t, noise = noisy(schedule, x0, t, seed, sample_offset)
     condition = None if labels is None else denoiser.condition(labels)
     output = denoiser.output(x_t, t, condition=condition, backbone=backbone)
-    return functional.mse_loss(output, _target(denoiser, x0, t, noise))
-
-
-def _target(denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    if denoiser.prediction_type == "epsilon":
-        return noise
-    if denoiser.prediction_type == "sample":
-        return x0
-    signal, spread = (
-        per_sample(table.sqrt(), t, x0)
-        for table in (denoiser.schedule.alpha_bar, denoiser.schedule.beta_bar)
-    )
-    return signal * noise - spread * x0
+    # v = sqrt(alpha_bar) noise - sqrt(beta_bar) x0
+    targets = {"epsilon": noise, "sample": x0, "v_prediction": schedule.diffuse(noise, t, -x0)}
+    return functional.mse_loss(output, targets[denoiser.prediction_type])
 
 
 def train_denoiser(
@@ -161,17 +150,22 @@ def train_head(
     Raises:
         FloatingPointError: If the loss is not finite.
     """
+    denoiser = covariance.denoiser
 
     def loss(
         module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
     ) -> Tensor:
-        labels = _without_some_classes(covariance.denoiser, labels, settings.seed, sample_offset)
-        condition = None if labels is None else covariance.denoiser.condition(labels)
+        condition = None
+        if labels is not None:
+            if denoiser.null_label is not None:
+                few = chosen(len(labels), settings.seed, sample_offset, labels.device)
+                labels = torch.where(few, denoiser.null_label, labels)
+            condition = denoiser.condition(labels)
         return covariance.loss(
             x0, t, seed=settings.seed, sample_offset=sample_offset, condition=condition, head=module
         )
 
-    covariance.denoiser.freeze()
+    denoiser.freeze()
     covariance.head.requires_grad_(True)
     losses = train(
         name,
@@ -179,9 +173,9 @@ def train_head(
         loss,
         images,
         labels,
-        covariance.denoiser.schedule.num_timesteps,
+        denoiser.schedule.num_timesteps,
         settings,
-        device=covariance.denoiser.device,
+        device=denoiser.device,
         directory=directory,
         resume=resume,
         details=None if directory is None else _details(covariance, images),
@@ -222,14 +216,3 @@ def _digest(tensors: Iterable[Tensor]) -> str:
         flat = tensor.detach().cpu().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _without_some_classes(
-    denoiser: Denoiser, labels: Tensor | None, seed: int, sample_offset: int
-) -> Tensor | None:
-    """Put the label for no class in the place of a tenth, as guidance asks for both branches."""
-    if labels is None or denoiser.null_label is None:
-        return labels
-    return torch.where(
-        chosen(len(labels), seed, sample_offset, labels.device), denoiser.null_label, labels
-    )

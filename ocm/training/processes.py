@@ -10,40 +10,16 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Where this process stands among those that train together.
-
-    Attributes:
-        rank: Its number; the main process is 0.
-        count: How many there are.
-        device: Where it computes: the CPU without an index, a GPU with its index.
-    """
+    """The number of this process, 0 for the main one; how many there are; its own device."""
 
     rank: int
     count: int
     device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes states and shows progress."""
-        return self.rank == 0
-
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """Return the module to call: itself if alone, else one that averages gradients."""
-        if self.count == 1:
-            return module
-        devices = None if self.device.type == "cpu" else [self.device]
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Return the mean of a tensor over all processes."""
-        if self.count > 1:
-            distributed.all_reduce(value)
-        return value / self.count
 
     def all_of(self, value: int) -> list[int]:
         """Return the numbers of all processes, in their order."""
@@ -61,13 +37,8 @@ class Processes:
 def join(device: torch.device | str | None) -> Processes:
     """Find the other processes, if a launcher started several, and the device of this one.
 
-    They stay joined until the end: whoever started them may not find them a second time.
-
-    Args:
-        device: Where to compute; None takes the process's GPU if it has one, else the CPU.
-
-    Raises:
-        ValueError: If there are several processes, and ``device`` is not this one's.
+    None takes the process's GPU if it has one, else the CPU. The processes stay joined until the
+    end: whoever started them may not find them a second time.
 
     Example:
         >>> join("cpu")
@@ -75,35 +46,15 @@ def join(device: torch.device | str | None) -> Processes:
     """
     if device is None:
         device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    place = torch.device(device)
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        return Processes(0, 1, _with_index(place))
+    place, count = torch.device(device), int(os.environ.get("WORLD_SIZE", 1))
     if place.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    own, place = _with_index(torch.device(place.type)), _with_index(place)
+        if count > 1:
+            own = int(os.environ.get("LOCAL_RANK", 0))
+            torch.cuda.set_device(own if place.index is None else place)
+        if place.index is None:
+            place = torch.device("cuda", torch.cuda.current_device())
+    if count == 1:
+        return Processes(0, 1, place)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
-    rank = distributed.get_rank()
-    if place != own:
-        raise ValueError(f"device must be {own} in process {rank}, or None, got {device}")
-    return Processes(rank, count, place)
-
-
-def seed_random_numbers(device: torch.device, seed: int) -> None:
-    """Seed PyTorch's global random numbers on the device and on the CPU."""
-    if device.type not in ("cpu", "cuda"):
-        torch.manual_seed(seed)
-        return
-    # torch.manual_seed would seed the caller's other GPUs too.
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
-
-
-def _with_index(place: torch.device) -> torch.device:
-    if place.type == "cpu":
-        return torch.device("cpu")
-    if place.type == "cuda" and place.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return place
+    return Processes(distributed.get_rank(), count, place)

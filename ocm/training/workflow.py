@@ -116,7 +116,9 @@ def train_checkpoint(
     if isinstance(start, Checkpoint):
         base = start
     else:
-        denoiser = _untrained_denoiser(start, images, device)
+        unet = small_unet(images.shape, width=start.width, seed=start.training.seed).to(device)
+        schedule = SCHEDULES[start.schedule](_NUM_TIMESTEPS)
+        denoiser = Denoiser(unet, schedule, start.prediction_type)
         losses = train_denoiser(
             denoiser, shown.train, start.training, directory=out / "training" / "denoiser", **loop
         )
@@ -136,7 +138,7 @@ def train_checkpoint(
         record["denoiser_loss"] = mean_of_last(losses)
     learned, head_losses = dict(base.learned), {}
     for name in dict.fromkeys(heads.names):
-        learned[name] = untrained(name, base.denoiser, images, heads)
+        learned[name] = _untrained(name, base.denoiser, images, heads)
         losses = train_head(
             learned[name],
             shown.train,
@@ -158,15 +160,8 @@ def train_checkpoint(
     return replace(base, learned=learned, calibrations=tables), record
 
 
-def untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -> LearnedCovariance:
-    """Return a learned covariance with an untrained head.
-
-    Args:
-        name: A name of :data:`ocm.covariances.names.LEARNED`.
-        denoiser: The denoiser.
-        images: Whose standard deviation is the unit of a preconditioned head.
-        heads: What heads there are to be.
-    """
+def _untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -> LearnedCovariance:
+    """Return a learned covariance whose units are those of these images, but for the paper's."""
     units = PAPER
     if heads.parameterisation != "paper":
         std = images.train[:1000].std().item()
@@ -176,10 +171,4 @@ def untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) ->
         mode = "jvp" if heads.forward_mode else "vjp"
         options = {"num_probes": heads.target_probes, "mode": mode}
     head = make_head(denoiser, heads.kind, seed=heads.seed)
-    covariance: LearnedCovariance = LEARNED[name](denoiser, head, units, **options)
-    return covariance
-
-
-def _untrained_denoiser(new: NewDenoiser, images: Images, device: torch.device | str) -> Denoiser:
-    unet = small_unet(images.shape, width=new.width, seed=new.training.seed).to(device)
-    return Denoiser(unet, SCHEDULES[new.schedule](_NUM_TIMESTEPS), new.prediction_type)
+    return LEARNED[name](denoiser, head, units, **options)

@@ -135,18 +135,18 @@ def test_a_source_of_images_trains_as_a_tensor_does():
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "changes", "error", "message"),
+    ("images", "labels", "changes", "message"),
     [
-        (torch.zeros(0, 1, 2, 2), None, {}, ValueError, "images must hold at least one image"),
-        (torch.zeros(3, 1).long(), None, {}, ValueError, "must be floating-point .* torch.int64"),
-        (torch.zeros(3, 1), torch.zeros(3), {}, TypeError, "labels must be int64, got torch.float"),
-        (torch.zeros(3, 1), torch.zeros(2).long(), {}, ValueError, r"shape \(3,\), .* got \(2,\)"),
-        (torch.zeros(3, 4), None, {"horizontal_flip": True}, ValueError, r"got \(8, 4\)"),
+        (torch.zeros(0, 1, 2, 2), None, {}, "images must hold at least one image"),
+        (torch.zeros(3, 1).long(), None, {}, "must be floating-point .* torch.int64"),
+        (torch.zeros(3, 1), torch.zeros(3), {}, "must be int64 .* got torch.float"),
+        (torch.zeros(3, 1), torch.zeros(2).long(), {}, r"shape \(3,\), .* \(2,\)"),
+        (torch.zeros(3, 4), None, {"horizontal_flip": True}, r"got \(8, 4\)"),
     ],
 )
-def test_data_and_settings_that_do_not_fit(images, labels, changes, error, message):
+def test_data_and_settings_that_do_not_fit(images, labels, changes, message):
     settings = TrainingSettings(num_steps=1, batch_size=8, **changes)
-    with pytest.raises(error, match=message):
+    with pytest.raises(ValueError, match=message):
         train(
             "network", nn.Linear(4, 4), loss, images, labels, 10, settings, device="cpu",
             progress=False,

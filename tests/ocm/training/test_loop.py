@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -245,9 +246,9 @@ def test_the_bar_says_where_training_goes_on_from(tmp_path, capsys):
     settings = dataclasses.replace(SETTINGS, checkpoint_every=4)
     stopped_at(7, settings, tmp_path)
     trained(settings, directory=tmp_path, progress=True)
-    assert "network, from step 4:" in capsys.readouterr().err
+    assert re.match(r"\s*network: +10%.* 4/40 ", capsys.readouterr().err)
     trained(settings, directory=tmp_path, progress=True)
-    assert "network, finished before:" in capsys.readouterr().err
+    assert re.match(r"\s*network: 100%.* 40/40 ", capsys.readouterr().err)
 
 
 # Over processes
@@ -326,7 +327,7 @@ def test_tensorboard_gets_loss_and_learning_rate_or_says_what_to_install(tmp_pat
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
-        with pytest.raises(ImportError, match="pip install tensorboard"):
+        with pytest.raises(ImportError, match="tensorboard"):
             trained(directory=tmp_path, tensorboard=True)
         return
     settings = dataclasses.replace(SETTINGS, checkpoint_every=5)
