@@ -10,6 +10,7 @@ import typer
 from ocm.cli.options import (
     CheckpointPath,
     CovarianceName,
+    Data,
     Device,
     NumProbes,
     Quiet,
@@ -47,9 +48,7 @@ def calibrate(
             min=2, help="Most images to fit to: those kept from training, where some were."
         ),
     ] = 512,
-    data: Annotated[
-        str | None, typer.Option(help="Data set; default: the checkpoint's own.")
-    ] = None,
+    data: Data = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images before --vae encodes them.")
     ] = None,

@@ -11,6 +11,7 @@ import typer
 from ocm.cli.options import (
     CheckpointPath,
     CovarianceName,
+    Data,
     Device,
     LanczosProbes,
     NumProbes,
@@ -65,9 +66,7 @@ def evaluate(
             "that is trained on the labelled data."
         ),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Data set; default: the checkpoint's own.")
-    ] = None,
+    data: Data = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
     num_probes: NumProbes = 8,
     lanczos_probes: LanczosProbes = 3,

@@ -159,7 +159,7 @@ def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
     "arguments",
     [
         ("--covariance", "ocm", "--calibrated"),
-        ("--covariance", "lanczos", "--num-products", 2),
+        ("--covariance", "lanczos", "--lanczos-probes", 2),
         ("--covariance", "full"),
         ("--covariance", "cosine", "--spacing", "quadratic"),
         ("--covariance", "analytic", "--spacing", "optimal"),
