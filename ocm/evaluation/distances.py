@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ocm.diffusion.checks import check_finite, check_positive_int
+from ocm.diffusion.checks import check_finite
 
 Array = NDArray[np.float64]
 
@@ -54,20 +54,15 @@ def maximum_mean_discrepancy(
         raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
     first, second = (z.cpu().numpy() for z in _centred(x, y))
 
-    def mean(a: Array, b: Array, skip_diagonal: bool) -> float:
+    def mean(a: Array, b: Array) -> float:
+        left_out = len(a) if unbiased and a is b else 0  # terms of i = j, which are 1
         total = sum(
             float(np.exp(squares / (-2 * bandwidth**2)).sum())
             for squares in _squared_distances(a, b)
         )
-        if skip_diagonal:  # k(a, a) = 1
-            return (total - len(a)) / (len(a) * (len(a) - 1))
-        return total / (len(a) * len(b))
+        return (total - left_out) / (len(a) * len(b) - left_out)
 
-    return (
-        mean(first, first, unbiased)
-        + mean(second, second, unbiased)
-        - 2 * mean(first, second, False)
-    )
+    return mean(first, first) + mean(second, second) - 2 * mean(first, second)
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -111,8 +106,7 @@ class _Given(torch.nn.Identity):
         self.num_features = num_features
 
 
-@dataclass(frozen=True)
-class PrecisionRecall:
+class PrecisionRecall(NamedTuple):
     """Shares, in [0, 1]: of generated samples that look real, and of real ones that are covered."""
 
     precision: float
@@ -140,11 +134,11 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
         PrecisionRecall(precision=1.0, recall=0.875)
     """
     _check_features("real", real, "generated", generated)
-    check_positive_int("num_neighbours", num_neighbours)
     fewest = min(len(real), len(generated))
-    if num_neighbours >= fewest:
+    if not 1 <= num_neighbours < fewest:
         raise ValueError(
-            f"num_neighbours must be below the number of points, {fewest}, got {num_neighbours}"
+            "num_neighbours must be at least 1 and below the number of points, "
+            f"{fewest}, got {num_neighbours}"
         )
     first, second = (z.cpu().numpy() for z in _centred(real, generated))
     return PrecisionRecall(
@@ -192,5 +186,3 @@ def _check_features(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise ValueError(
             f"{second} must have as many features as {first}, {a.shape[1]}, got {b.shape[1]}"
         )
-    if a.device != b.device:
-        raise ValueError(f"{second} must be on {a.device}, where {first} is, got {b.device}")
