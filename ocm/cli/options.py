@@ -19,6 +19,9 @@ CheckpointPath = Annotated[
     Path, typer.Argument(help="Directory of a checkpoint, as `ocm train` writes it.")
 ]
 Data = Annotated[str | None, typer.Option(help="Data set; default: the checkpoint's own.")]
+Vae = Annotated[
+    Path | None, typer.Option(help="Folder of the AutoencoderKL whose latents the model is of.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 2, help="Seed of all randomness.")]
 Device = Annotated[
     str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one.")

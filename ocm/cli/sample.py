@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ocm.cli.options import (
-    CheckpointPath,
-    CovarianceName,
-    Device,
-    LanczosProbes,
-    NumProbes,
-    Quiet,
-    Seed,
-    prepare_directory,
-    resolve_device,
-    write_json,
-)
+from ocm.cli import options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +22,11 @@ _IMAGES_SHOWN = 256
 
 
 def sample(
-    checkpoint: CheckpointPath,
+    checkpoint: options.CheckpointPath,
     out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("runs/sample"),
     covariance: Annotated[
-        CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
-    ] = CovarianceName.ocm,
+        options.CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
+    ] = options.CovarianceName.ocm,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="As `ocm calibrate` fitted it.")
     ] = False,
@@ -61,9 +50,7 @@ def sample(
     guidance: Annotated[
         float, typer.Option(help="Scale w of classifier-free guidance; 1 for none.")
     ] = 1.0,
-    vae: Annotated[
-        Path | None, typer.Option(help="Folder of the AutoencoderKL that decodes latents.")
-    ] = None,
+    vae: options.Vae = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     last_noise: Annotated[
         float | None,
@@ -74,11 +61,11 @@ def sample(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
-    num_probes: NumProbes = 8,
-    lanczos_probes: LanczosProbes = 3,
-    seed: Seed = 0,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    num_probes: options.NumProbes = 8,
+    lanczos_probes: options.LanczosProbes = 3,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
 ) -> None:
     """Draw images: writes samples.png, samples.safetensors and samples.json.
 
@@ -95,8 +82,8 @@ def sample(
     from ocm.evaluation.samples import draw
     from ocm.sampling import samplers
 
-    place = resolve_device(device)
-    prepare_directory(out)
+    place = options.resolve_device(device)
+    options.prepare_directory(out)
     if sampler == "ddpm" and eta is not None:
         raise ValueError(f"--eta {eta} is for --sampler ddim; ddpm has no such choice")
     loaded = checkpoints.load(checkpoint, place)
@@ -157,7 +144,7 @@ def sample(
     rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
     title = f"{sampler}, {steps} steps, covariance {name}, seed {seed}"
     sample_rows(rows, out / "samples.png", title=title)
-    write_json(out / "samples.json", record)
+    options.write_json(out / "samples.json", record)
     typer.echo(
         f"{num_images} images in {record['seconds']:.1f} s, pixel mean {images.mean():.3f}, "
         f"standard deviation {images.std():.3f}"

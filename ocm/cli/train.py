@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ocm.cli.options import (
-    Device,
-    HeadName,
-    Quiet,
-    Seed,
-    prepare_directory,
-    resolve_device,
-    write_json,
-)
+from ocm.cli import options
 
 if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
@@ -52,10 +44,7 @@ def train(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that read images ahead of the steps.")
     ] = 0,
-    vae: Annotated[
-        Path | None,
-        typer.Option(help="Folder of an AutoencoderKL: train in its latent space."),
-    ] = None,
+    vae: options.Vae = None,
     denoiser: Annotated[
         Path | None,
         typer.Option(
@@ -64,7 +53,7 @@ def train(
         ),
     ] = None,
     head: Annotated[
-        list[HeadName] | None,
+        list[options.HeadName] | None,
         typer.Option(help="Covariance whose head is trained; may be given several times."),
     ] = None,
     head_kind: Annotated[
@@ -131,9 +120,9 @@ def train(
             help="Start anew, whatever checkpoint or unfinished training --out holds.",
         ),
     ] = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
 ) -> None:
     """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
 
@@ -147,8 +136,8 @@ def train(
     from ocm.training.settings import TrainingSettings
     from ocm.training.workflow import NewDenoiser, NewHeads, train_checkpoint
 
-    place = resolve_device(device)
-    prepare_directory(out)
+    place = options.resolve_device(device)
+    options.prepare_directory(out)
     if (out / "ocm.json").exists() and not overwrite:
         raise ValueError(f"--out {out} holds a checkpoint; choose another or pass --overwrite")
     settings = TrainingSettings(
@@ -165,7 +154,7 @@ def train(
     heads = NewHeads(
         # Another seed: the heads see other noisy images than those the denoiser was fitted to.
         replace(settings, num_steps=head_steps, learning_rate=head_learning_rate, seed=seed + 1),
-        tuple(name.value for name in head or [HeadName.ocm]),
+        tuple(name.value for name in head or [options.HeadName.ocm]),
         head_kind,
         parameterisation,
         target_probes,
@@ -206,7 +195,7 @@ def train(
     if vae is not None:
         trained = replace(trained, x0_range=None)
     checkpoints.save(trained, out)
-    write_json(out / "train.json", record | {"environment": environment(place)})
+    options.write_json(out / "train.json", record | {"environment": environment(place)})
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
     typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")

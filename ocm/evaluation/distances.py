@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,32 +20,26 @@ from ocm.diffusion.checks import check_finite
 Array = NDArray[np.float64]
 
 
-def maximum_mean_discrepancy(
-    x: Tensor, y: Tensor, bandwidth: float, *, unbiased: bool = True
-) -> float:
-    """Return the squared maximum mean discrepancy with a Gaussian kernel.
+def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float) -> float:
+    """Return an unbiased estimate of the squared maximum mean discrepancy, of a Gaussian kernel.
 
     With k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)),
 
         MMD^2 = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j),
 
-    where the first two means leave out i = j if ``unbiased``: its expectation is then that of the
-    two distributions, and it can be negative; with i = j it is the square of a distance between
-    the two sets. (Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equations 3 and 5.)
+    where the first two means leave out i = j: its expectation is that of the two distributions,
+    and it can be negative. (Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equation 3.)
 
     Args:
         x: Samples or features, shape (n, d); ``images.flatten(1)`` compares pixels.
         y: Others, shape (m, d).
         bandwidth: Of the kernel, in units of the features; state it with the result.
-        unbiased: Whether to leave out i = j.
 
     Raises:
         ValueError: If shapes do not fit or bandwidth is not positive.
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0]])
-        >>> maximum_mean_discrepancy(x, x, 1.0, unbiased=False)
-        0.0
         >>> round(maximum_mean_discrepancy(x, x + 9, 1.0), 4)  # 2 exp(-1/2)
         1.2131
     """
@@ -55,7 +49,7 @@ def maximum_mean_discrepancy(
     first, second = (z.cpu().numpy() for z in _centred(x, y))
 
     def mean(a: Array, b: Array) -> float:
-        left_out = len(a) if unbiased and a is b else 0  # terms of i = j, which are 1
+        left_out = len(a) if a is b else 0  # terms of i = j, which are 1
         total = sum(
             float(np.exp(squares / (-2 * bandwidth**2)).sum())
             for squares in _squared_distances(a, b)
@@ -92,18 +86,12 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     _check_features("real", real, "generated", generated)
     # torchmetrics takes E[f f^T] - μ μ^T, which loses digits to means far from zero.
     real, generated = _centred(real, generated)
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).to(real.device)
+    given: Any = torch.nn.Identity()  # in place of a network
+    given.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(feature=given).to(real.device)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     return max(float(metric.compute()), 0.0)  # rounding can leave -1e-8 where it is zero
-
-
-class _Given(torch.nn.Identity):
-    """Stands where torchmetrics asks for a network: the features are at hand."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
 
 
 class PrecisionRecall(NamedTuple):

@@ -161,13 +161,10 @@ def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, 
         >>> likelihood_record({"ocm": {10: Estimate(4.9, None)}})
         {'nll_bits_per_dim': {'ocm': {10: 4.9}}, 'nll_standard_error': {'ocm': {10: None}}}
     """
+    fields = {"nll_bits_per_dim": "mean", "nll_standard_error": "standard_error"}
     return {
-        "nll_bits_per_dim": {
-            name: {K: cell.mean for K, cell in row.items()} for name, row in table.items()
-        },
-        "nll_standard_error": {
-            name: {K: cell.standard_error for K, cell in row.items()} for name, row in table.items()
-        },
+        key: {name: {K: getattr(row[K], field) for K in row} for name, row in table.items()}
+        for key, field in fields.items()
     }
 
 

@@ -13,7 +13,6 @@ the unit of its :class:`ocm.Parameterisation`, from the same pass through the ba
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,8 +92,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
     @property
     def parameterisation(self) -> Parameterisation:
         """What the head's output means."""
-        std = self._internal_dict["data_std"]
-        return Parameterisation(math.inf if std is None else std, self._internal_dict["positive"])
+        return Parameterisation.from_json(self._internal_dict)
 
     def forward(
         self,
