@@ -1,7 +1,6 @@
 """Distances between sets of samples: MMD, the Fréchet distance, and precision and recall.
 
-They are functions of features, shape (n, d), and compute in float64: the Fréchet distance where the
-features are, the others, scikit-learn's, on the CPU.
+They are functions of features, shape (n, d), and compute in float64 where the features are.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ocm.diffusion.checks import check_finite
 
-Array = NDArray[np.float64]
+# At once, 8 bytes each.
+_MOST_DISTANCES = 2**26
 
 
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float) -> float:
@@ -46,12 +44,12 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float) -> float:
     _check_features("x", x, "y", y)
     if not 0.0 < bandwidth < math.inf:
         raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-    first, second = (z.cpu().numpy() for z in _centred(x, y))
+    first, second = _centred(x, y)
 
-    def mean(a: Array, b: Array) -> float:
+    def mean(a: Tensor, b: Tensor) -> float:
         left_out = len(a) if a is b else 0  # terms of i = j, which are 1
         total = sum(
-            float(np.exp(squares / (-2 * bandwidth**2)).sum())
+            (squares / (-2 * bandwidth**2)).exp().sum().item()
             for squares in _squared_distances(a, b)
         )
         return (total - left_out) / (len(a) * len(b) - left_out)
@@ -128,31 +126,30 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
             "num_neighbours must be at least 1 and below the number of points, "
             f"{fewest}, got {num_neighbours}"
         )
-    first, second = (z.cpu().numpy() for z in _centred(real, generated))
+    first, second = _centred(real, generated)
     return PrecisionRecall(
         precision=_share_covered(second, first, num_neighbours),
         recall=_share_covered(first, second, num_neighbours),
     )
 
 
-def _share_covered(points: Array, centres: Array, num_neighbours: int) -> float:
+def _share_covered(points: Tensor, centres: Tensor, num_neighbours: int) -> float:
     """Return the share of ``points`` in the balls around ``centres``."""
-    from sklearn.neighbors import NearestNeighbors
-
-    distances, _ = NearestNeighbors(n_neighbors=num_neighbours).fit(centres).kneighbors()
     # Copies of a point lie at distance 0, which distances give only to rounding.
-    slack = 1e-13 * max((x**2).sum(1).max() for x in (points, centres))
-    reach = distances[:, -1] ** 2 + slack
+    slack = 1e-13 * max(x.square().sum(1).max() for x in (points, centres))
+    nearest = [
+        squares.kthvalue(num_neighbours + 1).values  # the first is the centre itself
+        for squares in _squared_distances(centres, centres)
+    ]
+    reach = torch.cat(nearest) + slack
     inside = [(squares <= reach).any(1) for squares in _squared_distances(points, centres)]
-    return float(np.concatenate(inside).mean())
+    return torch.cat(inside).double().mean().item()
 
 
-def _squared_distances(a: Array, b: Array) -> Iterator[Array]:
+def _squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Yield squared distances of some rows of ``a`` to all of ``b``, as many as memory is for."""
-    from sklearn.metrics import pairwise_distances_chunked
-
-    # Told that they are the same, it knows what is on the diagonal.
-    yield from pairwise_distances_chunked(a, None if a is b else b, squared=True)
+    for rows in a.split(max(1, _MOST_DISTANCES // len(b))):
+        yield torch.cdist(rows, b).square()
 
 
 def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -100,18 +100,13 @@ def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> F
         Traceback (most recent call last):
         ...
         ValueError: weights_path must be the file weights-inception-2015-12-05-6726825d.pth of
-        torch-fidelity's releases, got 'nowhere.pth', which is no file
+        torch-fidelity's releases, and 'nowhere.pth' does not load: [Errno 2] No such file ...
     """
     path = Path(weights_path).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            "weights_path must be the file weights-inception-2015-12-05-6726825d.pth of "
-            f"torch-fidelity's releases, got {str(weights_path)!r}, which is no file"
-        )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         # torch-fidelity would unpickle whatever the file holds: this lets only tensors through.
         torch.load(path, map_location="cpu", weights_only=True)
         network = NoTrainInceptionV3(
@@ -122,7 +117,10 @@ def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> F
         )
     except Exception as error:  # a missing torch-fidelity, unpickling, weights: all sorts
         reason = " ".join(str(error).splitlines()) or type(error).__name__
-        raise ValueError(f"weights_path {str(path)!r} does not load: {reason}") from error
+        raise ValueError(
+            "weights_path must be the file weights-inception-2015-12-05-6726825d.pth of "
+            f"torch-fidelity's releases, and {str(path)!r} does not load: {reason}"
+        ) from error
     network = network.to(device).requires_grad_(False)
     return FeatureExtractor(
         f"{_INCEPTION_FEATURES} features of Inception v3 (torch-fidelity, weights sha256 {digest})",

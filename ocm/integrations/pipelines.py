@@ -43,14 +43,11 @@ class OCMDiTPipeline(DiffusionPipeline):
         self, transformer: CovarianceModel, vae: AutoencoderKL, scheduler: OCMScheduler
     ) -> None:
         super().__init__()
-        if not isinstance(transformer, CovarianceModel):
+        if not isinstance(transformer, CovarianceModel) or not isinstance(scheduler, OCMScheduler):
             raise TypeError(
-                f"transformer must be ocm.attach(transformer), got {type(transformer).__name__}"
-            )
-        if not isinstance(scheduler, OCMScheduler):
-            raise TypeError(
-                "scheduler must be an ocm.OCMScheduler, got "
-                f"{type(scheduler).__name__}: OCMScheduler.from_config(scheduler.config)"
+                "transformer must be ocm.attach(transformer), and scheduler its "
+                "transformer.scheduler(scheduler), got "
+                f"{type(transformer).__name__} and {type(scheduler).__name__}"
             )
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
 
@@ -89,15 +86,13 @@ class OCMDiTPipeline(DiffusionPipeline):
             )
         config, device = self.transformer.config, self._execution_device
         scheduler = self.scheduler.config
-        if scheduler.data_std != config.data_std:
+        clips = scheduler.clip_sample and scheduler.clip_sample_range <= 1.0
+        if clips or scheduler.data_std != config.data_std:
             raise ValueError(
-                f"scheduler must take the unit of the model's variance, data_std = "
-                f"{config.data_std}, got {scheduler.data_std}: use transformer.scheduler(scheduler)"
-            )
-        if scheduler.clip_sample and scheduler.clip_sample_range <= 1.0:
-            raise ValueError(
-                "scheduler must not clip latents to those of images, got clip_sample = True and "
-                f"clip_sample_range = {scheduler.clip_sample_range}: use clip_sample=False"
+                "scheduler must not clip latents to those of images, and take the unit of the "
+                f"model's variance, data_std = {config.data_std}, got clip_sample = "
+                f"{scheduler.clip_sample} and data_std = {scheduler.data_std}: use "
+                "transformer.scheduler(scheduler, clip_sample=False)"
             )
         labels = torch.as_tensor(class_labels).reshape(-1)
         # The label after the last class stands for none, as the model was trained.

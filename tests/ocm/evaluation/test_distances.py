@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
-import sklearn
 import torch
 
+from ocm.evaluation import distances
 from ocm.evaluation.distances import frechet_distance, maximum_mean_discrepancy, precision_recall
 
 
@@ -16,11 +16,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture(params=[1024, 4e-4], ids=["one chunk", "many chunks"])
-def chunks(request):
-    """Megabytes for distances: rows of all, or two rows of 23 at a time."""
-    with sklearn.config_context(working_memory=request.param):
-        yield
+@pytest.fixture(params=[2**26, 46], ids=["one chunk", "many chunks"])
+def chunks(request, monkeypatch):
+    """Rows of all at once, or two rows of 23 at a time."""
+    monkeypatch.setattr(distances, "_MOST_DISTANCES", request.param)
 
 
 def looped_mmd(x, y, bandwidth):
