@@ -161,8 +161,13 @@ def train(
         forward_mode,
         seed,
     )
-    if denoiser is not None:
-        _check_options_of_a_new_denoiser(context)
+    for name in _OF_A_NEW_DENOISER:
+        source = context.get_parameter_source(name)
+        if denoiser is not None and source is not None and source.name != "DEFAULT":
+            raise ValueError(
+                f"--{name.replace('_', '-')} {context.params[name]} is for a new denoiser; leave "
+                "it out with --denoiser"
+            )
     images = datasets.load(
         data,
         image_size=image_size,
@@ -199,14 +204,3 @@ def train(
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
     typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")
-
-
-def _check_options_of_a_new_denoiser(context: typer.Context) -> None:
-    """Refuse those that were given beside --denoiser."""
-    for name in _OF_A_NEW_DENOISER:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            raise ValueError(
-                f"--{name.replace('_', '-')} {context.params[name]} is for a new denoiser; leave "
-                "it out with --denoiser"
-            )

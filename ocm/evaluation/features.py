@@ -100,7 +100,8 @@ def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> F
         Traceback (most recent call last):
         ...
         ValueError: weights_path must be the file weights-inception-2015-12-05-6726825d.pth of
-        torch-fidelity's releases, and 'nowhere.pth' does not load: [Errno 2] No such file ...
+        torch-fidelity's releases, and 'nowhere.pth' does not load: [Errno 2] No such file or
+        directory: 'nowhere.pth'
     """
     path = Path(weights_path).expanduser()
     try:

@@ -8,6 +8,7 @@ so that its timestep t - 1 is level t of :class:`ocm.Schedule`.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import warnings
@@ -30,6 +31,7 @@ from ocm.diffusion.schedules import Schedule, check_prediction_type, from_schedu
 from ocm.diffusion.timesteps import even_timesteps
 from ocm.sampling.samplers import ddim
 
+_INHERITED = inspect.signature(DDPMScheduler.__init__).parameters
 _SPACINGS = ("even", "leading", "linspace", "trailing")
 
 
@@ -113,26 +115,13 @@ class OCMScheduler(DDPMScheduler):
                 "thresholding must be False: the covariance is that of an x0_hat that is at most "
                 "clipped; use clip_sample"
             )
-        if trained_betas is not None:
-            trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
-            assert isinstance(trained_betas, list)
-            num_train_timesteps = len(trained_betas)
         self.parameterisation = Parameterisation(math.inf if data_std is None else data_std)
-        betas = {"trained_betas": trained_betas}
-        self.schedule: Schedule = from_scheduler(dict(self.config) | betas)
-        super().__init__(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            prediction_type=prediction_type,
-            clip_sample=clip_sample,
-            clip_sample_range=clip_sample_range,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-        )
+        config = {name: value for name, value in self.config.items() if name in _INHERITED}
+        if trained_betas is not None:
+            betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
+            config |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
+        self.schedule: Schedule = from_scheduler(config)
+        super().__init__(**config)
         self._warned = False
 
     def set_timesteps(
