@@ -7,27 +7,17 @@ from typing import Annotated
 
 import typer
 
-from ocm.cli.options import (
-    CheckpointPath,
-    CovarianceName,
-    Device,
-    NumProbes,
-    Quiet,
-    Seed,
-    prepare_directory,
-    resolve_device,
-    write_json,
-)
+from ocm.cli import options
 
 
 def calibrate(
-    checkpoint: CheckpointPath,
+    checkpoint: options.CheckpointPath,
     out: Annotated[
         Path | None,
         typer.Option(help="Directory for calibration.json. Default: the checkpoint's own."),
     ] = None,
     covariance: Annotated[
-        list[CovarianceName] | None,
+        list[options.CovarianceName] | None,
         typer.Option(
             help="Covariance to calibrate; may be given several times. Default: the analytic ones "
             "and those with a trained head."
@@ -47,19 +37,15 @@ def calibrate(
             min=2, help="Most images to fit to: those kept from training, where some were."
         ),
     ] = 512,
-    data: Annotated[
-        str | None, typer.Option(help="Data set; default: the checkpoint's own.")
-    ] = None,
+    data: options.Data = None,
     image_size: Annotated[
         int | None, typer.Option(min=1, help="Side of the images before --vae encodes them.")
     ] = None,
-    vae: Annotated[
-        Path | None, typer.Option(help="Folder of the AutoencoderKL, for a model of latents.")
-    ] = None,
-    num_probes: NumProbes = 8,
-    seed: Seed = 0,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    vae: options.Vae = None,
+    num_probes: options.NumProbes = 8,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
 ) -> None:
     """Fit analytic variances and calibrations, two numbers a timestep, into a checkpoint.
 
@@ -75,8 +61,8 @@ def calibrate(
     from ocm.evaluation.environment import environment
     from ocm.evaluation.scores import steps_of
 
-    place = resolve_device(device)
-    prepare_directory(out or checkpoint)
+    place = options.resolve_device(device)
+    options.prepare_directory(out or checkpoint)
     loaded = checkpoints.load(checkpoint, place)
     images = images_for(loaded, data, vae, image_size, progress=not quiet)
     chosen = [name.value for name in covariance or []]
@@ -105,7 +91,7 @@ def calibrate(
         "calibrations": {name: result.calibrations[name].to_json() for name in names},
         "environment": environment(place),
     }
-    write_json((out or checkpoint) / "calibration.json", record)
+    options.write_json((out or checkpoint) / "calibration.json", record)
     typer.echo("covariance       scale a and shift b at the lowest, a middle and the highest t")
     for name in names:
         table = result.calibrations[name]

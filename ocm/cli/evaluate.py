@@ -8,27 +8,16 @@ from typing import Annotated
 
 import typer
 
-from ocm.cli.options import (
-    CheckpointPath,
-    CovarianceName,
-    Device,
-    LanczosProbes,
-    NumProbes,
-    Quiet,
-    Seed,
-    prepare_directory,
-    resolve_device,
-    write_json,
-)
+from ocm.cli import options
 
 
 def evaluate(
-    checkpoint: CheckpointPath,
+    checkpoint: options.CheckpointPath,
     out: Annotated[Path, typer.Option(help="Directory for evaluation.json and the report.")] = Path(
         "runs/evaluate"
     ),
     covariance: Annotated[
-        list[CovarianceName] | None,
+        list[options.CovarianceName] | None,
         typer.Option(
             help="Covariance to score; may be given several times. Default: all that the "
             "checkpoint can state, but those of D products only for D up to 1024."
@@ -65,15 +54,13 @@ def evaluate(
             "that is trained on the labelled data."
         ),
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Data set; default: the checkpoint's own.")
-    ] = None,
+    data: options.Data = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
-    num_probes: NumProbes = 8,
-    lanczos_probes: LanczosProbes = 3,
-    seed: Seed = 0,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    num_probes: options.NumProbes = 8,
+    lanczos_probes: options.LanczosProbes = 3,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
 ) -> None:
     """Score covariances on held-out images: bits/dim, and with --all sample quality.
 
@@ -88,8 +75,8 @@ def evaluate(
     from ocm.evaluation.evaluation import evaluate as evaluated
     from ocm.evaluation.pictures import evaluation_plot
 
-    place = resolve_device(device)
-    prepare_directory(out)
+    place = options.resolve_device(device)
+    options.prepare_directory(out)
     loaded = checkpoints.load(checkpoint, place)
     if loaded.x0_range is None:  # before its data are asked for a --vae
         raise ValueError(f"{checkpoint} is a model of latents, which have no grey levels to score")
@@ -114,7 +101,7 @@ def evaluate(
         "environment": environment(place),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_json(out / "evaluation.json", record)
+    options.write_json(out / "evaluation.json", record)
     (out / "report.md").write_text(f"# {checkpoint}\n\n{text}\n\n![Curves](evaluation.png)\n")
     evaluation_plot(record, out / "evaluation.png", title=f"{checkpoint}, {images.name}")
     typer.echo(text)

@@ -7,67 +7,54 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
 
     from ocm.checkpoints.checkpoint import Checkpoint
     from ocm.data import Images
-    from ocm.images import ArrowImages
-
-_IMAGES_AT_ONCE = 256
 
 
-def existing(path: Path, images: Images, data: str, place: Any) -> Checkpoint:
+def existing(path: Path, images: Images, hold_out: int | None, place: torch.device) -> Checkpoint:
     """Return the checkpoint at ``path``, or one of a pipeline's denoiser, for these images."""
     from ocm import checkpoints
 
     if (path / "model_index.json").exists():
         model = checkpoints.load_denoiser(path, place)
+        shape = (model.backbone.config.in_channels, *images.shape[1:])
         base = checkpoints.Checkpoint(
-            model, images.shape, images.levels, images.name, data_options=images.options
+            model, shape, images.levels, images.name, num_calibration=hold_out or 0
         )
-        channels = model.backbone.config.in_channels
-        if channels != images.shape[0]:
-            raise ValueError(
-                f"--denoiser takes {channels} channels, but the samples of --data {data} have "
-                f"{images.shape[0]}; for a latent model pass --vae"
-            )
     else:
         base = checkpoints.load(path, place)
-        if base.image_shape != images.shape:
-            raise ValueError(
-                f"--denoiser takes images of shape {base.image_shape}, but those of --data "
-                f"{data} have {images.shape}"
-            )
-        base = replace(base, data=images.name, levels=images.levels, data_options=images.options)
+    if base.image_shape != images.shape:
+        raise ValueError(
+            f"--denoiser takes samples of shape {base.image_shape}, but those of --data "
+            f"{images.name} have {images.shape}; a model of latents needs --vae"
+        )
     if base.denoiser.takes_labels and images.train_labels is None:
-        raise ValueError(f"--denoiser takes class labels, and --data {data} has none")
-    return base
-
-
-def encoded(images: Images, vae: Path, place: Any) -> Images:
-    """Return the data set as latents of the autoencoder in the folder ``vae``."""
-    from ocm.integrations.latents import load_autoencoder
-
-    autoencoder = load_autoencoder(vae, place)
+        raise ValueError(f"--denoiser takes class labels, and --data {images.name} has none")
+    if hold_out is None:
+        hold_out = base.num_calibration
+    if hold_out > base.num_calibration:
+        raise ValueError(
+            f"--hold-out must be at most {base.num_calibration}, the images that the denoiser in "
+            f"{path} was not trained on, got {hold_out}"
+        )
     return replace(
-        images,
-        train=_encode(autoencoder, images.train),
-        test=_encode(autoencoder, images.test),
+        base,
+        data=images.name,
+        levels=images.levels,
+        data_options=images.options,
+        num_calibration=hold_out,
     )
 
 
-def _encode(autoencoder: Any, images: Tensor | ArrowImages) -> Tensor:
-    """Return latents, of so many images at a time that only latents fill the memory."""
-    import torch
+def encoded(images: Images, vae: Path, place: torch.device) -> Images:
+    """Return the data set as latents of the autoencoder in the folder ``vae``."""
+    from ocm.integrations.latents import encode, load_autoencoder
 
-    from ocm.integrations.latents import encode
-
-    firsts = range(0, len(images), _IMAGES_AT_ONCE)
-    return torch.cat(
-        [
-            encode(autoencoder, images[first : first + _IMAGES_AT_ONCE], sample_offset=first)
-            for first in firsts
-        ]
+    autoencoder = load_autoencoder(vae, place)
+    return replace(
+        images, train=encode(autoencoder, images.train), test=encode(autoencoder, images.test)
     )
 
 
@@ -79,18 +66,7 @@ def images_for(
     *,
     progress: bool = False,
 ) -> Images:
-    """Return the data set of a checkpoint, or another of the same shape.
-
-    Args:
-        loaded: The checkpoint.
-        data: Name of another data set, or None.
-        vae: Autoencoder of a model of latents.
-        image_size: Side of the images that it encodes.
-        progress: Whether to show progress bars.
-
-    Raises:
-        ValueError: If its images are of another shape, or there is no autoencoder for latents.
-    """
+    """Return the data set of a checkpoint, or another of the same shape."""
     from ocm import data as datasets
 
     if loaded.x0_range is None and vae is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,10 +13,14 @@ import typer
 from ocm.covariances.names import LEARNED, NAMES
 
 if TYPE_CHECKING:
-    from ocm.sampling.samplers import Sampler
+    import torch
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="Directory of a checkpoint, as `ocm train` writes it.")
+]
+Data = Annotated[str | None, typer.Option(help="Data set; default: the checkpoint's own.")]
+Vae = Annotated[
+    Path | None, typer.Option(help="Folder of the AutoencoderKL whose latents the model is of.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 2, help="Seed of all randomness.")]
 Device = Annotated[
@@ -29,20 +32,12 @@ NumProbes = Annotated[
 LanczosProbes = Annotated[int, typer.Option(min=1, help="Products k of 'lanczos' for each vector.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 
-
-class SamplerName(str, Enum):
-    """Samplers."""
-
-    ddpm = "ddpm"
-    ddim = "ddim"
-
-
-# Covariances with a head, and all covariances of x0 given x_t.
+# Covariances with a head, and all covariances of x0 given x_t. Typer has no lists of Literals.
 HeadName = Enum("HeadName", {name: name for name in LEARNED}, type=str)  # type: ignore[misc]
 CovarianceName = Enum("CovarianceName", {name: name for name in NAMES}, type=str)  # type: ignore[misc]
 
 
-def resolve_device(name: str) -> Any:
+def resolve_device(name: str) -> torch.device:
     """Return the torch device called ``name``, with 'auto' for CUDA where there is one.
 
     Raises:
@@ -76,25 +71,9 @@ def prepare_directory(path: Path) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=path):
-            pass
+        TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(f"--out {path} must be a directory to write to: {error}") from error
-
-
-def resolve_sampler(sampler: SamplerName, eta: float | None) -> Sampler:
-    """Return the sampler of the options --sampler and --eta.
-
-    Raises:
-        ValueError: If --eta is given for DDPM.
-    """
-    from ocm.sampling import samplers
-
-    if sampler is SamplerName.ddim:
-        return partial(samplers.ddim, eta=eta or 0.0)
-    if eta is not None:
-        raise ValueError(f"--eta {eta} is for --sampler ddim; ddpm has no such choice")
-    return samplers.ddpm
 
 
 def write_json(file: Path, record: dict[str, Any]) -> None:

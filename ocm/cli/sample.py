@@ -4,53 +4,43 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ocm.cli.options import (
-    CheckpointPath,
-    CovarianceName,
-    Device,
-    LanczosProbes,
-    NumProbes,
-    Quiet,
-    SamplerName,
-    Seed,
-    prepare_directory,
-    resolve_device,
-    resolve_sampler,
-    write_json,
-)
+from ocm.cli import options
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ocm.checkpoints.checkpoint import Checkpoint
 
 # In the picture; all of them are in samples.safetensors.
 _IMAGES_SHOWN = 256
 
 
 def sample(
-    checkpoint: CheckpointPath,
+    checkpoint: options.CheckpointPath,
     out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("runs/sample"),
     covariance: Annotated[
-        CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
-    ] = CovarianceName.ocm,
+        options.CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
+    ] = options.CovarianceName.ocm,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="As `ocm calibrate` fitted it.")
     ] = False,
-    sampler: Annotated[SamplerName, typer.Option(help="Reverse process.")] = SamplerName.ddpm,
+    sampler: Annotated[Literal["ddpm", "ddim"], typer.Option(help="Reverse process.")] = "ddpm",
     eta: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="DDIM's noise: 0 none, 1 DDPM's. Default: 0."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps K.")] = 10,
     spacing: Annotated[
-        str,
+        Literal["even", "quadratic", "optimal"],
         typer.Option(
-            help="Which timesteps: 'even', 'quadratic', or 'optimal' by dynamic programming on the "
-            "analytic variances that `ocm calibrate` fitted."
+            help="Which timesteps; the optimal ones by dynamic programming on the analytic "
+            "variances that `ocm calibrate` fitted."
         ),
     ] = "even",
     label: Annotated[
@@ -60,9 +50,7 @@ def sample(
     guidance: Annotated[
         float, typer.Option(help="Scale w of classifier-free guidance; 1 for none.")
     ] = 1.0,
-    vae: Annotated[
-        Path | None, typer.Option(help="Folder of the AutoencoderKL that decodes latents.")
-    ] = None,
+    vae: options.Vae = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
     last_noise: Annotated[
         float | None,
@@ -73,11 +61,11 @@ def sample(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
-    num_probes: NumProbes = 8,
-    lanczos_probes: LanczosProbes = 3,
-    seed: Seed = 0,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    num_probes: options.NumProbes = 8,
+    lanczos_probes: options.LanczosProbes = 3,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
 ) -> None:
     """Draw images: writes samples.png, samples.safetensors and samples.json.
 
@@ -94,13 +82,14 @@ def sample(
     from ocm.evaluation.samples import draw
     from ocm.sampling import samplers
 
-    place = resolve_device(device)
-    prepare_directory(out)
-    step = resolve_sampler(sampler, eta)
+    place = options.resolve_device(device)
+    options.prepare_directory(out)
+    if sampler == "ddpm" and eta is not None:
+        raise ValueError(f"--eta {eta} is for --sampler ddim; ddpm has no such choice")
     loaded = checkpoints.load(checkpoint, place)
     if vae is not None and loaded.x0_range is not None:
         raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
-    timesteps = choose_timesteps(loaded, spacing, steps)
+    timesteps = _timesteps(loaded, spacing, steps)
     name = covariance.value + (CALIBRATED if calibrated else "")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first, end = (num_images * r // processes for r in (rank, rank + 1))
@@ -110,7 +99,7 @@ def sample(
         name,
         end - first,
         timesteps,
-        sampler=step,
+        sampler=samplers.ddpm if sampler == "ddpm" else partial(samplers.ddim, eta=eta or 0.0),
         settings=CovarianceSettings(num_probes, lanczos_probes, seed),
         labels=label,
         guidance_scale=guidance,
@@ -121,19 +110,18 @@ def sample(
         progress=not quiet and rank == 0,
     )
     if processes > 1:
-        gathered = _gather(images, place)
-        if gathered is None:
-            return
-        images = gathered
+        images = _gathered(images, processes)
+    if rank != 0:
+        return
     if vae is not None:
         from ocm.integrations.latents import decode, load_autoencoder
 
-        images = decode(load_autoencoder(vae, place), images).cpu()
+        images = decode(load_autoencoder(vae, place), images)
     record = {
         "checkpoint": str(checkpoint),
         "covariance": name,
-        "sampler": sampler.value,
-        "eta": (eta or 0.0) if sampler is SamplerName.ddim else None,
+        "sampler": sampler,
+        "eta": (eta or 0.0) if sampler == "ddim" else None,
         "steps": steps,
         "timesteps": timesteps,
         "num_images": num_images,
@@ -154,9 +142,9 @@ def sample(
     if shown.shape[1] not in (1, 3):  # latents: their first channel
         shown = shown[:, :1]
     rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
-    title = f"{sampler.value}, {steps} steps, covariance {name}, seed {seed}"
+    title = f"{sampler}, {steps} steps, covariance {name}, seed {seed}"
     sample_rows(rows, out / "samples.png", title=title)
-    write_json(out / "samples.json", record)
+    options.write_json(out / "samples.json", record)
     typer.echo(
         f"{num_images} images in {record['seconds']:.1f} s, pixel mean {images.mean():.3f}, "
         f"standard deviation {images.std():.3f}"
@@ -164,46 +152,31 @@ def sample(
     typer.echo(f"first {len(shown)}: {out / 'samples.png'}   all: {out / 'samples.safetensors'}")
 
 
-def choose_timesteps(loaded: object, spacing: str, steps: int) -> list[int]:
-    """Return the K timesteps of the option --spacing.
-
-    Raises:
-        ValueError: If there is no such spacing, or no analytic variance for the optimal one.
-    """
-    from ocm.checkpoints.checkpoint import Checkpoint
+def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[int]:
+    """Return the K timesteps of the option --spacing."""
     from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
 
-    assert isinstance(loaded, Checkpoint)
     schedule = loaded.denoiser.schedule
-    if spacing == "even":
-        return even_timesteps(schedule, steps)
-    if spacing == "quadratic":
-        return quadratic_timesteps(schedule, steps)
     if spacing != "optimal":
-        raise ValueError(f"--spacing must be even, quadratic or optimal, got {spacing!r}")
+        return (even_timesteps if spacing == "even" else quadratic_timesteps)(schedule, steps)
     # From data, since near t = N the one from the score needs many images to be told from zero.
     if "analytic_data" not in loaded.analytic:
         raise ValueError(
             "--spacing optimal needs analytic variances, which this checkpoint has not got; "
             "`ocm calibrate` fits them"
         )
-    return optimal_timesteps(
-        schedule, loaded.analytic["analytic_data"].variances(loaded.x0_range), steps
-    )
+    variances = loaded.analytic["analytic_data"].variances(loaded.x0_range)
+    return optimal_timesteps(schedule, variances, steps)
 
 
-def _gather(images: Tensor, place: object) -> Tensor | None:
-    """Return the samples of all processes in order, in the first one."""
+def _gathered(images: Tensor, processes: int) -> Tensor:
+    """Return the samples of all processes in order."""
     import torch
     from torch import distributed
 
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo")
-    parts: list[object] = [None] * distributed.get_world_size()
-    distributed.gather_object(images, parts if distributed.get_rank() == 0 else None)
-    rank = distributed.get_rank()
+    distributed.init_process_group("gloo")
+    parts = [images] * processes
+    distributed.all_gather_object(parts, images)
     distributed.barrier()  # not while another process still sends
     distributed.destroy_process_group()
-    if rank != 0:
-        return None
-    return torch.cat([part for part in parts if isinstance(part, torch.Tensor)])
+    return torch.cat(parts)

@@ -4,65 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ocm.cli.options import (
-    Device,
-    HeadName,
-    Quiet,
-    Seed,
-    prepare_directory,
-    resolve_device,
-    write_json,
-)
+from ocm.cli import options
 
 if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
 
 
-class ScheduleName(str, Enum):
-    """Noise schedules."""
-
-    linear = "linear"
-    cosine = "cosine"
-
-
-class PredictionName(str, Enum):
-    """What a denoiser predicts."""
-
-    epsilon = "epsilon"
-    sample = "sample"
-    v_prediction = "v_prediction"
-
-
-class HeadKind(str, Enum):
-    """Sizes of heads."""
-
-    simple = "simple"
-    residual = "residual"
-
-
-class ParameterisationName(str, Enum):
-    """What the output of a head means."""
-
-    paper = "paper"
-    preconditioned = "preconditioned"
-    positive = "positive"
-
-
-class Precision(str, Enum):
-    """Mixed precision."""
-
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
+# Options that go with no --denoiser.
+_OF_A_NEW_DENOISER = ("width", "schedule", "prediction_type", "denoiser_steps", "learning_rate")
 
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint.")] = Path("runs/train"),
     data: Annotated[
         str,
@@ -86,10 +44,7 @@ def train(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that read images ahead of the steps.")
     ] = 0,
-    vae: Annotated[
-        Path | None,
-        typer.Option(help="Folder of an AutoencoderKL: train in its latent space."),
-    ] = None,
+    vae: options.Vae = None,
     denoiser: Annotated[
         Path | None,
         typer.Option(
@@ -98,39 +53,35 @@ def train(
         ),
     ] = None,
     head: Annotated[
-        list[HeadName] | None,
+        list[options.HeadName] | None,
         typer.Option(help="Covariance whose head is trained; may be given several times."),
     ] = None,
-    head_kind: Annotated[HeadKind, typer.Option(help="Size of the heads.")] = HeadKind.simple,
+    head_kind: Annotated[
+        Literal["simple", "residual"], typer.Option(help="Size of the heads.")
+    ] = "simple",
     parameterisation: Annotated[
-        ParameterisationName,
+        Literal["paper", "preconditioned", "positive"],
         typer.Option(
             help="What the heads predict: the papers' units; those of Gaussian data of the same "
             "variance, bounded at every noise level; or these with a positive variance."
         ),
-    ] = ParameterisationName.paper,
+    ] = "paper",
     width: Annotated[
-        int | None,
-        typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8. Default: 32."),
-    ] = None,
+        int, typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8.")
+    ] = 32,
     schedule: Annotated[
-        ScheduleName | None,
-        typer.Option(help="Noise schedule of a new denoiser, N = 1000. Default: cosine."),
-    ] = None,
+        Literal["linear", "cosine"], typer.Option(help="Of a new denoiser, N = 1000.")
+    ] = "cosine",
     prediction_type: Annotated[
-        PredictionName | None,
-        typer.Option(help="What a new denoiser predicts. Default: epsilon, the noise."),
-    ] = None,
-    denoiser_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps for a new denoiser. Default: 900.")
-    ] = None,
+        Literal["epsilon", "sample", "v_prediction"],
+        typer.Option(help="What a new denoiser predicts; epsilon is the noise."),
+    ] = "epsilon",
+    denoiser_steps: Annotated[int, typer.Option(min=1, help="Steps for a new denoiser.")] = 900,
     head_steps: Annotated[int, typer.Option(min=1, help="Steps for each head.")] = 400,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images in a step, over all processes.")
     ] = 64,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak rate of a new denoiser. Default: 0.001.")
-    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate of a new denoiser.")] = 1e-3,
     head_learning_rate: Annotated[float, typer.Option(help="Peak rate of the heads.")] = 1e-2,
     target_probes: Annotated[
         int, typer.Option(min=1, help="Probes M in each target of the OCM head.")
@@ -141,7 +92,9 @@ def train(
             "--forward-mode", help="Targets of the OCM head by forward mode: less memory."
         ),
     ] = False,
-    mixed_precision: Annotated[Precision, typer.Option(help="Type of the passes.")] = Precision.no,
+    mixed_precision: Annotated[
+        Literal["no", "bf16", "fp16"], typer.Option(help="Type of the passes.")
+    ] = "no",
     accumulation: Annotated[
         int, typer.Option(min=1, help="Micro-batches in which a process takes a step.")
     ] = 1,
@@ -167,9 +120,9 @@ def train(
             help="Start anew, whatever checkpoint or unfinished training --out holds.",
         ),
     ] = False,
-    seed: Seed = 0,
-    device: Device = "auto",
-    quiet: Quiet = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
 ) -> None:
     """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
 
@@ -183,17 +136,17 @@ def train(
     from ocm.training.settings import TrainingSettings
     from ocm.training.workflow import NewDenoiser, NewHeads, train_checkpoint
 
-    place = resolve_device(device)
-    prepare_directory(out)
+    place = options.resolve_device(device)
+    options.prepare_directory(out)
     if (out / "ocm.json").exists() and not overwrite:
         raise ValueError(f"--out {out} holds a checkpoint; choose another or pass --overwrite")
     settings = TrainingSettings(
-        denoiser_steps or 900,
+        denoiser_steps,
         batch_size,
-        1e-3 if learning_rate is None else learning_rate,
+        learning_rate,
         seed=seed,
         gradient_accumulation_steps=accumulation,
-        mixed_precision=mixed_precision.value,
+        mixed_precision=mixed_precision,
         horizontal_flip=flip,
         checkpoint_every=checkpoint_every,
         num_workers=workers,
@@ -201,13 +154,20 @@ def train(
     heads = NewHeads(
         # Another seed: the heads see other noisy images than those the denoiser was fitted to.
         replace(settings, num_steps=head_steps, learning_rate=head_learning_rate, seed=seed + 1),
-        tuple(name.value for name in head or [HeadName.ocm]),
-        head_kind.value,
-        parameterisation.value,
+        tuple(name.value for name in head or [options.HeadName.ocm]),
+        head_kind,
+        parameterisation,
         target_probes,
         forward_mode,
         seed,
     )
+    for name in _OF_A_NEW_DENOISER:
+        source = context.get_parameter_source(name)
+        if denoiser is not None and source is not None and source.name != "DEFAULT":
+            raise ValueError(
+                f"--{name.replace('_', '-')} {context.params[name]} is for a new denoiser; leave "
+                "it out with --denoiser"
+            )
     images = datasets.load(
         data,
         image_size=image_size,
@@ -220,29 +180,9 @@ def train(
         images = encoded(images, vae, place)
     start: NewDenoiser | Checkpoint
     if denoiser is None:
-        start = NewDenoiser(
-            settings,
-            width or 32,
-            (schedule or ScheduleName.cosine).value,
-            (prediction_type or PredictionName.epsilon).value,
-            hold_out,
-        )
+        start = NewDenoiser(settings, width, schedule, prediction_type, hold_out)
     else:
-        _check_kept(
-            width=width,
-            schedule=schedule,
-            prediction_type=prediction_type,
-            denoiser_steps=denoiser_steps,
-            learning_rate=learning_rate,
-        )
-        start = existing(denoiser, images, data, place)
-        if hold_out is not None:
-            if (denoiser / "ocm.json").exists() and hold_out > start.num_calibration:
-                raise ValueError(
-                    f"--hold-out must be at most {start.num_calibration}, the images that the "
-                    f"denoiser in {denoiser} was not trained on, got {hold_out}"
-                )
-            start = replace(start, num_calibration=hold_out)
+        start = existing(denoiser, images, hold_out, place)
     trained, record = train_checkpoint(
         images,
         start,
@@ -260,17 +200,7 @@ def train(
     if vae is not None:
         trained = replace(trained, x0_range=None)
     checkpoints.save(trained, out)
-    write_json(out / "train.json", record | {"environment": environment(place)})
+    options.write_json(out / "train.json", record | {"environment": environment(place)})
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
     typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")
-
-
-def _check_kept(**given: Any) -> None:
-    """Refuse options of a new denoiser beside --denoiser."""
-    for option, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"--{option.replace('_', '-')} {getattr(value, 'value', value)} is for a new "
-                "denoiser; leave it out with --denoiser"
-            )

@@ -8,9 +8,8 @@ compare methods with one another only.
 
 from __future__ import annotations
 
-import contextlib
-import io
-from dataclasses import asdict, dataclass
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ocm.checkpoints.weights import load_weights
 from ocm.diffusion.checks import check_positive_int
 from ocm.images import ArrowImages
 from ocm.training.loop import train
@@ -25,16 +25,14 @@ from ocm.training.settings import TrainingSettings
 
 _MIN_SIZE = 4  # two halvings leave a pixel
 _WIDTHS = (32, 64, 128)
-# As PyTorchModelHubMixin calls them.
-_FILES = ("config.json", "model.safetensors")
+_IMAGES_AT_ONCE = 500
 
 
-@dataclass(frozen=True)
-class ClassifierDescription:
-    """What a classifier is, as its file states it.
+class Classifier(nn.Module, PyTorchModelHubMixin):
+    """Three 3x3 convolutions, the last two after a halving, the mean over pixels, two layers.
 
-    Attributes:
-        image_shape: (C, H, W) of the images it was trained on.
+    Args:
+        image_shape: (C, H, W) of the images it was trained on, 4x4 pixels or more.
         num_classes: Number of classes.
         num_features: Width d of the penultimate layer.
         num_steps: Steps it was trained for.
@@ -42,33 +40,9 @@ class ClassifierDescription:
         seed: Seed of its training.
     """
 
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    num_features: int
-    num_steps: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        for name in ("num_classes", "num_features", "num_steps", "batch_size"):
-            check_positive_int(name, getattr(self, name))
-        channels, height, width = self.image_shape
-        check_positive_int("channels", channels)
-        if min(height, width) < _MIN_SIZE:
-            raise ValueError(
-                f"images must have {_MIN_SIZE}x{_MIN_SIZE} pixels or more, got {height}x{width}"
-            )
-
-
-class Classifier(nn.Module, PyTorchModelHubMixin):
-    """Three 3x3 convolutions, the last two after a halving, the mean over pixels, two layers.
-
-    The arguments are those of :class:`ClassifierDescription`.
-    """
-
     def __init__(
         self,
-        image_shape: tuple[int, int, int],
+        image_shape: Sequence[int],
         num_classes: int,
         num_features: int,
         num_steps: int,
@@ -76,9 +50,19 @@ class Classifier(nn.Module, PyTorchModelHubMixin):
         seed: int,
     ) -> None:
         super().__init__()
+        check_positive_int("num_classes", num_classes)
+        check_positive_int("num_features", num_features)
         channels, height, width = image_shape
-        self.description = ClassifierDescription(
-            (channels, height, width), num_classes, num_features, num_steps, batch_size, seed
+        if min(height, width) < _MIN_SIZE:
+            raise ValueError(
+                f"images must have {_MIN_SIZE}x{_MIN_SIZE} pixels or more, got {height}x{width}"
+            )
+        self.image_shape = (channels, height, width)
+        self.num_classes, self.num_features = num_classes, num_features
+        shape = "x".join(map(str, image_shape))
+        self.description = (
+            f"a classifier ({num_classes} classes of {shape} images, {num_steps} steps of "
+            f"{batch_size}, seed {seed})"
         )
         first, second, third = _WIDTHS
         self.body = nn.Sequential(
@@ -94,24 +78,14 @@ class Classifier(nn.Module, PyTorchModelHubMixin):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits, shape (n, num_classes), of images in [-1, 1], shape (n, C, H, W)."""
-        logits: Tensor = self.output(self._body(images))
+        logits: Tensor = self.output(self.features(images))
         return logits
 
-    @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Return what the classifier does, without gradients."""
-        return self.forward(images)
-
-    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Return the penultimate layer, shape (n, num_features), after its activation."""
-        return self._body(images)
-
-    def _body(self, images: Tensor) -> Tensor:
-        shape = self.description.image_shape
-        if tuple(images.shape[1:]) != shape:
+        if images.shape[1:] != self.image_shape:
             raise ValueError(
-                f"images must have shape (n, {', '.join(map(str, shape))}), "
+                f"images must have shape (n, {', '.join(map(str, self.image_shape))}), "
                 f"got {tuple(images.shape)}"
             )
         features: Tensor = self.body(images.to(self.output.weight))
@@ -161,14 +135,14 @@ def train_classifier(
         >>> accuracy(classifier, images, bright)
         1.0
     """
+    if len(images.shape) != 4:
+        raise ValueError(f"images must have shape (n, C, H, W), got {tuple(images.shape)}")
     _check_labels(images, labels, num_classes)
-    channels, height, width = images.shape[1:]
-    description = ClassifierDescription(
-        (channels, height, width), num_classes, num_features, num_steps, batch_size, seed
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # layers draw their start from the global generator
-        classifier = Classifier(**asdict(description))
+        classifier = Classifier(
+            images.shape[1:], num_classes, num_features, num_steps, batch_size, seed
+        )
 
     def loss(
         module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
@@ -193,9 +167,8 @@ def train_classifier(
     return classifier.eval().requires_grad_(False)
 
 
-def accuracy(
-    classifier: Classifier, images: Tensor | ArrowImages, labels: Tensor, *, batch_size: int = 500
-) -> float:
+@torch.no_grad()
+def accuracy(classifier: Classifier, images: Tensor | ArrowImages, labels: Tensor) -> float:
     """Return the share of images whose largest logit is that of their label.
 
     Raises:
@@ -206,32 +179,18 @@ def accuracy(
         >>> accuracy(train_classifier(images, labels, 2, num_steps=10), images, 1 - labels)
         0.0
     """
-    check_positive_int("batch_size", batch_size)
-    _check_labels(images, labels, classifier.description.num_classes)
-    correct = 0
-    for first in range(0, len(images), batch_size):
-        chosen = slice(first, first + batch_size)
-        predicted = classifier.logits(images[chosen]).argmax(1).cpu()
-        correct += int((predicted == labels[chosen].cpu()).sum())
-    return correct / len(images)
+    _check_labels(images, labels, classifier.num_classes)
+    starts = range(0, len(images), _IMAGES_AT_ONCE)
+    logits = [classifier(images[first : first + _IMAGES_AT_ONCE]) for first in starts]
+    return (torch.cat(logits).argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 
 def _check_labels(images: Tensor | ArrowImages, labels: Tensor, num_classes: int) -> None:
-    check_positive_int("num_classes", num_classes)
-    if len(images.shape) != 4 or len(images) == 0:
+    fit = labels.dtype == torch.int64 and labels.shape == (len(images),) != (0,)
+    if not fit or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
-            f"images must have shape (n, C, H, W), n >= 1, got shape {tuple(images.shape)}"
-        )
-    if labels.dtype != torch.int64 or labels.shape != (len(images),):
-        raise ValueError(
-            f"labels must be int64 of shape ({len(images)},), one for every image, got "
-            f"{labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels must lie in 0 .. {num_classes - 1}, since num_classes is {num_classes}, got "
-            f"{low} .. {high}"
+            f"labels must be int64 in 0 .. {num_classes - 1}, one for each of {len(images)} "
+            f"images, got {labels.dtype} {labels}"
         )
 
 
@@ -244,37 +203,31 @@ def save(classifier: Classifier, path: str | Path) -> None:
         >>> classifier = train_classifier(images, labels, 2, num_steps=1)
         >>> with TemporaryDirectory() as directory:
         ...     save(classifier, directory)
-        ...     torch.equal(load(directory).logits(images), classifier.logits(images))
+        ...     torch.equal(load(directory)(images), classifier(images))
         True
     """
-    classifier.save_pretrained(path, config=asdict(classifier.description))
+    classifier.save_pretrained(path)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
     """Read a classifier that :func:`save` wrote; nothing is unpickled, and nothing downloaded.
 
     Raises:
-        ValueError: That names the file or the folder, if one is missing or damaged, or holds other
-            weights than its configuration says.
+        ValueError: That names the file, if one is missing or damaged, or holds other weights than
+            its configuration says, or NaN.
 
     Example:
         >>> load("nowhere")
         Traceback (most recent call last):
         ...
-        ValueError: no classifier at nowhere: nowhere/config.json is missing
+        ValueError: nowhere/config.json describes no classifier: FileNotFoundError: [Errno 2] No
+        such file or directory: 'nowhere/config.json'
     """
-    from safetensors import SafetensorError
-
-    directory = Path(path)
-    for file in _FILES:
-        if not (directory / file).is_file():
-            raise ValueError(f"no classifier at {directory}: {directory / file} is missing")
+    file = Path(path) / "config.json"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints that it loads
-            classifier = Classifier.from_pretrained(directory, strict=True)
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        classifier = Classifier(**json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{directory} holds no classifier that can be read: {reason}") from error
-    if not all(bool(torch.isfinite(weight).all()) for weight in classifier.parameters()):
-        raise ValueError(f"{directory / _FILES[1]} holds NaN or infinite weights")
+        raise ValueError(f"{file} describes no classifier: {reason}") from error
+    load_weights(classifier, Path(path) / "model.safetensors")
     return classifier.to(device).eval().requires_grad_(False)

@@ -1,73 +1,60 @@
 """Distances between sets of samples: MMD, the Fréchet distance, and precision and recall.
 
-They are functions of features, shape (n, d), and compute in float64: the Fréchet distance where the
-features are, the others, scikit-learn's, on the CPU.
+They are functions of features, shape (n, d), and compute in float64 where the features are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ocm.diffusion.checks import check_finite, check_positive_int
+from ocm.diffusion.checks import check_finite
 
-Array = NDArray[np.float64]
+# At once, 8 bytes each.
+_MOST_DISTANCES = 2**26
 
 
-def maximum_mean_discrepancy(
-    x: Tensor, y: Tensor, bandwidth: float, *, unbiased: bool = True
-) -> float:
-    """Return the squared maximum mean discrepancy with a Gaussian kernel.
+def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float) -> float:
+    """Return an unbiased estimate of the squared maximum mean discrepancy, of a Gaussian kernel.
 
     With k(a, b) = exp(-|a - b|^2 / (2 bandwidth^2)),
 
         MMD^2 = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j),
 
-    where the first two means leave out i = j if ``unbiased``: its expectation is then that of the
-    two distributions, and it can be negative; with i = j it is the square of a distance between
-    the two sets. (Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equations 3 and 5.)
+    where the first two means leave out i = j: its expectation is that of the two distributions,
+    and it can be negative. (Gretton et al., "A Kernel Two-Sample Test", JMLR 2012, equation 3.)
 
     Args:
         x: Samples or features, shape (n, d); ``images.flatten(1)`` compares pixels.
         y: Others, shape (m, d).
         bandwidth: Of the kernel, in units of the features; state it with the result.
-        unbiased: Whether to leave out i = j.
 
     Raises:
         ValueError: If shapes do not fit or bandwidth is not positive.
 
     Example:
         >>> x = torch.tensor([[0.0], [1.0]])
-        >>> maximum_mean_discrepancy(x, x, 1.0, unbiased=False)
-        0.0
         >>> round(maximum_mean_discrepancy(x, x + 9, 1.0), 4)  # 2 exp(-1/2)
         1.2131
     """
     _check_features("x", x, "y", y)
     if not 0.0 < bandwidth < math.inf:
         raise ValueError(f"bandwidth must be positive and finite, got {bandwidth}")
-    first, second = (z.cpu().numpy() for z in _centred(x, y))
+    first, second = _centred(x, y)
 
-    def mean(a: Array, b: Array, skip_diagonal: bool) -> float:
+    def mean(a: Tensor, b: Tensor) -> float:
+        left_out = len(a) if a is b else 0  # terms of i = j, which are 1
         total = sum(
-            float(np.exp(squares / (-2 * bandwidth**2)).sum())
+            (squares / (-2 * bandwidth**2)).exp().sum().item()
             for squares in _squared_distances(a, b)
         )
-        if skip_diagonal:  # k(a, a) = 1
-            return (total - len(a)) / (len(a) * (len(a) - 1))
-        return total / (len(a) * len(b))
+        return (total - left_out) / (len(a) * len(b) - left_out)
 
-    return (
-        mean(first, first, unbiased)
-        + mean(second, second, unbiased)
-        - 2 * mean(first, second, False)
-    )
+    return mean(first, first) + mean(second, second) - 2 * mean(first, second)
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -97,22 +84,15 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     _check_features("real", real, "generated", generated)
     # torchmetrics takes E[f f^T] - μ μ^T, which loses digits to means far from zero.
     real, generated = _centred(real, generated)
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).to(real.device)
+    given: Any = torch.nn.Identity()  # in place of a network
+    given.num_features = real.shape[1]
+    metric = FrechetInceptionDistance(feature=given).to(real.device)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     return max(float(metric.compute()), 0.0)  # rounding can leave -1e-8 where it is zero
 
 
-class _Given(torch.nn.Identity):
-    """Stands where torchmetrics asks for a network: the features are at hand."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-
-@dataclass(frozen=True)
-class PrecisionRecall:
+class PrecisionRecall(NamedTuple):
     """Shares, in [0, 1]: of generated samples that look real, and of real ones that are covered."""
 
     precision: float
@@ -140,37 +120,36 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
         PrecisionRecall(precision=1.0, recall=0.875)
     """
     _check_features("real", real, "generated", generated)
-    check_positive_int("num_neighbours", num_neighbours)
     fewest = min(len(real), len(generated))
-    if num_neighbours >= fewest:
+    if not 1 <= num_neighbours < fewest:
         raise ValueError(
-            f"num_neighbours must be below the number of points, {fewest}, got {num_neighbours}"
+            "num_neighbours must be at least 1 and below the number of points, "
+            f"{fewest}, got {num_neighbours}"
         )
-    first, second = (z.cpu().numpy() for z in _centred(real, generated))
+    first, second = _centred(real, generated)
     return PrecisionRecall(
         precision=_share_covered(second, first, num_neighbours),
         recall=_share_covered(first, second, num_neighbours),
     )
 
 
-def _share_covered(points: Array, centres: Array, num_neighbours: int) -> float:
+def _share_covered(points: Tensor, centres: Tensor, num_neighbours: int) -> float:
     """Return the share of ``points`` in the balls around ``centres``."""
-    from sklearn.neighbors import NearestNeighbors
-
-    distances, _ = NearestNeighbors(n_neighbors=num_neighbours).fit(centres).kneighbors()
     # Copies of a point lie at distance 0, which distances give only to rounding.
-    slack = 1e-13 * max((x**2).sum(1).max() for x in (points, centres))
-    reach = distances[:, -1] ** 2 + slack
+    slack = 1e-13 * max(x.square().sum(1).max() for x in (points, centres))
+    nearest = [
+        squares.kthvalue(num_neighbours + 1).values  # the first is the centre itself
+        for squares in _squared_distances(centres, centres)
+    ]
+    reach = torch.cat(nearest) + slack
     inside = [(squares <= reach).any(1) for squares in _squared_distances(points, centres)]
-    return float(np.concatenate(inside).mean())
+    return torch.cat(inside).double().mean().item()
 
 
-def _squared_distances(a: Array, b: Array) -> Iterator[Array]:
+def _squared_distances(a: Tensor, b: Tensor) -> Iterator[Tensor]:
     """Yield squared distances of some rows of ``a`` to all of ``b``, as many as memory is for."""
-    from sklearn.metrics import pairwise_distances_chunked
-
-    # Told that they are the same, it knows what is on the diagonal.
-    yield from pairwise_distances_chunked(a, None if a is b else b, squared=True)
+    for rows in a.split(max(1, _MOST_DISTANCES // len(b))):
+        yield torch.cdist(rows, b).square()
 
 
 def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,5 +171,3 @@ def _check_features(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise ValueError(
             f"{second} must have as many features as {first}, {a.shape[1]}, got {b.shape[1]}"
         )
-    if a.device != b.device:
-        raise ValueError(f"{second} must be on {a.device}, where {first} is, got {b.device}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ def environment(device: torch.device) -> Row:
         "uncommitted_changes": changed,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": metadata.version("triton") if find_spec("triton") else None,
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -28,8 +30,7 @@ def environment(device: torch.device) -> Row:
     }
     if device.type == "cuda":
         record["gpu"] = torch.cuda.get_device_name(device)
-        record.update(gpu_state(device))
-    return record
+    return record | gpu_state(device)
 
 
 def _commit() -> tuple[str | None, bool]:
@@ -51,15 +52,6 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None  # not a checkout
     return answer.stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:

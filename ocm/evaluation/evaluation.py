@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from ocm.checkpoints.catalogue import CovarianceSettings
 from ocm.checkpoints.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from ocm.diffusion.tables import Table
 from ocm.evaluation import classifier as classifiers
 from ocm.evaluation import features
 from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
-from ocm.evaluation.samples import median_distance, quality, quality_table
+from ocm.evaluation.samples import Quality, draw, median_distance, quality
 from ocm.evaluation.scores import likelihood_record, likelihood_table, steps_of
 from ocm.sampling.samplers import ddim, ddpm
 
@@ -190,21 +191,23 @@ def _quality(
         f"images; {len(images.test)} held-out images are at a Fréchet distance of "
         f"{floor.frechet:.3f}."
     ]
+    classes = checkpoint.denoiser.num_classes
     for title, sampler in (("ddpm", ddpm), ("ddim", partial(ddim, eta=0.0))):
-        table = quality_table(
-            checkpoint,
-            real,
-            extractor,
-            rows,
-            settings.step_counts,
-            sampler=sampler,
-            num_images=settings.num_samples,
-            label=f"samples of {title}",
-            settings=settings.covariances,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            progress=progress,
-        )
+        table: dict[str, dict[int, Quality]] = {name: {} for name in rows}
+        cells = [(name, K) for name in rows for K in settings.step_counts]
+        for name, K in tqdm(cells, f"samples of {title}", disable=not progress):
+            samples = draw(
+                checkpoint,
+                name,
+                settings.num_samples,
+                K,
+                sampler=sampler,
+                settings=settings.covariances,
+                labels=None if classes is None else range(classes),  # which take turns
+                seed=settings.seed,
+                batch_size=settings.batch_size,
+            )
+            table[name][K] = quality(real, extractor(samples))
         record["quality"][title] = {
             name: {K: cell._asdict() for K, cell in row.items()} for name, row in table.items()
         }

@@ -7,7 +7,6 @@ different networks have nothing to do with one another.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ocm.diffusion.checks import check_positive_int
 from ocm.evaluation.classifier import Classifier
 from ocm.images import ArrowImages
 
@@ -42,10 +40,6 @@ class FeatureExtractor:
     num_features: int
     function: Callable[[Tensor], Tensor]
     batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        check_positive_int("num_features", self.num_features)
-        check_positive_int("batch_size", self.batch_size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor | ArrowImages) -> Tensor:
@@ -81,14 +75,8 @@ def classifier_features(classifier: Classifier) -> FeatureExtractor:
         >>> extractor(images).shape
         torch.Size([8, 64])
     """
-    description = classifier.description
-    shape = "x".join(map(str, description.image_shape))
-    name = (
-        f"{description.num_features} features of a classifier ({description.num_classes} classes "
-        f"of {shape} images, {description.num_steps} steps of {description.batch_size}, "
-        f"seed {description.seed})"
-    )
-    return FeatureExtractor(name, description.num_features, classifier.features)
+    name = f"{classifier.num_features} features of {classifier.description}"
+    return FeatureExtractor(name, classifier.num_features, classifier.features)
 
 
 def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> FeatureExtractor:
@@ -112,23 +100,14 @@ def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> F
         Traceback (most recent call last):
         ...
         ValueError: weights_path must be the file weights-inception-2015-12-05-6726825d.pth of
-        torch-fidelity's releases, got 'nowhere.pth', which is no file
+        torch-fidelity's releases, and 'nowhere.pth' does not load: [Errno 2] No such file or
+        directory: 'nowhere.pth'
     """
     path = Path(weights_path).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            "weights_path must be the file weights-inception-2015-12-05-6726825d.pth of "
-            f"torch-fidelity's releases, got {str(weights_path)!r}, which is no file"
-        )
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError("Inception's features need torch-fidelity: pip install torch-fidelity")
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
-    except ImportError as error:
-        raise ValueError(f"Inception's features need torch-fidelity to import: {error}") from error
 
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         # torch-fidelity would unpickle whatever the file holds: this lets only tensors through.
         torch.load(path, map_location="cpu", weights_only=True)
         network = NoTrainInceptionV3(
@@ -137,9 +116,12 @@ def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> F
             feature_extractor_weights_path=str(path),
             antialias=False,
         )
-    except Exception as error:  # unpickling and loading of weights raise all sorts
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"weights_path {str(path)!r} does not load: {reason}") from error
+    except Exception as error:  # a missing torch-fidelity, unpickling, weights: all sorts
+        reason = " ".join(str(error).splitlines()) or type(error).__name__
+        raise ValueError(
+            "weights_path must be the file weights-inception-2015-12-05-6726825d.pth of "
+            f"torch-fidelity's releases, and {str(path)!r} does not load: {reason}"
+        ) from error
     network = network.to(device).requires_grad_(False)
     return FeatureExtractor(
         f"{_INCEPTION_FEATURES} features of Inception v3 (torch-fidelity, weights sha256 {digest})",

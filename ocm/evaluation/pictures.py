@@ -23,34 +23,26 @@ def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = ""
         title: Stands above.
     """
     import torch
+    from torch.nn.functional import pad
 
-    plt = pyplot()
-    strips = {name: _strip(images) for name, images in rows.items()}
-    height, width = (max(s.shape[i] for s in strips.values()) for i in (0, 1))
-    scale = 0.55 / min(next(iter(rows.values())).shape[-2:])
-    margin, title_height = 1.3, 0.4
-    size = (margin + scale * width, title_height + 1.04 * scale * height * len(rows))
-    figure, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False)
-    for axis, (name, strip) in zip(axes.flat, strips.items(), strict=True):
-        padding = (0, 0, 0, width - strip.shape[1])
-        pixels = torch.nn.functional.pad(strip, padding, value=1.0).squeeze(-1).numpy()
-        axis.imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_axis_off()
-        axis.text(-0.01, 0.5, name, transform=axis.transAxes, ha="right", va="center")
-    figure.suptitle(title, fontsize=10)
-    figure.subplots_adjust(
-        left=margin / size[0], right=0.99, top=1 - title_height / size[1], bottom=0.01, hspace=0.04
+    longest = max(rows.values(), key=len)
+    most, side = len(longest), longest.shape[-2] + 1  # a white pixel apart
+    strips = []
+    for images in rows.values():
+        pixels = pad((images.detach().cpu().clamp(-1, 1) + 1) / 2, (0, 1, 0, 1), value=1.0)
+        strip = torch.cat(list(pixels), dim=2)
+        strips.append(pad(strip, (0, (most - len(images)) * pixels.shape[-1]), value=1.0))
+    picture = torch.cat(strips, dim=1).permute(1, 2, 0).squeeze(-1)
+    figure, axis = pyplot().subplots(
+        figsize=(1.3 + 0.58 * most, 0.4 + 0.58 * len(rows)), layout="constrained"
     )
+    axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([(row + 0.5) * side for row in range(len(rows))], list(rows))
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(title, fontsize=10)
     save_figure(figure, path)
-
-
-def _strip(images: Tensor) -> Tensor:
-    """Set images side by side, a white pixel apart: (H, n (W + 1), C) in [0, 1]."""
-    import torch
-
-    pixels = ((images.detach().cpu().clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
-    pixels = torch.nn.functional.pad(pixels, (0, 0, 0, 1), value=1.0)
-    return torch.cat(list(pixels), dim=1)
 
 
 def report_plot(
@@ -104,58 +96,38 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         path: Where the PNG goes.
         title: Stands above.
     """
-    plt = pyplot()
-    bits = record["nll_bits_per_dim"]
-    panels: list[tuple[str, str, Mapping[str, Mapping[int, float]]]] = [
-        ("Likelihood bound", "bits/dim on held-out images", _plain(bits))
-    ]
-    if _calibrated_ones(bits):
-        panels.append(
-            ("Likelihood bound, calibrated", "bits/dim on held-out images", _calibrated_ones(bits))
-        )
+    bits, unit = record["nll_bits_per_dim"], "bits/dim on held-out images"
+    plain = {name: row for name, row in bits.items() if not name.endswith(CALIBRATED)}
+    calibrated = {name: row for name, row in bits.items() if name.endswith(CALIBRATED)}
+    panels = [("Likelihood bound", unit, plain), ("Likelihood bound, calibrated", unit, calibrated)]
     for sampler, table in record.get("quality", {}).items():
         distances = {
             name: {K: cell["frechet"] for K, cell in row.items()}
-            for name, row in _plain(table).items()
+            for name, row in table.items()
+            if not name.endswith(CALIBRATED)
         }
         panels.append((f"Samples of {sampler.upper()}", "Fréchet distance", distances))
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 1.8, 4.2), squeeze=False
+    panels = [panel for panel in panels if panel[2]]
+    figure, axes = pyplot().subplots(
+        1, len(panels), figsize=(4.2 * len(panels) + 1.8, 4.2), squeeze=False, layout="constrained"
     )
     for axis, (heading, unit, rows) in zip(axes.flat, panels, strict=True):
         rows = {name: {int(K): value for K, value in row.items()} for name, row in rows.items()}
         _lines(axis, rows)
-        lowest = min(min(row.values()) for row in rows.values())
-        highest = max(max(row.values()) for row in rows.values())
-        top = min(highest + 0.05 * (highest - lowest), _TALLEST * lowest)
-        if top > lowest:
+        lowest, top = axis.dataLim.ymin, _TALLEST * axis.dataLim.ymin
+        if axis.dataLim.ymax > top:
             axis.set_ylim(lowest - 0.05 * (top - lowest), top)
-        if highest > top:
             heading += "\n(what is higher leaves the plot)"
         axis.set(xscale="log", xlabel="steps K", ylabel=unit, title=heading)
         ticks = sorted({K for row in rows.values() for K in row})
         axis.set_xticks(ticks, [str(K) for K in ticks])
         axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
-    longest = max(axes.flat, key=lambda axis: len(axis.lines))
-    handles, labels = longest.get_legend_handles_labels()
+    lines = max((axis.lines for axis in axes.flat), key=len)
+    names = [line.get_label().removesuffix(", calibrated") for line in lines]
+    figure.legend(lines, names, loc="outside right center", fontsize=8)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout(rect=(0, 0, 1 - 1.7 / figure.get_figwidth(), 1))
-    figure.legend(
-        handles,
-        [written.removesuffix(", calibrated") for written in labels],
-        loc="center right",
-        fontsize=8,
-    )
     save_figure(figure, path)
-
-
-def _plain(rows: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row for name, row in rows.items() if not name.endswith(CALIBRATED)}
-
-
-def _calibrated_ones(rows: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: row for name, row in rows.items() if name.endswith(CALIBRATED)}
 
 
 def _lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:

@@ -15,7 +15,6 @@ from ocm.evaluation.distances import (
     maximum_mean_discrepancy,
     precision_recall,
 )
-from ocm.evaluation.features import FeatureExtractor
 from ocm.sampling.samplers import Sampler, sample
 
 
@@ -38,13 +37,10 @@ class Quality(NamedTuple):
 
 def quality(real_features: Tensor, features: Tensor) -> Quality:
     """Return how close samples are to real images, from the features of both."""
-    manifold = precision_recall(real_features, features)
-    bandwidth = median_distance(real_features)
     return Quality(
         frechet_distance(real_features, features),
-        manifold.precision,
-        manifold.recall,
-        maximum_mean_discrepancy(real_features, features, bandwidth),
+        *precision_recall(real_features, features),
+        maximum_mean_discrepancy(real_features, features, median_distance(real_features)),
     )
 
 
@@ -56,66 +52,6 @@ def median_distance(features: Tensor, count: int = 500) -> float:
         3.0
     """
     return torch.pdist(features[:count].double()).median().item()
-
-
-def quality_table(
-    checkpoint: Checkpoint,
-    real_features: Tensor,
-    extractor: FeatureExtractor,
-    names: Sequence[str],
-    step_counts: Sequence[int],
-    *,
-    sampler: Sampler,
-    num_images: int,
-    label: str = "samples",
-    settings: CovarianceSettings | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    max_last_noise: float | None = None,
-    progress: bool = False,
-) -> dict[str, dict[int, Quality]]:
-    """Return the quality of samples for every covariance and every number of steps K.
-
-    Args:
-        checkpoint: The denoiser, with what the covariances need.
-        real_features: Features of real images, shape (n, d).
-        extractor: What made them.
-        names: Covariances, calibrated ones among them.
-        step_counts: Numbers of steps K, evenly spaced.
-        sampler: Reverse process.
-        num_images: Samples for each cell; every cell starts from the same noise, and classes take
-            turns where there are some.
-        label: What the progress bar calls it.
-        settings: For covariances that take products.
-        seed: Seed of the noise.
-        batch_size: Samples at a time.
-        max_last_noise: As in :func:`ocm.sample`.
-        progress: Whether to show a progress bar.
-    """
-    from tqdm import tqdm
-
-    labels: Sequence[int] | None = None
-    if checkpoint.denoiser.num_classes is not None:
-        labels = range(checkpoint.denoiser.num_classes)
-    table: dict[str, dict[int, Quality]] = {name: {} for name in names}
-    cells = [(name, K) for name in names for K in step_counts]
-    bar = tqdm(cells, label, disable=not progress)
-    for name, K in bar:
-        bar.set_postfix_str(f"{name}, K = {K}")
-        images = draw(
-            checkpoint,
-            name,
-            num_images,
-            K,
-            sampler=sampler,
-            settings=settings,
-            labels=labels,
-            seed=seed,
-            batch_size=batch_size,
-            max_last_noise=max_last_noise,
-        )
-        table[name][K] = quality(real_features, extractor(images))
-    return table
 
 
 def draw(
@@ -155,14 +91,12 @@ def draw(
         FloatingPointError: If a sample is not finite.
         ValueError: If labels are given for a denoiser without classes, or not for one with them.
     """
-    if guidance_scale != 1.0 and not labels:
-        raise ValueError(
-            f"guidance_scale must be 1 without labels, which it leads to, got {guidance_scale}"
-        )
-    if checkpoint.denoiser.takes_labels != bool(labels):
+    takes_labels = checkpoint.denoiser.takes_labels
+    if takes_labels != bool(labels) or (guidance_scale != 1.0 and not labels):
         raise ValueError(
             f"labels must be given for a denoiser with classes and for no other, got {labels} for "
-            f"one {'with' if checkpoint.denoiser.takes_labels else 'without'} classes"
+            f"one {'with' if takes_labels else 'without'} classes; guidance_scale must be 1 "
+            f"without labels, got {guidance_scale}"
         )
     denoiser, batches = checkpoint.denoiser, []
     covariance = build_covariance(name, checkpoint, settings)

@@ -90,7 +90,10 @@ def likelihood_table(
     for name in calibrated:
         build_covariance(name + CALIBRATED, checkpoint, settings)  # raises without a calibration
     rows = [*names, *(name + CALIBRATED for name in calibrated)]
-    visits = _visits(denoiser.schedule, step_counts)
+    visits: dict[int, list[tuple[int, int]]] = {}  # (K, s) of every step by its start t
+    for K in step_counts:
+        for s, t in reverse_steps(even_timesteps(denoiser.schedule, K)):
+            visits.setdefault(t, []).append((K, s))
     starts = range(0, len(images), batch_size)
     totals = {
         (row, K): torch.zeros(len(images), dtype=torch.float64, device=denoiser.device)
@@ -123,23 +126,12 @@ def likelihood_table(
                 for row, version in versions.items():
                     bounded = spectral(version.bounded(X0_RANGE))
                     totals[row, K][batch] += step_term(bounded, towards, x0)
-    table = {row: {K: estimate(totals[row, K]) for K in step_counts} for row in rows}
-    for row, cells in table.items():
-        for K, cell in cells.items():
-            if not math.isfinite(cell.mean):
-                raise FloatingPointError(
-                    f"bits/dim of {row} at K = {K} is {cell.mean}; does the denoiser return NaN?"
-                )
-    return table
-
-
-def _visits(schedule: Schedule, step_counts: Sequence[int]) -> dict[int, list[tuple[int, int]]]:
-    """Return (K, s) of every step by the timestep t that it starts from."""
-    visits: dict[int, list[tuple[int, int]]] = {}
-    for K in step_counts:
-        for s, t in reverse_steps(even_timesteps(schedule, K)):
-            visits.setdefault(t, []).append((K, s))
-    return visits
+    for (row, K), values in totals.items():
+        if not bool(torch.isfinite(values).all()):
+            raise FloatingPointError(
+                f"bits/dim of {row} at K = {K} is {values.mean()}; does the denoiser return NaN?"
+            )
+    return {row: {K: estimate(totals[row, K]) for K in step_counts} for row in rows}
 
 
 def steps_of(schedule: Schedule, step_counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -150,8 +142,9 @@ def steps_of(schedule: Schedule, step_counts: Sequence[int]) -> list[tuple[int, 
         >>> steps_of(linear(), [2, 3])
         [(0, 1), (1, 500), (1, 1000), (500, 1000)]
     """
-    visits = _visits(schedule, step_counts)
-    return sorted({(s, t) for t, pairs in visits.items() for _, s in pairs})
+    return sorted(
+        {step for K in step_counts for step in reverse_steps(even_timesteps(schedule, K))}
+    )
 
 
 def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, Any]:
@@ -161,13 +154,10 @@ def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, 
         >>> likelihood_record({"ocm": {10: Estimate(4.9, None)}})
         {'nll_bits_per_dim': {'ocm': {10: 4.9}}, 'nll_standard_error': {'ocm': {10: None}}}
     """
+    fields = {"nll_bits_per_dim": "mean", "nll_standard_error": "standard_error"}
     return {
-        "nll_bits_per_dim": {
-            name: {K: cell.mean for K, cell in row.items()} for name, row in table.items()
-        },
-        "nll_standard_error": {
-            name: {K: cell.standard_error for K, cell in row.items()} for name, row in table.items()
-        },
+        key: {name: {K: getattr(row[K], field) for K in row} for name, row in table.items()}
+        for key, field in fields.items()
     }
 
 

@@ -13,10 +13,8 @@ the unit of its :class:`ocm.Parameterisation`, from the same pass through the ba
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import BaseOutput
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from ocm.checkpoints.weights import CheckpointError, load_weights
@@ -35,17 +33,6 @@ from ocm.diffusion.architectures import ARCHITECTURES, architecture_of
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule, from_scheduler, linear
 from ocm.integrations.scheduler import OCMScheduler
-
-
-@dataclass
-class CovarianceModelOutput(BaseOutput):
-    """What a :class:`CovarianceModel` returns.
-
-    Attributes:
-        sample: The prediction and the ratio of the variance, shape (B, 2C, ...).
-    """
-
-    sample: Tensor
 
 
 class CovarianceModel(ModelMixin, ConfigMixin):
@@ -85,12 +72,11 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         head: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if backbone_class not in ARCHITECTURES:
+        if backbone_class not in ARCHITECTURES or head_class not in HEADS:
             raise ValueError(
-                f"backbone_class must be one of {', '.join(ARCHITECTURES)}, got {backbone_class!r}"
+                f"backbone_class must be one of {', '.join(ARCHITECTURES)} and head_class one of "
+                f"{', '.join(HEADS)}, got {backbone_class!r} and {head_class!r}"
             )
-        if head_class not in HEADS:
-            raise ValueError(f"head_class must be one of {', '.join(HEADS)}, got {head_class!r}")
         if backbone is None:
             backbone = getattr(diffusers, backbone_class).from_config(dict(backbone_config))
         self.backbone: Any = backbone
@@ -106,8 +92,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
     @property
     def parameterisation(self) -> Parameterisation:
         """What the head's output means."""
-        std = self._internal_dict["data_std"]
-        return Parameterisation(math.inf if std is None else std, self._internal_dict["positive"])
+        return Parameterisation.from_json(self._internal_dict)
 
     def forward(
         self,
@@ -115,7 +100,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         timestep: int | Tensor,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
-    ) -> CovarianceModelOutput | tuple[Tensor]:
+    ) -> UNet2DOutput | tuple[Tensor]:
         """Return the prediction and the ratio of the variance, by one pass through the backbone.
 
         The head reads detached features: its gradients do not reach the backbone.
@@ -125,7 +110,8 @@ class CovarianceModel(ModelMixin, ConfigMixin):
             timestep: diffusers' timestep t - 1 in 0 .. N-1: a number, or a tensor of shape (),
                 (1,) or (B,).
             class_labels: Class of each sample, for a backbone that takes them.
-            return_dict: Whether a :class:`CovarianceModelOutput` is returned rather than a tuple.
+            return_dict: Whether to return an output with ``sample``, shape (B, 2C, ...), rather
+                than a tuple.
 
         Raises:
             ValueError: If the timesteps are neither one nor one for each sample.
@@ -142,7 +128,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         )
         ratio = self.parameterisation.ratio(self.head(features))
         both = torch.cat([prediction, ratio.to(prediction)], dim=1)
-        return CovarianceModelOutput(both) if return_dict else (both,)
+        return UNet2DOutput(both) if return_dict else (both,)
 
     def denoiser(self, schedule: Schedule | Any, prediction_type: str | None = None) -> Denoiser:
         """Return the backbone as a denoiser, frozen, for :func:`ocm.sample` and training.
@@ -245,35 +231,25 @@ def attach(
     """
     # The denoiser checks the model; its schedule plays no part in it.
     denoiser = Denoiser(model, linear())
-    if head is None or not isinstance(head, nn.Module):
-        made = make_head(denoiser, kind)
+    if isinstance(head, nn.Module):
+        chosen: Any = head
+    else:
+        chosen = make_head(denoiser, kind)
         if head is not None:
-            load_weights(made, Path(head))
-        head = made
-    name = type(head).__name__
-    if name not in HEADS:
-        raise ValueError(
-            f"head must be one of {', '.join(HEADS)}, or a file with the weights of one, got {name}"
-        )
+            load_weights(chosen, Path(head))
     record = parameterisation.to_json()
     attached = CovarianceModel(
         backbone_class=type(model).__name__,
         backbone_config=_public(model.config),
-        head_class=name,
-        head_config=dict(_constructor_arguments(head)),
+        head_class=type(chosen).__name__,
+        head_config=getattr(chosen, "config", {}),
         data_std=record["data_std"],
         positive=record["positive"],
         backbone=model,
-        head=head.to(device=denoiser.device, dtype=next(model.parameters()).dtype),
+        head=chosen.to(device=denoiser.device, dtype=next(model.parameters()).dtype),
     )
     evaluated: CovarianceModel = attached.eval()
     return evaluated
-
-
-def _constructor_arguments(head: nn.Module) -> dict[str, Any]:
-    config = head.config
-    assert isinstance(config, dict)  # every head of HEADS has one
-    return config
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

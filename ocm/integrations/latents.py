@@ -23,6 +23,7 @@ from hessdiag.kernels import normal
 from ocm.checkpoints.weights import load_model
 from ocm.diffusion import draws
 from ocm.diffusion.checks import check_positive_int
+from ocm.images import ArrowImages
 
 
 def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -42,7 +43,7 @@ def load_autoencoder(path: str | Path, device: torch.device | str = "cpu") -> An
 @torch.no_grad()
 def encode(
     vae: Any,
-    images: Tensor,
+    images: Tensor | ArrowImages,
     *,
     seed: int = 0,
     sample_offset: int = 0,
@@ -53,7 +54,7 @@ def encode(
 
     Args:
         vae: An ``AutoencoderKL``.
-        images: Shape (n, C, H, W), in [-1, 1].
+        images: Shape (n, C, H, W), in [-1, 1]; those on the disk are read a batch at a time.
         seed: Seed of the encoder's noise, which follows the random-number contract: the latents
             of an image do not depend on the batch.
         sample_offset: Number of the first image.
@@ -69,16 +70,17 @@ def encode(
     """
     check_positive_int("batch_size", batch_size)
     scale, shift = _factors(vae)
-    latents, first = [], sample_offset
-    for batch in images.split(batch_size):
+    latents = []
+    for first in range(0, len(images), batch_size):
+        batch = images[first : first + batch_size]
         posterior = vae.encode(batch.to(device=vae.device, dtype=vae.dtype)).latent_dist
         z = posterior.mean
         if not mean:
-            noise = normal(z.shape, seed, step=draws.ENCODER, sample_offset=first, device=z.device)
+            offset = sample_offset + first
+            noise = normal(z.shape, seed, step=draws.ENCODER, sample_offset=offset, device=z.device)
             z = z + posterior.std * noise.to(z)
         # A convolution may leave them channels last.
-        latents.append(((z - shift) * scale).to(images.device).contiguous())
-        first += len(batch)
+        latents.append(((z - shift) * scale).to(batch.device).contiguous())
     return torch.cat(latents)
 
 
@@ -107,10 +109,9 @@ def decode(vae: Any, latents: Tensor, *, batch_size: int = 32) -> Tensor:
 def _factors(vae: Any) -> tuple[float, float]:
     """Return scaling and shift."""
     config = vae.config
-    for name in ("latents_mean", "latents_std"):
-        if config.get(name) is not None:
-            raise ValueError(
-                f"vae must scale its latents by scaling_factor and shift_factor alone, and its "
-                f"configuration has {name} = {config[name]}: normalise the latents yourself"
-            )
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise ValueError(
+            "vae must scale its latents by scaling_factor and shift_factor alone, and its "
+            "configuration has latents_mean and latents_std: normalise the latents yourself"
+        )
     return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)

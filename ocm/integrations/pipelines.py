@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -42,14 +43,11 @@ class OCMDiTPipeline(DiffusionPipeline):
         self, transformer: CovarianceModel, vae: AutoencoderKL, scheduler: OCMScheduler
     ) -> None:
         super().__init__()
-        if not isinstance(transformer, CovarianceModel):
+        if not isinstance(transformer, CovarianceModel) or not isinstance(scheduler, OCMScheduler):
             raise TypeError(
-                f"transformer must be ocm.attach(transformer), got {type(transformer).__name__}"
-            )
-        if not isinstance(scheduler, OCMScheduler):
-            raise TypeError(
-                "scheduler must be an ocm.OCMScheduler, got "
-                f"{type(scheduler).__name__}: OCMScheduler.from_config(scheduler.config)"
+                "transformer must be ocm.attach(transformer), and scheduler its "
+                "transformer.scheduler(scheduler), got "
+                f"{type(transformer).__name__} and {type(scheduler).__name__}"
             )
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
 
@@ -87,7 +85,15 @@ class OCMDiTPipeline(DiffusionPipeline):
                 f"output_type must be one of {', '.join(_OUTPUT_TYPES)}, got {output_type!r}"
             )
         config, device = self.transformer.config, self._execution_device
-        self._check_scheduler()
+        scheduler = self.scheduler.config
+        clips = scheduler.clip_sample and scheduler.clip_sample_range <= 1.0
+        if clips or scheduler.data_std != config.data_std:
+            raise ValueError(
+                "scheduler must not clip latents to those of images, and take the unit of the "
+                f"model's variance, data_std = {config.data_std}, got clip_sample = "
+                f"{scheduler.clip_sample} and data_std = {scheduler.data_std}: use "
+                "transformer.scheduler(scheduler, clip_sample=False)"
+            )
         labels = torch.as_tensor(class_labels).reshape(-1)
         # The label after the last class stands for none, as the model was trained.
         null = config.num_embeds_ada_norm
@@ -112,25 +118,8 @@ class OCMDiTPipeline(DiffusionPipeline):
                 stated = guided(*stated.chunk(2), guidance_scale)
             latents = self.scheduler.step(stated, t, latents, generator=generator).prev_sample
 
-        images: Any = latents
+        images = latents
         if output_type != "latent":
-            images = (decode(self.vae, latents).float() / 2 + 0.5).clamp(0, 1)
-        if output_type in ("pil", "np"):
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
+            images = VaeImageProcessor().postprocess(decode(self.vae, latents).float(), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _check_scheduler(self) -> None:
-        ours, theirs = self.scheduler.config, self.transformer.config
-        if ours.data_std != theirs.data_std:
-            raise ValueError(
-                f"scheduler must take the unit of the model's variance, data_std = "
-                f"{theirs.data_std}, got {ours.data_std}: use transformer.scheduler(scheduler)"
-            )
-        if ours.clip_sample and ours.clip_sample_range <= 1.0:
-            raise ValueError(
-                "scheduler must not clip latents to those of images, got clip_sample = True and "
-                f"clip_sample_range = {ours.clip_sample_range}: use clip_sample=False"
-            )

@@ -8,19 +8,19 @@ so that its timestep t - 1 is level t of :class:`ocm.Schedule`.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401, see below
-from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -31,20 +31,8 @@ from ocm.diffusion.schedules import Schedule, check_prediction_type, from_schedu
 from ocm.diffusion.timesteps import even_timesteps
 from ocm.sampling.samplers import ddim
 
+_INHERITED = inspect.signature(DDPMScheduler.__init__).parameters
 _SPACINGS = ("even", "leading", "linspace", "trailing")
-
-
-@dataclass
-class OCMSchedulerOutput(BaseOutput):
-    """What :meth:`OCMScheduler.step` returns.
-
-    Attributes:
-        prev_sample: x_s, the input of the next step.
-        pred_original_sample: x0_hat, clipped if the scheduler clips.
-    """
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor | None = None
 
 
 # Pipelines load a scheduler only from a module in which the name SchedulerMixin stands.
@@ -127,32 +115,14 @@ class OCMScheduler(DDPMScheduler):
                 "thresholding must be False: the covariance is that of an x0_hat that is at most "
                 "clipped; use clip_sample"
             )
-        if trained_betas is not None:
-            trained_betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
-            assert isinstance(trained_betas, list)
-            num_train_timesteps = len(trained_betas)
         self.parameterisation = Parameterisation(math.inf if data_std is None else data_std)
-        betas = {
-            "num_train_timesteps": num_train_timesteps,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "beta_schedule": beta_schedule,
-            "trained_betas": trained_betas,
-            "rescale_betas_zero_snr": rescale_betas_zero_snr,
-        }
-        self.schedule: Schedule = from_scheduler(betas)
-        super().__init__(
-            **betas,
-            clip_sample=clip_sample,
-            prediction_type=prediction_type,
-            clip_sample_range=clip_sample_range,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-        )
+        config = {name: value for name, value in self.config.items() if name in _INHERITED}
+        if trained_betas is not None:
+            betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
+            config |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
+        self.schedule: Schedule = from_scheduler(config)
+        super().__init__(**config)
         self._warned = False
-
-    def __len__(self) -> int:
-        return self.schedule.num_timesteps
 
     def set_timesteps(
         self,
@@ -177,21 +147,20 @@ class OCMScheduler(DDPMScheduler):
                 f"{num_inference_steps} and {timesteps}"
             )
         N = self.schedule.num_timesteps
-        if num_inference_steps is not None:
+        if timesteps is not None:
+            levels = [int(level) for level in timesteps]
+        else:
             check_positive_int("num_inference_steps", num_inference_steps)
+            assert num_inference_steps is not None
             if num_inference_steps > N:
                 raise ValueError(
                     f"num_inference_steps must be at most num_train_timesteps = {N}, got "
                     f"{num_inference_steps}"
                 )
-        if timesteps is not None:
-            levels = [int(level) for level in timesteps]
-        elif self.config.timestep_spacing == "even":
-            assert num_inference_steps is not None
             levels = [t - 1 for t in reversed(even_timesteps(self.schedule, num_inference_steps))]
-        else:
-            super().set_timesteps(num_inference_steps)
-            levels = self.timesteps.tolist()
+            if self.config.timestep_spacing != "even":
+                super().set_timesteps(num_inference_steps)
+                levels = self.timesteps.tolist()
         falls = all(low < high for high, low in itertools.pairwise(levels))
         if not levels or not falls or levels[0] >= N or levels[-1] < 0:
             raise ValueError(f"timesteps must decrease from at most {N - 1} to 0, got {levels}")
@@ -208,7 +177,7 @@ class OCMScheduler(DDPMScheduler):
         return_dict: bool = True,
         *,
         variance_noise: Tensor | None = None,
-    ) -> OCMSchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """Draw x_s from x_t, s being the next of ``timesteps``, or the data after the last.
 
         Args:
@@ -217,7 +186,7 @@ class OCMScheduler(DDPMScheduler):
             timestep: One of ``timesteps``.
             sample: x_t, shape (B, C, ...).
             generator: Source of the noise, or one for each sample; None for PyTorch's own.
-            return_dict: Whether an :class:`OCMSchedulerOutput` is returned rather than a tuple.
+            return_dict: Whether diffusers' ``DDPMSchedulerOutput`` is returned rather than a tuple.
             variance_noise: Standard normal noise in place of the generator's, of the shape of
                 ``sample``.
 
@@ -225,8 +194,13 @@ class OCMScheduler(DDPMScheduler):
             ValueError: If ``timestep`` is none of ``timesteps``, shapes do not fit, or there are
                 both a generator and noise.
         """
-        if generator is not None and variance_noise is not None:
-            raise ValueError("generator must be None where variance_noise is given, got both")
+        if variance_noise is not None and (
+            generator is not None or variance_noise.shape != sample.shape
+        ):
+            raise ValueError(
+                f"variance_noise must have the shape of sample, {tuple(sample.shape)}, and no "
+                f"generator beside it, got {tuple(variance_noise.shape)} and {generator}"
+            )
         s, t, is_last_noise = self._levels(timestep)
         prediction, ratio = self._split(model_output, sample)
         step = ddim(self.schedule, s, t, eta=self.config.eta)
@@ -236,25 +210,29 @@ class OCMScheduler(DDPMScheduler):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x_t = sample.to(dtype)
         x0_hat = p * x_t + q * prediction.to(dtype)
+        variance = self.parameterisation.scale(self.schedule, t).item() * ratio.to(dtype)
+        variance = variance.clamp(min=0.0)
         if self.config.clip_sample:
-            x0_hat = x0_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+            limit = self.config.clip_sample_range
+            x0_hat = x0_hat.clamp(-limit, limit)
+            variance = variance.clamp(max=variance_bound((-limit, limit)))
         x_s = step.mean_from_x_t * x_t + step.mean_from_x0 * x0_hat
         if s > 0:
-            covariance = self._covariance(ratio, t, dtype)
-            noise_variance = step.noise_variance + step.mean_from_x0**2 * covariance
+            noise_variance = step.noise_variance + step.mean_from_x0**2 * variance
             if self.config.max_last_noise is not None and is_last_noise:
                 noise_variance = noise_variance.clamp(max=self.config.max_last_noise**2)
-            if ratio is not None or step.noise_variance != 0.0:
-                x_s = x_s + noise_variance.sqrt() * self._noise(sample, generator, variance_noise)
+            if variance_noise is None:
+                variance_noise = randn_tensor(
+                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                )
+            x_s = x_s + noise_variance.sqrt() * variance_noise
         x_s, x0_hat = x_s.to(sample.dtype), x0_hat.to(sample.dtype)
-        return OCMSchedulerOutput(x_s, x0_hat) if return_dict else (x_s, x0_hat)
+        return DDPMSchedulerOutput(x_s, x0_hat) if return_dict else (x_s, x0_hat)
 
     def _levels(self, timestep: int | Tensor) -> tuple[int, int, bool]:
         """Return s and t, counted from 1 with 0 for data, and whether s is the last above 0."""
         levels = self.timesteps.tolist()
-        if isinstance(timestep, Tensor) and timestep.numel() != 1:
-            raise ValueError(f"timestep must be one number, got shape {tuple(timestep.shape)}")
-        level = timestep.item() if isinstance(timestep, Tensor) else timestep
+        level = torch.as_tensor(timestep).squeeze().tolist()
         if level not in levels:
             raise ValueError(
                 f"timestep must be one of scheduler.timesteps, {levels[:3]} ... {levels[-1]}, got "
@@ -264,7 +242,8 @@ class OCMScheduler(DDPMScheduler):
         s = levels[place + 1] + 1 if place + 1 < len(levels) else 0
         return s, levels[place] + 1, place + 2 == len(levels)
 
-    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prediction and the ratio, zero for a model without a variance."""
         channels = sample.shape[1]
         if model_output.shape == sample.shape:
             if not self._warned:
@@ -276,38 +255,10 @@ class OCMScheduler(DDPMScheduler):
                     UserWarning,
                     stacklevel=3,
                 )
-            return model_output, None
+            return model_output, torch.zeros_like(model_output)
         if model_output.shape != (len(sample), 2 * channels, *sample.shape[2:]):
             raise ValueError(
                 "model_output must have the shape of sample or twice its channels, got "
                 f"{tuple(model_output.shape)} for {tuple(sample.shape)}"
             )
         return model_output[:, :channels], model_output[:, channels:]
-
-    def _covariance(self, ratio: Tensor | None, t: int, dtype: torch.dtype) -> Tensor:
-        """Return Var[x0 | x_t], clipped to what data in the clipping range allow."""
-        if ratio is None:
-            return torch.zeros((), dtype=dtype)
-        bound, clip_range = math.inf, self.config.clip_sample_range
-        if self.config.clip_sample:
-            bound = variance_bound((-clip_range, clip_range))
-        variance = self.parameterisation.scale(self.schedule, t).item() * ratio.to(dtype)
-        return variance.clamp(0.0, bound)
-
-    def _noise(
-        self,
-        sample: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        variance_noise: Tensor | None,
-    ) -> Tensor:
-        if variance_noise is None:
-            noise: Tensor = randn_tensor(
-                sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-            )
-            return noise
-        if variance_noise.shape != sample.shape:
-            raise ValueError(
-                f"variance_noise must have the shape of sample, {tuple(sample.shape)}, got "
-                f"{tuple(variance_noise.shape)}"
-            )
-        return variance_noise

@@ -175,7 +175,7 @@ def test_it_takes_the_model_itself_and_heads_of_three_kinds(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": torch.nn.Linear(1, 1)}, "head must be one of CovarianceHead.*got Linear"),
+        ({"head": torch.nn.Linear(1, 1)}, "head_class one of CovarianceHead.*'Linear'"),
         ({"head": "nowhere.safetensors"}, "nowhere.safetensors cannot be read"),
         ({"kind": "huge"}, "kind must be one of simple, residual, got 'huge'"),
     ],

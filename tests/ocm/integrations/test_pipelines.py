@@ -204,11 +204,11 @@ def test_arguments_that_make_no_sense_are_refused():
             pipeline(labels)
     with pytest.raises(TypeError, match=r"transformer must be ocm.attach\(transformer\)"):
         OCMDiTPipeline(pipeline.transformer.backbone, pipeline.vae, pipeline.scheduler)
-    with pytest.raises(TypeError, match=r"scheduler must be an ocm.OCMScheduler, got DDPM"):
+    with pytest.raises(TypeError, match=r"scheduler its .* got CovarianceModel and DDPM"):
         OCMDiTPipeline(pipeline.transformer, pipeline.vae, DDPMScheduler())
     config = pipeline.scheduler.config
     pipeline.scheduler = ocm.OCMScheduler.from_config(config, data_std=None)
-    with pytest.raises(ValueError, match=r"data_std = 1.2, got None"):
+    with pytest.raises(ValueError, match=r"data_std = 1.2, got .* data_std = None"):
         pipeline([1])
     pipeline.scheduler = ocm.OCMScheduler.from_config(config, clip_sample=True)
     with pytest.raises(ValueError, match=r"scheduler must not clip latents"):

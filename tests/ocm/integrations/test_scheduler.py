@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 import ocm
 from hessdiag.kernels import normal
-from ocm.integrations.scheduler import OCMScheduler, OCMSchedulerOutput
+from ocm.integrations.scheduler import OCMScheduler
 
 SHAPE = (4, 3, 8, 8)
 
@@ -201,7 +202,7 @@ def test_shapes_types_and_return_values():
         result = scheduler.step(o, 749, x, generators[0])
         as_tensor = scheduler.step(o, torch.tensor(749), x, generators[1])
         pair = scheduler.step(o, 749, x, generators[2], return_dict=False)
-        assert isinstance(result, OCMSchedulerOutput)
+        assert isinstance(result, DDPMSchedulerOutput)
         for other in (as_tensor.to_tuple(), pair):
             assert torch.equal(other[0], result.prev_sample)
             assert torch.equal(other[1], result.pred_original_sample)
@@ -340,13 +341,13 @@ def test_guidance_can_differentiate_the_predicted_sample():
     [
         ({"timestep": 748}, "timestep must be one of scheduler.timesteps, .*999.*got 748"),
         ({"timestep": 749.5}, "timestep must be one of"),
-        ({"timestep": torch.tensor([749, 749])}, r"timestep must be one number, got shape \(2,\)"),
+        ({"timestep": torch.tensor([749, 749])}, r"timestep must be one of .* got \[749, 749\]"),
         ({"model_output": torch.zeros(4, 5, 8, 8)}, r"model_output must have.*\(4, 5, 8, 8\)"),
         ({"model_output": torch.zeros(4, 6, 8, 1)}, r"model_output must have.*\(4, 6, 8, 1\)"),
         ({"variance_noise": torch.zeros(1)}, r"variance_noise must have the shape.*\(1,\)"),
         (
             {"variance_noise": torch.zeros(SHAPE), "generator": torch.Generator()},
-            "generator must be None where variance_noise is given",
+            "variance_noise must have .* no generator beside it, got .* and <torch",
         ),
     ],
 )
