@@ -31,7 +31,7 @@ from ocm.diffusion.schedules import SCHEDULES
 from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import environment
 from ocm.evaluation.markdown import likelihood_markdown, variance_error_markdown
-from ocm.evaluation.pictures import report_plot, sample_rows
+from ocm.evaluation.pictures import evaluation_plot, sample_rows
 from ocm.evaluation.scores import (
     likelihood_record,
     likelihood_table,
@@ -155,9 +155,9 @@ def run(
     )
     stages.end("variance error")
 
-    record = likelihood_record(table)
+    record = likelihood_record(table) | {"variance_relative_rms_error": errors}
     title = f"scikit-learn's digits, {settings.schedule} schedule, N = 1000"
-    report_plot(record["nll_bits_per_dim"], errors, out / "likelihood.png", title=title)
+    evaluation_plot(record, out / "likelihood.png", title=title)
     sample_rows(
         _sample_rows(checkpoint, images, settings, progress),
         out / "samples.png",
@@ -167,7 +167,6 @@ def run(
 
     metrics = {
         **record,
-        "variance_relative_rms_error": errors,
         "final_loss": {
             "denoiser": mean_of_last(denoiser_losses),
             "head": mean_of_last(head_losses),

@@ -1,4 +1,4 @@
-"""Pictures: grids of samples, and the two plots of a report."""
+"""Pictures: grids of samples, and the plots of an evaluation."""
 
 from __future__ import annotations
 
@@ -45,54 +45,12 @@ def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = ""
     save_figure(figure, path)
 
 
-def report_plot(
-    bits: Mapping[str, Mapping[int, float]],
-    errors: Mapping[str, Mapping[int, float]],
-    path: str | Path,
-    *,
-    title: str = "",
-) -> None:
-    """Draw bits/dim against the number of steps, and the variance's error against t.
-
-    Args:
-        bits: Bits/dim by covariance and K.
-        errors: Relative error of the variance by covariance and timestep.
-        path: Where the PNG goes.
-        title: Stands above.
-    """
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    _lines(left, bits)
-    _limit_to_the_close_lines(left, bits)
-    left.set(
-        xscale="log",
-        xlabel="steps K",
-        ylabel="bits/dim on held-out images",
-        title="Likelihood bound (lower is better)",
-    )
-    ticks = sorted({K for row in bits.values() for K in row})
-    left.set_xticks(ticks, [str(K) for K in ticks])
-    left.xaxis.minorticks_off()
-    _lines(right, errors)
-    right.set(
-        yscale="log",
-        xlabel="timestep t",
-        ylabel="relative RMS error of Var[x₀ | xₜ]",
-        title="Variance against the exact diagonal",
-    )
-    for axis in (left, right):
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    save_figure(figure, path)
-
-
 def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str = "") -> None:
     """Draw bits/dim, and Fréchet distances where there are some, against the number of steps.
 
     Args:
-        record: What `ocm evaluate` writes as JSON, or that file read again.
+        record: What `ocm evaluate` writes as JSON, or that file read again. Errors of variances, if
+            it holds ``variance_relative_rms_error``, are drawn against the timestep.
         path: Where the PNG goes.
         title: Stands above.
     """
@@ -108,10 +66,12 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         }
         panels.append((f"Samples of {sampler.upper()}", "Fréchet distance", distances))
     panels = [panel for panel in panels if panel[2]]
+    errors = record.get("variance_relative_rms_error")
+    count = len(panels) + bool(errors)
     figure, axes = pyplot().subplots(
-        1, len(panels), figsize=(4.2 * len(panels) + 1.8, 4.2), squeeze=False, layout="constrained"
+        1, count, figsize=(4.2 * count + 1.8, 4.2), squeeze=False, layout="constrained"
     )
-    for axis, (heading, unit, rows) in zip(axes.flat, panels, strict=True):
+    for axis, (heading, unit, rows) in zip(axes.flat, panels, strict=False):
         rows = {name: {int(K): value for K, value in row.items()} for name, row in rows.items()}
         _lines(axis, rows)
         lowest, top = axis.dataLim.ymin, _TALLEST * axis.dataLim.ymin
@@ -122,6 +82,12 @@ def evaluation_plot(record: Mapping[str, Any], path: str | Path, *, title: str =
         ticks = sorted({K for row in rows.values() for K in row})
         axis.set_xticks(ticks, [str(K) for K in ticks])
         axis.xaxis.minorticks_off()
+    if errors:
+        axis = axes.flat[-1]
+        _lines(axis, errors)
+        axis.set(yscale="log", xlabel="timestep t", ylabel="relative RMS error of Var[x₀ | xₜ]")
+        axis.set_title("Variance against the exact diagonal")
+    for axis in axes.flat:
         axis.grid(alpha=0.3)
     lines = max((axis.lines for axis in axes.flat), key=len)
     names = [line.get_label().removesuffix(", calibrated") for line in lines]
@@ -134,24 +100,6 @@ def _lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
     for name, row in rows.items():
         color, marker = style(name)
         axis.plot(list(row), list(row.values()), color=color, marker=marker, label=label(name))
-
-
-def _limit_to_the_close_lines(axis: Any, rows: Mapping[str, Mapping[int, float]]) -> None:
-    """Cut off lines that never come near the lowest one, and say so, for the others to be seen."""
-    best = min(min(row.values()) for row in rows.values())
-    far = {name: row for name, row in rows.items() if min(row.values()) > 3 * best}
-    close = [value for name, row in rows.items() if name not in far for value in row.values()]
-    margin = 0.05 * (max(close) - min(close))
-    axis.set_ylim(min(close) - margin, max(close) + margin)
-    if far:
-        notes = [
-            f"{label(name)}: {max(row.values()):.3g} to {min(row.values()):.3g}"
-            for name, row in far.items()
-        ]
-        axis.text(
-            0.97, 0.55, "off the scale\n" + "\n".join(notes), fontsize=8, ha="right",
-            transform=axis.transAxes,
-        )  # fmt: skip
 
 
 def style(name: str) -> tuple[str, str]:
