@@ -32,19 +32,18 @@ def existing(path: Path, images: Images, hold_out: int | None, place: torch.devi
         )
     if base.denoiser.takes_labels and images.train_labels is None:
         raise ValueError(f"--denoiser takes class labels, and --data {images.name} has none")
-    if hold_out is None:
-        hold_out = base.num_calibration
-    if hold_out > base.num_calibration:
+    kept = base.num_calibration if hold_out is None else hold_out
+    if kept > base.num_calibration:
         raise ValueError(
             f"--hold-out must be at most {base.num_calibration}, the images that the denoiser in "
-            f"{path} was not trained on, got {hold_out}"
+            f"{path} was not trained on, got {kept}"
         )
     return replace(
         base,
         data=images.name,
         levels=images.levels,
         data_options=images.options,
-        num_calibration=hold_out,
+        num_calibration=kept,
     )
 
 

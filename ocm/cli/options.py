@@ -38,15 +38,7 @@ CovarianceName = Enum("CovarianceName", {name: name for name in NAMES}, type=str
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the torch device called ``name``, with 'auto' for CUDA where there is one.
-
-    Raises:
-        ValueError: If there is no such device on this machine.
-
-    Example:
-        >>> resolve_device("cpu")
-        device(type='cpu')
-    """
+    """Return the torch device called ``name``, with 'auto' for CUDA where there is one."""
     import os
 
     import torch
@@ -64,11 +56,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def prepare_directory(path: Path) -> None:
-    """Make the directory of --out, before any work is done.
-
-    Raises:
-        ValueError: If it cannot be made or written to.
-    """
+    """Make the directory of --out, or say that it cannot be, before any work is done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=path).close()

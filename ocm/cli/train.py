@@ -14,7 +14,6 @@ from ocm.cli import options
 if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
 
-
 # Options that go with no --denoiser.
 _OF_A_NEW_DENOISER = ("width", "schedule", "prediction_type", "denoiser_steps", "learning_rate")
 
@@ -70,7 +69,8 @@ def train(
         int, typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8.")
     ] = 32,
     schedule: Annotated[
-        Literal["linear", "cosine"], typer.Option(help="Of a new denoiser, N = 1000.")
+        Literal["linear", "cosine"],
+        typer.Option(help="Noise schedule of a new denoiser, N = 1000."),
     ] = "cosine",
     prediction_type: Annotated[
         Literal["epsilon", "sample", "v_prediction"],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,14 +92,9 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return max(float(metric.compute()), 0.0)  # rounding can leave -1e-8 where it is zero
 
 
-class PrecisionRecall(NamedTuple):
-    """Shares, in [0, 1]: of generated samples that look real, and of real ones that are covered."""
-
-    precision: float
-    recall: float
-
-
-def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -> PrecisionRecall:
+def precision_recall(
+    real: Tensor, generated: Tensor, num_neighbours: int = 3
+) -> tuple[float, float]:
     """Return improved precision and recall (Kynkäänniemi et al., NeurIPS 2019).
 
     A set of features stands for the union of the balls around its points that reach to the k-th
@@ -117,7 +112,7 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
     Example:
         >>> real = torch.arange(8.0).view(-1, 1)
         >>> precision_recall(real, real[:4] + 0.1)
-        PrecisionRecall(precision=1.0, recall=0.875)
+        (1.0, 0.875)
     """
     _check_features("real", real, "generated", generated)
     fewest = min(len(real), len(generated))
@@ -127,10 +122,8 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
             f"{fewest}, got {num_neighbours}"
         )
     first, second = _centred(real, generated)
-    return PrecisionRecall(
-        precision=_share_covered(second, first, num_neighbours),
-        recall=_share_covered(first, second, num_neighbours),
-    )
+    precision = _share_covered(second, first, num_neighbours)
+    return precision, _share_covered(first, second, num_neighbours)
 
 
 def _share_covered(points: Tensor, centres: Tensor, num_neighbours: int) -> float:
@@ -160,14 +153,10 @@ def _centred(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_features(first: str, a: Tensor, second: str, b: Tensor) -> None:
-    for name, x in ((first, a), (second, b)):
-        check_finite(name, x)
-        if x.dim() != 2 or len(x) < 2 or x.shape[1] < 1:
-            raise ValueError(
-                f"{name} must have shape (n, d) with n >= 2, got {tuple(x.shape)}; "
-                "flatten(1) makes vectors of images"
-            )
-    if a.shape[1] != b.shape[1]:
+    check_finite(first, a)
+    check_finite(second, b)
+    if not (a.dim() == b.dim() == 2 <= min(len(a), len(b)) and a.shape[1] == b.shape[1] > 0):
         raise ValueError(
-            f"{second} must have as many features as {first}, {a.shape[1]}, got {b.shape[1]}"
+            f"{first} and {second} must have shapes (n, d) and (m, d) with n and m at least 2, got "
+            f"{tuple(a.shape)} and {tuple(b.shape)}; flatten(1) makes vectors of images"
         )

@@ -90,8 +90,6 @@ def evaluate(
         ValueError: If there is nothing to score, or the data have too few images or no labels for
             what is asked.
     """
-    if checkpoint.x0_range is None:
-        raise ValueError("checkpoint is a model of latents, which have no grey levels to score")
     if settings.num_images > len(images.test):
         raise ValueError(
             f"num_images must be at most {len(images.test)}, the held-out images of "

@@ -50,17 +50,14 @@ class FeatureExtractor:
         """
         if len(images) == 0:
             raise ValueError(f"images must hold one or more, got shape {tuple(images.shape)}")
-        parts = []
-        for first in range(0, len(images), self.batch_size):
-            batch = images[first : first + self.batch_size]
-            features = self.function(batch)
-            if features.shape != (len(batch), self.num_features):
-                raise ValueError(
-                    f"{self.name} must give features of shape ({len(batch)}, "
-                    f"{self.num_features}), got {tuple(features.shape)}"
-                )
-            parts.append(features)
-        return torch.cat(parts)
+        starts = range(0, len(images), self.batch_size)
+        features = torch.cat([self.function(images[i : i + self.batch_size]) for i in starts])
+        if features.shape != (len(images), self.num_features):
+            raise ValueError(
+                f"{self.name} must give features of shape ({len(images)}, {self.num_features}), "
+                f"got {tuple(features.shape)}"
+            )
+        return features
 
 
 def classifier_features(classifier: Classifier) -> FeatureExtractor:

@@ -95,11 +95,8 @@ def likelihood_table(
         for s, t in reverse_steps(even_timesteps(denoiser.schedule, K)):
             visits.setdefault(t, []).append((K, s))
     starts = range(0, len(images), batch_size)
-    totals = {
-        (row, K): torch.zeros(len(images), dtype=torch.float64, device=denoiser.device)
-        for row in rows
-        for K in step_counts
-    }
+    zeros = torch.zeros(len(images), dtype=torch.float64, device=denoiser.device)
+    totals = {(row, K): zeros.clone() for row in rows for K in step_counts}
     work = [(first, t) for first in starts for t in visits]
     for first, t in tqdm(work, "bits/dim", unit="t", disable=not progress):
         batch = slice(first, first + batch_size)

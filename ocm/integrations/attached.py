@@ -237,16 +237,14 @@ def attach(
         chosen = make_head(denoiser, kind)
         if head is not None:
             load_weights(chosen, Path(head))
-    record = parameterisation.to_json()
     attached = CovarianceModel(
         backbone_class=type(model).__name__,
         backbone_config=_public(model.config),
         head_class=type(chosen).__name__,
         head_config=getattr(chosen, "config", {}),
-        data_std=record["data_std"],
-        positive=record["positive"],
         backbone=model,
         head=chosen.to(device=denoiser.device, dtype=next(model.parameters()).dtype),
+        **parameterisation.to_json(),
     )
     evaluated: CovarianceModel = attached.eval()
     return evaluated

@@ -99,11 +99,9 @@ def decode(vae: Any, latents: Tensor, *, batch_size: int = 32) -> Tensor:
     """
     check_positive_int("batch_size", batch_size)
     scale, shift = _factors(vae)
-    images = []
-    for batch in latents.split(batch_size):
-        z = batch.to(device=vae.device, dtype=vae.dtype) / scale + shift
-        images.append(vae.decode(z).sample.to(latents.device).contiguous())
-    return torch.cat(images)
+    batches = (z.to(device=vae.device, dtype=vae.dtype) for z in latents.split(batch_size))
+    images = [vae.decode(z / scale + shift).sample.to(latents.device) for z in batches]
+    return torch.cat(images).contiguous()
 
 
 def _factors(vae: Any) -> tuple[float, float]:

@@ -122,7 +122,6 @@ class OCMScheduler(DDPMScheduler):
             config |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
         self.schedule: Schedule = from_scheduler(config)
         super().__init__(**config)
-        self._warned = False
 
     def set_timesteps(
         self,
@@ -166,7 +165,6 @@ class OCMScheduler(DDPMScheduler):
             raise ValueError(f"timesteps must decrease from at most {N - 1} to 0, got {levels}")
         self.num_inference_steps, self.custom_timesteps = len(levels), timesteps is not None
         self.timesteps = torch.tensor(levels, dtype=torch.int64, device=device)
-        self._warned = False
 
     def step(
         self,
@@ -246,15 +244,13 @@ class OCMScheduler(DDPMScheduler):
         """Return the prediction and the ratio, zero for a model without a variance."""
         channels = sample.shape[1]
         if model_output.shape == sample.shape:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"model_output has the {channels} channels of the sample and states no "
-                    "variance: the steps take beta_tilde, DDPM's smaller one. ocm.attach(model) "
-                    "gives a model one, and ocm.OCMDiTPipeline keeps that of a DiT",
-                    UserWarning,
-                    stacklevel=3,
-                )
+            warnings.warn(
+                f"model_output has the {channels} channels of the sample and states no variance: "
+                "the steps take beta_tilde, DDPM's smaller one. ocm.attach(model) gives a model "
+                "one, and ocm.OCMDiTPipeline keeps that of a DiT",
+                UserWarning,
+                stacklevel=3,
+            )
             return model_output, torch.zeros_like(model_output)
         if model_output.shape != (len(sample), 2 * channels, *sample.shape[2:]):
             raise ValueError(

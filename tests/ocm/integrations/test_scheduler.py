@@ -255,6 +255,7 @@ def test_a_step_is_the_formula_of_the_paper(eta, data_std, prediction_type):
     torch.testing.assert_close(last, x0)
 
 
+@pytest.mark.filterwarnings("ignore:model_output has the 3 channels")
 @pytest.mark.parametrize(
     ("cls", "eta"), [(DDPMScheduler, 1.0), (DDIMScheduler, 1.0), (DDIMScheduler, 0.0)]
 )
@@ -268,7 +269,7 @@ def test_without_a_variance_the_steps_are_those_of_diffusers(cls, eta):
     options = {} if cls is DDPMScheduler else {"eta": eta, "use_clipped_model_output": True}
     with pytest.warns(UserWarning, match=r"3 channels.*states no variance.*ocm.attach"):
         ours.step(output, ours.timesteps[0], sample)
-    for t in ours.timesteps:  # having said so once
+    for t in ours.timesteps:
         generators = [torch.Generator().manual_seed(1) for _ in range(2)]
         result = ours.step(output, t, sample, generators[0])
         expected = theirs.step(output, t, sample, generator=generators[1], **options)
