@@ -31,7 +31,7 @@ from ocm import checkpoints
 from ocm.checkpoints.catalogue import CovarianceSettings, affordable
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
-from ocm.checkpoints.held_back import calibration_images
+from ocm.checkpoints.held_back import held_back
 from ocm.covariances.names import LEARNED
 from ocm.data import Images
 from ocm.diffusion.noise import noisy_prediction
@@ -232,7 +232,7 @@ def _equal_evaluations(
     loaded: Checkpoint, images: Images, directory: Path, sizes: Sizes
 ) -> list[Row]:
     """Return sample quality within budgets, in the features of the evaluation's classifier."""
-    x0 = calibration_images(loaded, images, sizes.fit_images)
+    x0, _ = held_back(loaded, images, sizes.fit_images)
     steps = steps_of(loaded.denoiser.schedule, sizes.budgets)
     complete = fitted(loaded, x0, ["analytic"], steps, seed=SEED)
     trained = classifier.load(directory / "evaluation" / "classifier", loaded.denoiser.device)

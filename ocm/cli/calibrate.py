@@ -55,7 +55,7 @@ def calibrate(
     from ocm import checkpoints
     from ocm.checkpoints.catalogue import CovarianceSettings, available
     from ocm.checkpoints.fitting import fitted
-    from ocm.checkpoints.held_back import calibration_images, calibration_labels
+    from ocm.checkpoints.held_back import held_back
     from ocm.cli.inputs import images_for
     from ocm.covariances.names import has_density, named
     from ocm.evaluation.environment import environment
@@ -70,14 +70,14 @@ def calibrate(
     for name in names:
         if not has_density(name):
             raise ValueError(f"--covariance {name} has no density, and so nothing to calibrate")
-    x0 = calibration_images(loaded, images, num_images)
+    x0, labels = held_back(loaded, images, num_images)
     result = fitted(
         loaded,
         x0,
         names,
         steps_of(loaded.denoiser.schedule, steps or [5, 10, 25, 50]),
         calibrated=names,
-        labels=calibration_labels(loaded, images, len(x0)),
+        labels=labels,
         settings=CovarianceSettings(num_probes, seed=seed),
         seed=seed,
         progress=not quiet,

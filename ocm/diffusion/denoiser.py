@@ -169,7 +169,16 @@ class Prediction:
         weights = (1.0,) if len(aux) == 1 or w is None else (1.0 - w, w)
         outputs = aux[1].chunk(2) if len(aux) > 1 else (output,)
         return tuple(
-            (weight, Branch(self.x_t, self.t, self.s, self._mean(branch), features))
+            (
+                weight,
+                Branch(
+                    self.x_t,
+                    self.t,
+                    self.s,
+                    self.denoiser.x0_hat(self.x_t, self.t, branch),
+                    features,
+                ),
+            )
             for weight, branch, features in zip(
                 weights, outputs, aux[0].chunk(len(weights)), strict=True
             )
@@ -203,9 +212,6 @@ class Prediction:
     def covariance_coefficients(self) -> tuple[Tensor, Tensor]:
         """C and k of Cov[x0 | x_t] = c I + k J, which broadcast to x_t."""
         return self.denoiser.covariance_coefficients(self.t, self.x_t)
-
-    def _mean(self, output: Tensor) -> Tensor:
-        return self.denoiser.x0_hat(self.x_t, self.t, output)
 
     @property
     def _evaluated(self) -> tuple[Tensor, tuple[Tensor, ...]]:

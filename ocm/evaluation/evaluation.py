@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ocm.checkpoints.catalogue import CovarianceSettings
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
-from ocm.checkpoints.held_back import calibration_images, calibration_labels
+from ocm.checkpoints.held_back import held_back
 from ocm.covariances.names import CALIBRATED, has_density, named
 from ocm.data import Images
 from ocm.diffusion.tables import Table
@@ -140,7 +140,7 @@ def _fitted(
     checkpoint: Checkpoint, images: Images, settings: EvaluationSettings, progress: bool
 ) -> Checkpoint:
     """Fit to training images what the checkpoint lacks for these numbers of steps."""
-    x0 = calibration_images(checkpoint, images, settings.fit_images)
+    x0, labels = held_back(checkpoint, images, settings.fit_images)
     steps = steps_of(checkpoint.denoiser.schedule, settings.step_counts)
 
     def lacks(table: Table | None) -> bool:
@@ -155,7 +155,7 @@ def _fitted(
         wanted,
         steps,
         calibrated=to_calibrate if settings.calibrated else [],
-        labels=calibration_labels(checkpoint, images, len(x0)),
+        labels=labels,
         settings=settings.covariances,
         seed=settings.seed,
         progress=progress,

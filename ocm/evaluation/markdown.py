@@ -73,19 +73,7 @@ def likelihood_markdown(
         error = "" if found.standard_error is None else f" ± {found.standard_error:.3f}"
         return f"{found.mean:.3f}{error}"
 
-    return _by_covariance("K", step_counts, table, cell)
-
-
-def variance_error_markdown(errors: Mapping[str, Mapping[int, float]]) -> str:
-    """Return a table of the variance's relative error by covariance and timestep.
-
-    Example:
-        >>> print(variance_error_markdown({"ocm": {5: 0.2, 500: 0.1}}))
-        | covariance | t = 5 | t = 500 |
-        |:---|---:|---:|
-        | OCM head | 0.200 | 0.100 |
-    """
-    return _by_covariance("t", list(next(iter(errors.values()))), errors, "{:.3f}".format)
+    return _by_steps(table, step_counts, cell)
 
 
 def quality_markdown(table: Mapping[str, Mapping[int, Quality]], step_counts: Sequence[int]) -> str:
@@ -97,19 +85,15 @@ def quality_markdown(table: Mapping[str, Mapping[int, Quality]], step_counts: Se
         |:---|---:|
         | OCM head | 1.250 (0.90, 0.80) |
     """
-    return _by_covariance(
-        "K",
-        step_counts,
-        table,
-        lambda found: f"{found.frechet:.3f} ({found.precision:.2f}, {found.recall:.2f})",
-    )
+
+    def cell(found: Quality) -> str:
+        return f"{found.frechet:.3f} ({found.precision:.2f}, {found.recall:.2f})"
+
+    return _by_steps(table, step_counts, cell)
 
 
-def _by_covariance(
-    symbol: str,
-    places: Sequence[int],
-    table: Mapping[str, Mapping[int, Any]],
-    cell: Callable[[Any], str],
+def _by_steps(
+    table: Mapping[str, Mapping[int, Any]], step_counts: Sequence[int], cell: Callable[[Any], str]
 ) -> str:
-    lines = {label(name): [cell(row[place]) for place in places] for name, row in table.items()}
-    return table_of_lines("covariance", [f"{symbol} = {place}" for place in places], lines)
+    lines = {label(name): [cell(row[K]) for K in step_counts] for name, row in table.items()}
+    return table_of_lines("covariance", [f"K = {K}" for K in step_counts], lines)

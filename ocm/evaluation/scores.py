@@ -1,4 +1,4 @@
-"""Scores of the covariances of a checkpoint: the bound, and the error of each variance."""
+"""Scores of the covariances of a checkpoint: the likelihood bound, and its standard error."""
 
 from __future__ import annotations
 
@@ -156,48 +156,3 @@ def likelihood_record(table: Mapping[str, Mapping[int, Estimate]]) -> dict[str, 
         key: {name: {K: getattr(row[K], field) for K in row} for name, row in table.items()}
         for key, field in fields.items()
     }
-
-
-@torch.no_grad()
-def variance_errors(
-    checkpoint: Checkpoint,
-    images: Tensor,
-    names: Sequence[str],
-    timesteps: Sequence[int],
-    *,
-    settings: CovarianceSettings | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> dict[str, dict[int, float]]:
-    """Return each covariance's error against the exact diagonal, at each noise level.
-
-    Args:
-        checkpoint: The denoiser, with what the covariances need.
-        images: Images in [-1, 1], shape (n, C, H, W).
-        names: Covariances to compare.
-        timesteps: Noise levels, in 1 .. N.
-        settings: For covariances that take products.
-        seed: Seed of the noise.
-        progress: Whether to show a progress bar.
-
-    The error is the root mean square of Var - Var_exact over that of Var_exact, over images and
-    pixels, with both variances clipped to [0, 1] as samplers do.
-    """
-    from tqdm import tqdm
-
-    errors: dict[str, dict[int, float]] = {name: {} for name in names}
-    for t in tqdm(timesteps, "variance error", unit="t", disable=not progress):
-        prediction = noisy_prediction(checkpoint.denoiser, images, t, seed)
-        variances = {
-            name: build_covariance(name, checkpoint, settings)
-            .at(prediction)
-            .bounded(X0_RANGE)
-            .diagonal()
-            # First the exact one, which keeps the graph that other products go through.
-            for name in dict.fromkeys(["exact", *names])
-        }
-        exact = variances["exact"]
-        for name in names:
-            error = (variances[name] - exact).square().mean() / exact.square().mean()
-            errors[name][t] = error.sqrt().item()
-    return errors

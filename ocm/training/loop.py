@@ -126,6 +126,7 @@ def train(
         from torch.utils.tensorboard import SummaryWriter
     processes = join(device)
     _check_settings(settings, processes)
+    place = processes.device
     run = {
         **(details or {}),
         "name": name,
@@ -137,7 +138,7 @@ def train(
     }
     main = processes.rank == 0
     # The caller's random numbers are left as they were.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         training = _prepare(name, module, settings, processes)
         losses = [] if path is None else _resume(training, path, run, resume)
         first = len(losses)
