@@ -421,11 +421,6 @@ class Denoiser:
         p, q = self.schedule.x0_from(self.prediction_type)
         return per_sample(p, t, x_t) * x_t + per_sample(q, t, x_t) * output
 
-    def x0_coefficients(self, t: int) -> tuple[float, float]:
-        """Return p_t and q_t as numbers."""
-        p, q = self.schedule.x0_from(self.prediction_type)
-        return p[t].item(), q[t].item()
-
     def covariance_coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return c and k of Cov[x0 | x_t] = c I + k J, at least float32, which broadcast to x.
 

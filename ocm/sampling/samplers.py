@@ -204,9 +204,8 @@ def reverse_step(
     """
     x_t, t, offset = prediction.x_t, prediction.timestep, prediction.sample_offset
     a, b, noise_variance = step
-    coefficients = StepCoefficients(
-        *prediction.denoiser.x0_coefficients(t), a, b, noise_variance, b**2
-    )
+    p, q = prediction.denoiser.schedule.x0_from(prediction.denoiser.prediction_type)
+    coefficients = StepCoefficients(p[t].item(), q[t].item(), a, b, noise_variance, b**2)
     if isinstance(covariance, SpectralCovariance) and covariance.basis is PIXELS:
         bound = math.inf if x0_range is None else variance_bound(x0_range)
         return gaussian_step(
