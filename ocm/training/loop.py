@@ -137,7 +137,6 @@ def train(
         "num_timesteps": num_timesteps,
     }
     main = processes.rank == 0
-    # The caller's random numbers are left as they were.
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         training = _prepare(name, module, settings, processes)
         losses = [] if path is None else _resume(training, path, run, resume)
@@ -281,7 +280,10 @@ def _backward(
     processes, settings, called = training.processes, training.settings, training.called
     dtype = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
     device, parts = processes.device, settings.gradient_accumulation_steps
-    torch.manual_seed(derived_seed(settings.seed, "module", step, processes.rank))
+    seed = derived_seed(settings.seed, "module", step, processes.rank)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":  # the caller's generators of other devices stay as they were
+        torch.cuda.default_generators[device.index].manual_seed(seed)
     training.parts.optimizer.zero_grad()
     total = torch.zeros((), device=device)
     for part in range(parts):
