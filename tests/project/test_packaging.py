@@ -58,7 +58,7 @@ def test_the_wheel_holds_every_module(wheel_files):
 
 
 EXTRAS = [
-    *("datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "pynvml"),
+    *("accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "pynvml"),
     *("pytest", "pytest_benchmark", "safetensors", "scipy", "sklearn", "torchmetrics", "tqdm"),
     "typer",
 ]
