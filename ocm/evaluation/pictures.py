@@ -34,11 +34,11 @@ def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = ""
         strips.append(pad(strip, (0, (most - len(images)) * pixels.shape[-1]), value=1.0))
     picture = torch.cat(strips, dim=1).permute(1, 2, 0).squeeze(-1)
     figure, axis = pyplot().subplots(
-        figsize=(1.3 + 0.58 * most, 0.4 + 0.58 * len(rows)), layout="constrained"
+        figsize=(1.4 + 0.58 * most, 0.4 + 0.58 * len(rows)), layout="compressed"
     )
     axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_xticks([])
-    axis.set_yticks([(row + 0.5) * side for row in range(len(rows))], list(rows))
+    axis.set_yticks([row * side + side / 2 - 1 for row in range(len(rows))], list(rows))
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_title(title, fontsize=10)
