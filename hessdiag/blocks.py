@@ -143,10 +143,10 @@ def block_diagonal(
 
     # One sum for each rank, each over the probes that belong to it.
     moments = [BlockMoments(cycle, 1.0, columns) for _ in range(size)]
-    for first, probes, taken in Chunks(draw, J.products, chunk_of(chunk_size, x), notes).run(total):
-        for offset in range(len(probes)):
+    for first, drawn, taken in Chunks(draw, J.products, chunk_of(chunk_size, x), notes).run(total):
+        for offset in range(len(drawn)):
             one = slice(offset, offset + 1)
-            moments[(first + offset) % size].add(first + offset, probes[one], taken[one])
+            moments[(first + offset) % size].add(first + offset, drawn[one], taken[one])
 
     means, errors = [], []
     for moment in moments:

@@ -180,11 +180,12 @@ def _reverse_vmap(function: Function) -> Way:
     with torch.inference_mode(False), torch.no_grad(), reusable_graphs():
         # Contiguous, since vmap has no rules for other memory formats.
         point = x.detach().clone(memory_format=torch.contiguous_format)
+        evaluated: tuple[Any, ...]
         if function.has_aux:
-            output, pull_back, aux = torch.func.vjp(checked, point, has_aux=True)
+            evaluated = torch.func.vjp(checked, point, has_aux=True)
         else:
-            output, pull_back = torch.func.vjp(lambda p: checked(p)[0], point)
-            aux = None
+            evaluated = (*torch.func.vjp(lambda p: checked(p)[0], point), None)
+        output, pull_back, aux = evaluated
 
     def products(probes: Tensor) -> Tensor:
         with torch.no_grad():
@@ -213,7 +214,7 @@ def _forward_product(function: Function, x: Tensor) -> Products:
     """Return v -> J v for one probe, of the shape of x."""
 
     def checked(point: Tensor) -> Tensor:
-        output, _ = function(point)
+        output: Tensor = function(point)[0]
         check_output(output, x)
         # torch.func.jvp would call a missing tangent zero.
         if not has_tangent(output):

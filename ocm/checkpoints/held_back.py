@@ -14,8 +14,7 @@ def held_back(checkpoint: Checkpoint, images: Images, count: int) -> tuple[Tenso
     A denoiser errs less on what it was trained on, and a calibration there would be too narrow.
     Their classes come with them, for a denoiser that takes them.
     """
-    kept = checkpoint.num_calibration
-    first = len(images.train) - kept if kept else 0
-    chosen = slice(first, first + count)
+    kept = checkpoint.num_calibration or len(images.train)
+    chosen = slice(len(images.train) - kept, len(images.train) - kept + count)
     classes = images.train_labels if checkpoint.denoiser.takes_labels else None
     return images.train[chosen], None if classes is None else classes[chosen]

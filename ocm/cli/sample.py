@@ -26,7 +26,7 @@ def sample(
     out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("runs/sample"),
     covariance: Annotated[
         options.CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
-    ] = options.CovarianceName.ocm,
+    ] = options.CovarianceName["ocm"],
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="As `ocm calibrate` fitted it.")
     ] = False,

@@ -154,7 +154,7 @@ def train(
     heads = NewHeads(
         # Another seed: the heads see other noisy images than those the denoiser was fitted to.
         replace(settings, num_steps=head_steps, learning_rate=head_learning_rate, seed=seed + 1),
-        tuple(name.value for name in head or [options.HeadName.ocm]),
+        tuple(name.value for name in head or [options.HeadName["ocm"]]),
         head_kind,
         parameterisation,
         target_probes,

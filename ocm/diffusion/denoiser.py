@@ -80,13 +80,14 @@ class Condition:
         return self.labels.repeat(count // len(self.labels))
 
 
-def guided(without_class: Tensor, with_class: Tensor, guidance_scale: float) -> Tensor:
-    """Return (1 - w) of the one plus w of the other.
+def guided(both: Tensor, guidance_scale: float) -> Tensor:
+    """Return (1 - w) of the first half of a batch, without a class, plus w of the second, with one.
 
     Example:
-        >>> guided(torch.tensor([1.0]), torch.tensor([2.0]), 3.0)
+        >>> guided(torch.tensor([1.0, 2.0]), 3.0)
         tensor([4.])
     """
+    without_class, with_class = both.chunk(2)
     return (1.0 - guidance_scale) * without_class + guidance_scale * with_class
 
 
@@ -456,8 +457,7 @@ class Denoiser:
             torch.cat([x_t, x_t]), torch.cat([t, t]) - 1, torch.cat([nulls, labels])
         )
         outputs = outputs.to(x_t.dtype)
-        output = guided(*outputs.chunk(2), condition.guidance_scale)
-        return output, *rest, outputs
+        return guided(outputs, condition.guidance_scale), *rest, outputs
 
     def _check_timesteps(self, t: int | Tensor) -> None:
         if not isinstance(t, (int, Tensor)):

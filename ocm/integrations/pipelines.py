@@ -115,7 +115,7 @@ class OCMDiTPipeline(DiffusionPipeline):
             inputs = torch.cat([latents, latents]) if is_guided else latents
             stated = self.transformer(inputs, timestep=t, class_labels=labels).sample
             if is_guided:
-                stated = guided(*stated.chunk(2), guidance_scale)
+                stated = guided(stated, guidance_scale)
             latents = self.scheduler.step(stated, t, latents, generator=generator).prev_sample
 
         images = latents

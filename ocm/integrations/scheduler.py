@@ -79,6 +79,7 @@ class OCMScheduler(DDPMScheduler):
     """
 
     _compatibles = ["DDPMScheduler", "DDIMScheduler"]  # noqa: RUF012, as diffusers declares it
+    timesteps: Tensor
 
     @register_to_config
     def __init__(

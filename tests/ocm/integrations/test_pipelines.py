@@ -135,7 +135,7 @@ def test_guidance_of_gaussians_is_exact(w):
         epsilon = beta_bar.sqrt() * (x_t - alpha_bar.sqrt() * mean) / marginal
         posterior = 1 / (1 / variance.double() + alpha_bar / beta_bar)  # Bayes' rule
         stated.append(torch.cat([epsilon, posterior / unit]))
-    epsilon, ratio = guided(*stated, w).chunk(2)
+    epsilon, ratio = guided(torch.cat(stated), w).chunk(2)
 
     score = torch.autograd.functional.jacobian(log_density, x_t)
     hessian = torch.autograd.functional.hessian(log_density, x_t).diagonal()
