@@ -32,7 +32,7 @@ NumProbes = Annotated[
 LanczosProbes = Annotated[int, typer.Option(min=1, help="Products k of 'lanczos' for each vector.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 
-# Covariances with a head, and all covariances of x0 given x_t. Typer has no lists of Literals.
+# With a head, and all. Typer has no lists of Literals, and mypy wants the names written out here.
 HeadName = Enum("HeadName", {name: name for name in LEARNED}, type=str)  # type: ignore[misc]
 CovarianceName = Enum("CovarianceName", {name: name for name in NAMES}, type=str)  # type: ignore[misc]
 
