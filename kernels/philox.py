@@ -23,6 +23,9 @@ Random permutations of the features, stream 3
     ``counter = (d // 4, sample, block, 3)``, and word ``d % 4`` is the key of feature d; sorting
     the features by (key, d) gives the permutation.
 
+Designs that all samples share, stream 4
+    ``counter = (n // 4, purpose, block, 4)``, and word ``n % 4`` is number n for that purpose.
+
 This module holds the PyTorch reference of both maps, the Triton functions that the kernels share,
 and the checks of seeds and offsets.
 """
@@ -40,6 +43,7 @@ STREAM_RADEMACHER = 0
 STREAM_PROBES = 1
 STREAM_SAMPLERS = 2
 STREAM_PERMUTATIONS = 3
+STREAM_DESIGNS = 4
 
 FEATURES_PER_SIGN_TILE = 8
 PROBES_PER_SIGN_TILE = 16
