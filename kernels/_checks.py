@@ -63,7 +63,7 @@ def is_eager_cpu(*tensors: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
         and all(type(t) is Tensor and t.is_cpu and not t.requires_grad for t in tensors)

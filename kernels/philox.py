@@ -39,20 +39,15 @@ from torch import Tensor
 from hessdiag.kernels import philox_cpu
 from hessdiag.kernels._checks import is_eager_cpu
 from hessdiag.kernels._triton import tl, triton
-from hessdiag.kernels.philox_cpu import (
-    FEATURES_PER_SIGN_TILE,
-    KEY_INCREMENTS,
-    MASK,
-    MULTIPLIERS,
-    PROBES_PER_SIGN_TILE,
-    ROUNDS,
-)
+from hessdiag.kernels.philox_cpu import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
 
 STREAM_RADEMACHER = 0
 STREAM_PROBES = 1
 STREAM_SAMPLERS = 2
 STREAM_PERMUTATIONS = 3
 
+FEATURES_PER_SIGN_TILE = philox_cpu.FEATURES_PER_SIGN_TILE
+PROBES_PER_SIGN_TILE = philox_cpu.PROBES_PER_SIGN_TILE
 FEATURES_PER_NORMAL_GROUP = 4
 
 # Triton functions may read only such globals as are declared compile-time constants.

@@ -121,7 +121,7 @@ def _signs_of_a_byte() -> dict[torch.dtype, tuple[NDArray[np.void], np.dtype[Any
     """
     bits = np.arange(256)[:, None] >> np.arange(8) & 1
     values = (2 * bits - 1).astype(np.float32)
-    tables = {
+    tables: dict[torch.dtype, NDArray[Any]] = {
         torch.float32: values,
         torch.float64: values.astype(np.float64),
         torch.float16: values.astype(np.float16),

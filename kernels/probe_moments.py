@@ -112,10 +112,8 @@ def probe_moments_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute the moments in PyTorch; the arguments are those of :func:`probe_moments_triton`."""
     dtype = _accumulator_dtype(products)
-    signs = philox.signs(seed, probe_offset, *_sizes(products, sample_offset), dtype).reshape(
-        products.shape
-    )
-    return _moments_of_tensors(products, signs, mean, deviations, count)
+    signs = philox.signs(seed, probe_offset, *_sizes(products, sample_offset), dtype)
+    return _moments_of_tensors(products, signs.reshape(products.shape), mean, deviations, count)
 
 
 def _moments_of_tensors(
@@ -154,9 +152,8 @@ def _moments_of_arrays(
         state = np.zeros((2, *shape), rows.dtype)
     else:
         state = np.stack([mean.numpy(force=True), deviations.numpy(force=True)])
-    _add_rows(rows, probes, *state.reshape(2, -1), count)
-    new_mean, new_deviations = (torch.from_numpy(part) for part in state)
-    return new_mean, new_deviations
+    _add_rows(rows, probes, state[0].reshape(-1), state[1].reshape(-1), count)
+    return torch.from_numpy(state[0]), torch.from_numpy(state[1])
 
 
 def _rows(values: Tensor, dtype: torch.dtype) -> NDArray[Any]:
@@ -182,12 +179,12 @@ def _add_rows(
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are seen in the result
         for first in range(0, len(mean), _ROW):
             columns = slice(first, first + _ROW)
-            _add_short_rows(
+            _add_columns(
                 products[:, columns], probes[:, columns], mean[columns], deviations[columns], count
             )
 
 
-def _add_short_rows(
+def _add_columns(
     products: NDArray[Any],
     probes: NDArray[Any],
     mean: NDArray[Any],
