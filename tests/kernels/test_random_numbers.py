@@ -1,6 +1,7 @@
 """The random-number contract: NumPy = PyTorch reference = Triton, and its statistics."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import numpy_contract
@@ -124,8 +125,9 @@ def test_numpy_and_the_operators_of_pytorch_agree(
             assert torch.equal(one, other)
 
 
-def test_references_do_not_read_a_seed_back_from_its_device():
-    with one_device():
+@pytest.mark.parametrize("context", [nullcontext, one_device])
+def test_references_do_not_read_a_seed_back_from_its_device(context):
+    with context():
         seed = torch.empty((), dtype=torch.int64, device="meta")
         made = [
             rademacher_reference(seed, (3, 2, 5), 0, 0, torch.float32),
