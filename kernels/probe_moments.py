@@ -128,14 +128,12 @@ def _moments_of_tensors(
     if mean is None or deviations is None:
         mean = torch.zeros(products.shape[1:], dtype=dtype, device=products.device)
         deviations = torch.zeros_like(mean)
-    else:
-        mean, deviations = (state.clone(memory_format=torch.contiguous_format) for state in states)
     for probe, product in zip(probes, products, strict=True):
         count += 1
         y = probe.to(dtype) * product.to(dtype)
         delta = y - mean
-        mean += delta / count
-        deviations += delta * (y - mean)
+        mean = mean + delta / count
+        deviations = deviations + delta * (y - mean)
     return mean, deviations
 
 

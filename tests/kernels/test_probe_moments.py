@@ -124,13 +124,18 @@ def test_probes_at_hand_give_the_same_bits(dtype):
     assert torch.equal(state.squared_deviations, expected.squared_deviations)
 
 
-def test_moments_of_probes_at_hand_have_a_gradient():
-    values, signs = products(4, 2, 5).double().requires_grad_(), rademacher((4, 2, 5), 1).double()
+def test_moments_of_probes_at_hand_can_be_transformed():
+    values, signs = products(4, 2, 5, torch.float64), rademacher((4, 2, 5), 1, dtype=torch.float64)
 
     def compute(values):
         return module.probe_moments_from_probes(values, signs)[1:]
 
-    assert torch.autograd.gradcheck(compute, values)
+    assert torch.autograd.gradcheck(compute, values.clone().requires_grad_())
+    made = torch.func.vmap(compute)(torch.stack([values, 2 * values]))
+    for one, other in zip(
+        made, zip(compute(values), compute(2 * values), strict=True), strict=True
+    ):
+        assert torch.equal(one, torch.stack(other))
 
 
 @pytest.mark.parametrize(
