@@ -108,30 +108,48 @@ def has_tangent(tensor: torch.Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
-# Nodes of a backward graph whose rule for vmap is wrong, by the operator they stand for.
-WRONG_UNDER_VMAP = {
-    "CdistBackward0": "torch.cdist",
-    "AsStridedScatterBackward0": "torch.as_strided_scatter",
-}
-
-
 class WrongUnderVmapError(ValueError):
     """PyTorch's batched derivative of ``score_fn`` is not its derivative."""
 
 
-def refuse_what_vmap_gets_wrong(output: torch.Tensor) -> None:
-    """Raise if a batched backward pass from ``output`` would be wrong without a word.
+def refuse_wrong_derivatives(output: torch.Tensor, *, batched: bool) -> None:
+    """Raise if a backward pass from ``output`` would be wrong without a word.
 
-    For every version so far: the rules of vmap for the derivatives of these operators mix up the
-    batched dimension.
+    For every version so far:
+
+    - ``torch.cdist``: vmap of its derivative mixes up the batched dimension.
+    - ``torch.as_strided_scatter``: its derivative looks at the storage of the gradient, and so
+      depends on what the gradient is a view of.
+    - ``max_unpool``: where pooling windows overlap and an index occurs twice, both of its inputs
+      get a gradient, and only one of them was written.
+
+    Args:
+        output: Where the backward pass starts.
+        batched: Whether it runs under vmap.
 
     Raises:
-        WrongUnderVmapError: If it would.
+        NotDifferentiableError: If every backward pass would.
+        WrongUnderVmapError: If a batched one would.
     """
     for node in backward_nodes(output):
-        operator = WRONG_UNDER_VMAP.get(node.name())
-        if operator is not None:
-            raise WrongUnderVmapError(f"PyTorch's vmap of the derivative of {operator} is wrong")
+        name = node.name()
+        if name == "AsStridedScatterBackward0":
+            raise NotDifferentiableError(_SCATTER)
+        if name.startswith("MaxUnpool") and _any_twice(node._saved_indices, int(name[9])):
+            raise NotDifferentiableError(
+                "PyTorch's backward pass of max_unpool with an index that occurs twice is wrong; "
+                "use mode='jvp'"
+            )
+        if batched and name == "CdistBackward0":
+            raise WrongUnderVmapError("PyTorch's vmap of the derivative of torch.cdist is wrong")
+
+
+_SCATTER = "PyTorch's derivative of torch.as_strided_scatter is wrong; write it by other operators"
+
+
+def _any_twice(indices: torch.Tensor, dimensions: int) -> bool:
+    ordered = indices.flatten(-dimensions).sort(dim=-1).values
+    return bool((ordered[..., 1:] == ordered[..., :-1]).any())
 
 
 def backward_nodes(output: torch.Tensor) -> Iterator[Any]:
@@ -171,6 +189,7 @@ class ForwardModeOperators(TorchFunctionMode):
       what it returns carries no tangent, which reads as a derivative of zero: it is refused.
     - ``scaled_dot_product_attention`` has no forward-mode rule in its flash and memory-efficient
       backends in any version so far, and one in the mathematical backend, which is called.
+    - ``as_strided_scatter``, whose rule is wrong in any version so far, is refused.
     - ``group_norm`` is given a contiguous input, and so a contiguous tangent. For torch below
       2.15, where the forward-mode rule of ``native_group_norm`` calls ``view`` on a tangent that
       takes the layout of the input, channels_last for example.
@@ -237,6 +256,10 @@ def _contiguous_input(
     return func(*args, **kwargs)
 
 
+def _refuse_scatter(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise NotDifferentiableError(_SCATTER)
+
+
 _FORWARD_MENDS: dict[Any, Mend] = {
     functional.scaled_dot_product_attention: lambda _, args, kwargs: _mathematical_attention(
         *args, **kwargs
@@ -244,6 +267,8 @@ _FORWARD_MENDS: dict[Any, Mend] = {
     functional.multi_head_attention_forward: _inside_multi_head_attention,
     functional.group_norm: _contiguous_input,
     torch.group_norm: _contiguous_input,
+    torch.as_strided_scatter: _refuse_scatter,
+    torch.Tensor.as_strided_scatter: _refuse_scatter,
 }
 
 # PyTorch counts the levels of forward mode for the whole process: two threads in forward mode

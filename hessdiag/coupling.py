@@ -90,9 +90,11 @@ def _confirm(
 def _seem_coupled(plain: Tensor, scaled: Tensor, factors: Tensor) -> Tensor:
     """Say whether factors do not come out of the products, but for rounding."""
     expected = factors * plain
-    error = (scaled - expected).flatten(1).abs().amax(dim=1)
-    rounding = torch.finfo(plain.dtype).eps ** 0.75
-    return (error > rounding * expected.flatten(1).abs().amax(dim=1)).any()
+    error, size = (
+        values.abs().reshape(len(values), -1).amax(dim=1)
+        for values in (scaled - expected, expected)
+    )
+    return (error > torch.finfo(plain.dtype).eps ** 0.75 * size).any()
 
 
 def _sets(batch: int, device: torch.device) -> list[Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.compat import NotDifferentiableError, backward_nodes
+from hessdiag.compat import NotDifferentiableError, backward_nodes, inside_transform
 
 _REMEDY = (
     "score_fn takes a gradient by torch.autograd that {what}, which would be left out of the "
@@ -79,7 +79,10 @@ def _check_gradient(
     plain = [output for output in outputs if type(output) is Tensor]
     if plain and not create_graph:
         raise ConstantGradientError(_REMEDY.format(what="has no create_graph=True"))
-    if leaf is None or not any(getattr(given, "shape", None) == leaf.shape for given in inputs):
+    # Those of torch.func end at copies of its own, and are differentiable.
+    if leaf is None or inside_transform():
+        return
+    if not any(getattr(given, "shape", None) == leaf.shape for given in inputs):
         return
     nodes = [node for output in plain for node in backward_nodes(output)]
     if plain and not any(getattr(node, "variable", None) is leaf for node in nodes):

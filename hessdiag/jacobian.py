@@ -34,6 +34,7 @@ from hessdiag.remembered import abilities_of
 
 ScoreFunction = Callable[[Tensor], Tensor]
 
+
 class Ways(TypedDict, total=False):
     """How a function is evaluated: the keyword arguments of :class:`Jacobian`."""
 

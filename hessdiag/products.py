@@ -36,7 +36,7 @@ from hessdiag.compat import (
     forward_mode_operators,
     has_tangent,
     inside_transform,
-    refuse_what_vmap_gets_wrong,
+    refuse_wrong_derivatives,
     reusable_graphs,
 )
 from hessdiag.coupling import check_product_alone
@@ -184,6 +184,7 @@ def _reverse_graph(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         with gradients_checked(leaf if leaf.is_leaf else None):
             output, aux = function(point)
     _check_graph(function, output)
+    refuse_wrong_derivatives(output, batched=False)
     return leaf, output, aux
 
 
@@ -242,8 +243,7 @@ def _reverse_func(function: Function, batched: bool) -> Way:
     def checked(point: Tensor) -> tuple[Tensor, Any]:
         output, aux = function(point.clone())
         _check_graph(function, output)
-        if batched:
-            refuse_what_vmap_gets_wrong(output)
+        refuse_wrong_derivatives(output, batched=batched)
         return output, aux
 
     # By torch.func rather than is_grads_batched, which is slower and has rules for less. The outer
