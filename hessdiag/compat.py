@@ -228,6 +228,9 @@ def _mathematical_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # The public function does this before it calls a backend.
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
     attended: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )[0]

@@ -268,7 +268,7 @@ class TestGradientsInside:
     def test_forward_mode_says_what_to_take(self, batching):
         score_fn = energy_score(of=torch.Tensor.requires_grad_)
         with pytest.raises(
-            ValueError, match=r"torch\.autograd\.grad.*take it by torch\.func\.grad"
+            ValueError, match=r"autograd\.grad.*take it by torch\.func"
         ):
             hessdiag.exact(score_fn, point(2, 3), mode="jvp", batching=batching)
 
