@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -104,9 +105,8 @@ def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
             "derivative; call this outside of the transform, on a batch"
             + ("" if batched else ", or pass differentiable=True")
         )
-    # A sum is finite only if all values are, and costs one operator; a large one may overflow.
-    if not bool(torch.isfinite(x.detach().sum())) and not bool(torch.isfinite(x).all()):
-        finite = torch.isfinite(x)
+    # A sum is finite only if all values are, and costs one operator; of large ones it may not be.
+    if not math.isfinite(x.detach().sum()) and not bool((finite := torch.isfinite(x)).all()):
         count = int((~finite).sum())
         raise ValueError(
             f"{name} must be finite, got {count} NaN or infinite of {x.numel()} values"

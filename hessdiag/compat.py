@@ -99,8 +99,11 @@ def reusable_graphs() -> Iterator[None]:
         return
     from torch._functorch import config
 
-    with config.patch(donated_buffer=False):
+    before, config.donated_buffer = config.donated_buffer, False  # patch costs a class each time
+    try:
         yield
+    finally:
+        config.donated_buffer = before
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:
@@ -152,8 +155,8 @@ def _any_twice(indices: torch.Tensor, dimensions: int) -> bool:
     return bool((ordered[..., 1:] == ordered[..., :-1]).any())
 
 
-def backward_nodes(output: torch.Tensor) -> Iterator[Any]:
-    """Yield every node of the backward graph of ``output`` once.
+def backward_nodes(output: torch.Tensor) -> list[Any]:
+    """Return every node of the backward graph of ``output`` once.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -161,15 +164,14 @@ def backward_nodes(output: torch.Tensor) -> Iterator[Any]:
         ['SinBackward0', 'torch::autograd::AccumulateGrad']
     """
     if output.grad_fn is None:
-        return
-    ahead, seen = [output.grad_fn], {output.grad_fn}
-    while ahead:
-        node = ahead.pop()
-        yield node
+        return []
+    nodes, seen = [output.grad_fn], {output.grad_fn}
+    for node in nodes:  # which grows
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                ahead.append(following)
+                nodes.append(following)
+    return nodes
 
 
 def inside_transform() -> bool:

@@ -29,6 +29,7 @@ from hessdiag.products import (
     Mode,
     Way,
     candidate_ways,
+    fewest_batched,
 )
 from hessdiag.remembered import abilities_of
 
@@ -61,7 +62,8 @@ class Jacobian:
             or forward mode where ``score_fn`` has no backward graph or rule, or the graph does not
             fit in memory.
         batching: "loop", "vmap" or "fold" the probes of a chunk; "auto" is "vmap", but for large
-            inputs on a CPU in reverse mode, and gives way to "loop" where vmap has no rule.
+            inputs or few probes on a CPU in reverse mode, and gives way to "loop" where vmap has
+            no rule, or a wrong one: the first batched product is compared with a plain one.
         compile: Whether to pass ``score_fn`` through ``torch.compile``; reverse mode only.
         autocast: Type for ``torch.autocast`` around ``score_fn``, bfloat16 say.
         basis: An orthonormal F: products are then those of F J F^T; see :func:`hessdiag.dct`.
@@ -138,6 +140,7 @@ class Jacobian:
             may_be_constant=may_be_constant,
             rectangular=rectangular,
             differentiable=differentiable,
+            fewest_batched=fewest_batched(batching, x),
         )
         self._evaluator = _Evaluator(function, mode, batching)
 

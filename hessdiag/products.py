@@ -46,11 +46,15 @@ from hessdiag.remembered import Abilities
 Products = Callable[[Tensor], Tensor]
 Mode = Literal["auto", "vjp", "jvp"]
 Batching = Literal["auto", "loop", "vmap", "fold"]
+_MODES, _BATCHINGS = get_args(Mode), get_args(Batching)
 WayName = tuple[Literal["vjp", "jvp"], Literal["loop", "vmap", "fold"]]
 
-# Elements of x up to which batched backward passes are the faster ones on a CPU: measured on
-# U-Nets, twice as fast at 768, as fast at 6,144.
-_SMALL = 4096
+# Elements of x up to which batched backward passes are the faster ones on a CPU, for 16 probes:
+# measured on U-Nets, twice as fast at 768, as fast at 6,144; on MLPs and transformers faster up to
+# 16,384. With 2 probes they are the slower ones throughout.
+_SMALL_IMAGES = 4096
+_SMALL = 16384
+_FEWEST_BATCHED = 4
 
 
 def candidate_ways(mode: Mode, batching: Batching, x: Tensor) -> list[WayName]:
@@ -63,17 +67,15 @@ def candidate_ways(mode: Mode, batching: Batching, x: Tensor) -> list[WayName]:
         >>> candidate_ways("vjp", "auto", torch.zeros(2, 3))
         [('vjp', 'vmap'), ('vjp', 'loop')]
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    if batching not in get_args(Batching):
-        raise ValueError(
-            f"batching must be one of {', '.join(get_args(Batching))}, got {batching!r}"
-        )
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+    if batching not in _BATCHINGS:
+        raise ValueError(f"batching must be one of {', '.join(_BATCHINGS)}, got {batching!r}")
     candidates: list[WayName] = []
     if mode != "jvp":
         if batching == "auto":
             # Large inputs keep the cores of a CPU busy one probe at a time.
-            if x.is_cuda or x.numel() <= _SMALL:
+            if x.is_cuda or x.numel() <= (_SMALL if x.dim() < 4 else _SMALL_IMAGES):
                 candidates += [("vjp", "vmap")]
             candidates += [("vjp", "loop")]
         else:
@@ -84,6 +86,16 @@ def candidate_ways(mode: Mode, batching: Batching, x: Tensor) -> list[WayName]:
         else:
             candidates += [("jvp", batching)]
     return candidates
+
+
+def fewest_batched(batching: Batching, x: Tensor) -> int:
+    """Return from how many probes on "vmap" batches them, rather than go one by one.
+
+    Example:
+        >>> fewest_batched("auto", torch.zeros(2, 3)), fewest_batched("vmap", torch.zeros(2, 3))
+        (4, 2)
+    """
+    return _FEWEST_BATCHED if batching == "auto" and not x.is_cuda else 2
 
 
 class Function(NamedTuple):
@@ -97,6 +109,7 @@ class Function(NamedTuple):
         may_be_constant: Whether an output that does not depend on x has the Jacobian zero.
         rectangular: Whether the output may be of another shape than x.
         differentiable: Whether products carry gradients.
+        fewest_batched: Probes from which on a batched backward pass is worth it.
     """
 
     score_fn: Callable[[Tensor], Any]
@@ -106,6 +119,7 @@ class Function(NamedTuple):
     may_be_constant: bool = False
     rectangular: bool = False
     differentiable: bool = False
+    fewest_batched: int = 2
 
     def __call__(self, point: Tensor) -> tuple[Tensor, Any]:
         """Return the output and the further tensors, None where there are none."""
@@ -267,7 +281,7 @@ def _reverse_func(function: Function, batched: bool) -> Way:
         with torch.set_grad_enabled(function.differentiable and torch.is_grad_enabled()):
             if len(probes) == 1:
                 return plain(probes[0])[None]
-            if not batched:
+            if not batched or len(probes) < function.fewest_batched:
                 return torch.stack([pull_back(probe)[0] for probe in probes])
             result = _without_overlap(_vmap(lambda probe: pull_back(probe)[0])(probes))
             _check_once(function, "vjp vmap", plain, probes, result)

@@ -267,9 +267,7 @@ class TestGradientsInside:
     @pytest.mark.parametrize("batching", ["loop", "vmap"])
     def test_forward_mode_says_what_to_take(self, batching):
         score_fn = energy_score(of=torch.Tensor.requires_grad_)
-        with pytest.raises(
-            ValueError, match=r"autograd\.grad.*take it by torch\.func"
-        ):
+        with pytest.raises(ValueError, match=r"autograd\.grad.*take it by torch\.func"):
             hessdiag.exact(score_fn, point(2, 3), mode="jvp", batching=batching)
 
     def test_nothing_is_left_behind(self):
