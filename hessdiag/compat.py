@@ -5,9 +5,11 @@ Each says which versions it is for; ``tests/hessdiag/test_compat.py`` fails when
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -276,6 +278,30 @@ _FORWARD_MENDS: dict[Any, Mend] = {
     torch.Tensor.as_strided_scatter: _refuse_scatter,
 }
 
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Leave out the warning that an operator is batched by a loop inside of PyTorch.
+
+    Which operators are is nothing that a caller can change. PyTorch does not tell whether the
+    warning is on; it is by default, and so afterwards.
+    """
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+
+
+@functools.cache
+def _load_forward_rules() -> None:
+    """Load what PyTorch loads at its first dual number, without the warnings of that code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
+        with torch.autograd.forward_ad.dual_level():
+            torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
 # PyTorch counts the levels of forward mode for the whole process: two threads in forward mode
 # would meet in one level.
 _FORWARD_MODE = threading.RLock()
@@ -300,4 +326,5 @@ def forward_mode_operators() -> Iterator[None]:
         torch.set_grad_enabled(recording),
         ForwardModeOperators(),
     ):
+        _load_forward_rules()
         yield

@@ -176,8 +176,17 @@ class Jacobian:
         """Return J^T v in mode "vjp", J v in mode "jvp", of probes of shape (m, B, ...).
 
         Raises:
-            ValueError: If no way is left in which ``score_fn`` can be differentiated.
+            ValueError: If the probes have another shape, or no way is left in which ``score_fn``
+                can be differentiated.
         """
+        # The output may show that the mode has to be another one.
+        output_shape = self.output.shape if self.rectangular else self.x.shape
+        shape = output_shape if self.mode == "vjp" else self.x.shape
+        if probes.shape[1:] != shape:
+            raise ValueError(
+                f"probes must have shape (m, {', '.join(map(str, shape))}) in mode "
+                f"'{self.mode}', got {tuple(probes.shape)}"
+            )
         plain = self._evaluator.products
         return plain(probes) if self.basis is None else in_basis(plain, self.basis)(probes)
 

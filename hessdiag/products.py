@@ -36,6 +36,7 @@ from hessdiag.compat import (
     forward_mode_operators,
     has_tangent,
     inside_transform,
+    quiet_vmap,
     refuse_wrong_derivatives,
     reusable_graphs,
 )
@@ -283,7 +284,7 @@ def _reverse_func(function: Function, batched: bool) -> Way:
                 return plain(probes[0])[None]
             if not batched or len(probes) < function.fewest_batched:
                 return torch.stack([pull_back(probe)[0] for probe in probes])
-            result = _without_overlap(_vmap(lambda probe: pull_back(probe)[0])(probes))
+            result = _without_overlap(_vmap(lambda probe: pull_back(probe)[0], probes))
             _check_once(function, "vjp vmap", plain, probes, result)
         return result
 
@@ -374,7 +375,7 @@ def _forward_vmap(function: Function) -> Way:
             if len(probes) == 1:
                 return plain(probes[0])[None]
             with random_state.same():
-                result = _without_overlap(_vmap(product, randomness="same")(probes))
+                result = _without_overlap(_vmap(product, probes, randomness="same"))
             _check_once(function, "jvp vmap", plain, probes, result)
             return result
 
@@ -453,9 +454,10 @@ def _check_once(
     function.found_right(way)
 
 
-def _vmap(function: Products, randomness: str = "error") -> Products:
-    batched: Products = torch.func.vmap(function, randomness=randomness)
-    return batched
+def _vmap(function: Products, probes: Tensor, randomness: str = "error") -> Tensor:
+    with quiet_vmap():
+        result: Tensor = torch.func.vmap(function, randomness=randomness)(probes)
+    return result
 
 
 def _folded(x: Tensor, copies: int) -> Tensor:

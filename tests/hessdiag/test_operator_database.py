@@ -13,8 +13,11 @@ WAYS = [(mode, batching) for mode in ("vjp", "jvp") for batching in ("loop", "vm
 OPERATORS = operators()
 
 
-def independent_jacobian(function, x):
+def independent_jacobian(name, function, x):
     """Return it row by row, or None where PyTorch has none or it is infinite."""
+    if name.startswith("nn.functional.max_unpool"):
+        # Linear. PyTorch's backward pass is wrong where an index occurs twice.
+        return torch.stack([function(unit)[0] for unit in torch.eye(x.numel())[:, None].to(x)], 1)
     try:
         J = torch.autograd.functional.jacobian(function, x)[0, :, 0]
     except (RuntimeError, NotImplementedError):
@@ -22,11 +25,11 @@ def independent_jacobian(function, x):
     return J if bool(torch.isfinite(J).all()) else None
 
 
-def differences(op, most_samples):
+def differences(name, most_samples):
     """Return the ways whose products differ from an independent Jacobian, and by how much."""
     found = []
-    for number, (function, x) in enumerate(islice(functions(op), most_samples)):
-        J = independent_jacobian(function, x)
+    for number, (function, x) in enumerate(islice(functions(OPERATORS[name]), most_samples)):
+        J = independent_jacobian(name, function, x)
         if J is None:
             continue
         for mode, batching in WAYS:
@@ -52,4 +55,4 @@ def differences(op, most_samples):
 def test_no_silent_difference(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert differences(OPERATORS[name], most_samples=3) == []
+        assert differences(name, most_samples=2) == []

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from wrong_under_vmap import WrongUnderVmap
 
 import hessdiag
 from hessdiag import Jacobian
@@ -41,8 +42,8 @@ class TestVmap:
     def test_a_wrong_rule_is_found_by_a_plain_product(self, mode):
         x = point(3, 5)
         with pytest.raises(ValueError, match=r"batched product differs from a plain one by"):
-            hessdiag.exact(_WrongUnderVmap.apply, x, mode=mode, batching="vmap")
-        result = hessdiag.estimate(_WrongUnderVmap.apply, x, max_probes=5, probes="auto", mode=mode)
+            hessdiag.exact(WrongUnderVmap.apply, x, mode=mode, batching="vmap")
+        result = hessdiag.estimate(WrongUnderVmap.apply, x, max_probes=5, probes="auto", mode=mode)
         torch.testing.assert_close(result.diagonal, 2 * x)
         assert result.batching == "loop"
 
@@ -63,46 +64,6 @@ class TestVmap:
         again.products(probes)
         # Forward mode evaluates for each block, and once more for the plain product.
         assert (first, len(evaluations)) == ((1, 2) if mode == "vjp" else (2, 4))
-
-
-class _WrongUnderVmap(torch.autograd.Function):
-    """The square of x; under vmap its derivatives are off by a tenth."""
-
-    @staticmethod
-    def forward(x):
-        return x.square()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _TimesTwo.apply(ctx.saved_tensors[0], gradient)
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return _TimesTwo.apply(ctx.saved_tensors[0], tangent)
-
-    @staticmethod
-    def vmap(info, in_dims, x):
-        return _WrongUnderVmap.apply(x), in_dims[0]
-
-
-class _TimesTwo(torch.autograd.Function):
-    @staticmethod
-    def forward(x, y):
-        return 2 * x * y
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def vmap(info, in_dims, x, y):
-        x = x if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        return 2.2 * x * y.movedim(in_dims[1], 0), 0
 
 
 @pytest.mark.parametrize(("mode", "batching"), WAYS)
