@@ -1,6 +1,6 @@
 """PyTorch's own database of operators, with inputs for each, as functions of one flat vector."""
 
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch.utils import _pytree as pytree
@@ -10,6 +10,7 @@ _RANDOM = ("dropout", "rand", "normal", "bernoulli", "multinomial", "rrelu", "un
 _BY_DESIGN = ("padding_idx", "scale_grad_by_freq")
 
 
+@cache
 def operators():
     """Return the operators that have a derivative in float64, by name."""
     from torch.testing._internal.common_methods_invocations import op_db

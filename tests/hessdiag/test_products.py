@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-
 from wrong_under_vmap import WrongUnderVmap
 
 import hessdiag
