@@ -19,7 +19,7 @@ GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
 GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-portable lint types bench bench-small clean
+.PHONY: help demo test soak test-portable lint types bench bench-small clean
 .PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels
 
 help: ## Show this list
@@ -30,6 +30,9 @@ demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare c
 
 test: $(VENV)/.installed-test ## Run the tests (5 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
+
+soak: $(VENV)/.installed-test ## The tests that take many minutes: every input of PyTorch's operators (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m soak
 
 # See CONTRIBUTING.md. A forced ATEN_CPU_CAPABILITY breaks the C++ code that torch.compile writes,
 # and a dispatch mode, which --vary-rounding is, cannot be compiled through.

@@ -15,7 +15,6 @@ from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels import rademacher
 from hessdiag.kernels.philox import check_counter, seed_tensor
 from hessdiag.probes import Rademacher, UnitVectors
-from hessdiag.products import check_samples_alone
 from hessdiag.streaming import BlockMoments, Chunks, chunk_of
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ def block_diagonal(
                 f"max_probes must be left out for the exact blocks, got {max_probes}; pass "
                 "probes=hessdiag.Rademacher() to estimate them"
             )
-        check_samples_alone(J.products, x)
+        J.check_samples_alone()
         total, cycle = num_blocks * size, num_blocks
     else:
         check_positive_int("max_probes", max_probes)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import operator
+
 import torch
 from torch import Tensor
 
 from hessdiag.compat import has_tangent
 
 
-def check_positive_int(name: str, value: object) -> None:
-    """Raise unless ``value`` is an int of at least 1.
+def check_positive_int(name: str, value: object) -> int:
+    """Return ``value`` as an int, unless it is no integer or below 1.
+
+    Integers of NumPy are integers; booleans are not.
 
     Raises:
         TypeError: If it is not an int.
@@ -21,14 +26,60 @@ def check_positive_int(name: str, value: object) -> None:
         ...
         ValueError: M must be at least 1, got 0
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    number = as_int(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
-def check_batch(name: str, x: object) -> None:
+def as_int(name: str, value: object) -> int:
+    """Return an integer of Python or NumPy as an int.
+
+    Raises:
+        TypeError: If ``value`` is none.
+
+    Example:
+        >>> import numpy as np
+        >>> as_int("seed", np.int64(3))
+        3
+    """
+    if not isinstance(value, (bool, Tensor)):
+        try:
+            return operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+
+
+def as_seed(seed: object) -> int | Tensor:
+    """Return a seed as the int or the tensor that the random-number contract takes.
+
+    Args:
+        seed: An integer of Python or NumPy; a tensor, which is returned as it is; or a
+            torch.Generator, from which a seed in [0, 2**63) is drawn, so that it moves on.
+
+    Raises:
+        TypeError: If it is none of these.
+
+    Example:
+        >>> first, again = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+        >>> bool(as_seed(first) == as_seed(again)), bool(as_seed(first) == as_seed(first))
+        (True, False)
+    """
+    if isinstance(seed, Tensor):
+        return seed
+    if isinstance(seed, torch.Generator):
+        return torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
+    return as_int("seed", seed)
+
+
+def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
     """Raise unless ``x`` is a finite real floating-point tensor with a batch dimension.
+
+    Args:
+        name: Name of the argument.
+        x: The argument.
+        differentiable: Whether x may take part in torch.func.grad and jvp.
 
     Raises:
         TypeError: If it is no tensor, of an integer, boolean or complex type, or inside of a
@@ -47,21 +98,28 @@ def check_batch(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError(f"{name} must have shape (B, ...), got a 0-dimensional tensor")
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or has_tangent(x):
+    batched = _is_batched(x)
+    if batched or (not differentiable and (_is_wrapped(x) or has_tangent(x))):
         raise TypeError(
             f"{name} must not take part in torch.func.grad, jvp or vmap: the result carries no "
             "derivative; call this outside of the transform, on a batch"
+            + ("" if batched else ", or pass differentiable=True")
         )
-    finite = torch.isfinite(x)
-    if not bool(finite.all()):
+    # A sum is finite only if all values are, and costs one operator; of large ones it may not be.
+    if not math.isfinite(x.detach().sum()) and not bool((finite := torch.isfinite(x)).all()):
         count = int((~finite).sum())
         raise ValueError(
             f"{name} must be finite, got {count} NaN or infinite of {x.numel()} values"
         )
 
 
-def check_output(output: object, x: Tensor) -> None:
+def check_output(output: object, x: Tensor, *, rectangular: bool = False) -> None:
     """Raise unless ``output``, which ``score_fn(x)`` returned, is a tensor like ``x``.
+
+    Args:
+        output: What was returned.
+        x: What was given.
+        rectangular: Whether it need share the first dimension alone, that of the batch.
 
     Raises:
         TypeError: If it is no tensor, or of another dtype.
@@ -78,7 +136,13 @@ def check_output(output: object, x: Tensor) -> None:
         if hasattr(output, "sample") or isinstance(output, (tuple, list, dict)):
             hint = "; take the tensor out of it, as in lambda x: model(x, t).sample"
         raise TypeError(f"score_fn must return a torch.Tensor, got {type(output).__name__}{hint}")
-    if output.shape != x.shape:
+    if rectangular:
+        if output.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"score_fn must return shape ({len(x)}, ...), a row for each sample of x, got "
+                f"{tuple(output.shape)}"
+            )
+    elif output.shape != x.shape:
         raise ValueError(
             f"score_fn must return the shape of x, {tuple(x.shape)}, got {tuple(output.shape)}"
         )
@@ -91,3 +155,16 @@ def check_output(output: object, x: Tensor) -> None:
         raise ValueError(
             f"score_fn must return a tensor on the device of x, {x.device}, got {output.device}"
         )
+
+
+def _is_wrapped(x: Tensor) -> bool:
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return wrapped
+
+
+def _is_batched(x: Tensor) -> bool:
+    while _is_wrapped(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False

@@ -1,19 +1,24 @@
-"""Mends and guards for operators that PyTorch cannot differentiate in forward mode.
+"""Mends and guards for operators that PyTorch differentiates wrongly or not at all.
 
 Each says which versions it is for; ``tests/hessdiag/test_compat.py`` fails when one can go.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
@@ -48,6 +53,12 @@ _ADVICE = (
         "modified by an inplace operation",
         "score_fn overwrites a tensor that its own derivative needs; make that operation "
         "out of place, or use mode='jvp'",
+    ),
+    (
+        "requires_grad_\\(\\).* inside of a function being transformed|"
+        "does not require grad and does not have a grad_fn",
+        "score_fn takes a gradient by torch.autograd.grad, which only mode='vjp' with "
+        "batching='loop' can follow; take it by torch.func.grad for every other way",
     ),
     (
         "(?<!Batching rule )not implemented|must implement|Trying to use forward AD",
@@ -85,34 +96,16 @@ def reusable_graphs() -> Iterator[None]:
     activations, and a second one raises. To be set while the function is compiled, never during
     the backward pass, where it would switch off that check and nothing else.
     """
+    if "torch._dynamo" not in sys.modules:  # nothing has been handed to torch.compile
+        yield
+        return
     from torch._functorch import config
 
-    with config.patch(donated_buffer=False):
+    before, config.donated_buffer = config.donated_buffer, False  # patch costs a class each time
+    try:
         yield
-
-
-class RefuseCustomOperators(TorchFunctionMode):
-    """Raise where an operator of ``torch.library`` would lose a tangent.
-
-    For every version so far: a custom operator has no forward-mode rule, and what it returns
-    carries no tangent, which reads as a derivative of zero.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call ``func`` unless it is a custom operator on a dual tensor."""
-        if isinstance(func, torch._ops.OpOverload) and func.namespace not in ("aten", "prims"):
-            for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, torch.Tensor) and has_tangent(value):
-                    raise NotDifferentiableError(
-                        f"the custom operator {func} has no forward-mode derivative; use mode='vjp'"
-                    )
-        return func(*args, **(kwargs or {}))
+    finally:
+        config.donated_buffer = before
 
 
 def has_tangent(tensor: torch.Tensor) -> bool:
@@ -120,11 +113,90 @@ def has_tangent(tensor: torch.Tensor) -> bool:
     return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
 
 
-class ContiguousGroupNorm(TorchFunctionMode):
-    """Hand ``group_norm`` a contiguous input, and so a contiguous tangent.
+class WrongUnderVmapError(ValueError):
+    """PyTorch's batched derivative of ``score_fn`` is not its derivative."""
 
-    For torch below 2.15, where the forward-mode rule of ``native_group_norm`` calls ``view`` on a
-    tangent that takes the layout of the input, channels_last for example.
+
+def refuse_wrong_derivatives(output: torch.Tensor, *, batched: bool) -> None:
+    """Raise if a backward pass from ``output`` would be wrong without a word.
+
+    For every version so far:
+
+    - ``torch.cdist``: vmap of its derivative mixes up the batched dimension.
+    - ``torch.as_strided_scatter``: its derivative looks at the storage of the gradient, and so
+      depends on what the gradient is a view of.
+    - ``max_unpool``: where pooling windows overlap and an index occurs twice, both of its inputs
+      get a gradient, and only one of them was written.
+
+    Args:
+        output: Where the backward pass starts.
+        batched: Whether it runs under vmap.
+
+    Raises:
+        NotDifferentiableError: If every backward pass would.
+        WrongUnderVmapError: If a batched one would.
+    """
+    for node in backward_nodes(output):
+        name = node.name()
+        if name == "AsStridedScatterBackward0":
+            raise NotDifferentiableError(_SCATTER)
+        if name.startswith("MaxUnpool") and _any_twice(node._saved_indices, int(name[9])):
+            raise NotDifferentiableError(
+                "PyTorch's backward pass of max_unpool with an index that occurs twice is wrong; "
+                "use mode='jvp'"
+            )
+        if batched and name == "CdistBackward0":
+            raise WrongUnderVmapError("PyTorch's vmap of the derivative of torch.cdist is wrong")
+
+
+_SCATTER = "PyTorch's derivative of torch.as_strided_scatter is wrong; write it by other operators"
+
+
+def _any_twice(indices: torch.Tensor, dimensions: int) -> bool:
+    ordered = indices.flatten(-dimensions).sort(dim=-1).values
+    return bool((ordered[..., 1:] == ordered[..., :-1]).any())
+
+
+def backward_nodes(output: torch.Tensor) -> list[Any]:
+    """Return every node of the backward graph of ``output`` once.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> [node.name() for node in backward_nodes(x.sin())]
+        ['SinBackward0', 'torch::autograd::AccumulateGrad']
+    """
+    if output.grad_fn is None:
+        return []
+    nodes, seen = [output.grad_fn], {output.grad_fn}
+    for node in nodes:  # which grows
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
+
+
+def inside_transform() -> bool:
+    """Say whether a transform of torch.func is under way.
+
+    Example:
+        >>> inside_transform()
+        False
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+class ForwardModeOperators(TorchFunctionMode):
+    """Calls operators in a way that forward mode can follow, or says which cannot be followed.
+
+    - A custom operator of ``torch.library`` has no forward-mode rule in any version so far, and
+      what it returns carries no tangent, which reads as a derivative of zero: it is refused.
+    - ``scaled_dot_product_attention`` has no forward-mode rule in its flash and memory-efficient
+      backends in any version so far, and one in the mathematical backend, which is called.
+    - ``as_strided_scatter``, whose rule is wrong in any version so far, is refused.
+    - ``group_norm`` is given a contiguous input, and so a contiguous tangent. For torch below
+      2.15, where the forward-mode rule of ``native_group_norm`` calls ``view`` on a tangent that
+      takes the layout of the input, channels_last for example.
     """
 
     def __torch_function__(
@@ -134,32 +206,125 @@ class ContiguousGroupNorm(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Call ``func``, with a contiguous copy of the input where it is a group norm."""
-        if func in (functional.group_norm, torch.group_norm):
-            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
-        return func(*args, **(kwargs or {}))
+        """Call ``func``, or what stands for it."""
+        kwargs = kwargs or {}
+        if func in _FORWARD_MENDS:
+            return _FORWARD_MENDS[func](func, args, kwargs)
+        if isinstance(func, torch._ops.OpOverload) and func.namespace not in ("aten", "prims"):
+            for value in pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, torch.Tensor) and has_tangent(value):
+                    raise NotDifferentiableError(
+                        f"the custom operator {func} has no forward-mode derivative; use mode='vjp'"
+                    )
+        return func(*args, **kwargs)
+
+
+Mend = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _mathematical_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        # The public function does this before it calls a backend.
+        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
+    attended: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    return attended
+
+
+def _inside_multi_head_attention(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    # It is Python code, within which a mode of torch functions is not heeded. The switch is that
+    # of the whole process, but only one thread at a time is in forward mode.
+    with sdpa_kernel(SDPBackend.MATH):
+        return func(*args, **kwargs)
+
+
+def _contiguous_input(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if TORCH_VERSION >= (2, 15):
+        return func(*args, **kwargs)
+    name = "input"
+    if args:
+        args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
+    elif name in kwargs:
+        kwargs = {**kwargs, name: kwargs[name].clone(memory_format=torch.contiguous_format)}
+    return func(*args, **kwargs)
+
+
+def _refuse_scatter(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    raise NotDifferentiableError(_SCATTER)
+
+
+_FORWARD_MENDS: dict[Any, Mend] = {
+    functional.scaled_dot_product_attention: lambda _, args, kwargs: _mathematical_attention(
+        *args, **kwargs
+    ),
+    functional.multi_head_attention_forward: _inside_multi_head_attention,
+    functional.group_norm: _contiguous_input,
+    torch.group_norm: _contiguous_input,
+    torch.as_strided_scatter: _refuse_scatter,
+    torch.Tensor.as_strided_scatter: _refuse_scatter,
+}
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Leave out the warning that an operator is batched by a loop inside of PyTorch.
+
+    Which operators are is nothing that a caller can change. PyTorch does not tell whether the
+    warning is on; it is by default, and so afterwards.
+    """
+    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+
+
+@functools.cache
+def _load_forward_rules() -> None:
+    """Load what PyTorch loads at its first dual number, without the warnings of that code."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.script", DeprecationWarning)
+        with torch.autograd.forward_ad.dual_level():
+            torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+# PyTorch counts the levels of forward mode for the whole process: two threads in forward mode
+# would meet in one level.
+_FORWARD_MODE = threading.RLock()
 
 
 @contextmanager
 def forward_mode_operators() -> Iterator[None]:
     """Make attention and group normalisation differentiable in forward mode, or say what is not.
 
-    ``scaled_dot_product_attention`` has no forward-mode rule in its flash and memory-efficient
-    backends in any version so far, and one in the mathematical backend. Inference mode is left: in
-    torch 2.11 no operator passes a tangent on there.
+    One thread at a time is inside, the others wait. Inference mode is left: in torch 2.11 no
+    operator passes a tangent on there.
 
     Example:
         >>> with forward_mode_operators():
         ...     pass
     """
-    group_norm = ContiguousGroupNorm() if TORCH_VERSION < (2, 15) else nullcontext()
     # Leaving inference mode alone would switch gradients on.
-    grad_mode = torch.set_grad_enabled(torch.is_grad_enabled())
+    recording = torch.is_grad_enabled()
     with (
+        _FORWARD_MODE,
         torch.inference_mode(False),
-        grad_mode,
-        sdpa_kernel(SDPBackend.MATH),
-        RefuseCustomOperators(),
-        group_norm,
+        torch.set_grad_enabled(recording),
+        ForwardModeOperators(),
     ):
+        _load_forward_rules()
         yield

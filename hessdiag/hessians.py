@@ -70,7 +70,6 @@ def hessian_diagonal(
         >>> result.diagonal
         tensor([[6., 6.]])
     """
-    check_batch("x", x)
 
     def total(point: Tensor) -> Tensor:
         value = f(point)
@@ -81,11 +80,17 @@ def hessian_diagonal(
                 f"f must return one number for each sample, shape ({len(point)},), or their sum, "
                 f"shape (), got {tuple(value.shape)}"
             )
+        if not value.requires_grad:
+            raise NotDifferentiableError(
+                "the value of f does not depend on x; is it computed under torch.no_grad() or "
+                "detached?"
+            )
         return value.sum()
 
+    # A gradient that does not depend on x is that of a linear function.
+    J = Jacobian(torch.func.grad(total), x, may_be_constant=True, **ways)
     return estimate(
-        torch.func.grad(total),
-        x,
+        J,
         max_probes=max_probes,
         probes=probes,
         rtol=rtol,
@@ -94,7 +99,6 @@ def hessian_diagonal(
         seed=seed,
         sample_offset=sample_offset,
         probe_offset=probe_offset,
-        **ways,
     )
 
 

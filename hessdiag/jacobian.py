@@ -12,29 +12,28 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from typing import Any, TypedDict
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from hessdiag.bases import Basis, in_basis
 from hessdiag.checks import check_batch
-from hessdiag.compat import NotDifferentiableError, explained
+from hessdiag.compat import NotDifferentiableError, explained, inside_transform
+from hessdiag.coupling import check_samples_alone
 from hessdiag.functions import prepared
+from hessdiag.inner_gradients import ConstantGradientError
 from hessdiag.products import (
     WAYS,
     Batching,
     Function,
     Mode,
     Way,
-    WayName,
     candidate_ways,
+    fewest_batched,
 )
+from hessdiag.remembered import abilities_of
 
 ScoreFunction = Callable[[Tensor], Tensor]
-
-# By function, or by what stands for it: the ways that it turned out not to have, and why.
-_REFUSED: WeakKeyDictionary[Any, dict[WayName, str]] = WeakKeyDictionary()
 
 
 class Ways(TypedDict, total=False):
@@ -45,6 +44,7 @@ class Ways(TypedDict, total=False):
     compile: bool
     autocast: torch.dtype | None
     basis: Basis | None
+    differentiable: bool
 
 
 class Jacobian:
@@ -62,25 +62,38 @@ class Jacobian:
             or forward mode where ``score_fn`` has no backward graph or rule, or the graph does not
             fit in memory.
         batching: "loop", "vmap" or "fold" the probes of a chunk; "auto" is "vmap", but for large
-            inputs on a CPU in reverse mode, and gives way to "loop" where vmap has no rule.
+            inputs or few probes on a CPU in reverse mode, and gives way to "loop" where vmap has
+            no rule, or a wrong one: the first batched product is compared with a plain one.
         compile: Whether to pass ``score_fn`` through ``torch.compile``; reverse mode only.
         autocast: Type for ``torch.autocast`` around ``score_fn``, bfloat16 say.
         basis: An orthonormal F: products are then those of F J F^T; see :func:`hessdiag.dct`.
+        differentiable: Whether ``products``, ``output`` and ``aux`` carry gradients, to x and to
+            whatever ``score_fn`` holds, by ``backward`` and by the transforms of ``torch.func``.
+            Their graphs are kept, so memory grows with the number of probes. By "loop" or "vmap".
         has_aux: Whether ``score_fn`` returns (output, further tensors); the latter are ``aux``.
-        remember: What ways that fail are remembered by; None for ``score_fn`` itself. A module,
-            for functions that are made anew around it.
+        may_be_constant: Whether an output that does not depend on x has the Jacobian zero, as the
+            gradient of a linear function has; otherwise it is an error, since x is then mostly
+            detached by mistake.
+        rectangular: Whether the output may have samples of another shape than those of x. J then
+            has products, and no diagonal: reverse mode takes probes of the shape of the output to
+            products of the shape of x, and forward mode the other way round.
+        remember: What ways that fail are remembered by; None for ``score_fn`` itself, which is
+            known again by its code and the modules that it holds.
 
     Attributes:
         x: Where the Jacobian is taken.
         basis: F, or None.
+        differentiable: Whether products carry gradients.
+        rectangular: Whether the output may have another shape than x.
         asked_mode: The mode that was asked for.
         mode: The mode that is taken: "vjp" or "jvp".
         batching: The way that is taken: "loop", "vmap" or "fold".
         notes: Why ways before it could not be.
 
     Raises:
-        TypeError: If x is no real floating-point tensor, ``autocast`` no lower-precision type, or
-            ``score_fn`` returns no tensor or another dtype than that of x.
+        TypeError: If x is no real floating-point tensor, ``autocast`` no lower-precision type,
+            ``score_fn`` returns no tensor or another dtype than that of x, or this is called inside
+            of a transform of torch.func without ``differentiable``.
         ValueError: If x is not finite, an option is unknown, or ``score_fn`` returns another shape
             or does not depend on x. The last two, and all that concerns derivatives, are found out
             at the first evaluation.
@@ -106,16 +119,30 @@ class Jacobian:
         compile: bool = False,
         autocast: torch.dtype | None = None,
         basis: Basis | None = None,
+        differentiable: bool = False,
         has_aux: bool = False,
+        may_be_constant: bool = False,
+        rectangular: bool = False,
         remember: object = None,
     ) -> None:
-        check_batch("x", x)
+        check_batch("x", x, differentiable=differentiable)
+        _check_differentiable(differentiable, compile, batching)
+        if rectangular and basis is not None:
+            raise ValueError("basis must be left out with rectangular=True: it is that of x alone")
         self.x, self.basis, self.asked_mode = x, basis, mode
-        function, mode = prepared(score_fn, x, compile=compile, autocast=autocast, mode=mode)
-        self._remember = score_fn if remember is None else remember
-        self._evaluator = _Evaluator(
-            Function(function, x, has_aux), mode, batching, _memory(self._remember)
+        self.differentiable, self.rectangular = differentiable, rectangular
+        prepared_fn, mode = prepared(score_fn, x, compile=compile, autocast=autocast, mode=mode)
+        function = Function(
+            prepared_fn,
+            x,
+            abilities_of(score_fn if remember is None else remember),
+            has_aux=has_aux,
+            may_be_constant=may_be_constant,
+            rectangular=rectangular,
+            differentiable=differentiable,
+            fewest_batched=fewest_batched(batching, x),
         )
+        self._evaluator = _Evaluator(function, mode, batching)
 
     @property
     def mode(self) -> str:
@@ -134,7 +161,10 @@ class Jacobian:
 
     @property
     def output(self) -> Tensor:
-        """score_fn(x), without a gradient: in reverse mode from the evaluation of the products."""
+        """score_fn(x), in reverse mode from the evaluation of the products.
+
+        Without a gradient, unless the operator is differentiable.
+        """
         return self._evaluator.evaluation()[0]
 
     @property
@@ -146,10 +176,39 @@ class Jacobian:
         """Return J^T v in mode "vjp", J v in mode "jvp", of probes of shape (m, B, ...).
 
         Raises:
-            ValueError: If no way is left in which ``score_fn`` can be differentiated.
+            ValueError: If the probes have another shape, or no way is left in which ``score_fn``
+                can be differentiated.
         """
+        # The output may show that the mode has to be another one.
+        output_shape = self.output.shape if self.rectangular else self.x.shape
+        shape = output_shape if self.mode == "vjp" else self.x.shape
+        if probes.shape[1:] != shape:
+            raise ValueError(
+                f"probes must have shape (m, {', '.join(map(str, shape))}) in mode "
+                f"'{self.mode}', got {tuple(probes.shape)}"
+            )
         plain = self._evaluator.products
         return plain(probes) if self.basis is None else in_basis(plain, self.basis)(probes)
+
+    def check_samples_alone(self) -> None:
+        """Raise if ``score_fn`` couples the samples of a batch, by two products, once.
+
+        Two further products for each doubling of the batch, and only if those two leave a doubt.
+        What each sample has of J is then no matrix of its own, and unit vectors in all samples at
+        once would give a sum over samples in its place.
+
+        Raises:
+            ValueError: If it does.
+
+        Example:
+            >>> x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
+            >>> Jacobian(torch.sin, x).check_samples_alone()
+            >>> Jacobian(lambda x: x - x.flip(0), x).check_samples_alone()    # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            ValueError: score_fn must act on each sample alone, ...
+        """
+        self._evaluator.check_samples_alone()
 
     def in_basis(self, basis: Basis | None) -> Jacobian:
         """Return the operator in another basis; both share one evaluation.
@@ -174,22 +233,48 @@ class Jacobian:
         """
         other = copy.copy(self)
         other.asked_mode = mode
-        function, memory = self._evaluator.function, _memory(self._remember)
-        other._evaluator = _Evaluator(function, mode, "auto", memory)
+        other._evaluator = _Evaluator(self._evaluator.function, mode, "auto")
+        other._evaluator.samples_alone = self._evaluator.samples_alone
         return other
+
+
+def _check_differentiable(differentiable: bool, compile: bool, batching: Batching) -> None:
+    if not differentiable:
+        _check_outside_of_transforms()
+    elif compile:
+        raise ValueError(
+            "compile=True must be left out with differentiable=True: torch.compile has no second "
+            "derivative of what it compiled"
+        )
+    elif batching == "fold":
+        raise ValueError("batching must be 'loop', 'vmap' or 'auto' with differentiable=True")
+    elif torch.is_inference_mode_enabled():
+        raise ValueError(
+            "differentiable=True must be left out in inference mode, which keeps no gradients"
+        )
+
+
+def _check_outside_of_transforms() -> None:
+    if inside_transform():
+        raise TypeError(
+            "products carry no derivative, so that a transform of torch.func (grad, jvp, vmap) "
+            "around them would see a constant; pass differentiable=True, or call this outside of "
+            "the transform"
+        )
 
 
 class _Evaluator:
     """Evaluates a function by the first way that works, once, for all who share it."""
 
-    def __init__(
-        self, function: Function, mode: Mode, batching: Batching, refused: dict[WayName, str]
-    ) -> None:
-        self.function, self._refused = function, refused
+    def __init__(self, function: Function, mode: Mode, batching: Batching) -> None:
+        self.function = function
         self.notes: list[str] = []
+        self.samples_alone = False
         self.candidates = candidate_ways(mode, batching, function.x)
+        self._chooses = batching == "auto"
+        refused = function.abilities.refused
         left = [way for way in self.candidates if way not in refused]
-        if batching == "auto" and left:
+        if self._chooses and left:
             first = self.candidates.index(left[0])
             self.notes += [refused[way] for way in self.candidates[:first]]
             self.candidates = left
@@ -197,6 +282,10 @@ class _Evaluator:
         self._evaluation: tuple[Tensor, Any] | None = None
 
     def products(self, probes: Tensor) -> Tensor:
+        if not self.function.differentiable:
+            _check_outside_of_transforms()
+        if self._way is None and self._chooses and len(probes) == 1:
+            self._prefer_loop()
         while True:
             try:
                 return self._built().products(probes)
@@ -204,12 +293,26 @@ class _Evaluator:
                 self._give_way(error)
 
     def evaluation(self) -> tuple[Tensor, Any]:
+        if not self.function.differentiable:
+            _check_outside_of_transforms()
         while self._evaluation is None:
             try:
                 self._evaluation = self._built().evaluation()
             except (RuntimeError, ValueError) as error:
                 self._give_way(error)
         return self._evaluation
+
+    def check_samples_alone(self) -> None:
+        if not self.samples_alone:
+            with torch.no_grad():
+                check_samples_alone(self.products, self.function.x)
+            self.samples_alone = True
+
+    def _prefer_loop(self) -> None:
+        """Leave out batched backward passes, which are slower for a single probe."""
+        mode = self.candidates[0][0]
+        if mode == "vjp" and (mode, "loop") in self.candidates:
+            self.candidates = self.candidates[self.candidates.index((mode, "loop")) :]
 
     def _built(self) -> Way:
         if self._way is None:
@@ -220,11 +323,13 @@ class _Evaluator:
         """Strike the way that raised off the candidates, or raise if none is left."""
         mode, batching = self.candidates[0]
         graph_too_large = isinstance(error, torch.OutOfMemoryError) and self._way is None
+        if isinstance(error, ConstantGradientError):
+            raise error
         if graph_too_large or isinstance(error, NotDifferentiableError):
             # Every way of this mode would meet the same.
             left = [way for way in self.candidates if way[0] != mode]
             if not left:
-                raise error
+                raise self._with_notes(error) from error
             note = f"not mode='{mode}': {error}"
         else:
             left = self.candidates[1:]
@@ -232,18 +337,17 @@ class _Evaluator:
             if refused is None:
                 raise error
             if not left:
-                raise refused from error
+                raise self._with_notes(refused) from error
             note = str(refused)
-            self._refused[mode, batching] = note
+            self.function.abilities.refused[mode, batching] = note
         self.notes.append(note)
         self.candidates, self._way, self._evaluation = left, None, None
 
-
-def _memory(key: object) -> dict[WayName, str]:
-    try:
-        return _REFUSED.setdefault(key, {})
-    except TypeError:  # it cannot be hashed or weakly referenced, and so not be remembered
-        return {}
+    def _with_notes(self, error: Exception) -> Exception:
+        """Return an error that says of every way why it could not be taken."""
+        if not self.notes or not isinstance(error, NotDifferentiableError):
+            return error
+        return NotDifferentiableError("; ".join([str(error), *self.notes]))
 
 
 def as_jacobian(function: Jacobian | ScoreFunction, x: Tensor | None, ways: Ways) -> Jacobian:
@@ -251,7 +355,7 @@ def as_jacobian(function: Jacobian | ScoreFunction, x: Tensor | None, ways: Ways
 
     Raises:
         TypeError: If a function comes without x.
-        ValueError: If an operator comes with x, or with ways of evaluation.
+        ValueError: If an operator comes with x, or with ways of evaluation, or may be rectangular.
 
     Example:
         >>> J = Jacobian(torch.sin, torch.zeros(1, 2))
@@ -270,5 +374,9 @@ def as_jacobian(function: Jacobian | ScoreFunction, x: Tensor | None, ways: Ways
         raise ValueError(
             f"{given} must be left out with a hessdiag.Jacobian, which holds its point and the way "
             "it is evaluated: give them to the Jacobian"
+        )
+    if function.rectangular:
+        raise ValueError(
+            "the Jacobian must be square for this; one with rectangular=True has products alone"
         )
     return function

@@ -11,7 +11,6 @@ from torch import Tensor
 from hessdiag.estimate import warn_of_forward_mode
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.probes import UnitVectors
-from hessdiag.products import check_samples_alone
 from hessdiag.streaming import Chunks, chunk_of
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def exact(
     """Compute diag(J) of each sample by D products, one for each feature.
 
     Product number i, with the i-th unit vector in every sample, gives column i of J in forward
-    mode and row i in reverse mode, of which entry i is kept. One product more makes sure that no
+    mode and row i in reverse mode, of which entry i is kept. Two products more make sure that no
     sample sees another.
 
     Args:
@@ -114,7 +113,7 @@ def _rows(J: Jacobian, chunk_size: int | Literal["auto"]) -> Iterator[tuple[Tens
             device=x.device,
         )
 
-    check_samples_alone(J.products, x)
+    J.check_samples_alone()
     for first, _, taken in Chunks(draw, J.products, chunk, notes).run(num_features):
         features = torch.arange(first, first + len(taken), device=x.device)
         yield features, taken.reshape(len(taken), len(x), num_features)

@@ -21,7 +21,7 @@ works, and notes why one before it did not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -32,19 +32,30 @@ from torch.utils import _pytree as pytree
 from hessdiag.checks import check_output
 from hessdiag.compat import (
     NotDifferentiableError,
+    WrongUnderVmapError,
     forward_mode_operators,
     has_tangent,
+    inside_transform,
+    quiet_vmap,
+    refuse_wrong_derivatives,
     reusable_graphs,
 )
+from hessdiag.coupling import check_product_alone
+from hessdiag.inner_gradients import gradients_checked
+from hessdiag.remembered import Abilities
 
 Products = Callable[[Tensor], Tensor]
 Mode = Literal["auto", "vjp", "jvp"]
 Batching = Literal["auto", "loop", "vmap", "fold"]
+_MODES, _BATCHINGS = get_args(Mode), get_args(Batching)
 WayName = tuple[Literal["vjp", "jvp"], Literal["loop", "vmap", "fold"]]
 
-# Elements of x up to which batched backward passes are the faster ones on a CPU: measured on
-# U-Nets, twice as fast at 768, as fast at 6,144.
-_SMALL = 4096
+# Elements of x up to which batched backward passes are the faster ones on a CPU, for 16 probes:
+# measured on U-Nets, twice as fast at 768, as fast at 6,144; on MLPs and transformers faster up to
+# 16,384. With 2 probes they are the slower ones throughout.
+_SMALL_IMAGES = 4096
+_SMALL = 16384
+_FEWEST_BATCHED = 4
 
 
 def candidate_ways(mode: Mode, batching: Batching, x: Tensor) -> list[WayName]:
@@ -57,17 +68,15 @@ def candidate_ways(mode: Mode, batching: Batching, x: Tensor) -> list[WayName]:
         >>> candidate_ways("vjp", "auto", torch.zeros(2, 3))
         [('vjp', 'vmap'), ('vjp', 'loop')]
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
-    if batching not in get_args(Batching):
-        raise ValueError(
-            f"batching must be one of {', '.join(get_args(Batching))}, got {batching!r}"
-        )
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}")
+    if batching not in _BATCHINGS:
+        raise ValueError(f"batching must be one of {', '.join(_BATCHINGS)}, got {batching!r}")
     candidates: list[WayName] = []
     if mode != "jvp":
         if batching == "auto":
             # Large inputs keep the cores of a CPU busy one probe at a time.
-            if x.is_cuda or x.numel() <= _SMALL:
+            if x.is_cuda or x.numel() <= (_SMALL if x.dim() < 4 else _SMALL_IMAGES):
                 candidates += [("vjp", "vmap")]
             candidates += [("vjp", "loop")]
         else:
@@ -80,30 +89,62 @@ def candidate_ways(mode: Mode, batching: Batching, x: Tensor) -> list[WayName]:
     return candidates
 
 
+def fewest_batched(batching: Batching, x: Tensor) -> int:
+    """Return from how many probes on "vmap" batches them, rather than go one by one.
+
+    Example:
+        >>> fewest_batched("auto", torch.zeros(2, 3)), fewest_batched("vmap", torch.zeros(2, 3))
+        (4, 2)
+    """
+    return _FEWEST_BATCHED if batching == "auto" and not x.is_cuda else 2
+
+
 class Function(NamedTuple):
-    """A function and the point where it is differentiated.
+    """A function, the point where it is differentiated, and what is asked of its products.
 
     Attributes:
         score_fn: Maps (B, ...) to (B, ...), or to that and further tensors.
         x: The point.
+        abilities: What is known of the function.
         has_aux: Whether there are further tensors.
+        may_be_constant: Whether an output that does not depend on x has the Jacobian zero.
+        rectangular: Whether the output may be of another shape than x.
+        differentiable: Whether products carry gradients.
+        fewest_batched: Probes from which on a batched backward pass is worth it.
     """
 
     score_fn: Callable[[Tensor], Any]
     x: Tensor
+    abilities: Abilities
     has_aux: bool = False
+    may_be_constant: bool = False
+    rectangular: bool = False
+    differentiable: bool = False
+    fewest_batched: int = 2
 
-    def __call__(self, point: Tensor) -> tuple[Any, Any]:
+    def __call__(self, point: Tensor) -> tuple[Tensor, Any]:
         """Return the output and the further tensors, None where there are none."""
-        returned = self.score_fn(point)
-        if not self.has_aux:
-            return returned, None
-        if not isinstance(returned, tuple) or len(returned) != 2:
-            raise TypeError(
-                "score_fn must return (output, further tensors) with has_aux=True, got "
-                f"{type(returned).__name__}"
-            )
-        return returned
+        output, aux = self.score_fn(point), None
+        if self.has_aux:
+            if not isinstance(output, tuple) or len(output) != 2:
+                raise TypeError(
+                    "score_fn must return (output, further tensors) with has_aux=True, got "
+                    f"{type(output).__name__}"
+                )
+            output, aux = output
+        check_output(output, point, rectangular=self.rectangular)
+        return output, aux
+
+    def first(self, what: str) -> bool:
+        """Say whether ``what`` was not yet found right for functions and points like these."""
+        return self._like(what) not in self.abilities.checked
+
+    def found_right(self, what: str) -> None:
+        """Remember that ``what`` was found right."""
+        self.abilities.checked.add(self._like(what))
+
+    def _like(self, what: str) -> Hashable:
+        return what, self.x.shape[1:], self.x.dtype, self.x.device
 
 
 class Way(NamedTuple):
@@ -111,8 +152,9 @@ class Way(NamedTuple):
 
     Attributes:
         products: From probes (m, B, ...) to products of the same shape.
-        evaluation: Returns the output and the further tensors, detached: those of the evaluation
-            behind the products where there is one, else of a plain one.
+        evaluation: Returns the output and the further tensors, detached unless the products are
+            differentiable: those of the evaluation behind the products where there is one, else of
+            a plain one.
     """
 
     products: Products
@@ -120,9 +162,10 @@ class Way(NamedTuple):
 
 
 def _plain_evaluation(function: Function) -> tuple[Tensor, Any]:
+    if function.differentiable:
+        return function(function.x)
     with torch.no_grad():
         output, aux = function(function.x.detach().clone())
-    check_output(output, function.x)
     return output.detach(), _detached(aux)
 
 
@@ -130,68 +173,123 @@ def _detached(aux: Any) -> Any:
     return pytree.tree_map_only(Tensor, Tensor.detach, aux)
 
 
-def _reverse_graph(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Any]:
-    """Return x as a leaf, the output of the function with its graph to that leaf, and the rest."""
-    with torch.inference_mode(False), torch.enable_grad(), reusable_graphs():
-        # A clone: autograd refuses tensors made in inference mode, and score_fn may write into it.
-        leaf = x.detach().clone().requires_grad_()
-        output, aux = function(leaf.clone())
-    _check_graph(output, x)
-    return leaf, output, aux
+def _independent() -> NotDifferentiableError:
+    return NotDifferentiableError(
+        "the output of score_fn does not depend on x; is x detached inside score_fn?"
+    )
 
 
-def _check_graph(output: Tensor, x: Tensor) -> None:
-    check_output(output, x)
-    if not output.requires_grad:
+def _check_graph(function: Function, output: Tensor) -> None:
+    if not output.requires_grad and not function.may_be_constant:
         raise NotDifferentiableError(
             "the output of score_fn has no backward graph to x; is it computed under "
             "torch.no_grad() or detached?"
         )
 
 
-def _backward(output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
-    (product,) = torch.autograd.grad(output, leaf, probes, retain_graph=True, allow_unused=True)
-    if product is None:
-        raise NotDifferentiableError(
-            "the output of score_fn does not depend on x; is x detached inside score_fn?"
+def _reverse_graph(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Any]:
+    """Return a tensor equal to x, the output of the function with its graph to it, and the rest."""
+    with _recording(function), reusable_graphs():
+        if function.differentiable and x.requires_grad:
+            leaf = x.clone()
+        else:
+            # A clone: autograd refuses tensors made in inference mode.
+            leaf = x.detach().clone().requires_grad_()
+        point = leaf.clone()  # score_fn may write into it
+        with gradients_checked(leaf if leaf.is_leaf else None):
+            output, aux = function(point)
+    _check_graph(function, output)
+    refuse_wrong_derivatives(output, batched=False)
+    return leaf, output, aux
+
+
+@contextmanager
+def _recording(function: Function) -> Iterator[None]:
+    """Record graphs, whatever goes on outside; for differentiable products it decides."""
+    if function.differentiable:
+        with torch.enable_grad():
+            yield
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _backward(function: Function, output: Tensor, leaf: Tensor, probes: Tensor) -> Tensor:
+    product = None
+    if output.requires_grad:
+        (product,) = torch.autograd.grad(
+            output,
+            leaf,
+            probes,
+            retain_graph=True,
+            create_graph=function.differentiable and torch.is_grad_enabled(),
+            allow_unused=True,
         )
+    if product is None:
+        if not function.may_be_constant:
+            raise _independent()
+        return torch.zeros_like(leaf)
     return product
 
 
 def _reverse_loop(function: Function) -> Way:
+    if function.differentiable and inside_transform():
+        # What torch.func keeps of closed-over tensors is lost on torch.autograd.
+        return _reverse_func(function, batched=False)
     leaf, output, aux = _reverse_graph(function, function.x)
 
     def products(probes: Tensor) -> Tensor:
-        return torch.stack([_backward(output, leaf, probe) for probe in probes])
+        if len(probes) == 1:
+            return _without_overlap(_backward(function, output, leaf, probes[0]))[None]
+        return torch.stack([_backward(function, output, leaf, probe) for probe in probes])
 
+    if function.differentiable:
+        return Way(products, lambda: (output, aux))
     return Way(products, lambda: (output.detach(), _detached(aux)))
 
 
 def _reverse_vmap(function: Function) -> Way:
+    return _reverse_func(function, batched=True)
+
+
+def _reverse_func(function: Function, batched: bool) -> Way:
     x = function.x
 
     def checked(point: Tensor) -> tuple[Tensor, Any]:
         output, aux = function(point.clone())
-        _check_graph(output, x)
+        _check_graph(function, output)
+        refuse_wrong_derivatives(output, batched=batched)
         return output, aux
 
     # By torch.func rather than is_grads_batched, which is slower and has rules for less. The outer
     # no_grad leaves out the graph to parameters that require gradients.
-    with torch.inference_mode(False), torch.no_grad(), reusable_graphs():
+    with _recording(function), torch.set_grad_enabled(function.differentiable), reusable_graphs():
         # Contiguous, since vmap has no rules for other memory formats.
-        point = x.detach().clone(memory_format=torch.contiguous_format)
+        point = x if function.differentiable else x.detach()
+        point = point.clone(memory_format=torch.contiguous_format)
         evaluated: tuple[Any, ...]
-        if function.has_aux:
-            evaluated = torch.func.vjp(checked, point, has_aux=True)
-        else:
-            evaluated = (*torch.func.vjp(lambda p: checked(p)[0], point), None)
+        with gradients_checked():
+            if function.has_aux:
+                evaluated = torch.func.vjp(checked, point, has_aux=True)
+            else:
+                evaluated = (*torch.func.vjp(lambda p: checked(p)[0], point), None)
         output, pull_back, aux = evaluated
 
+    def plain(probe: Tensor) -> Tensor:
+        return _without_overlap(pull_back(probe)[0])
+
     def products(probes: Tensor) -> Tensor:
-        with torch.no_grad():
-            result: Tensor = torch.func.vmap(lambda probe: pull_back(probe)[0])(probes)
+        with torch.set_grad_enabled(function.differentiable and torch.is_grad_enabled()):
+            if len(probes) == 1:
+                return plain(probes[0])[None]
+            if not batched or len(probes) < function.fewest_batched:
+                return torch.stack([pull_back(probe)[0] for probe in probes])
+            result = _without_overlap(_vmap(lambda probe: pull_back(probe)[0], probes))
+            _check_once(function, "vjp vmap", plain, probes, result)
         return result
 
+    if function.differentiable:
+        return Way(products, lambda: (output, aux))
     return Way(products, lambda: (output.detach(), _detached(aux)))
 
 
@@ -199,13 +297,18 @@ def _reverse_fold(function: Function) -> Way:
     x = function.x
 
     def products(probes: Tensor) -> Tensor:
+        if len(probes) == 0:
+            return probes.new_empty(0, *x.shape)
         with _deterministic(x):
             leaf, output, _ = _reverse_graph(function, _folded(x, len(probes)))
-        if len(output) > 1:
-            alone = torch.zeros_like(output)
-            alone[0] = 1.0
-            _check_alone(_backward(output, leaf, alone)[1:])
-        return _backward(output, leaf, probes.flatten(0, 1)).reshape(probes.shape)
+
+        def folded(probes: Tensor) -> Tensor:
+            return _backward(function, output, leaf, probes[0])[None]
+
+        flat = probes.flatten(0, 1)
+        result = _without_overlap(folded(flat[None])[0])
+        check_product_alone(folded, flat, result)
+        return result.reshape(len(probes), *x.shape)
 
     return Way(products, lambda: _plain_evaluation(function))
 
@@ -214,21 +317,30 @@ def _forward_product(function: Function, x: Tensor) -> Products:
     """Return v -> J v for one probe, of the shape of x."""
 
     def checked(point: Tensor) -> Tensor:
-        output: Tensor = function(point)[0]
-        check_output(output, x)
+        output = function(point)[0]
         # torch.func.jvp would call a missing tangent zero.
-        if not has_tangent(output):
-            raise NotDifferentiableError(
-                "the output of score_fn does not depend on x; is x detached inside score_fn?"
-            )
+        if not function.may_be_constant and not has_tangent(output):
+            raise _independent()
         return output
 
     def product(probe: Tensor) -> Tensor:
         # Clones, since score_fn may write into its argument, and so into the tangent.
-        result: Tensor = torch.func.jvp(checked, (x.detach().clone(),), (probe.clone(),))[1]
+        point = x.clone() if function.differentiable else x.detach().clone()
+        result: Tensor = torch.func.jvp(checked, (point,), (probe.clone(),))[1]
         return result
 
     return product
+
+
+@contextmanager
+def _forward(function: Function) -> Iterator[None]:
+    """Prepare for forward mode, for one thread at a time.
+
+    Parameters that require gradients would record a backward graph for nothing.
+    """
+    recording = function.differentiable and torch.is_grad_enabled()
+    with forward_mode_operators(), torch.set_grad_enabled(recording):
+        yield
 
 
 def _forward_loop(function: Function) -> Way:
@@ -236,8 +348,7 @@ def _forward_loop(function: Function) -> Way:
     random_state = _RandomState(function.x)
 
     def products(probes: Tensor) -> Tensor:
-        # Parameters that require gradients would record a backward graph for nothing.
-        with forward_mode_operators(), torch.no_grad():
+        with _forward(function):
             results = []
             for probe in probes:
                 with random_state.same():
@@ -255,11 +366,18 @@ def _forward_vmap(function: Function) -> Way:
     product = _forward_product(function, function.x)
     random_state = _RandomState(function.x)
 
+    def plain(probe: Tensor) -> Tensor:
+        with random_state.same():
+            return _without_overlap(product(probe))
+
     def products(probes: Tensor) -> Tensor:
-        with forward_mode_operators(), torch.no_grad(), random_state.same():
+        with _forward(function):
             if len(probes) == 1:
-                return product(probes[0])[None]
-            return torch.func.vmap(product, randomness="same")(probes)
+                return plain(probes[0])[None]
+            with random_state.same():
+                result = _without_overlap(_vmap(product, probes, randomness="same"))
+            _check_once(function, "jvp vmap", plain, probes, result)
+            return result
 
     def evaluation() -> tuple[Tensor, Any]:
         with random_state.same():
@@ -273,15 +391,12 @@ def _forward_fold(function: Function) -> Way:
 
     def products(probes: Tensor) -> Tensor:
         product = _forward_product(function, _folded(x, len(probes)))
-        with forward_mode_operators(), torch.no_grad():
-            folded = probes.flatten(0, 1)
+        with _forward(function):
+            flat = probes.flatten(0, 1)
             with _deterministic(x):
-                result = product(folded)
-            if len(folded) > 1:
-                alone = torch.zeros_like(folded)
-                alone[0] = 1.0
-                _check_alone(product(alone)[1:])
-        return result.reshape(probes.shape)
+                result = _without_overlap(product(flat))
+            check_product_alone(lambda probes: product(probes[0])[None], flat, result)
+        return result.reshape(len(probes), len(x), *result.shape[1:])
 
     return Way(products, lambda: _plain_evaluation(function))
 
@@ -296,37 +411,53 @@ WAYS: dict[WayName, Callable[[Function], Way]] = {
 }
 
 
-def check_samples_alone(products: Products, x: Tensor) -> None:
-    """Raise if ``score_fn`` couples the samples of a batch, by one product more.
+def _without_overlap(product: Tensor) -> Tensor:
+    """Return a tensor whose elements each have a place of their own, where a sum expands one."""
+    overlap = any(
+        stride == 0 and size > 1
+        for size, stride in zip(product.shape, product.stride(), strict=True)
+    )
+    return product.contiguous() if overlap else product
 
-    Unit vectors in every sample at once give each sample its own row or column only as long as no
-    sample sees another.
+
+# What a batched product may differ by from a plain one, relative to its norm: rules of vmap that
+# are wrong are so by a part of the whole, and in lower precision inside score_fn (autocast, TF32)
+# rounding is a few percent.
+_MOST_ROUNDING = {torch.float64: 1e-4}
+_MOST_ROUNDING_ELSEWHERE = 0.05
+
+
+def _check_once(
+    function: Function, way: str, plain: Products, probes: Tensor, batched: Tensor
+) -> None:
+    """Compare a block of batched products with a plain one, once for functions like this.
+
+    The plain one is that of a sum of the probes with different weights. Inside of a transform of
+    torch.func nothing can be compared.
 
     Raises:
-        ValueError: If it does.
-
-    Example:
-        >>> x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-        >>> from hessdiag import Jacobian
-        >>> J = Jacobian(lambda x: x - x.mean(dim=0), x)
-        >>> check_samples_alone(J.products, x)    # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: score_fn must act on each sample alone, ...
+        WrongUnderVmapError: If they differ by more than rounding.
     """
-    if len(x) < 2 or x.numel() == 0:
+    if inside_transform() or not function.first(way):
         return
-    probe = torch.zeros_like(x)
-    probe[0] = 1.0
-    _check_alone(products(probe[None])[0, 1:])
+    with torch.no_grad():
+        weights = torch.arange(1, len(probes) + 1, dtype=probes.dtype, device=probes.device).cos()
+        expected = plain(torch.tensordot(weights, probes, dims=1))
+        got = torch.tensordot(weights, batched.detach(), dims=1)
+        most = _MOST_ROUNDING.get(probes.dtype, _MOST_ROUNDING_ELSEWHERE)
+        error, size = (got - expected).norm(), torch.maximum(got.norm(), expected.norm())
+        if bool(error > most * size):
+            raise WrongUnderVmapError(
+                "PyTorch's batched product differs from a plain one by "
+                f"{float(error / size):.2g} of its norm"
+            )
+    function.found_right(way)
 
 
-def _check_alone(rest: Tensor) -> None:
-    if bool((rest != 0).any()):
-        raise ValueError(
-            "score_fn must act on each sample alone, and it couples the samples of a batch; put "
-            "modules like BatchNorm in eval mode, or pass one sample at a time"
-        )
+def _vmap(function: Products, probes: Tensor, randomness: str = "error") -> Tensor:
+    with quiet_vmap():
+        result: Tensor = torch.func.vmap(function, randomness=randomness)(probes)
+    return result
 
 
 def _folded(x: Tensor, copies: int) -> Tensor:

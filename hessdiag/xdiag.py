@@ -10,6 +10,7 @@ from torch import Tensor
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels import rademacher
 from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.matrices import exact
 from hessdiag.products import Mode
 from hessdiag.streaming import Chunks, chunk_of
 
@@ -76,8 +77,10 @@ def xdiag(
             f"got {num_probes}"
         )
     check_counter("sample_offset", sample_offset, len(x))
-    k = num_probes // 2
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if num_features < 2:
+        return exact(J).to(dtype)  # one product; fewer directions than two probes would span
+    k = num_probes // 2
 
     def take(mode: Mode, probes: Tensor) -> Tensor:
         """Products of (B, D, k), a probe in every column."""
