@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -125,8 +126,8 @@ def estimate(
         sample_offset: Number of the first sample, for a batch that is part of a larger one.
         probe_offset: Number of the first probe, for an estimate that is continued; a multiple of
             the design's block.
-        ways: How ``score_fn`` is evaluated: ``mode``, ``batching``, ``compile``, ``autocast`` and
-            ``basis``, as :class:`hessdiag.Jacobian` has them.
+        ways: How ``score_fn`` is evaluated: ``mode``, ``batching``, ``compile``, ``autocast``,
+            ``basis`` and ``differentiable``, as :class:`hessdiag.Jacobian` has them.
 
     Raises:
         TypeError: If an argument or the output of ``score_fn`` is of the wrong type or dtype.
@@ -144,6 +145,7 @@ def estimate(
     streamed, notes = estimate_from_products(
         J.products,
         J.x,
+        check_alone=J.check_samples_alone,
         max_probes=max_probes,
         probes=probes,
         tolerance=tolerance_of(rtol, atol),
@@ -202,7 +204,7 @@ def hutchinson(
         ways: As in :func:`estimate`.
 
     Returns:
-        Shape and dtype of ``x``, without a gradient. The mean is kept in float32 or, for float64,
+        Shape and dtype of ``x``, without a gradient unless ``differentiable=True``. The mean is kept in float32 or, for float64,
         in float64.
 
     Raises:
@@ -274,6 +276,7 @@ def estimate_from_products(
     geometry: bool = True,
     contribution: Contribution | None = None,
     total: bool = False,
+    check_alone: Callable[[], None] | None = None,
 ) -> tuple[Streamed, list[str]]:
     """Run a design through products with any matrix; the arguments are those of :func:`estimate`.
 
@@ -290,6 +293,8 @@ def estimate_from_products(
         geometry: Whether neighbours along the axes of x are close, as "auto" supposes of images.
         contribution: What to average in place of v * (J v).
         total: Whether it is the sum of the diagonal that counts.
+        check_alone: Raises if samples are coupled, before unit vectors rely on it that they are
+            not.
 
     Returns:
         The moments, and what a reader of the result should know.
@@ -304,6 +309,8 @@ def estimate_from_products(
     )
     start = choose_start(products, request, probes, notes)
     for lane in start.lanes:
+        if lane.design.is_exact and check_alone is not None:
+            check_alone()
         _check_fit(lane.design, tuple(x.shape[1:]), max_probes, probe_offset)
     streamed = stream(
         products,

@@ -65,6 +65,17 @@ def lattice_colors(
     return color % num_colors
 
 
+def channels_first(sample_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of a sample with the axis of channels first: of two axes, the shorter.
+
+    Example:
+        >>> channels_first((64, 16)), channels_first((3, 32, 8))
+        ((16, 64), (3, 32, 8))
+    """
+    shape = tuple(sample_shape)
+    return shape[::-1] if len(shape) == 2 and shape[0] > shape[1] else shape
+
+
 def turned_lattice(num_colors: int, sample_shape: tuple[int, ...], words: list[int]) -> Tensor:
     """Return the colors of one of the lattices that are as good as :func:`lattice_colors`.
 
@@ -82,9 +93,8 @@ def turned_lattice(num_colors: int, sample_shape: tuple[int, ...], words: list[i
                  [2, 0, 2, 0]]])
     """
     shape = tuple(sample_shape)
-    turned = len(shape) == 2 and shape[0] > shape[1]
-    coefficients = list(_best_coefficients(num_colors, shape[::-1] if turned else shape))
-    if turned:
+    coefficients = list(_best_coefficients(num_colors, channels_first(shape)))
+    if channels_first(shape) != shape:
         coefficients.reverse()
     turn, first, *signs = words
     # Axes of positions that are as long as the last take each other's place.
@@ -96,6 +106,30 @@ def turned_lattice(num_colors: int, sample_shape: tuple[int, ...], words: list[i
         coefficient = coefficients[taken.get(axis, axis)] * (-1 if word % 2 else 1)
         color = color[..., None] + coefficient * torch.arange(size)
     return color % num_colors
+
+
+@lru_cache(maxsize=512)
+def lattice_cost(num_colors: int, sample_shape: tuple[int, ...]) -> tuple[float, int, float]:
+    """Return what the best lattice costs, and what a feature costs in another class.
+
+    Returns:
+        The cost above of all pairs of a class; the number k such that a feature of class c is
+        furthest from those of class (c + k) mod m; and the cost of its pairs with these.
+
+    Example:
+        >>> cost, k, moved = lattice_cost(12, (3, 16, 16))
+        >>> cost > lattice_cost(48, (3, 16, 16))[0], k, moved < 1
+        (True, 9, True)
+    """
+    shape = tuple(sample_shape)
+    offsets, weights = _weighted_offsets(num_colors, shape)
+    place = (offsets @ torch.tensor(_best_coefficients(num_colors, shape))) % num_colors
+    ordered = torch.zeros(num_colors, dtype=torch.int64)
+    ordered.index_add_(0, place, weights).index_add_(0, -place % num_colors, weights)
+    other = ordered.clone()
+    other[0] = int(ordered.max()) + 1
+    best = int((other == other.min()).nonzero()[0])
+    return int(ordered[0]) / 2**31, best, int(ordered[best]) / 2**30 / math.prod(shape)
 
 
 @lru_cache(maxsize=512)

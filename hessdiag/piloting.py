@@ -3,7 +3,7 @@
 A lattice (:mod:`hessdiag.lattices`) keeps close features apart at the price of others, at its own
 period, that always meet: four to twelve times the variance of Rademacher probes, where a Jacobian
 couples just those. Random cells (:mod:`hessdiag.cells`) are never worse and gain less. So the
-first probes, the pilots, each have a random half A of a class C of the lattice. They estimate the
+first probes, the pilots, each have a random part A of a class C of the lattice. They estimate the
 features of A like any other, and at the rest of C, where no entry of the diagonal disturbs, they
 show what the lattice would leave. From the products y the energies for a pair of features are
 
@@ -11,11 +11,11 @@ show what the lattice would leave. From the products y the energies for a pair o
     far     mean of y_i^2 / |A| over the i further from A than classes are from themselves,
     all     sum of y_i^2 / (|A| (D - 1)): of any pair, which is what random cells leave at most.
 
-Where n outputs hear, (n heard + 8 far) / (n + 8) stands for the lattice: what falls off with
+Where n outputs hear, (n heard + 12 far) / (n + 12) stands for the lattice: what falls off with
 distance speaks for it from the start, anything else has to be heard. Few large outputs say less
-than many alike, so n is the listeners' part of (sum of y^2)^2 / sum of y^4. Where that is clearly below
-"all" the lattice's classes follow, with the rest of C among them; else random cells of what A
-leaves. Every feature is in one probe, with signs of its own that no decision has seen, so the
+than many alike, so n is the listeners' part of (sum of y^2)^2 / sum of y^4. Where that, and "heard"
+itself, are clearly below "all" the lattice's classes follow, the rest of C as one more or moved to another one; else random
+cells of what A leaves. Every feature is in one probe, with signs of its own that no decision has seen, so the
 estimate stays unbiased. Which of the lattices of the same quality it is, turned and mirrored, is
 drawn.
 """
@@ -24,21 +24,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hessdiag.cells import cell_colors, random_words
-from hessdiag.lattices import turned_lattice
+from hessdiag.lattices import channels_first, lattice_cost, turned_lattice
 
 # Features that listen, beyond which no further pilot is taken.
-_ENOUGH_LISTENERS = 24
+_ENOUGH_LISTENERS = 16
 # Outputs that "far" counts for.
-_PRIOR = 8.0
+_PRIOR = 12.0
+# Outputs that "all" counts for against "far".
+_PRIOR_FAR = 4.0
+# Up to this part of the least cost a lattice with more pilots is preferred.
+_AS_GOOD = 1.25
+# Tenths of a class that a pilot has where the rest moves to another one.
+_PROBED = 6
 # What the pilots may add to the variance where J has no structure at all.
 _MOST_ADDED = 0.045
+# The part of all features that pilots beyond the first may have: theirs is a lattice's variance,
+# whatever they show.
+_MOST_PILOTED = 0.04
 # Below this part of all energy a lattice is clearly better.
-_CLEARLY = 0.85
+_CLEARLY = 0.8
 # Distances between more pairs than that are not worth their time; as many features listen then.
 _MOST_PAIRS = 2**24
 
@@ -72,29 +82,69 @@ def plan(sample_shape: tuple[int, ...], num_probes: int, seed: int, block: int) 
         seed: Seed of the design.
         block: Number of the block.
     """
-    num_pilots = _num_pilots(math.prod(sample_shape), num_probes)
-    if num_pilots == 0:
+    features = math.prod(sample_shape)
+    lattices = [
+        _lattice(sample_shape, num_probes, number) for number in _numbers_of_pilots(features, num_probes)
+    ]
+    if not lattices:
         return None
-    m = num_probes - num_pilots
+    # What networks couple at a distance is mostly at a power of two.
+    odd = [lattice for lattice in lattices if lattice.num_colors % 2 or lattice.moved is not None]
+    lattices = odd or lattices
+    good = _AS_GOOD * min(lattice.cost for lattice in lattices)
+    num_pilots, m, tenths, moved, _ = [lattice for lattice in lattices if lattice.cost <= good][-1]
     colors = turned_lattice(m, sample_shape, random_words(seed, 2, block, 16).tolist()).flatten()
+    # The largest classes have most to say.
+    classes = colors.bincount(minlength=m).argsort(descending=True, stable=True)[:num_pilots]
+    numbers = torch.ones(m, dtype=torch.int64)
+    if m == num_probes:
+        numbers[classes] = 0
+    numbers = numbers.cumsum(0) + num_pilots - 1
+    lattice = numbers[colors]
+    rest = num_probes - num_pilots
+    cells = num_pilots + cell_colors(rest, sample_shape, seed, block).flatten()
     keys = random_words(seed, 3, block, len(colors))
-    pilots = torch.full_like(colors, -1)
     listeners = torch.zeros(num_pilots, len(colors), dtype=torch.bool)
     far = torch.ones_like(listeners)
-    largest = colors.bincount(minlength=m).argsort(descending=True, stable=True)
-    for k in range(num_pilots):
-        members = (colors == largest[k]).nonzero()[:, 0]
+    for k, color in enumerate(classes.tolist()):
+        members = (colors == color).nonzero()[:, 0]
         members = members[keys[members].argsort(stable=True)]
-        half = -(-len(members) // 2)
-        pilots[members[:half]] = k
-        listeners[k, members[half:]] = True
-        far[k] = _far(sample_shape, members, half)
-    cells = cell_colors(m, sample_shape, seed, block).flatten()
-    lattice, cells = (
-        torch.where(pilots < 0, num_pilots + rest, pilots).reshape(sample_shape)
-        for rest in (colors, cells)
+        probed = -(-len(members) * tenths // 10)
+        lattice[members[:probed]] = cells[members[:probed]] = k
+        listeners[k, members[probed:]] = True
+        far[k] = _far(sample_shape, members, probed)
+        if moved is not None:
+            away = ((color + step) % m for step in (moved, -moved, *range(1, m)))
+            target = next(other for other in away if other not in classes)
+            lattice[members[probed:]] = numbers[target]
+    return Plan(
+        num_pilots, lattice.reshape(sample_shape), cells.reshape(sample_shape), listeners, far
     )
-    return Plan(num_pilots, lattice, cells, listeners, far)
+
+
+class _Lattice(NamedTuple):
+    """A lattice with its pilots: number of colors, tenths of a class a pilot has, where the rest is.
+
+    The rest is a probe of its own, with a color less for each pilot; or, where classes are large,
+    it moves to another class, that which is furthest away.
+    """
+
+    num_pilots: int
+    num_colors: int
+    tenths: int
+    moved: int | None
+    cost: float
+
+
+def _lattice(shape: tuple[int, ...], num_probes: int, num_pilots: int) -> _Lattice:
+    """Return the lattice that costs less with that many pilots."""
+    shape, rest = channels_first(shape), num_probes - num_pilots
+    own = lattice_cost(rest, shape)[0] * (1 - num_pilots / (2 * rest))
+    whole, moved, each = lattice_cost(num_probes, shape)
+    whole += each * num_pilots * math.prod(shape) / num_probes * (1 - _PROBED / 10)
+    if whole < own:
+        return _Lattice(num_pilots, num_probes, _PROBED, moved, whole)
+    return _Lattice(num_pilots, rest, 5, None, own)
 
 
 def lattice_is_better(plan: Plan, products: Tensor) -> Tensor:
@@ -117,7 +167,8 @@ def lattice_is_better(plan: Plan, products: Tensor) -> Tensor:
     outputs = energy * ~own[:, None]
     tiny = torch.finfo(energy.dtype).tiny
     alike = outputs.sum(dim=(0, 2)).square() / outputs.square().sum(dim=(0, 2)).clamp(min=tiny)
-    count = alike * listeners.sum() / (~own).sum()
+    count, count_far = (alike * where.sum() / (~own).sum() for where in (listeners, far))
+    beyond = torch.lerp(all_pairs, beyond, count_far / (count_far + _PRIOR_FAR))
     expected = torch.lerp(beyond, heard, count / (count + _PRIOR))
     return torch.maximum(expected, heard) < _CLEARLY * all_pairs
 
@@ -145,18 +196,18 @@ def _far(shape: tuple[int, ...], members: Tensor, half: int) -> Tensor:
     return far
 
 
-def _num_pilots(features: int, num_probes: int) -> int:
-    """Return how many pilots are enough, as far as they may cost."""
-    affordable = 0
+def _numbers_of_pilots(features: int, num_probes: int) -> list[int]:
+    """Return how many pilots there may be: what they may cost, and until enough features listen."""
+    numbers = list[int]()
     for number in range(1, num_probes // 2):
         m = num_probes - number
-        members = -(-features // m)
-        if members < 2 or _added(features, num_probes, number) > _MOST_ADDED:
+        too_many = numbers and number > 2 * _MOST_PILOTED * m
+        if too_many or features < 2 * m or _added(features, num_probes, number) > _MOST_ADDED:
             break
-        affordable = number
-        if number * (members // 2) >= _ENOUGH_LISTENERS:
+        numbers.append(number)
+        if (number - 1) * (features // m // 2) >= _ENOUGH_LISTENERS:
             break
-    return affordable
+    return numbers
 
 
 def _added(features: int, num_probes: int, number: int) -> float:

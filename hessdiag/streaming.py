@@ -16,6 +16,7 @@ from torch import Tensor
 from hessdiag.checks import check_positive_int
 from hessdiag.intervals import error_quantile, standard_error
 from hessdiag.kernels import Moments, probe_moments
+from hessdiag.kernels.probe_moments import probe_moments_from_probes
 from hessdiag.probes import ProbeDesign
 from hessdiag.products import Products
 
@@ -106,7 +107,11 @@ class Chunks:
 
 
 class SignMoments:
-    """Moments of v * (J v) for Rademacher probes, which the kernel makes again from the seed."""
+    """Moments of v * (J v) for Rademacher probes.
+
+    The kernel makes the signs again from the seed, rather than read them. A CPU reads them, and so
+    do products that carry a gradient, for which the kernel has no rule.
+    """
 
     def __init__(self, seed: Tensor, probe_offset: int, sample_offset: int) -> None:
         self._seed, self._probe_offset, self._sample_offset = seed, probe_offset, sample_offset
@@ -114,6 +119,9 @@ class SignMoments:
 
     def add(self, first: int, probes: Tensor, products: Tensor) -> None:
         """Take in the products of the probes from number ``first`` on."""
+        if not products.is_cuda or products.requires_grad:
+            self._state = probe_moments_from_probes(products, probes, state=self._state)
+            return
         self._state = probe_moments(
             products,
             self._seed,
@@ -248,7 +256,6 @@ def stream(
     probe_offset: int = 0,
     sample_offset: int = 0,
     begun: tuple[Tensor, Tensor] | None = None,
-    differentiable: bool = False,
 ) -> Streamed:
     """Return the moments over as many whole blocks of each lane's design as ``max_probes`` holds.
 
@@ -265,14 +272,13 @@ def stream(
         probe_offset: Number of the first probe, a multiple of every block.
         sample_offset: Number of the first sample.
         begun: The first probes of every lane and their products, where these were taken before.
-        differentiable: Whether the moments have to carry the gradient of the products.
     """
     shape = tuple(x.shape[1:])
     sizes = [lane.design.block_size(shape) for lane in lanes]
     totals = [max_probes // size * size for size in sizes]
     moments = [
         SignMoments(seed, probe_offset, sample_offset)
-        if lane.design.is_signs and contribution is None and not differentiable
+        if lane.design.is_signs and contribution is None
         else BlockMoments(size, lane.design.weight(shape), contribution or torch.mul)
         for lane, size in zip(lanes, sizes, strict=True)
     ]
@@ -327,7 +333,8 @@ def _standardised(
     moments: Moments, num_probes: int, exact: bool, tolerance: Tolerance | None
 ) -> Streamed:
     count, mean, deviations = moments
-    stderr = torch.zeros_like(mean) if exact else standard_error(count, deviations)
+    # The square root of zero has no derivative, and none is wanted.
+    stderr = torch.zeros_like(mean) if exact else standard_error(count, deviations.detach())
     numbers = torch.ones(len(mean), dtype=torch.int64, device=mean.device)
     if tolerance is None or exact:
         converged = (numbers > 0) & exact

@@ -105,6 +105,7 @@ def trace(
     streamed, notes = estimate_from_products(
         J.products,
         J.x,
+        check_alone=J.check_samples_alone,
         max_probes=max_probes,
         probes=probes,
         tolerance=tolerance_of(rtol, atol),
