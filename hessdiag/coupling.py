@@ -91,7 +91,8 @@ def _seem_coupled(plain: Tensor, scaled: Tensor, factors: Tensor) -> Tensor:
     """Say whether factors do not come out of the products, but for rounding."""
     expected = factors * plain
     error, size = _largest(scaled - expected), _largest(expected)
-    return (error > torch.finfo(plain.dtype).eps ** 0.75 * size).any()
+    rounding = float(torch.finfo(plain.dtype).eps ** 0.75)
+    return (error > rounding * size).any()
 
 
 def _largest(values: Tensor) -> Tensor:
