@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.checks import check_positive_int
+from hessdiag.intervals import standard_error
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels import rademacher
 from hessdiag.kernels.philox import check_counter, seed_tensor
@@ -151,8 +152,7 @@ def block_diagonal(
     for moment in moments:
         count, mean, deviations = moment.moments()
         means.append(mean)
-        error = (deviations / (count * max(1, count - 1))).sqrt()
-        errors.append(error if exact or count > 1 else torch.full_like(error, torch.inf))
+        errors.append(torch.zeros_like(mean) if exact else standard_error(count, deviations))
     blocks, stderr = (
         _gathered(torch.stack(values, dim=-1), labels, ranks, num_blocks, J.mode)
         for values in (means, errors)

@@ -1,25 +1,27 @@
 """Which design a name stands for, and how many colors a coloring has.
 
-That number follows the measured decay of the Jacobian. A coloring leaves the energy E = sum of
-J_ij^2 over the other features j of the color of i. A few rows of J (columns in forward mode), at
-features spread over the sample, show E for any number of colors, and with it the variance that N
-blocks of them would have: E / N. The choice is made for each sample alone, so that it does not
-depend on the batch it comes in.
+A coloring leaves the energy E = sum of J_ij^2 over the other features j of the color of i. Without
+a tolerance "auto" measures it on the way (:mod:`hessdiag.piloting`). With one, or for "coloring",
+a few rows of J (columns in forward mode), at features drawn over the sample, show E for any number
+of colors, and with it the variance that N blocks of them would have: E / N. The choice is made for
+each sample alone, so that it does not depend on the batch it comes in.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hessdiag.cells import cell_colors, random_words
+from hessdiag.piloting import lattice_is_better, plan
 from hessdiag.probes import (
     BalancedColoring,
     Coloring,
     Normal,
+    Partition,
     ProbeDesign,
     Rademacher,
     UnitVectors,
@@ -33,27 +35,63 @@ ProbeName = Literal["rademacher", "normal", "orthogonal", "coloring", "auto"]
 NUM_PILOTS = 2
 _MOST_FOR_PILOTS = 0.05
 _CLEARLY_BETTER = 2.0
-_GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
+_WORTH_IT = 7 / 8
 
 
-def choose_lanes(
-    products: Products,
-    x: Tensor,
-    probes: ProbeName | ProbeDesign,
-    max_probes: int,
-    tolerance: Tolerance | None,
-    geometry: bool,
-    notes: list[str],
-) -> tuple[list[Lane], int]:
-    """Return the designs of the samples, and how many products were spent on choosing them.
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Products that were taken before the choice.
+
+    Attributes:
+        lanes: The designs of the samples.
+        num_spent: Products that served the choice alone.
+        begun: The first probes of every lane, (m, B, ...), and their products, if taken already.
+    """
+
+    lanes: list[Lane]
+    num_spent: int = 0
+    begun: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is to be estimated, as far as the choice of a design needs it.
+
+    Attributes:
+        x: Where the Jacobian is taken.
+        max_probes: Most products for a sample, those that serve the choice included.
+        tolerance: When the estimate will stop.
+        geometry: Whether neighbours along the axes of x are close.
+        total: Whether it is the sum of the diagonal that counts.
+        seed: Seed of the probes, on the device of x.
+        sample_offset: Number of the first sample.
+        probe_offset: Number of the first probe.
+    """
+
+    x: Tensor
+    max_probes: int
+    tolerance: Tolerance | None
+    geometry: bool
+    total: bool
+    seed: Tensor
+    sample_offset: int
+    probe_offset: int
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """The shape of a sample."""
+        return tuple(self.x.shape[1:])
+
+
+def choose_start(
+    products: Products, request: Request, probes: ProbeName | ProbeDesign, notes: list[str]
+) -> Start:
+    """Return the designs of the samples, and the products that choosing them took.
 
     Args:
         products: Products with J or its transpose.
-        x: Where the Jacobian is taken.
+        request: What is to be estimated.
         probes: A design, which stands for itself, or a name of :func:`hessdiag.estimate`.
-        max_probes: Most products for a sample, those spent here included.
-        tolerance: When the estimate will stop.
-        geometry: Whether neighbours along the axes of x are close.
         notes: Takes what was chosen and why.
 
     Raises:
@@ -66,42 +104,94 @@ def choose_lanes(
                 "probes must be a name or a design, an object of a class that derives from "
                 f"hessdiag.ProbeDesign, got {type(probes).__name__}"
             )
-        return [Lane(probes)], 0
+        return Start([Lane(probes)])
     if probes not in get_args(ProbeName):
         raise ValueError(f"probes must be one of {', '.join(get_args(ProbeName))}, got {probes!r}")
-    if probes == "rademacher":
-        return [Lane(Rademacher())], 0
-    if probes == "normal":
-        return [Lane(Normal())], 0
-    if probes == "orthogonal":
-        return _balanced_lane(x, max_probes, notes), 0
+    x = request.x
     if probes == "coloring" and x.dim() < 3:
         raise ValueError(
             "probes='coloring' needs x of shape (B, channels, ...) with a spatial axis, got "
             f"{tuple(x.shape)}; use 'orthogonal' for features without geometry"
         )
-    features = max(1, x[:1].numel())
-    if probes == "auto" and tolerance is None:
-        if max_probes >= features:
-            notes.append(f"exact, by the {features} unit vectors")
-            return [Lane(UnitVectors())], 0
-        if not _is_image(x, geometry):
-            gain = 8 * (max_probes // 2) > features
-            return (_balanced_lane(x, max_probes, notes) if gain else [Lane(Rademacher())]), 0
+    if probes == "normal":
+        return Start([Lane(Normal())])
+    if probes == "rademacher" or x.numel() == 0:
+        return Start([Lane(Rademacher())])
+    if probes == "orthogonal":
+        return Start(_balanced_lane(x, request.max_probes, notes))
+    if probes == "auto" and request.tolerance is None:
+        return _least_variance(products, request, notes)
+    return _by_rows(products, request, probes, notes)
+
+
+def _least_variance(products: Products, request: Request, notes: list[str]) -> Start:
+    """Return what "auto" is without a tolerance."""
+    x, max_probes, shape = request.x, request.max_probes, request.sample_shape
+    features = x[:1].numel()
+    if max_probes >= features:
+        notes.append(f"exact, by the {features} unit vectors")
+        return Start([Lane(UnitVectors())])
+    if len(shape) < 2 or not request.geometry or max_probes == 1:
+        return Start(_without_geometry(x, max_probes, notes))
+    seed, block = int(request.seed), request.probe_offset // max_probes
+    sets = plan(shape, max_probes, seed, block)
+    if sets is None:
+        notes.append(f"random cells of {max_probes} colors")
+        colors = cell_colors(max_probes, shape, seed, block)
+        return Start([Lane(Partition(max_probes, colors.to(x.device)))])
+    lattice = Partition(max_probes, sets.lattice.to(x.device))
+    cells = Partition(max_probes, sets.cells.to(x.device))
+    pilots = lattice.draw(
+        (sets.num_pilots, *x.shape),
+        request.seed,
+        probe_offset=request.probe_offset,
+        sample_offset=request.sample_offset,
+        dtype=x.dtype,
+        device=x.device,
+    )
+    taken = products(pilots)
+    better = lattice_is_better(sets, taken)
+    count = int(better.sum())
+    notes.append(
+        f"samples by what {sets.num_pilots} of the products show: a lattice of "
+        f"{max_probes - sets.num_pilots} colors for {count}, random cells for {len(x) - count}"
+    )
+    lanes = [Lane(lattice, better), Lane(cells, ~better)]
+    if count in (0, len(x)):
+        lanes = [Lane(lattice if count else cells)]
+    return Start(lanes, 0, (pilots, taken))
+
+
+def _without_geometry(x: Tensor, max_probes: int, notes: list[str]) -> list[Lane]:
+    """Return two balanced colorings where that gains more than an eighth, else Rademacher."""
+    features, colors = x[:1].numel(), max_probes // 2
+    if colors and (features / colors - 1) / (features - 1) / 2 < _WORTH_IT / max_probes:
+        return _balanced_lane(x, max_probes, notes)
+    return [Lane(Rademacher())]
+
+
+def _by_rows(
+    products: Products, request: Request, probes: ProbeName, notes: list[str]
+) -> Start:
+    """Return what a few rows of J speak for: for "coloring", or where there is a tolerance."""
+    x, tolerance = request.x, request.tolerance
+    features = x[:1].numel()
+    rest = request.max_probes - NUM_PILOTS
+    geometry = request.geometry and x.dim() >= 3
+    affordable = NUM_PILOTS <= _MOST_FOR_PILOTS * request.max_probes
     designs: list[ProbeDesign] = []
-    if probes == "coloring" or _is_image(x, geometry):
-        designs = [*_colorings(max_probes, features, tolerance)]
-    rest = max_probes - NUM_PILOTS
-    others: list[ProbeDesign] = []
     if probes == "auto":
-        others = [Rademacher(), *([UnitVectors()] if features <= rest else [])]
-    affordable = NUM_PILOTS <= _MOST_FOR_PILOTS * max_probes
-    if not affordable or len(designs + others) == 1 or len(x) == 0:
-        design = [*designs, *others][0]
-        notes.append(str(design))
-        return [Lane(design)], 0
-    designs = [*(_colorings(rest, features, tolerance) if designs else []), *others]
-    return _measured_lanes(products, x, designs, rest, tolerance, notes), NUM_PILOTS
+        if not affordable:
+            return Start([Lane(Rademacher())])
+        designs = [Rademacher(), *([UnitVectors()] if features <= rest else [])]
+    if probes == "coloring" or geometry:
+        number = rest if affordable else request.max_probes
+        designs = [*_colorings(number, features, tolerance), *designs]
+    if not affordable or len(designs) == 1:
+        notes.append(str(designs[0]))
+        return Start([Lane(designs[0])])
+    lanes = _measured_lanes(products, request, designs, rest, notes)
+    return Start(lanes, NUM_PILOTS)
 
 
 def _balanced_lane(x: Tensor, max_probes: int, notes: list[str]) -> list[Lane]:
@@ -120,22 +210,23 @@ def _colorings(max_probes: int, features: int, tolerance: Tolerance | None) -> l
 
 def _measured_lanes(
     products: Products,
-    x: Tensor,
+    request: Request,
     designs: list[ProbeDesign],
     max_probes: int,
-    tolerance: Tolerance | None,
     notes: list[str],
 ) -> list[Lane]:
-    shape = tuple(x.shape[1:])
-    chosen = choose(measure_decay(products, x, designs), designs, shape, max_probes, tolerance)
+    x = request.x
+    # Blocks of estimates that are continued take the same rows, and so the same design.
+    words = random_words(int(request.seed), 4, 0, NUM_PILOTS).tolist()
+    picked = [word % x[0].numel() for word in words]
+    decay = measure_decay(products, x, designs, picked)
+    chosen = choose(decay, designs, request, max_probes)
     numbers = sorted(set(chosen.tolist()))
     counts = [f"{designs[k]} for {int((chosen == k).sum())}" for k in numbers]
     notes.append(f"samples by the decay that {NUM_PILOTS} products show: {', '.join(counts)}")
+    if len(numbers) == 1:
+        return [Lane(designs[numbers[0]])]
     return [Lane(designs[k], chosen == k) for k in numbers]
-
-
-def _is_image(x: Tensor, geometry: bool) -> bool:
-    return geometry and x.dim() >= 4
 
 
 @dataclass(frozen=True)
@@ -145,26 +236,29 @@ class Decay:
     Attributes:
         energy: For each design the mean over the rows of its E, shape (B, number of designs).
         diagonal: The mean square of the diagonal entries of the rows, shape (B,).
+        trace: The square of their mean, times that of the number of features, shape (B,).
     """
 
     energy: Tensor
     diagonal: Tensor
+    trace: Tensor
 
 
-def measure_decay(products: Products, x: Tensor, designs: list[ProbeDesign]) -> Decay:
-    """Measure the decay with :data:`NUM_PILOTS` unit vectors.
+def measure_decay(
+    products: Products, x: Tensor, designs: list[ProbeDesign], picked: list[int]
+) -> Decay:
+    """Measure the decay with unit vectors.
 
     Args:
         products: Products with J or its transpose.
-        x: Where the Jacobian is taken, shape (B, C, ...).
+        x: Where the Jacobian is taken, shape (B, ...).
         designs: Those to choose from.
+        picked: The features of the unit vectors, flat.
     """
-    num_features = x[0].numel()
-    # Spread by the golden ratio, over positions and channels alike.
-    picked = [int(num_features * ((k + 0.5) * _GOLDEN % 1.0)) for k in range(NUM_PILOTS)]
-    units = torch.zeros(NUM_PILOTS, num_features, dtype=x.dtype, device=x.device)
-    units[torch.arange(NUM_PILOTS), picked] = 1.0
-    units = units[:, None].repeat(1, len(x), 1).reshape(NUM_PILOTS, *x.shape)
+    num_features, count = x[0].numel(), len(picked)
+    units = torch.zeros(count, num_features, dtype=x.dtype, device=x.device)
+    units[torch.arange(count), picked] = 1.0
+    units = units[:, None].repeat(1, len(x), 1).reshape(count, *x.shape)
     rows = products(units).flatten(2).to(torch.promote_types(x.dtype, torch.float32))
     own = torch.stack([row[:, i] for row, i in zip(rows, picked, strict=True)])
     energies = []
@@ -176,25 +270,24 @@ def measure_decay(products: Products, x: Tensor, designs: list[ProbeDesign]) -> 
             disturbing = design.disturbing(tuple(x.shape[1:]), i)
             if disturbing is not None:
                 squares = squares * disturbing.flatten().to(x.device)
-            energy += squares.sum(dim=1) / NUM_PILOTS
+            energy += squares.sum(dim=1) / count
         energies.append(energy)
-    return Decay(torch.stack(energies, dim=1), own.square().mean(dim=0))
+    trace = (num_features * own.mean(dim=0)).square()
+    return Decay(torch.stack(energies, dim=1), own.square().mean(dim=0), trace)
 
 
 def choose(
-    decay: Decay,
-    designs: list[ProbeDesign],
-    sample_shape: tuple[int, ...],
-    max_probes: int,
-    tolerance: Tolerance | None,
+    decay: Decay, designs: list[ProbeDesign], request: Request, max_probes: int
 ) -> Tensor:
     """Return for each sample the number of the best design, shape (B,).
 
     Without a tolerance that is the first, unless another has less than half of its variance after
     ``max_probes``; with one, that which reaches it with fewest probes, and two blocks at least.
     """
+    tolerance = request.tolerance
     sizes = torch.tensor(
-        [design.block_size(sample_shape) for design in designs], device=decay.energy.device
+        [design.block_size(request.sample_shape) for design in designs],
+        device=decay.energy.device,
     )
     blocks = max_probes // sizes
     variance = decay.energy / blocks
@@ -202,10 +295,13 @@ def choose(
         # Two rows are a rough measure: the first design stands until another is clearly better.
         variance[:, 0] /= _CLEARLY_BETTER
         return variance.argmin(dim=1)
-    target = (tolerance.atol + tolerance.rtol * decay.diagonal.sqrt()).square()
+    # Of a sum, the variances of its terms add up, twice where J is symmetric.
+    energy = decay.energy * (2 * request.x[0].numel() if request.total else 1)
+    square = decay.trace if request.total else decay.diagonal
+    target = (tolerance.atol + tolerance.rtol * square.sqrt()).square()
     # A standard error needs two blocks, but for the exact diagonal.
     least = torch.tensor([1 if design.is_exact else 2 for design in designs]).to(sizes)
-    needed = torch.maximum(torch.ceil(decay.energy / target[:, None]), least)
+    needed = torch.maximum(torch.ceil(energy / target[:, None]), least)
     cost = torch.where(needed <= blocks, needed * sizes, torch.inf)
     reachable = torch.isfinite(cost).any(dim=1)
     variance = torch.where(blocks >= least, variance, torch.inf)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from hessdiag.checks import check_positive_int
-from hessdiag.choosing import ProbeName, choose_lanes
+from hessdiag.choosing import ProbeName, Request, choose_start
+from hessdiag.intervals import half_width
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels.philox import check_counter, seed_tensor
 from hessdiag.probes import ProbeDesign
@@ -26,11 +27,14 @@ class DiagonalEstimate:
 
     Attributes:
         diagonal: Shape (B, ...), in float32, or float64 for float64 inputs.
-        stderr: Standard error of each entry, infinite where it rests on one block of probes. With
-            ``num_blocks`` = n the interval of t quantiles with n - 1 degrees of freedom covers.
+        stderr: Standard error of each entry, infinite where it rests on one block of probes. From
+            five blocks or fewer it may be more than what the entry's own blocks show, see
+            :func:`hessdiag.intervals.standard_error`.
         num_probes: Products taken for each sample, those that measured the decay included; int64
             of shape (B,).
         num_blocks: Independent blocks of probes behind each sample; int64 of shape (B,).
+        converged: Whether each sample reached the tolerance, bool of shape (B,); None where there
+            was none.
         mode: "vjp" or "jvp".
         batching: "loop", "vmap" or "fold".
         note: Which probes were chosen, why a preferred way was not taken, and the like; or "".
@@ -40,9 +44,30 @@ class DiagonalEstimate:
     stderr: Tensor
     num_probes: Tensor
     num_blocks: Tensor
+    converged: Tensor | None
     mode: str
     batching: str
     note: str
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of the intervals that cover each entry with probability ``level``.
+
+        Student's quantile with num_blocks - 1 degrees of freedom times the standard error, to
+        either side. Infinite from one block.
+
+        Raises:
+            ValueError: If ``level`` is not between 0 and 1.
+
+        Example:
+            >>> import torch, hessdiag
+            >>> A = torch.tensor([[1.0, 0.1], [0.1, 2.0]])
+            >>> result = hessdiag.estimate(lambda x: x @ A, torch.zeros(1, 2), max_probes=64)
+            >>> low, high = result.interval(0.99)
+            >>> bool(((low < A.diagonal()) & (A.diagonal() < high)).all())
+            True
+        """
+        half = half_width(self.stderr, self.num_blocks, level)
+        return self.diagonal - half, self.diagonal + half
 
 
 def estimate(
@@ -83,14 +108,17 @@ def estimate(
               that these have less than half of the variance, or reach the tolerance sooner. Not
               measured where 2 are more than 5% of ``max_probes``.
             - "orthogonal": two random balanced colorings of as many colors as fit.
-            - "auto": the exact diagonal if ``max_probes`` reaches D; else for images
-              (C, H, W, ...) as "coloring", with "rademacher" among what is measured;
-              else "orthogonal" if that gains more than an eighth; else "rademacher". For the
-              least variance it takes one block, which leaves no standard error, unless there is
-              a tolerance to reach.
-        rtol: Stop a sample's probes once the root mean square of its standard errors is at most
-            atol + rtol * (root mean square of its diagonal). Looked at every 16 probes, or every
-            block of more. Passes go on for the whole batch until its last sample has stopped.
+            - "auto": the exact diagonal if ``max_probes`` reaches D; else for samples of two axes
+              or more (sequences, tokens, images, video) one block that is a lattice of colors
+              where its first products speak for that, else random cells; see
+              :mod:`hessdiag.piloting`. For features without geometry "orthogonal" if that gains
+              more than an eighth, else "rademacher". It is no worse than "rademacher" in
+              expectation, whatever J is. One block leaves no standard error: with a tolerance it
+              is "coloring", the exact diagonal or "rademacher", by what 2 products show.
+        rtol: Stop a sample's probes once, with 95% confidence, the root mean square of its errors
+            is at most atol + rtol * (root mean square of its diagonal); see
+            :class:`hessdiag.streaming.Tolerance`. Looked at every 16 probes, or every block of
+            more. Passes go on for the whole batch until its last sample has stopped.
         atol: The absolute part of that tolerance.
         chunk_size: Probes held in memory at a time; halved when a GPU runs out of memory.
         seed: An integer in [0, 2**64), or an int64 tensor with one element.
@@ -130,6 +158,7 @@ def estimate(
         stderr=streamed.stderr,
         num_probes=streamed.num_probes,
         num_blocks=streamed.num_blocks,
+        converged=None if rtol is None and atol is None else streamed.converged,
         mode=J.mode,
         batching=J.batching,
         note="; ".join(J.notes + notes),
@@ -244,6 +273,7 @@ def estimate_from_products(
     probe_offset: int = 0,
     geometry: bool = True,
     contribution: Contribution | None = None,
+    total: bool = False,
 ) -> tuple[Streamed, list[str]]:
     """Run a design through products with any matrix; the arguments are those of :func:`estimate`.
 
@@ -259,6 +289,7 @@ def estimate_from_products(
         probe_offset: Number of the first probe.
         geometry: Whether neighbours along the axes of x are close, as "auto" supposes of images.
         contribution: What to average in place of v * (J v).
+        total: Whether it is the sum of the diagonal that counts.
 
     Returns:
         The moments, and what a reader of the result should know.
@@ -268,14 +299,17 @@ def estimate_from_products(
     check_counter("sample_offset", sample_offset, len(x))
     chunk, seed = chunk_of(chunk_size, x), seed_tensor(seed, x.device)
     notes: list[str] = []
-    lanes, num_pilots = choose_lanes(products, x, probes, max_probes, tolerance, geometry, notes)
-    for lane in lanes:
+    request = Request(
+        x, max_probes, tolerance, geometry, total, seed, sample_offset, probe_offset
+    )
+    start = choose_start(products, request, probes, notes)
+    for lane in start.lanes:
         _check_fit(lane.design, tuple(x.shape[1:]), max_probes, probe_offset)
     streamed = stream(
         products,
         x,
-        lanes,
-        max_probes - num_pilots,
+        start.lanes,
+        max_probes - start.num_spent,
         seed=seed,
         chunk=chunk,
         notes=notes,
@@ -283,8 +317,9 @@ def estimate_from_products(
         contribution=contribution,
         probe_offset=probe_offset,
         sample_offset=sample_offset,
+        begun=start.begun,
     )
-    return replace(streamed, num_probes=streamed.num_probes + num_pilots), notes
+    return replace(streamed, num_probes=streamed.num_probes + start.num_spent), notes
 
 
 def _check_fit(

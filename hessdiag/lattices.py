@@ -65,6 +65,39 @@ def lattice_colors(
     return color % num_colors
 
 
+def turned_lattice(num_colors: int, sample_shape: tuple[int, ...], words: list[int]) -> Tensor:
+    """Return the colors of one of the lattices that are as good as :func:`lattice_colors`.
+
+    Mirrored along any axis, with axes of one length exchanged, and begun with any color.
+
+    Args:
+        num_colors: The number m of colors.
+        sample_shape: Shape of a sample; of three axes or more the first is that of channels, of
+            two the shorter.
+        words: Random numbers, one for each axis and two more.
+
+    Example:
+        >>> turned_lattice(4, (1, 2, 4), [0, 0, 0, 0, 1])
+        tensor([[[1, 3, 1, 3],
+                 [2, 0, 2, 0]]])
+    """
+    shape = tuple(sample_shape)
+    turned = len(shape) == 2 and shape[0] > shape[1]
+    coefficients = list(_best_coefficients(num_colors, shape[::-1] if turned else shape))
+    if turned:
+        coefficients.reverse()
+    turn, first, *signs = words
+    # Axes of positions that are as long as the last take each other's place.
+    alike = [axis for axis in range(1, len(shape)) if shape[axis] == shape[-1]]
+    moved = alike[turn % len(alike) :] + alike[: turn % len(alike)]
+    taken = dict(zip(alike, moved, strict=True))
+    color = torch.tensor(first % num_colors)
+    for axis, (size, word) in enumerate(zip(shape, signs, strict=False)):
+        coefficient = coefficients[taken.get(axis, axis)] * (-1 if word % 2 else 1)
+        color = color[..., None] + coefficient * torch.arange(size)
+    return color % num_colors
+
+
 @lru_cache(maxsize=512)
 def _best_coefficients(m: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the coefficients of channel and positions, that of the first position being 1.

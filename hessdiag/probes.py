@@ -325,6 +325,48 @@ class BalancedColoring(ProbeDesign):
         return z[block] * mask.to(dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Partition(ProbeDesign):
+    """Signs on any sets that the features are taken apart into, a probe for each.
+
+    Attributes:
+        num_sets: The number of sets, and probes of a block.
+        sets: The set of every feature, int64 of the shape of a sample.
+    """
+
+    num_sets: int
+    sets: Tensor
+
+    def disturbing(self, sample_shape: tuple[int, ...], feature: int) -> Tensor:
+        """Return the features of the same set."""
+        return self.sets == self.sets.flatten()[feature]
+
+    def block_size(self, sample_shape: tuple[int, ...]) -> int:
+        """Return the number of sets."""
+        return self.num_sets
+
+    def weight(self, sample_shape: tuple[int, ...]) -> float:
+        """Return 1."""
+        return 1.0
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        seed: Tensor,
+        *,
+        probe_offset: int,
+        sample_offset: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Return z on the features of one set, zero elsewhere, with z drawn once a block."""
+        block, place, z = _block_signs(
+            self, shape, seed, probe_offset, sample_offset, dtype, device
+        )
+        mask = self.sets.to(device) == place.reshape(-1, *[1] * self.sets.dim())
+        return z[block] * mask.to(dtype)[:, None]
+
+
 @dataclass(frozen=True)
 class UnitVectors(ProbeDesign):
     """The D unit vectors: one block is the exact diagonal."""

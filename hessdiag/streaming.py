@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from hessdiag.checks import check_positive_int
+from hessdiag.intervals import error_quantile, standard_error
 from hessdiag.kernels import Moments, probe_moments
 from hessdiag.probes import ProbeDesign
 from hessdiag.products import Products
@@ -74,17 +76,19 @@ class Chunks:
     size: int
     notes: list[str]
 
-    def run(self, total: int, stops: Sequence[int] = ()) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def run(
+        self, total: int, stops: Sequence[int] = (), first: int = 0
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the number of the first probe, the probes and the products of each chunk.
 
         Args:
             total: Number of probes.
             stops: No chunk goes beyond a multiple of any of these.
+            first: Probes before this one are left out.
 
         Raises:
             torch.OutOfMemoryError: If not even one probe fits.
         """
-        first = 0
         while first < total:
             count = min(self.size, total - first, *(stop - first % stop for stop in stops))
             try:
@@ -170,9 +174,16 @@ class BlockMoments:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """When a sample's estimate is good enough.
+    """When a sample's estimate is good enough, with 95% confidence.
 
-    The root mean square of its standard errors is at most atol + rtol * that of its estimate.
+    With h = q * (root mean square of the standard errors), where q is the 95% quantile of the
+    root mean square error over its standard error,
+
+        h <= atol + rtol * (root mean square of the estimate - h).
+
+    What is subtracted keeps an estimate that is large by chance from stopping. For a single number
+    q is Student's quantile. For many entries it is close to one, on the assumption that the errors
+    of one in eight are independent.
 
     Attributes:
         rtol: Relative tolerance.
@@ -182,10 +193,13 @@ class Tolerance:
     rtol: float
     atol: float
 
-    def reached(self, mean: Tensor, standard_error: Tensor) -> Tensor:
+    def reached(self, mean: Tensor, standard_error: Tensor, num_blocks: int) -> Tensor:
         """Return for each sample whether the tolerance is reached, shape (B,)."""
-        bound = self.atol + self.rtol * _root_mean_square(mean)
-        return _root_mean_square(standard_error) <= bound
+        quantile = error_quantile(max(1, mean.shape[1:].numel() // 8), num_blocks - 1)
+        reach = quantile * _root_mean_square(standard_error)
+        bound = self.atol + self.rtol * (_root_mean_square(mean) - reach).clamp(min=0.0)
+        # An infinite reach: unknown, whatever the bound. No reach at all: exact.
+        return (reach <= bound) & torch.isfinite(reach)
 
 
 @dataclass(frozen=True)
@@ -210,12 +224,14 @@ class Streamed:
         stderr: Its standard error, infinite where there is only one block.
         num_blocks: Independent blocks, int64 of shape (B,).
         num_probes: Probes, int64 of shape (B,).
+        converged: Whether the tolerance was reached, bool of shape (B,).
     """
 
     mean: Tensor
     stderr: Tensor
     num_blocks: Tensor
     num_probes: Tensor
+    converged: Tensor
 
 
 def stream(
@@ -231,6 +247,8 @@ def stream(
     contribution: Contribution | None = None,
     probe_offset: int = 0,
     sample_offset: int = 0,
+    begun: tuple[Tensor, Tensor] | None = None,
+    differentiable: bool = False,
 ) -> Streamed:
     """Return the moments over as many whole blocks of each lane's design as ``max_probes`` holds.
 
@@ -246,13 +264,15 @@ def stream(
         contribution: What to average, from probes and products; None for v * (J v).
         probe_offset: Number of the first probe, a multiple of every block.
         sample_offset: Number of the first sample.
+        begun: The first probes of every lane and their products, where these were taken before.
+        differentiable: Whether the moments have to carry the gradient of the products.
     """
     shape = tuple(x.shape[1:])
     sizes = [lane.design.block_size(shape) for lane in lanes]
     totals = [max_probes // size * size for size in sizes]
     moments = [
         SignMoments(seed, probe_offset, sample_offset)
-        if lane.design.is_signs and contribution is None
+        if lane.design.is_signs and contribution is None and not differentiable
         else BlockMoments(size, lane.design.weight(shape), contribution or torch.mul)
         for lane, size in zip(lanes, sizes, strict=True)
     ]
@@ -268,7 +288,7 @@ def stream(
                 dtype=x.dtype,
                 device=x.device,
             )
-            probes = drawn if probes is None else torch.where(_over(lane, drawn), drawn, probes)
+            probes = drawn if probes is None else torch.where(_over(lane, x), drawn, probes)
         assert probes is not None
         return probes
 
@@ -277,7 +297,10 @@ def stream(
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     result: Streamed | None = None
     chunks = Chunks(draw, products, chunk, notes)
-    for first, probes, taken in chunks.run(max(totals), looks if tolerance else ()):
+    before = [] if begun is None else [(0, *begun)]
+    first = 0 if begun is None else len(begun[0])
+    following = chunks.run(max(totals), looks if tolerance else (), first)
+    for first, probes, taken in chain(before, following):
         end = first + len(probes)
         for lane, total, look, moment in zip(lanes, totals, looks, moments, strict=True):
             if first >= total:
@@ -286,10 +309,12 @@ def stream(
             ended = end >= total
             if not ended and (tolerance is None or end % look):
                 continue
-            now = _standardised(moment.moments(), min(end, total), lane.design.is_exact)
+            now = _standardised(
+                moment.moments(), min(end, total), lane.design.is_exact, tolerance
+            )
             finished = ~done if lane.samples is None else ~done & lane.samples
-            if not ended and tolerance is not None:
-                finished &= tolerance.reached(now.mean, now.stderr)
+            if not ended:
+                finished &= now.converged
             result = now if result is None else _where(finished, now, result)
             done |= finished
         if tolerance and bool(done.all()):
@@ -298,16 +323,17 @@ def stream(
     return result
 
 
-def _standardised(moments: Moments, num_probes: int, exact: bool) -> Streamed:
+def _standardised(
+    moments: Moments, num_probes: int, exact: bool, tolerance: Tolerance | None
+) -> Streamed:
     count, mean, deviations = moments
-    if exact:
-        stderr = torch.zeros_like(mean)
-    elif count > 1:
-        stderr = (deviations / (count * (count - 1))).sqrt()
-    else:
-        stderr = torch.full_like(mean, torch.inf)
+    stderr = torch.zeros_like(mean) if exact else standard_error(count, deviations)
     numbers = torch.ones(len(mean), dtype=torch.int64, device=mean.device)
-    return Streamed(mean, stderr, count * numbers, num_probes * numbers)
+    if tolerance is None or exact:
+        converged = (numbers > 0) & exact
+    else:
+        converged = tolerance.reached(mean, stderr, count)
+    return Streamed(mean, stderr, count * numbers, num_probes * numbers, converged)
 
 
 def _where(samples: Tensor, new: Streamed, old: Streamed) -> Streamed:
@@ -317,13 +343,14 @@ def _where(samples: Tensor, new: Streamed, old: Streamed) -> Streamed:
         torch.where(chosen, new.stderr, old.stderr),
         torch.where(samples, new.num_blocks, old.num_blocks),
         torch.where(samples, new.num_probes, old.num_probes),
+        torch.where(samples, new.converged, old.converged),
     )
 
 
-def _over(lane: Lane, probes: Tensor) -> Tensor:
+def _over(lane: Lane, x: Tensor) -> Tensor:
     assert lane.samples is not None
-    return lane.samples.reshape(-1, *[1] * (probes.dim() - 2))
+    return lane.samples.reshape(-1, *[1] * (x.dim() - 1))
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1).square().mean(dim=1).sqrt()
+    return values.reshape(len(values), values.shape[1:].numel()).square().mean(dim=1).sqrt()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hessdiag.choosing import ProbeName
 from hessdiag.estimate import estimate_from_products, tolerance_of
+from hessdiag.intervals import half_width
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.probes import ProbeDesign
 
@@ -25,6 +26,8 @@ class TraceEstimate:
         stderr: Its standard error, shape (B,); infinite where it rests on one block of probes.
         num_probes: Products taken for each sample, shape (B,).
         num_blocks: Independent blocks of probes behind each sample, shape (B,).
+        converged: Whether each sample reached the tolerance, bool of shape (B,); None where there
+            was none.
         mode: "vjp" or "jvp".
         batching: "loop", "vmap" or "fold".
         note: What a reader should know of how it was done, or "".
@@ -34,9 +37,26 @@ class TraceEstimate:
     stderr: Tensor
     num_probes: Tensor
     num_blocks: Tensor
+    converged: Tensor | None
     mode: str
     batching: str
     note: str
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of the interval that covers each trace with probability ``level``.
+
+        Raises:
+            ValueError: If ``level`` is not between 0 and 1.
+
+        Example:
+            >>> import torch
+            >>> A = torch.ones(3, 3)
+            >>> low, high = trace(lambda x: x @ A, torch.zeros(1, 3), max_probes=64).interval()
+            >>> bool(low < 3.0) and bool(3.0 < high)
+            True
+        """
+        half = half_width(self.stderr, self.num_blocks, level)
+        return self.trace - half, self.trace + half
 
 
 def trace(
@@ -64,7 +84,7 @@ def trace(
         x: Where the Jacobian of a function is taken, shape (B, ...).
         max_probes: Most probes for a sample.
         probes: As in :func:`hessdiag.estimate`.
-        rtol: Stop once the standard error is at most atol + rtol * |trace|.
+        rtol: Stop once, with 95% confidence, the error is at most atol + rtol * |trace|.
         atol: The absolute part of that tolerance.
         chunk_size: Probes held in memory at a time.
         seed: Seed of the probes.
@@ -93,12 +113,14 @@ def trace(
         sample_offset=sample_offset,
         probe_offset=probe_offset,
         contribution=_quadratic_forms,
+        total=True,
     )
     return TraceEstimate(
         trace=streamed.mean,
         stderr=streamed.stderr,
         num_probes=streamed.num_probes,
         num_blocks=streamed.num_blocks,
+        converged=None if rtol is None and atol is None else streamed.converged,
         mode=J.mode,
         batching=J.batching,
         note="; ".join(J.notes + notes),

@@ -50,6 +50,26 @@ def check_tensor(name: str, tensor: object, device: torch.device | None = None) 
         )
 
 
+def is_eager_cpu(*tensors: Tensor) -> bool:
+    """Say whether the tensors lie on a CPU, and nobody but the caller sees what is done to them.
+
+    Only then may values be read and computed outside of PyTorch. A compiler, a tracer, a transform
+    of ``torch.func``, automatic differentiation or a dispatch mode (fake tensors) would not see
+    it; for these there are the ops and PyTorch's operators.
+
+    Example:
+        >>> is_eager_cpu(torch.tensor(7)), is_eager_cpu(torch.ones(2, device="meta"))
+        (True, False)
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(t) is Tensor and t.is_cpu and not t.requires_grad for t in tensors)
+    )
+
+
 def check_shape(shape: Sequence[int]) -> list[int]:
     """Return the sizes of a shape as a list of ints.
 

@@ -141,8 +141,9 @@ def _residual_reference(
 ) -> tuple[Tensor, Tensor | float]:
     dtype = torch.promote_types(head.dtype, torch.float32)
     num_probes, batch, *_ = products.shape
-    bits = philox.sign_bits(seed, probe_offset, num_probes, sample_offset, batch, head[0].numel())
-    signs = (2 * bits - 1).to(dtype).reshape(products.shape)
+    features = head[0].numel()
+    signs = philox.signs(seed, probe_offset, num_probes, sample_offset, batch, features, dtype)
+    signs = signs.reshape(products.shape)
     weight, scale, shift = (
         numbers
         if rows is None

@@ -23,32 +23,36 @@ Random permutations of the features, stream 3
     ``counter = (d // 4, sample, block, 3)``, and word ``d % 4`` is the key of feature d; sorting
     the features by (key, d) gives the permutation.
 
-This module holds the PyTorch reference of both maps, the Triton functions that the kernels share,
-and the checks of seeds and offsets.
+Designs that all samples share, stream 4
+    ``counter = (n // 4, purpose, block, 4)``, and word ``n % 4`` is number n for that purpose.
+
+This module holds the PyTorch reference of these maps, the Triton functions that the kernels share,
+and the checks of seeds and offsets. On a CPU the reference takes the same words from
+:mod:`hessdiag.kernels.philox_cpu`, in a fraction of the time.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from hessdiag.kernels import philox_cpu
+from hessdiag.kernels._checks import is_eager_cpu
 from hessdiag.kernels._triton import tl, triton
+from hessdiag.kernels.philox_cpu import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
 
 STREAM_RADEMACHER = 0
 STREAM_PROBES = 1
 STREAM_SAMPLERS = 2
 STREAM_PERMUTATIONS = 3
+STREAM_DESIGNS = 4
 
-FEATURES_PER_SIGN_TILE = 8
-PROBES_PER_SIGN_TILE = 16
+FEATURES_PER_SIGN_TILE = philox_cpu.FEATURES_PER_SIGN_TILE
+PROBES_PER_SIGN_TILE = philox_cpu.PROBES_PER_SIGN_TILE
 FEATURES_PER_NORMAL_GROUP = 4
-
-_MASK = 0xFFFFFFFF
-_ROUNDS = 10
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 # Triton functions may read only such globals as are declared compile-time constants.
 SAMPLERS: tl.constexpr = tl.constexpr(STREAM_SAMPLERS)
@@ -82,11 +86,46 @@ def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
         if seed.numel() != 1:
             raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
         return seed.reshape(()).to(device)
+    _check_seed(seed)
+    return _number(seed - 2**64 if seed >= 2**63 else seed, device)
+
+
+def seed_number(seed: int | Tensor, device: torch.device | str, *others: Tensor) -> int | None:
+    """Return the seed as an integer if an op may compute in NumPy, or None if it may not.
+
+    It may where random numbers are needed on a CPU, and neither the seed nor the other tensors
+    that the op reads are seen by anyone else (:func:`hessdiag.kernels._checks.is_eager_cpu`). This
+    spares a small call the way through the dispatcher, which takes longer than the numbers.
+
+    Args:
+        seed: As for :func:`seed_tensor`.
+        device: Where the random numbers are needed.
+        others: What else the op reads.
+
+    Raises:
+        TypeError: As :func:`seed_tensor`.
+        ValueError: As :func:`seed_tensor`.
+
+    Example:
+        >>> seed_number(7, "cpu"), seed_number(torch.tensor(7), "cpu"), seed_number(7, "meta")
+        (7, 7, None)
+    """
+    if device not in _CPU or not is_eager_cpu(*others):
+        return None
+    if isinstance(seed, Tensor):
+        return int(seed_tensor(seed, device)) if is_eager_cpu(seed) else None
+    _check_seed(seed)
+    return seed
+
+
+_CPU = ("cpu", torch.device("cpu"))
+
+
+def _check_seed(seed: int) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
-    return _number(seed - 2**64 if seed >= 2**63 else seed, device)
 
 
 def _number(value: int, device: torch.device | str) -> Tensor:
@@ -142,34 +181,45 @@ def philox(
         >>> [f"{word.item():08x}" for word in philox(zero, zero, zero, zero, zero)]
         ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(_ROUNDS):
+    k0, k1 = seed & MASK, (seed >> 32) & MASK
+    for _ in range(ROUNDS):
         # int64 products wrap modulo 2**64, which keeps both halves of the unsigned product.
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1, c2, c3 = (
-            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
-            product1 & _MASK,
-            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
-            product0 & _MASK,
+            ((product1 >> 32) & MASK) ^ c1 ^ k0,
+            product1 & MASK,
+            ((product0 >> 32) & MASK) ^ c3 ^ k1,
+            product0 & MASK,
         )
-        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
+        k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK, (k1 + KEY_INCREMENTS[1]) & MASK
     return c0, c1, c2, c3
 
 
-def sign_bits(
-    seed: Tensor, probe_offset: int, num_probes: int, sample_offset: int, batch: int, features: int
+def signs(
+    seed: Tensor,
+    probe_offset: int,
+    num_probes: int,
+    sample_offset: int,
+    batch: int,
+    features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return the bits of stream 0, which hold the signs, as an int64 tensor of zeros and ones.
+    """Return the signs of stream 0, +1 or -1.
 
     Returns:
-        Shape (num_probes, batch, features); a set bit is the sign +1.
+        Shape (num_probes, batch, features), contiguous, on the device of ``seed``.
 
     Example:
-        >>> sign_bits(torch.tensor(0), 0, 2, 0, 1, 4)
-        tensor([[[1, 0, 1, 0]],
+        >>> signs(torch.tensor(0), 0, 2, 0, 1, 4, torch.float32)
+        tensor([[[ 1., -1.,  1., -1.]],
         <BLANKLINE>
-                [[0, 0, 0, 1]]])
+                [[-1., -1., -1.,  1.]]])
     """
+    if is_eager_cpu(seed):
+        made = philox_cpu.signs(
+            int(seed), probe_offset, num_probes, sample_offset, batch, features, dtype
+        )
+        return philox_cpu.as_tensor(made, dtype)
     device = seed.device
     first_tile = probe_offset // PROBES_PER_SIGN_TILE
     last_tile = (probe_offset + num_probes - 1) // PROBES_PER_SIGN_TILE
@@ -184,7 +234,7 @@ def sign_bits(
     chosen = words[probes // tile_width - first_tile, probes % tile_width // 4]
     shifts = 8 * (probes % 4)[:, None] + torch.arange(FEATURES_PER_SIGN_TILE, device=device)
     bits = (chosen[..., None] >> shifts[:, None, None, :]) & 1
-    return bits.reshape(num_probes, batch, -1)[:, :, :features]
+    return (2 * bits - 1).to(dtype).reshape(num_probes, batch, -1)[:, :, :features].contiguous()
 
 
 def uniforms(words: Tensor) -> Tensor:
@@ -194,7 +244,8 @@ def uniforms(words: Tensor) -> Tensor:
         >>> (uniforms(torch.tensor([0, 2**32 - 1])) * 2.0**33).tolist()
         [1.0, 8589934080.0]
     """
-    return (words.to(torch.float32) * 2.0**-32 + 2.0**-33).clamp(max=1.0 - 2.0**-24)
+    scaled = words.to(torch.float32) * 2.0**-32
+    return scaled.add_(2.0**-33).clamp_(max=1.0 - 2.0**-24)
 
 
 def standard_normals(
@@ -215,16 +266,13 @@ def standard_normals(
         >>> standard_normals(torch.tensor(0), 2, 0, 1, 0, 1, 3).shape
         torch.Size([1, 1, 3])
     """
-    device = seed.device
-    steps = torch.arange(first_step, first_step + num_steps, device=device)[:, None, None]
-    samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
-    groups = torch.arange(triton.cdiv(features, FEATURES_PER_NORMAL_GROUP), device=device)
-    words = philox(seed, groups, samples, steps, _number(stream, device))
+    groups = triton.cdiv(features, FEATURES_PER_NORMAL_GROUP)
+    words = _grid_words(seed, groups, sample_offset, batch, first_step, num_steps, stream)
     normals = []
     for radius_word, angle_word in (words[:2], words[2:]):
-        radius = torch.sqrt(-2.0 * torch.log(uniforms(radius_word)))
-        angle = (2.0 * math.pi) * uniforms(angle_word)
-        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+        radius = uniforms(radius_word).log_().mul_(-2.0).sqrt_()
+        angle = uniforms(angle_word).mul_(2.0 * math.pi)
+        normals += [radius * torch.cos(angle), angle.sin_().mul_(radius)]
     return torch.stack(normals, dim=-1).reshape(num_steps, batch, -1)[:, :, :features]
 
 
@@ -240,14 +288,41 @@ def permutation_ranks(
         >>> permutation_ranks(torch.tensor(0), 0, 1, 0, 1, 5)
         tensor([[[0, 3, 1, 2, 4]]])
     """
+    groups = -(-features // 4)
+    words = _grid_words(
+        seed, groups, sample_offset, batch, first_block, num_blocks, STREAM_PERMUTATIONS
+    )
+    keys = torch.stack(words, dim=-1).reshape(num_blocks, batch, -1)[:, :, :features]
+    order = keys.argsort(dim=-1, stable=True)
+    places = torch.arange(features, device=seed.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _grid_words(
+    seed: Tensor,
+    num_groups: int,
+    first_sample: int,
+    batch: int,
+    first_step: int,
+    num_steps: int,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the words of the counters (group, sample, step, stream), groups counted from 0.
+
+    Returns:
+        Four int64 tensors of shape (num_steps, batch, num_groups), on the device of ``seed``.
+    """
+    if is_eager_cpu(seed):
+        words = philox_cpu.grid_words(
+            int(seed), num_groups, first_sample, batch, first_step, num_steps, stream
+        )
+        w0, w1, w2, w3 = (torch.from_numpy(word) for word in words.astype(np.int64))
+        return w0, w1, w2, w3
     device = seed.device
-    blocks = torch.arange(first_block, first_block + num_blocks, device=device)[:, None, None]
-    samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
-    groups = torch.arange(-(-features // 4), device=device)
-    stream = _number(STREAM_PERMUTATIONS, device)
-    words = torch.stack(philox(seed, groups, samples, blocks, stream), dim=-1)
-    keys = words.reshape(num_blocks, batch, -1)[:, :, :features]
-    return keys.argsort(dim=-1, stable=True).argsort(dim=-1)
+    steps = torch.arange(first_step, first_step + num_steps, device=device)[:, None, None]
+    samples = torch.arange(first_sample, first_sample + batch, device=device)[:, None]
+    groups = torch.arange(num_groups, device=device)
+    return philox(seed, groups, samples, steps, _number(stream, device))
 
 
 @triton.jit

@@ -11,16 +11,25 @@ are split over calls.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from hessdiag.kernels import philox
-from hessdiag.kernels._checks import check_tensor
+from hessdiag.kernels import philox, philox_cpu
+from hessdiag.kernels._checks import check_tensor, is_eager_cpu
 from hessdiag.kernels._triton import on_device_of, tl, triton
 
 _GROUPS_PER_PROGRAM = 128
+
+# In NumPy: numbers of a row, and of a block of rows, that stay in the cache; and the longest rows
+# whose sum is faster down the columns, one number after the other, than a row at a time.
+_ROW = 2**14
+_BLOCK = 2**15
+_SHORT_ROW = 32
 
 
 class Moments(NamedTuple):
@@ -103,20 +112,110 @@ def probe_moments_reference(
 ) -> tuple[Tensor, Tensor]:
     """Compute the moments in PyTorch; the arguments are those of :func:`probe_moments_triton`."""
     dtype = _accumulator_dtype(products)
-    num_probes, batch, *_ = products.shape
-    bits = philox.sign_bits(
-        seed, probe_offset, num_probes, sample_offset, batch, products[0, 0].numel()
-    )
-    signs = (2 * bits - 1).to(dtype).reshape(products.shape)
-    mean = torch.zeros_like(signs[0]) if mean is None else mean.clone()
-    deviations = torch.zeros_like(signs[0]) if deviations is None else deviations.clone()
-    for sign, product in zip(signs, products, strict=True):
+    signs = philox.signs(seed, probe_offset, *_sizes(products, sample_offset), dtype)
+    return _moments_of_tensors(products, signs.reshape(products.shape), mean, deviations, count)
+
+
+def _moments_of_tensors(
+    products: Tensor, probes: Tensor, mean: Tensor | None, deviations: Tensor | None, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the moments of probes * products, going on from those of ``count`` probes, if any."""
+    dtype = _accumulator_dtype(products)
+    states = [state for state in (mean, deviations) if state is not None]
+    if is_eager_cpu(products, probes, *states):
+        rows = _rows(probes, dtype)
+        return _moments_of_arrays(products, rows, mean, deviations, count)
+    if mean is None or deviations is None:
+        mean = torch.zeros(products.shape[1:], dtype=dtype, device=products.device)
+        deviations = torch.zeros_like(mean)
+    for probe, product in zip(probes, products, strict=True):
         count += 1
-        y = sign * product.to(dtype)
+        y = probe.to(dtype) * product.to(dtype)
         delta = y - mean
-        mean += delta / count
-        deviations += delta * (y - mean)
+        mean = mean + delta / count
+        deviations = deviations + delta * (y - mean)
     return mean, deviations
+
+
+def _moments_of_arrays(
+    products: Tensor,
+    probes: NDArray[Any],
+    mean: Tensor | None,
+    deviations: Tensor | None,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the same, the same bits, from probes of shape (M, n) in NumPy."""
+    shape, rows = products.shape[1:], _rows(products, _accumulator_dtype(products))
+    if mean is None or deviations is None:
+        state = np.zeros((2, *shape), rows.dtype)
+    else:
+        state = np.stack([mean.numpy(force=True), deviations.numpy(force=True)])
+    _add_rows(rows, probes, state[0].reshape(-1), state[1].reshape(-1), count)
+    return torch.from_numpy(state[0]), torch.from_numpy(state[1])
+
+
+def _rows(values: Tensor, dtype: torch.dtype) -> NDArray[Any]:
+    """Return values of shape (M, B, ...) as an array of shape (M, n)."""
+    # Forced, for a tensor may be negative or zero in name only.
+    array = (values if values.dtype == dtype else values.to(dtype)).numpy(force=True)
+    return array.reshape(len(array), -1)
+
+
+def _add_rows(
+    products: NDArray[Any],
+    probes: NDArray[Any],
+    mean: NDArray[Any],
+    deviations: NDArray[Any],
+    count: int,
+) -> None:
+    """Go on with ``mean`` and ``deviations``, shape (n,), over rows of shape (M, n).
+
+    The recurrence of this module, operation by operation, and so the bits of PyTorch's operators.
+    Only the mean depends on the row before through more than a sum: it takes three operations of
+    NumPy for each row, and the others are done for a block of rows.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):  # infinities are seen in the result
+        for first in range(0, len(mean), _ROW):
+            columns = slice(first, first + _ROW)
+            _add_columns(
+                products[:, columns], probes[:, columns], mean[columns], deviations[columns], count
+            )
+
+
+def _add_columns(
+    products: NDArray[Any],
+    probes: NDArray[Any],
+    mean: NDArray[Any],
+    deviations: NDArray[Any],
+    count: int,
+) -> None:
+    num_rows, length = products.shape
+    block = min(num_rows, max(1, _BLOCK // length))
+    means = np.empty((block + 1, length), products.dtype)
+    deltas = np.empty((block, length), products.dtype)
+    rows_of_means, rows_of_deltas = list(means), list(deltas)
+    subtract, divide, add = np.subtract, np.divide, np.add
+    means[0] = mean
+    for first in range(0, num_rows, block):
+        y = probes[first : first + block] * products[first : first + block]
+        last = first + len(y)
+        # Arrays without dimensions, which NumPy divides by without a detour.
+        numbers = np.arange(count + first + 1, count + last + 1).astype(y.dtype)
+        divisors = [numbers[i, ...] for i in range(len(y))]
+        for row, before, after, delta, divisor in zip(
+            y, rows_of_means, rows_of_means[1:], rows_of_deltas, divisors, strict=False
+        ):
+            subtract(row, before, delta)
+            divide(delta, divisor, after)
+            add(before, after, after)
+        terms = (y - means[1 : len(y) + 1]) * deltas[: len(y)]
+        means[0] = means[len(y)]
+        if length <= _SHORT_ROW:
+            deviations[:] = add.accumulate(np.concatenate([deviations[None], terms]))[-1]
+        else:
+            for term in terms:
+                add(deviations, term, deviations)
+    mean[:] = means[0]
 
 
 def probe_moments_triton(
@@ -180,8 +279,9 @@ def _probe_moments(
     probe_offset: int,
     sample_offset: int,
 ) -> tuple[Tensor, Tensor]:
+    # An op is below automatic differentiation, for which this one has no rule.
     return probe_moments_reference(
-        products, seed, mean, deviations, count, probe_offset, sample_offset
+        products.detach(), seed, mean, deviations, count, probe_offset, sample_offset
     )
 
 
@@ -232,34 +332,94 @@ def probe_moments(
         >>> moments.num_probes, moments.mean, moments.squared_deviations
         (4, tensor([[2., 2., 2.]]), tensor([[0., 0., 0.]]))
     """
-    check_tensor("products", products)
-    if products.dim() < 2:
-        raise ValueError(f"products must have shape (M, B, ...), got {tuple(products.shape)}")
+    _check(products, state)
     num_probes, batch, *_ = products.shape
     philox.check_counter("probe_offset", probe_offset, num_probes)
     philox.check_counter("sample_offset", sample_offset, batch)
-    dtype = _accumulator_dtype(products)
-    if state is not None:
-        for name, tensor in zip(("mean", "squared_deviations"), state[1:], strict=True):
-            check_tensor(f"state.{name}", tensor, products.device)
-            if tensor.shape != products.shape[1:] or tensor.dtype != dtype:
-                raise ValueError(
-                    f"state.{name} must have shape {tuple(products.shape[1:])} and dtype {dtype}, "
-                    f"got {tuple(tensor.shape)} and {tensor.dtype}"
-                )
     if products.numel() == 0:
-        zeros = torch.zeros(products.shape[1:], dtype=dtype, device=products.device)
-        return state or Moments(num_probes, zeros, zeros.clone())
-    mean, deviations = _probe_moments(
-        products.contiguous(),
-        philox.seed_tensor(seed, products.device),
-        None if state is None else state.mean.contiguous(),
-        None if state is None else state.squared_deviations.contiguous(),
-        0 if state is None else state.num_probes,
-        probe_offset,
-        sample_offset,
-    )
-    return Moments(num_probes + (0 if state is None else state.num_probes), mean, deviations)
+        return _without_products(products, state)
+    count, mean, deviations = (0, None, None) if state is None else state
+    number = philox.seed_number(seed, products.device, products, *(state or ())[1:])
+    if number is not None:
+        sizes, dtype = _sizes(products, sample_offset), _accumulator_dtype(products)
+        signs = philox_cpu.signs(number, probe_offset, *sizes, dtype).reshape(num_probes, -1)
+        mean, deviations = _moments_of_arrays(products, signs, mean, deviations, count)
+    else:
+        mean, deviations = _probe_moments(
+            products.contiguous(),
+            philox.seed_tensor(seed, products.device),
+            None if mean is None else mean.contiguous(),
+            None if deviations is None else deviations.contiguous(),
+            count,
+            probe_offset,
+            sample_offset,
+        )
+    return Moments(count + num_probes, mean, deviations)
+
+
+def probe_moments_from_probes(
+    products: Tensor, probes: Tensor, *, state: Moments | None = None
+) -> Moments:
+    """Return what :func:`probe_moments` does, bit for bit on a CPU, from probes at hand.
+
+    A reference like the others of this package: in PyTorch, on any device, and in NumPy where
+    that cannot be seen. On a CPU it saves to make the signs again.
+
+    Args:
+        products: J v for each probe, shape (M, B, ...).
+        probes: v, in the shape of ``products``; of signs, each type holds them exactly.
+        state: Moments of earlier probes to go on from.
+
+    Raises:
+        TypeError: As :func:`probe_moments`.
+        ValueError: As :func:`probe_moments`, or if the probes have another shape.
+
+    Example:
+        >>> probes = torch.tensor([[[1.0, -1.0]], [[-1.0, -1.0]]])
+        >>> probe_moments_from_probes(2.0 * probes, probes)    # J = 2 I
+        Moments(num_probes=2, mean=tensor([[2., 2.]]), squared_deviations=tensor([[0., 0.]]))
+    """
+    _check(products, state)
+    check_tensor("probes", probes, products.device)
+    if probes.shape != products.shape:
+        raise ValueError(
+            f"probes must have the shape of products, {tuple(products.shape)}, "
+            f"got {tuple(probes.shape)}"
+        )
+    if products.numel() == 0:
+        return _without_products(products, state)
+    count, mean, deviations = (0, None, None) if state is None else state
+    mean, deviations = _moments_of_tensors(products, probes, mean, deviations, count)
+    return Moments(count + len(products), mean, deviations)
+
+
+def _check(products: Tensor, state: Moments | None) -> None:
+    """Raise unless products are what an op can read, and the state goes with them."""
+    check_tensor("products", products)
+    if products.dim() < 2:
+        raise ValueError(f"products must have shape (M, B, ...), got {tuple(products.shape)}")
+    if state is None:
+        return
+    dtype = _accumulator_dtype(products)
+    for name, tensor in zip(("mean", "squared_deviations"), state[1:], strict=True):
+        check_tensor(f"state.{name}", tensor, products.device)
+        if tensor.shape != products.shape[1:] or tensor.dtype != dtype:
+            raise ValueError(
+                f"state.{name} must have shape {tuple(products.shape[1:])} and dtype {dtype}, "
+                f"got {tuple(tensor.shape)} and {tensor.dtype}"
+            )
+
+
+def _without_products(products: Tensor, state: Moments | None) -> Moments:
+    dtype = _accumulator_dtype(products)
+    zeros = torch.zeros(products.shape[1:], dtype=dtype, device=products.device)
+    return state or Moments(len(products), zeros, zeros.clone())
+
+
+def _sizes(products: Tensor, sample_offset: int) -> tuple[int, int, int, int]:
+    """Return how many probes, the first sample, how many samples, and features of each."""
+    num_probes, batch, *sample_shape = products.shape
+    return num_probes, sample_offset, batch, math.prod(sample_shape)
 
 
 def _accumulator_dtype(products: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hessdiag.kernels import philox
+from hessdiag.kernels import philox, philox_cpu
 from hessdiag.kernels._checks import FLOAT_TYPES, check_shape
 from hessdiag.kernels._triton import on_device_of, tl, triton
 
@@ -68,12 +68,12 @@ def rademacher_reference(
 
     The arguments are those of :func:`rademacher_triton`.
     """
-    num_probes, batch, *sample_shape = shape
-    features = math.prod(sample_shape)
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype, device=seed.device)
-    bits = philox.sign_bits(seed, probe_offset, num_probes, sample_offset, batch, features)
-    return (bits * 2 - 1).to(dtype).reshape(shape).contiguous()
+    num_probes, batch, *sample_shape = shape
+    features = math.prod(sample_shape)
+    signs = philox.signs(seed, probe_offset, num_probes, sample_offset, batch, features, dtype)
+    return signs.reshape(shape)
 
 
 def rademacher_triton(
@@ -187,6 +187,13 @@ def rademacher(
     philox.check_counter("probe_offset", probe_offset, shape[0])
     philox.check_counter("sample_offset", sample_offset, shape[1])
     philox.check_counter("the flat feature index", 0, math.prod(shape[2:]))
+    number = philox.seed_number(seed, device)
+    if number is not None and math.prod(shape) > 0:
+        features = math.prod(shape[2:])
+        signs = philox_cpu.signs(
+            number, probe_offset, shape[0], sample_offset, shape[1], features, dtype
+        )
+        return philox_cpu.as_tensor(signs.reshape(shape), dtype)
     result: Tensor = _rademacher(
         philox.seed_tensor(seed, device), shape, probe_offset, sample_offset, dtype
     )

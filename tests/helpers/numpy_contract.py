@@ -57,3 +57,28 @@ def normal(batch, features, seed, stream, step=0, sample_offset=0):
     radius = np.sqrt(-2.0 * np.log(uniform[0]))
     angle = 2.0 * np.pi * uniform[1]
     return np.where(d % 2 == 0, radius * np.cos(angle), radius * np.sin(angle))
+
+
+def permutation(batch, features, seed, block=0, sample_offset=0):
+    b, d = np.meshgrid(
+        np.arange(sample_offset, sample_offset + batch), np.arange(features), indexing="ij"
+    )
+    words = np.stack(philox4x32_10((d // 4, b, 0 * d + block, 0 * d + 3), _key(seed)))
+    keys = np.take_along_axis(words, (d % 4)[None], axis=0)[0]
+    ranks = np.empty((batch, features), dtype=np.int64)
+    for row, key in zip(ranks, keys, strict=True):
+        for rank, feature in enumerate(sorted(range(features), key=lambda i: (key[i], i))):
+            row[feature] = rank
+    return ranks
+
+
+def moments(products, signs, mean, deviations, count):
+    """The recurrence of the moments in the precision of ``products``, one probe after the other."""
+    mean, deviations = mean.copy(), deviations.copy()
+    for product, sign in zip(products, signs, strict=True):
+        count += 1
+        y = sign.astype(products.dtype) * product
+        delta = y - mean
+        mean += delta / products.dtype.type(count)
+        deviations += delta * (y - mean)
+    return mean, deviations

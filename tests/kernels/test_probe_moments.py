@@ -6,6 +6,8 @@ import numpy as np
 import numpy_contract
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hessdiag.kernels import Moments, probe_moments, rademacher
 
@@ -68,6 +70,158 @@ def test_any_split_of_the_probes_gives_the_same_bits(on_kernel, features, kernel
             count += len(part)
         assert torch.equal(mean, whole[0])
         assert torch.equal(deviations, whole[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    # Rows of one number, short, long, in two parts; more of them than a block holds.
+    ("num_probes", "features"),
+    [(1, 1), (40, 1), (40, 16), (17, 100), (3, 2**14 + 9), (7000, 5), (400, 100)],
+)
+def test_the_bits_are_those_of_the_recurrence(num_probes, features, dtype):
+    values = products(num_probes, 1, features, dtype)
+    values[0] *= 1e6
+    for count in (0, 2**24 + 1):
+        state = Moments(count, *torch.rand(2, 1, features, dtype=dtype)) if count else None
+        signs = numpy_contract.rademacher(num_probes, 1, features, SEED, 11)
+        start = state[1:] if state else torch.zeros(2, 1, features, dtype=dtype)
+        expected = numpy_contract.moments(
+            values.numpy(), signs, *(tensor.numpy() for tensor in start), count
+        )
+        made = probe_moments(values, SEED, state=state, probe_offset=11)
+        for one, other in zip(made[1:], expected, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("features", [5, 64])
+def test_numpy_and_the_operators_of_pytorch_agree(features, dtype, monkeypatch):
+    values = products(35, 2, features, dtype)
+    state = probe_moments(products(3, 2, features, dtype), 1)
+    in_numpy = [probe_moments(values, SEED, state=s) for s in (None, state)]
+    monkeypatch.setattr(module, "is_eager_cpu", lambda *_: False)
+    monkeypatch.setattr(module, "_add_rows", None)
+    seed = torch.tensor(SEED)
+    by_operators = [
+        module.probe_moments_reference(values, seed, None, None, 0, 0, 0),
+        module.probe_moments_reference(values, seed, *state[1:], 3, 0, 0),
+    ]
+    for one, other in zip(in_numpy, by_operators, strict=True):
+        assert torch.equal(one.mean, other[0])
+        assert torch.equal(one.squared_deviations, other[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_probes_at_hand_give_the_same_bits(dtype):
+    values = products(35, 2, 24, dtype).reshape(35, 2, 4, 6).transpose(2, 3)
+    signs = rademacher(values.shape, SEED, dtype=dtype, probe_offset=9)
+    state = None
+    for part in (slice(0, 20), slice(20, 35)):
+        state = module.probe_moments_from_probes(values[part], signs[part], state=state)
+    expected = probe_moments(values, SEED, probe_offset=9)
+    assert state.num_probes == expected.num_probes
+    assert torch.equal(state.mean, expected.mean)
+    assert torch.equal(state.squared_deviations, expected.squared_deviations)
+
+
+def test_moments_of_probes_at_hand_can_be_transformed():
+    values, signs = products(4, 2, 5, torch.float64), rademacher((4, 2, 5), 1, dtype=torch.float64)
+
+    def compute(values):
+        return module.probe_moments_from_probes(values, signs)[1:]
+
+    assert torch.autograd.gradcheck(compute, values.clone().requires_grad_())
+    made = torch.func.vmap(compute)(torch.stack([values, 2 * values]))
+    for one, other in zip(
+        made, zip(compute(values), compute(2 * values), strict=True), strict=True
+    ):
+        assert torch.equal(one, torch.stack(other))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"probes": torch.zeros(4, 2, 2)}, ValueError, r"probes .*\(4, 2, 3\), got \(4, 2, 2\)"),
+        ({"probes": torch.zeros(4, 2, 3).int()}, TypeError, "probes must be.*int32"),
+        ({"products": torch.zeros(3)}, ValueError, r"products must have shape .*got \(3,\)"),
+    ],
+)
+def test_errors_about_probes_at_hand(change, error, message):
+    arguments = {"products": torch.zeros(4, 2, 3), "probes": torch.zeros(4, 2, 3), **change}
+    with pytest.raises(error, match=message):
+        module.probe_moments_from_probes(**arguments)
+
+
+def test_without_probes_at_hand_nothing_changes():
+    state, none = probe_moments(products(4, 2, 5), SEED), torch.zeros(0, 2, 5)
+    assert module.probe_moments_from_probes(none, none, state=state) is state
+
+
+def test_tensors_that_are_negative_or_zero_in_name_only():
+    values = products(4, 2, 5)
+    negative = torch.complex(values, values).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(probe_moments(negative, 1).mean, -probe_moments(values, 1).mean)
+    zero = torch._efficientzerotensor((4, 2, 5))
+    assert torch.equal(probe_moments(zero, 1).mean, torch.zeros(2, 5))
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinities_are_in_the_result_and_not_in_warnings():
+    values = torch.full((3, 1, 2), torch.inf)
+    assert not torch.isfinite(probe_moments(values, 1).mean).any()
+
+
+# Whoever looks on sees the op: what NumPy computes would be lost.
+
+
+def test_fake_tensors_stay_fake():
+    with FakeTensorMode() as mode:
+        made = [rademacher((4, 2, 5), 1), probe_moments(mode.from_tensor(products(4, 2, 5)), 1)[1]]
+    assert all(mode.is_our_fake(tensor) for tensor in made)
+
+
+def test_a_traced_graph_holds_the_ops():
+    def compute(values):
+        return probe_moments(values, 1).mean + rademacher((4, 2, 5), 1)[0]
+
+    graph = make_fx(compute)(products(4, 2, 5)).graph
+    names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert {"hessdiag.probe_moments.default", "hessdiag.rademacher.default"} <= set(names)
+
+
+@pytest.mark.parametrize("seed", [7, torch.tensor(7)])
+def test_compiled_in_one_graph(seed):
+    def compute(values, seed):
+        return probe_moments(values, seed).mean + rademacher((4, 2, 5), seed)[0]
+
+    values = products(4, 2, 5)
+    torch.compiler.reset()
+    compiled = torch.compile(compute, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(values, seed), compute(values, seed))
+
+
+def test_vmap_sees_products_of_its_own():
+    values = torch.stack([products(4, 2, 5), -products(4, 2, 5)])
+    made = torch.func.vmap(lambda v: probe_moments(v, 1).mean)(values)
+    assert torch.equal(made, torch.stack([probe_moments(v, 1).mean for v in values]))
+
+
+def test_a_gradient_is_refused_and_not_zero():
+    values = products(4, 2, 5).requires_grad_()
+    made = probe_moments(values, 1).mean
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        made.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(probe_moments(values, 1).mean, made)
+
+
+def test_inside_inference_mode():
+    values = products(4, 2, 5)
+    with torch.inference_mode():
+        state = probe_moments(values[:2] * 1, 1)
+        made = probe_moments(values[2:], 1, state=state, probe_offset=2)
+    assert torch.equal(made.mean, probe_moments(values, 1).mean)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

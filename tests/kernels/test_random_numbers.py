@@ -1,5 +1,8 @@
 """The random-number contract: NumPy = PyTorch reference = Triton, and its statistics."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import numpy as np
 import numpy_contract
 import pytest
@@ -9,8 +12,9 @@ import triton.language as tl
 from one_device import one_device
 from scipy import stats
 
-from hessdiag.kernels import normal, philox, rademacher
-from hessdiag.kernels.normal import normal_triton
+from hessdiag.kernels import normal, philox, philox_cpu, rademacher
+from hessdiag.kernels._checks import FLOAT_TYPES
+from hessdiag.kernels.normal import normal_reference, normal_triton
 from hessdiag.kernels.rademacher import rademacher_reference, rademacher_triton
 
 SEEDS = [0, 1, 2**32 + 7, 2**63 + 11, 2**64 - 1]
@@ -65,6 +69,83 @@ def test_normals_are_the_same_in_numpy_pytorch_and_triton(shape, offset, kernel_
     seed_tensor = philox.seed_tensor(seed, kernel_device)
     kernel = normal_triton(seed_tensor, (batch, features), stream, offset, offset)
     np.testing.assert_allclose(kernel.cpu().numpy(), expected, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("compute", ["_words_of_integers", "_words_of_arrays"])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("groups", "samples", "steps", "stream"),
+    [
+        (range(1), range(1), range(1), 0),
+        (range(5), range(2**32 - 3, 2**32), range(2**31 - 1, 2**31 + 1), 3),
+        (range(33), range(7, 9), range(2**32 - 1, 2**32), 2**32 - 1),
+    ],
+)
+def test_words_on_a_cpu_are_those_of_the_contract(compute, seed, groups, samples, steps, stream):
+    words = getattr(philox_cpu, compute)(seed, groups, samples, steps, stream)
+    step, sample, group = np.meshgrid(steps, samples, groups, indexing="ij")
+    key = seed & 0xFFFFFFFF, seed >> 32
+    expected = numpy_contract.philox4x32_10((group, sample, step, 0 * step + stream), key)
+    np.testing.assert_array_equal(words, np.stack(expected))
+
+
+@pytest.mark.parametrize("features", [1, 5, 16, 130])
+def test_permutations_sort_by_key(features):
+    seed, block, sample = SEEDS[features % len(SEEDS)], 2**32 - 2, 2**32 - 3
+    ranks = philox.permutation_ranks(philox.seed_tensor(seed, "cpu"), block, 2, sample, 3, features)
+    for i, made in enumerate(ranks):
+        expected = numpy_contract.permutation(3, features, seed, block + i, sample)
+        np.testing.assert_array_equal(made.numpy(), expected)
+
+
+@pytest.mark.parametrize("features", [1, 8, 9, 130])
+@pytest.mark.parametrize(("probe_offset", "sample_offset"), OFFSETS)
+def test_numpy_and_the_operators_of_pytorch_agree(
+    features, probe_offset, sample_offset, monkeypatch
+):
+    """A GPU and a compiler take the operators; a CPU's results must not depend on who looks on."""
+    for seed in (3, 2**63 + 11):
+        grid = (probe_offset, 19, sample_offset, 2, features)
+        seed = philox.seed_tensor(seed, "cpu")
+
+        def draw(seed=seed, grid=grid):
+            return [
+                *(philox.signs(seed, *grid, dtype) for dtype in FLOAT_TYPES),
+                philox.standard_normals(seed, 1, *grid),
+                philox.permutation_ranks(seed, *grid),
+            ]
+
+        in_numpy = draw()
+        with monkeypatch.context() as patch:
+            patch.setattr(philox, "is_eager_cpu", lambda *_: False)
+            patch.setattr(philox_cpu, "grid_words", None)
+            by_operators = draw()
+        for one, other in zip(in_numpy, by_operators, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("context", [nullcontext, one_device])
+def test_references_do_not_read_a_seed_back_from_its_device(context):
+    with context():
+        seed = torch.empty((), dtype=torch.int64, device="meta")
+        made = [
+            rademacher_reference(seed, (3, 2, 5), 0, 0, torch.float32),
+            normal_reference(seed, (2, 5), 2, 0, 0),
+            philox.permutation_ranks(seed, 0, 1, 0, 2, 5),
+        ]
+    assert all(tensor.is_meta for tensor in made)
+
+
+def test_threads_do_not_disturb_one_another():
+    def draw(seed):
+        return rademacher((40, 3, 70), seed), normal((3, 70), seed)
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(draw, range(32)))
+    for seed, pair in enumerate(together):
+        for one, other in zip(pair, draw(seed), strict=True):
+            assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

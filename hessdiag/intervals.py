@@ -1,0 +1,159 @@
+"""Standard errors of few blocks, and the intervals that they stand for."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+# Above this chance that entries agree by luck, agreement is no knowledge.
+_LUCK = 0.01
+# A variance below this part of the others' is rounding.
+_ROUNDING = 1e-8
+_MANY = 200
+
+
+def standard_error(num_blocks: int, squared_deviations: Tensor) -> Tensor:
+    """Return the standard error of a mean over blocks, for each entry of each sample.
+
+    From n blocks it is sqrt(s^2 / n) with s^2 = squared_deviations / (n - 1). Where one other
+    feature disturbs an entry, its n contributions are all alike with probability 2^(1 - n), and
+    s^2 is zero however wrong they are. Such an entry takes
+
+        min(1, 2^(3 - n)) * (mean of s^2 over the sample)
+
+    in its place. Without any deviation in the sample, and few enough entries and blocks for this
+    to be luck, the error is unknown, which is infinite.
+
+    Args:
+        num_blocks: n, at least 1.
+        squared_deviations: Sum over the blocks of (contribution - mean)^2, shape (B, ...).
+
+    Example:
+        >>> standard_error(2, torch.tensor([[0.0, 2.0]]))
+        tensor([[0.7071, 1.0000]])
+        >>> standard_error(2, torch.tensor([[0.0, 0.0]]))
+        tensor([[inf, inf]])
+    """
+    n = num_blocks
+    if n < 2:
+        return torch.full_like(squared_deviations, torch.inf)
+    own = squared_deviations / (n * (n - 1))
+    pooled = _over_entries(own)
+    stand_in = min(1.0, 2.0 ** (3 - n)) * pooled
+    error = torch.where(own > _ROUNDING * pooled, own, stand_in).sqrt()
+    if 0.5 ** ((n - 1) * -(-own.shape[1:].numel() // 2)) > _LUCK:
+        error = torch.where(pooled == 0, torch.inf, error)
+    return error
+
+
+def half_width(stderr: Tensor, num_blocks: Tensor, level: float) -> Tensor:
+    """Return half of the width of the interval that covers the truth with probability ``level``.
+
+    Student's quantile with n - 1 degrees of freedom, n the number of blocks, times
+
+        sqrt(max(stderr^2, min(1, 2^(3 - n)) * (mean of stderr^2 over the sample))):
+
+    from five blocks or fewer an entry that is disturbed by few features may look better than it
+    is, and what the others show is its floor, as far as that is likely.
+
+    Args:
+        stderr: Shape (B, ...), as :func:`standard_error` gives it; zero where nothing is left to
+            chance.
+        num_blocks: Shape (B,).
+        level: Between 0 and 1.
+
+    Raises:
+        ValueError: If ``level`` is not between 0 and 1.
+
+    Example:
+        >>> half_width(torch.tensor([[1.0, 1.0]]), torch.tensor([2]), 0.5)
+        tensor([[1., 1.]])
+    """
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    counts = num_blocks.tolist()
+    known = {n: (student_quantile(level, n - 1), min(1.0, 2.0 ** (3 - n))) for n in set(counts)}
+    quantile, part = (
+        torch.tensor(values, dtype=stderr.dtype)
+        .to(stderr.device)
+        .reshape(-1, *[1] * (stderr.dim() - 1))
+        for values in ([known[n][k] for n in counts] for k in (0, 1))
+    )
+    reach = quantile * torch.maximum(stderr.square(), part * _over_entries(stderr.square())).sqrt()
+    return torch.where(_over_entries(stderr) == 0, 0.0, reach)
+
+
+def _over_entries(values: Tensor) -> Tensor:
+    """Return the mean over the entries of each sample, to broadcast."""
+    return values.mean(dim=list(range(1, values.dim())), keepdim=True) if values.dim() > 1 else values
+
+
+@lru_cache(maxsize=4096)
+def student_quantile(level: float, degrees: int) -> float:
+    """Return q with P(|T| <= q) = level, T of Student's distribution.
+
+    The finite sums of Abramowitz and Stegun (1964), 26.7.3 and 26.7.4, by bisection; above 200
+    degrees of freedom the expansion 26.7.5.
+
+    Args:
+        level: Between 0 and 1.
+        degrees: Degrees of freedom; infinity is returned for 0.
+
+    Example:
+        >>> round(student_quantile(0.95, 1), 3), round(student_quantile(0.95, 15), 3)
+        (12.706, 2.131)
+    """
+    if degrees < 1:
+        return math.inf
+    if degrees > _MANY:
+        z = NormalDist().inv_cdf((1 + level) / 2)
+        first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+        return z + first / degrees + second / degrees**2
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, degrees) < level else (low, middle)
+    return math.tan(low) * math.sqrt(degrees)
+
+
+def _within(angle: float, degrees: int) -> float:
+    """Return P(|T| <= sqrt(degrees) tan(angle))."""
+    cosine, even = math.cos(angle), degrees % 2 == 0
+    term, total = (1.0, 0.0) if even else (cosine, 0.0)
+    for k in range(0 if even else 1, degrees - 1, 2):
+        total += term
+        term *= cosine**2 * (k + 1) / (k + 2)
+    if even:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + math.sin(angle) * total)
+
+
+def error_quantile(num_independent: int, degrees: int) -> float:
+    """Return the 95% quantile of a root mean square error over its estimated standard error.
+
+    For one error it is Student's. For k of them its square has the F distribution with k and
+    k * degrees degrees of freedom; its quantile is taken by the approximation of Paulson (1942).
+
+    Args:
+        num_independent: k, the number of independent errors.
+        degrees: Degrees of freedom of each.
+
+    Example:
+        >>> round(error_quantile(1, 15), 2), round(error_quantile(100, 15), 2)
+        (2.13, 1.12)
+    """
+    if num_independent == 1 or degrees < 1:
+        return student_quantile(0.95, degrees)
+    z = NormalDist().inv_cdf(0.95)
+    a, b = 2 / (9 * num_independent), 2 / (9 * num_independent * degrees)
+    # The larger root w of ((1 - b) w - (1 - a))^2 = z^2 (b w^2 + a), with w^3 the quantile.
+    square = (1 - b) ** 2 - z**2 * b
+    if square <= 0:
+        return math.inf
+    half = (1 - a) * (1 - b)
+    root = math.sqrt(half**2 - square * ((1 - a) ** 2 - z**2 * a))
+    return ((half + root) / square) ** 1.5
