@@ -279,6 +279,10 @@ _FORWARD_MENDS: dict[Any, Mend] = {
 }
 
 
+_FALLBACK_SWITCH = "_set_vmap_fallback_warning_enabled"
+_warn_of_fallback: Callable[[bool], None] = getattr(torch._C._functorch, _FALLBACK_SWITCH)
+
+
 @contextmanager
 def quiet_vmap() -> Iterator[None]:
     """Leave out the warning that an operator is batched by a loop inside of PyTorch.
@@ -286,11 +290,11 @@ def quiet_vmap() -> Iterator[None]:
     Which operators are is nothing that a caller can change. PyTorch does not tell whether the
     warning is on; it is by default, and so afterwards.
     """
-    torch._C._functorch._set_vmap_fallback_warning_enabled(False)
+    _warn_of_fallback(False)
     try:
         yield
     finally:
-        torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+        _warn_of_fallback(True)
 
 
 @functools.cache

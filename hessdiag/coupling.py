@@ -90,11 +90,14 @@ def _confirm(
 def _seem_coupled(plain: Tensor, scaled: Tensor, factors: Tensor) -> Tensor:
     """Say whether factors do not come out of the products, but for rounding."""
     expected = factors * plain
-    error, size = (
-        values.abs().reshape(len(values), -1).amax(dim=1)
-        for values in (scaled - expected, expected)
-    )
-    return (error > torch.finfo(plain.dtype).eps ** 0.75 * size).any()
+    error, size = _largest(scaled - expected), _largest(expected)
+    rounding = float(torch.finfo(plain.dtype).eps ** 0.75)
+    return (error > rounding * size).any()
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Return the largest absolute value of each sample."""
+    return values.abs().reshape(len(values), -1).amax(dim=1)
 
 
 def _sets(batch: int, device: torch.device) -> list[Tensor]:
@@ -115,4 +118,5 @@ def _factors(x: Tensor) -> Tensor:
     """Return a factor in [0, 1] for each sample, all of them different, in a fixed random order."""
     generator = torch.Generator().manual_seed(_SEED)
     order = torch.randperm(len(x), generator=generator).to(x.device, x.dtype)
-    return (order / (len(x) - 1)).reshape(-1, *[1] * (x.dim() - 1))
+    factors: Tensor = order / (len(x) - 1)
+    return factors.reshape(-1, *[1] * (x.dim() - 1))

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from hessdiag.compat import NotDifferentiableError, backward_nodes, inside_transform
 
+# What torch.autograd.grad, torch.autograd.backward and Tensor.backward all call.
+_ENGINE = "_engine_run_backward"
 _REMEDY = (
     "score_fn takes a gradient by torch.autograd that {what}, which would be left out of the "
     "Jacobian; write torch.autograd.grad(..., create_graph=True) with respect to x itself, or use "
@@ -44,8 +46,8 @@ class _Watch:
     def watching(self, leaf: Tensor | None) -> Iterator[None]:
         with self._lock:
             if self._number == 0:
-                self._original = torch.autograd._engine_run_backward
-                torch.autograd._engine_run_backward = self._run
+                self._original = getattr(torch.autograd, _ENGINE)
+                setattr(torch.autograd, _ENGINE, self._run)
             self._number += 1
         before = getattr(self._here, "check", None)
         self._here.check = lambda *run: _check_gradient(leaf, *run)
@@ -56,7 +58,7 @@ class _Watch:
             with self._lock:
                 self._number -= 1
                 if self._number == 0:
-                    torch.autograd._engine_run_backward = self._original
+                    setattr(torch.autograd, _ENGINE, self._original)
 
     def _run(self, *run: Any, **named: Any) -> Any:
         check = getattr(self._here, "check", None)

@@ -55,7 +55,8 @@ class Jacobian:
     is used, and one that ``score_fn`` turned out not to have is not tried again for that function.
 
     Args:
-        score_fn: Maps (B, ...) to (B, ...), each sample alone.
+        score_fn: Maps (B, ...) to (B, ...), each sample alone. Arguments other than x are bound by
+            ``functools.partial``; :func:`hessdiag.trees.ravel` makes one tensor of trees.
         x: Where the Jacobian is taken: shape (B, ...), real floating point, finite.
         mode: "vjp", reverse mode, products with the transpose of J and one evaluation for all of
             them; "jvp", forward mode, products with J, no activations kept; "auto", reverse mode,
@@ -107,6 +108,12 @@ class Jacobian:
         tensor([[[1., 3.]],
         <BLANKLINE>
                 [[2., 4.]]])
+
+        With further tensors, which are what the function returned beside its output:
+
+        >>> J = Jacobian(lambda x: (x.sin(), x.square()), torch.ones(1, 2), has_aux=True)
+        >>> J.aux
+        tensor([[1., 1.]])
     """
 
     def __init__(
