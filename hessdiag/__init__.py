@@ -11,15 +11,12 @@ Kernels and the random-number contract are in :mod:`hessdiag.kernels`.
 from hessdiag.bases import Basis, dct
 from hessdiag.blocks import BlockDiagonalEstimate, block_diagonal
 from hessdiag.estimate import DiagonalEstimate, estimate, hutchinson
-from hessdiag.hessians import (
-    ParameterDiagonal,
-    gauss_newton_diagonal,
-    hessian_diagonal,
-    parameter_hessian_diagonal,
-)
+from hessdiag.gauss_newton import gauss_newton_diagonal
+from hessdiag.hessians import hessian_diagonal
 from hessdiag.jacobian import Jacobian
 from hessdiag.lanczos import lanczos
 from hessdiag.matrices import exact, jacobian
+from hessdiag.parameters import ParameterDiagonal, parameter_hessian_diagonal
 from hessdiag.probes import (
     BalancedColoring,
     Coloring,
