@@ -35,7 +35,8 @@ class Problem:
         loss, shape = loss or self.loss, self.model(self.parameters).shape
         J = torch.func.jacrev(lambda v: self.model(self.restore(v)).flatten())(self.vector)
         outputs = self.model(self.parameters).detach().flatten()
-        L = torch.func.hessian(lambda z: loss(z.reshape(shape)))(outputs)
+        # Reverse mode twice, since not every loss has a rule for forward mode.
+        L = torch.func.jacrev(torch.func.jacrev(lambda z: loss(z.reshape(shape))))(outputs)
         return (J.T @ L @ J).detach()
 
     @property

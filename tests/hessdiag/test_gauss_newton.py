@@ -118,7 +118,7 @@ def test_what_does_not_depend_on_the_parameters_says_so(problem):
             problem.parameters,
             max_probes=1,
         )
-    with pytest.raises(TypeError, match="model must return a torch.Tensor, got tuple"):
+    with pytest.raises(TypeError, match=r"model must return a torch\.Tensor, got tuple"):
         hessdiag.gauss_newton_diagonal(
             lambda p: (problem.model(p),), problem.loss, problem.parameters, max_probes=1
         )

@@ -208,10 +208,10 @@ def test_a_linear_loss_and_an_unused_parameter_have_no_curvature():
         for mode in ("vjp", "jvp"):
             result = hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=2, mode=mode)
             assert torch.equal(result.diagonal["unused"], torch.zeros(3))
-    result = hessdiag.parameter_hessian_diagonal(
+    linear = hessdiag.parameter_hessian_diagonal(
         lambda p: p["used"].sum(), parameters, max_probes=2
     )
-    assert torch.equal(result.diagonal["used"], torch.zeros(2))
+    assert torch.equal(linear.diagonal["used"], torch.zeros(2))
 
 
 def test_products_that_share_memory_are_not_written_into():
