@@ -16,6 +16,7 @@ from hessdiag.hessians import hessian_diagonal
 from hessdiag.jacobian import Jacobian
 from hessdiag.lanczos import lanczos
 from hessdiag.matrices import exact, jacobian
+from hessdiag.over_data import empirical_fisher_over_data, gauss_newton_over_data
 from hessdiag.parameters import ParameterDiagonal, parameter_hessian_diagonal
 from hessdiag.probes import (
     BalancedColoring,
@@ -43,9 +44,11 @@ __all__ = [
     "UnitVectors",
     "block_diagonal",
     "dct",
+    "empirical_fisher_over_data",
     "estimate",
     "exact",
     "gauss_newton_diagonal",
+    "gauss_newton_over_data",
     "hessian_diagonal",
     "hutchinson",
     "jacobian",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hessdiag.choosing import ProbeName
-from hessdiag.compat import explained, forward_mode_operators
+from hessdiag.compat import forward_mode_operators
+from hessdiag.curvature import loss_curvature
 from hessdiag.estimate import tolerance_of
 from hessdiag.parameters import (
     FirstThatWorks,
@@ -148,46 +149,5 @@ def _by_forward_mode(
             outputs, leaves, curvature(change), retain_graph=True, allow_unused=True
         )
         return tree.zeros_for_missing(found)
-
-    return product
-
-
-def loss_curvature(
-    value: Callable[[Tensor], Tensor], outputs: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Return the function from v to H v, with H the Hessian of a loss at ``outputs``.
-
-    The loss is evaluated once and taken back twice; where it has no second backward pass, its
-    gradient is evaluated in forward mode for each product, with the same random numbers.
-
-    Example:
-        >>> H = loss_curvature(lambda y: y.pow(3).sum(), torch.tensor([1.0, 2.0]))
-        >>> H(torch.tensor([1.0, 1.0]))
-        tensor([ 6., 12.])
-    """
-    random_numbers = RandomNumbers(outputs.device)
-    with twice_differentiable(), random_numbers.same():
-        leaf = outputs.detach().clone().requires_grad_()
-        number = value(leaf)
-        check_depends("loss", number)
-        (gradient,) = torch.autograd.grad(number, leaf, create_graph=True)
-    in_reverse = True
-
-    def product(v: Tensor) -> Tensor:
-        nonlocal in_reverse
-        if not gradient.requires_grad:  # the loss is linear in the outputs
-            return torch.zeros_like(v)
-        if in_reverse:
-            try:
-                result: Tensor = torch.autograd.grad(gradient, leaf, v, retain_graph=True)[0]
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError) or not explained(error, "vjp", "loop"):
-                    raise
-                in_reverse = False
-            else:
-                return result
-        with forward_mode_operators(), torch.no_grad(), random_numbers.same():
-            forward: Tensor = torch.func.jvp(torch.func.grad(value), (leaf.detach(),), (v,))[1]
-        return forward
 
     return product

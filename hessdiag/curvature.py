@@ -1,0 +1,195 @@
+"""The Hessian of a loss in the outputs of a model: products with it, and its square roots.
+
+A loss over a batch is a sum of losses of single samples, so its Hessian has a block for each
+sample, of C x C for C outputs. A root S of a block, S S^T = H, turns a Gauss-Newton matrix into a
+sum of squares of gradients. Three structures of H are recognised by a few products, none of which
+is taken on trust:
+
+=============  =============================================  ==================================
+structure      losses                                         root
+=============  =============================================  ==================================
+elementwise    mean squared error, binary cross entropy, ...  sqrt(h), a diagonal
+softmax        cross entropy over an axis, any weights        sqrt(w) (diag sqrt(p) - p sqrt(p)^T)
+dense          every other                                    by the eigenvectors of the block
+=============  =============================================  ==================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessdiag.compat import explained, forward_mode_operators
+from hessdiag.kernels import normal, rademacher
+from hessdiag.parameters import RandomNumbers, check_depends, twice_differentiable
+
+Product = Callable[[Tensor], Tensor]
+
+# Numbers of the blocks of a batch: 2 GB in float64.
+_LARGEST = 2**28
+
+
+def loss_curvature(
+    value: Callable[[Tensor], Tensor], outputs: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from v to H v, with H the Hessian of a loss at ``outputs``.
+
+    The loss is evaluated once and taken back twice; where it has no second backward pass, its
+    gradient is evaluated in forward mode for each product, with the same random numbers.
+
+    Example:
+        >>> H = loss_curvature(lambda y: y.pow(3).sum(), torch.tensor([1.0, 2.0]))
+        >>> H(torch.tensor([1.0, 1.0]))
+        tensor([ 6., 12.])
+    """
+    random_numbers = RandomNumbers(outputs.device)
+    with twice_differentiable(), random_numbers.same():
+        leaf = outputs.detach().clone().requires_grad_()
+        number = value(leaf)
+        check_depends("loss", number)
+        (gradient,) = torch.autograd.grad(number, leaf, create_graph=True)
+    in_reverse = True
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal in_reverse
+        if not gradient.requires_grad:  # the loss is linear in the outputs
+            return torch.zeros_like(v)
+        if in_reverse:
+            try:
+                result: Tensor = torch.autograd.grad(gradient, leaf, v, retain_graph=True)[0]
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError) or not explained(error, "vjp", "loop"):
+                    raise
+                in_reverse = False
+            else:
+                return result
+        with forward_mode_operators(), torch.no_grad(), random_numbers.same():
+            forward: Tensor = torch.func.jvp(torch.func.grad(value), (leaf.detach(),), (v,))[1]
+        return forward
+
+    return product
+
+
+@dataclass(frozen=True)
+class Root:
+    """A square root of a part of the Hessian of each sample: sign * S S^T.
+
+    Attributes:
+        sign: 1.0, or -1.0 for the directions of negative curvature.
+        size: The number r of columns of S.
+        times: From vectors of shape (m, N, r) to S times them, of shape (m, N, ...).
+    """
+
+    sign: float
+    size: int
+    times: Callable[[Tensor], Tensor]
+
+
+def roots(H: Product, outputs: Tensor) -> list[Root]:
+    """Return the roots of the Hessian of a loss at ``outputs``, of shape (N, ...).
+
+    There is one, and another where the loss has negative curvature; none where it has no curvature.
+
+    Args:
+        H: Products with the Hessian, of vectors of the shape of ``outputs``.
+        outputs: Outputs of N samples that do not meet in the loss.
+
+    Raises:
+        ValueError: If the blocks of a dense Hessian would fill more than 2 GB.
+
+    Example:
+        >>> outputs = torch.tensor([[1.0, 2.0]])
+        >>> H = loss_curvature(lambda y: y.pow(3).sum() / 6, outputs)
+        >>> (root,) = roots(H, outputs)
+        >>> root.times(torch.eye(2)[:, None]).square().sum(0)
+        tensor([[1., 2.]])
+    """
+    if outputs.numel() == 0:
+        return []
+    elementwise = _elementwise(H, outputs)
+    if elementwise is not None:
+        return elementwise
+    for axis in sorted({1, outputs.dim() - 1}):
+        softmax = _softmax(H, outputs, axis)
+        if softmax is not None:
+            return [softmax]
+    return _dense(H, outputs)
+
+
+def _elementwise(H: Product, outputs: Tensor) -> list[Root] | None:
+    signs = rademacher((2, *outputs.shape), 0, dtype=outputs.dtype, device=outputs.device)
+    h = signs[0] * H(signs[0])
+    difference = (signs[1] * H(signs[1]) - h).abs().max()
+    if difference > 8 * torch.finfo(outputs.dtype).eps * h.abs().max():
+        return None
+
+    def part(sign: float) -> Root:
+        root = (sign * h).clamp(min=0).sqrt()
+        return Root(sign, h[0].numel(), lambda e: e.reshape(len(e), *outputs.shape) * root)
+
+    return [part(sign) for sign in (1.0, -1.0) if bool((sign * h > 0).any())]
+
+
+def _softmax(H: Product, outputs: Tensor, axis: int) -> Root | None:
+    """Return the root if every position along ``axis`` has the block w (diag p - p p^T)."""
+    p = outputs.softmax(axis)
+
+    def block(v: Tensor) -> Tensor:
+        return p * (v - (p * v).sum(axis, keepdim=True))
+
+    def drawn(number: int) -> Tensor:
+        return normal(outputs.shape, 0, step=number, device=outputs.device).to(outputs.dtype)
+
+    eps = torch.finfo(outputs.dtype).eps
+    plain, found = block(drawn(0)), H(drawn(0))
+    squares = plain.square().sum(axis, keepdim=True)
+    # Where p is 1 and 0 to rounding there is no curvature to be seen.
+    seen = squares > eps
+    w = torch.where(seen, (plain * found).sum(axis, keepdim=True) / squares, 0.0)
+    expected, found = w * block(drawn(1)), H(drawn(1))
+    if bool((w < 0).any()) or (found - expected).abs().max() > eps**0.75 * found.abs().max():
+        return None
+    root, scale = p.sqrt(), w.sqrt()
+
+    def times(e: Tensor) -> Tensor:
+        scaled = root * e.reshape(len(e), *outputs.shape)
+        return scale * (scaled - p * scaled.sum(axis + 1, keepdim=True))
+
+    return Root(1.0, outputs[0].numel(), times)
+
+
+def _dense(H: Product, outputs: Tensor) -> list[Root]:
+    samples, size = len(outputs), outputs[0].numel()
+    if samples * size**2 > _LARGEST:
+        raise ValueError(
+            f"the Hessian of loss couples the {size} outputs of a sample, and its {samples} blocks "
+            "would fill more than 2 GB; pass smaller batches in data, or a loss that is "
+            "elementwise or a cross entropy"
+        )
+    blocks = outputs.new_empty(samples, size, size)
+    for c in range(size):
+        unit = torch.zeros_like(outputs).reshape(samples, size)
+        unit[:, c] = 1.0
+        blocks[:, :, c] = H(unit.reshape(outputs.shape)).reshape(samples, size)
+    values, vectors = torch.linalg.eigh(blocks)
+    largest = values.abs().amax(dim=1, keepdim=True)
+    noise = size * torch.finfo(values.dtype).eps * largest
+    found = []
+    for sign in (1.0, -1.0):
+        kept = sign * values > noise
+        columns = kept.any(dim=0)
+        if bool(columns.any()):
+            root = torch.where(kept, sign * values, 0.0).sqrt()[:, None, :] * vectors
+            found.append(_dense_root(sign, root[:, :, columns], outputs.shape))
+    return found
+
+
+def _dense_root(sign: float, S: Tensor, shape: torch.Size) -> Root:
+    return Root(
+        sign,
+        S.shape[-1],
+        lambda e: torch.einsum("ncr,mnr->mnc", S, e).reshape(len(e), *shape),
+    )
