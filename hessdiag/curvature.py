@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.compat import explained, forward_mode_operators
-from hessdiag.kernels import normal, rademacher
-from hessdiag.parameters import RandomNumbers, check_depends, twice_differentiable
+from hessdiag.parameters import RandomNumbers, as_number, check_depends
 
 Product = Callable[[Tensor], Tensor]
 
@@ -32,45 +31,58 @@ Product = Callable[[Tensor], Tensor]
 _LARGEST = 2**28
 
 
-def loss_curvature(
-    value: Callable[[Tensor], Tensor], outputs: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """Return the function from v to H v, with H the Hessian of a loss at ``outputs``.
+class LossCurvature:
+    """The gradient g and the Hessian H of a loss at ``outputs``: ``curvature(v)`` is H v.
 
-    The loss is evaluated once and taken back twice; where it has no second backward pass, its
+    The loss is evaluated once and taken back twice. Where it has no second backward pass, its
     gradient is evaluated in forward mode for each product, with the same random numbers.
 
-    Example:
-        >>> H = loss_curvature(lambda y: y.pow(3).sum(), torch.tensor([1.0, 2.0]))
-        >>> H(torch.tensor([1.0, 1.0]))
-        tensor([ 6., 12.])
-    """
-    random_numbers = RandomNumbers(outputs.device)
-    with twice_differentiable(), random_numbers.same():
-        leaf = outputs.detach().clone().requires_grad_()
-        number = value(leaf)
-        check_depends("loss", number)
-        (gradient,) = torch.autograd.grad(number, leaf, create_graph=True)
-    in_reverse = True
+    Args:
+        value: The loss, a function of outputs that returns a number.
+        outputs: Where it is taken.
 
-    def product(v: Tensor) -> Tensor:
-        nonlocal in_reverse
-        if not gradient.requires_grad:  # the loss is linear in the outputs
+    Attributes:
+        gradient: g, of the shape of ``outputs``.
+
+    Raises:
+        ValueError: If the loss is not a number, or does not depend on the outputs.
+
+    Example:
+        >>> curvature = LossCurvature(lambda y: y.pow(3).sum(), torch.tensor([1.0, 2.0]))
+        >>> curvature.gradient, curvature(torch.tensor([1.0, 1.0]))
+        (tensor([ 3., 12.]), tensor([ 6., 12.]))
+    """
+
+    def __init__(self, value: Callable[[Tensor], Tensor], outputs: Tensor) -> None:
+        self._value = value
+        self._random_numbers = RandomNumbers(outputs.device)
+        with torch.inference_mode(False), torch.enable_grad(), self._random_numbers.same():
+            self._leaf = outputs.detach().clone().requires_grad_()
+            number = as_number("loss", value(self._leaf))
+            check_depends("loss", number)
+            (self._gradient,) = torch.autograd.grad(number, self._leaf, create_graph=True)
+        self.gradient = self._gradient.detach()
+        self._in_reverse = True
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return H v.
+
+        Raises:
+            ValueError: If the loss has no second derivative in either mode.
+        """
+        if not self._gradient.requires_grad:  # the loss is linear in the outputs
             return torch.zeros_like(v)
-        if in_reverse:
+        if self._in_reverse:
             try:
-                result: Tensor = torch.autograd.grad(gradient, leaf, v, retain_graph=True)[0]
+                return torch.autograd.grad(self._gradient, self._leaf, v, retain_graph=True)[0]
             except RuntimeError as error:
                 if isinstance(error, torch.OutOfMemoryError) or not explained(error, "vjp", "loop"):
                     raise
-                in_reverse = False
-            else:
-                return result
-        with forward_mode_operators(), torch.no_grad(), random_numbers.same():
-            forward: Tensor = torch.func.jvp(torch.func.grad(value), (leaf.detach(),), (v,))[1]
-        return forward
-
-    return product
+                self._in_reverse = False
+        gradient = torch.func.grad(self._value)
+        with forward_mode_operators(), torch.no_grad(), self._random_numbers.same():
+            product: Tensor = torch.func.jvp(gradient, (self._leaf.detach(),), (v,))[1]
+        return product
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,7 @@ def roots(H: Product, outputs: Tensor) -> list[Root]:
 
     Example:
         >>> outputs = torch.tensor([[1.0, 2.0]])
-        >>> H = loss_curvature(lambda y: y.pow(3).sum() / 6, outputs)
+        >>> H = LossCurvature(lambda y: y.pow(3).sum() / 6, outputs)
         >>> (root,) = roots(H, outputs)
         >>> root.times(torch.eye(2)[:, None]).square().sum(0)
         tensor([[1., 2.]])
@@ -120,9 +132,9 @@ def roots(H: Product, outputs: Tensor) -> list[Root]:
 
 
 def _elementwise(H: Product, outputs: Tensor) -> list[Root] | None:
-    signs = rademacher((2, *outputs.shape), 0, dtype=outputs.dtype, device=outputs.device)
-    h = signs[0] * H(signs[0])
-    difference = (signs[1] * H(signs[1]) - h).abs().max()
+    first, second = (arbitrary(outputs, k).sign() for k in range(2))
+    h = first * H(first)
+    difference = (second * H(second) - h).abs().max()
     if difference > 8 * torch.finfo(outputs.dtype).eps * h.abs().max():
         return None
 
@@ -140,16 +152,14 @@ def _softmax(H: Product, outputs: Tensor, axis: int) -> Root | None:
     def block(v: Tensor) -> Tensor:
         return p * (v - (p * v).sum(axis, keepdim=True))
 
-    def drawn(number: int) -> Tensor:
-        return normal(outputs.shape, 0, step=number, device=outputs.device).to(outputs.dtype)
-
+    first, second = (arbitrary(outputs, k) for k in range(2))
     eps = torch.finfo(outputs.dtype).eps
-    plain, found = block(drawn(0)), H(drawn(0))
+    plain, found = block(first), H(first)
     squares = plain.square().sum(axis, keepdim=True)
     # Where p is 1 and 0 to rounding there is no curvature to be seen.
     seen = squares > eps
     w = torch.where(seen, (plain * found).sum(axis, keepdim=True) / squares, 0.0)
-    expected, found = w * block(drawn(1)), H(drawn(1))
+    expected, found = w * block(second), H(second)
     if bool((w < 0).any()) or (found - expected).abs().max() > eps**0.75 * found.abs().max():
         return None
     root, scale = p.sqrt(), w.sqrt()
@@ -159,6 +169,16 @@ def _softmax(H: Product, outputs: Tensor, axis: int) -> Root | None:
         return scale * (scaled - p * scaled.sum(axis + 1, keepdim=True))
 
     return Root(1.0, outputs[0].numel(), times)
+
+
+def arbitrary(like: Tensor, number: int) -> Tensor:
+    """Return fixed numbers without a pattern, in (-1, 1) and never 0, to compare products with.
+
+    No random generator moves on for them.
+    """
+    count = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    values = torch.sin(count.square() * 0.7548776662466927 + number)
+    return values.to(like.dtype).reshape(like.shape)
 
 
 def _dense(H: Product, outputs: Tensor) -> list[Root]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hessdiag.choosing import ProbeName
 from hessdiag.compat import forward_mode_operators
-from hessdiag.curvature import loss_curvature
+from hessdiag.curvature import LossCurvature
 from hessdiag.estimate import tolerance_of
 from hessdiag.parameters import (
     FirstThatWorks,
@@ -18,7 +18,6 @@ from hessdiag.parameters import (
     RandomNumbers,
     TreeMode,
     TreeProduct,
-    as_number,
     check_depends,
     estimate_over_parameters,
     twice_differentiable,
@@ -85,14 +84,11 @@ def gauss_newton_diagonal(
             raise TypeError(f"model must return a torch.Tensor, got {type(outputs).__name__}")
         return outputs
 
-    def value(outputs: Tensor) -> Tensor:
-        return as_number("loss", loss(outputs))
-
     products = FirstThatWorks(
         mode,
         {
-            "vjp": lambda: _by_reverse_mode(outputs_of, value, tree),
-            "jvp": lambda: _by_forward_mode(outputs_of, value, tree),
+            "vjp": lambda: _by_reverse_mode(outputs_of, loss, tree),
+            "jvp": lambda: _by_forward_mode(outputs_of, loss, tree),
         },
     )
     return estimate_over_parameters(
@@ -109,7 +105,7 @@ def gauss_newton_diagonal(
 
 
 def _by_reverse_mode(
-    outputs_of: Callable[[Leaves], Tensor], value: Callable[[Tensor], Tensor], tree: ParameterTree
+    outputs_of: Callable[[Leaves], Tensor], loss: Callable[[Tensor], Tensor], tree: ParameterTree
 ) -> TreeProduct:
     with twice_differentiable():
         leaves = tree.requiring_grad()
@@ -118,7 +114,7 @@ def _by_reverse_mode(
         # J^T u is linear in u: its derivative in u along v is J v, at any u.
         u = torch.zeros_like(outputs, requires_grad=True)
         transposed = torch.autograd.grad(outputs, leaves, u, create_graph=True, allow_unused=True)
-    curvature = loss_curvature(value, outputs)
+    curvature = LossCurvature(loss, outputs)
     used = [i for i, t in enumerate(transposed) if t is not None and t.requires_grad]
     columns = [transposed[i] for i in used]
 
@@ -133,14 +129,14 @@ def _by_reverse_mode(
 
 
 def _by_forward_mode(
-    outputs_of: Callable[[Leaves], Tensor], value: Callable[[Tensor], Tensor], tree: ParameterTree
+    outputs_of: Callable[[Leaves], Tensor], loss: Callable[[Tensor], Tensor], tree: ParameterTree
 ) -> TreeProduct:
     random_numbers = RandomNumbers(tree.device)
     with torch.inference_mode(False), torch.enable_grad(), random_numbers.same():
         leaves = tree.requiring_grad()
         outputs = outputs_of(leaves)
     check_depends("model", outputs)
-    curvature = loss_curvature(value, outputs)
+    curvature = LossCurvature(loss, outputs)
 
     def product(probe: Leaves) -> Leaves:
         with forward_mode_operators(), torch.no_grad(), random_numbers.same():

@@ -94,8 +94,7 @@ def _outer_products(g: Tensor, a: Tensor, power: int) -> Tensor:
         part, inputs = g[:, first : first + step], a[first : first + step]
         # A gradient of each of m vectors, side by side: one product of matrices for a sample.
         rows = part.transpose(0, 1).flatten(1, 2)
-        products = torch.bmm(rows, inputs).reshape(-1, out * inner)
-        total += torch.linalg.vector_norm(products, dim=0).square().reshape(out, inner)
+        total += torch.bmm(rows, inputs).square_().reshape(-1, out, inner).sum(0)
     return total
 
 

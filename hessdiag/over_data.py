@@ -10,10 +10,10 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from hessdiag.checks import check_positive_int
-from hessdiag.curvature import Root, loss_curvature, roots
+from hessdiag.curvature import LossCurvature, Root, roots
 from hessdiag.kernels.philox import check_counter, seed_tensor
-from hessdiag.parameters import ParameterDiagonal, as_number, check_depends, twice_differentiable
-from hessdiag.per_sample import Model, SampleGradients
+from hessdiag.parameters import ParameterDiagonal
+from hessdiag.per_sample import Model, SampleGradients, part_of
 from hessdiag.probes import BalancedColoring, ProbeDesign, Rademacher
 from hessdiag.trees import Leaves, ParameterTree, Tree
 
@@ -96,10 +96,9 @@ def gauss_newton_over_data(
 
     def add(total: _Total, outputs: Tensor, targets: Any, squares: Squares, numbers: Tensor) -> int:
         nonlocal exact
-        value, points, scale = _loss_of(loss, outputs, targets)
-        H = loss_curvature(value, points)
+        curvature, points, scale = _loss_of(loss, outputs, targets)
         passes = 0
-        for root in roots(lambda v: scale * H(v), points):
+        for root in roots(lambda v: scale * curvature(v), points):
             count = root.size if max_probes is None else min(root.size, max_probes)
             exact = exact and count == root.size
             passes += count
@@ -151,8 +150,8 @@ def empirical_fisher_over_data(
     """
 
     def add(total: _Total, outputs: Tensor, targets: Any, squares: Squares, numbers: Tensor) -> int:
-        value, points, scale = _loss_of(loss, outputs, targets)
-        total.add(squares(scale * _gradient(value, points)[None].to(outputs.dtype)), 1.0)
+        curvature, _, scale = _loss_of(loss, outputs, targets)
+        total.add(squares(scale * curvature.gradient[None].to(outputs.dtype)), 1.0)
         return 1
 
     return _over(model, data, parameters, reduction, 0, process_group, add, lambda: True)
@@ -259,52 +258,35 @@ def _batches(
 # The loss
 
 
-def _loss_of(
-    loss: Loss, outputs: Tensor, targets: Any
-) -> tuple[Callable[[Tensor], Tensor], Tensor, float]:
-    """Return the loss of a batch, where to take it, and what makes it the sum over samples.
+def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, Tensor, float]:
+    """Return the loss of a batch, where it is taken, and what makes it the sum over samples.
 
     It is taken in float64 where the loss has that: its curvature is a difference of nearly equal
     numbers where a network is sure.
     """
-    value = _value(loss, targets)
-    for points in (outputs.double(), outputs):
-        try:
-            whole = _gradient(value, points)
-            break
-        except (RuntimeError, TypeError):
-            if points.dtype == outputs.dtype:
-                raise
+
+    def at(points: Tensor, targets: Any) -> LossCurvature:
+        return LossCurvature(lambda y: loss(y, targets), points)
+
+    points = outputs.double()
+    try:
+        whole = at(points, targets)
+    except (RuntimeError, TypeError):
+        points = outputs
+        whole = at(points, targets)
     samples = len(points)
     scales = [1.0, float(samples)]
     for n in sorted({0, samples // 2, samples - 1}):
-        alone = _gradient(_value(loss, _sample(targets, n)), points[n : n + 1])[0]
+        alone = at(points[n : n + 1], part_of(targets, n, n + 1)).gradient[0]
         bound = torch.finfo(outputs.dtype).eps ** 0.5 * alone.abs().max()
-        scales = [s for s in scales if bool((s * whole[n] - alone).abs().max() <= bound)]
+        scales = [s for s in scales if bool((s * whole.gradient[n] - alone).abs().max() <= bound)]
     if not scales:
         raise ValueError(
             "loss must be the sum or the mean over the samples of a batch of what it is for each "
             "alone, and it is neither; a mean with class weights or ignored targets is none: take "
             "the sum, as by reduction='sum'"
         )
-    return value, points, scales[0]
-
-
-def _value(loss: Loss, targets: Any) -> Callable[[Tensor], Tensor]:
-    return lambda outputs: as_number("loss", loss(outputs, targets))
-
-
-def _sample(targets: Any, n: int) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t[n : n + 1], targets)
-
-
-def _gradient(value: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
-    with twice_differentiable():
-        leaf = outputs.detach().requires_grad_()
-        number = value(leaf)
-        check_depends("loss", number)
-    (gradient,) = torch.autograd.grad(number, leaf)
-    return gradient
+    return whole, points, scales[0]
 
 
 # Combinations of columns

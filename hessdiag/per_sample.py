@@ -19,15 +19,19 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from hessdiag.compat import explained, forward_mode_operators
-from hessdiag.kernels import normal
+from hessdiag.curvature import arbitrary
 from hessdiag.layers import own_parameters, sums_of
 from hessdiag.parameters import check_depends
 from hessdiag.trees import Leaves, ParameterTree, Tree
 
 Model = nn.Module | Callable[[Tree, Any], Tensor]
 
-# Entries of per-sample gradients held at a time.
+# Entries of gradients of samples or at layers held at a time.
 _ENTRIES = 2**23
+# Entries at the layers of a batch up to which one batched backward pass is faster on a CPU.
+_SMALL = 2**19
+# Samples that layers are checked with.
+_CHECKED = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,16 @@ class _Call:
     input: Tensor
     version: int
     edge: GradientEdge
+    entries: int
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Outputs with their graph to the leaves, and the calls of layers that it goes through."""
+
+    outputs: Tensor
+    leaves: Leaves
+    calls: dict[str, _Call]
 
 
 class SampleGradients:
@@ -47,9 +61,6 @@ class SampleGradients:
         tree: The parameters; for a module a dictionary by their names.
         names: The names of the leaves, or None where ``model`` is no module.
         notes: Takes what a reader of the result should know.
-
-    Attributes:
-        passes: Backward passes so far.
     """
 
     def __init__(
@@ -57,16 +68,15 @@ class SampleGradients:
     ) -> None:
         self._model, self._tree, self._notes = model, tree, notes
         self._index = {name: i for i, name in enumerate(names or [])}
-        self._layers: dict[str, nn.Module] | None = None
+        self._layers: dict[str, nn.Module] = {}
         if isinstance(model, nn.Module):
             self._layers = {
                 name: module
                 for name, module in model.named_modules()
-                if sums_of(module)
-                and any(n in self._index for _, n in own_parameters(module, name))
+                if sums_of(module) and self._leaves_of(module, name)
             }
-        self._checked = False
-        self._loop = False
+        self._checked_layers = self._checked_rest = False
+        self._by_vmap = True
 
     def at(self, inputs: Any) -> tuple[Tensor, Callable[[Tensor], Leaves]]:
         """Return the outputs of a batch, and the function from vectors to sums of squares.
@@ -75,61 +85,33 @@ class SampleGradients:
         the square of the gradient of v_mn^T f(x_n), a list like the leaves.
 
         Raises:
-            ValueError: If the samples of a batch meet in the model, or differ in what it draws.
+            TypeError: If the model returns no tensor.
+            ValueError: If it returns another number of samples, depends on no parameter, lets the
+                samples of a batch meet, or draws random numbers for parameters of unknown layers.
         """
+        if self._layers and not self._checked_layers:
+            self._check_layers(part_of(inputs, 0, _CHECKED))
+            self._checked_layers = True
         before = torch.get_rng_state()
-        outputs, calls, leaves = self._evaluate(inputs)
+        batch = self._evaluate(inputs)
         drew = not torch.equal(before, torch.get_rng_state())
-        if not self._checked:
-            self._strike_out(outputs, calls, leaves)
-            self._checked = True
-        covered = self._covered()
-        rest = [i for i in range(len(leaves)) if i not in covered]
+        covered = {i for name in batch.calls for _, i in self._leaves_of(self._layers[name], name)}
+        rest = [i for i in range(len(self._tree.leaves)) if i not in covered]
         if rest and drew:
             raise ValueError(
                 "model must not draw random numbers (dropout?), which would differ between passes; "
                 "put the module in eval mode"
             )
-        plain = outputs.detach()
 
         def squares(vectors: Tensor) -> Leaves:
-            found: list[Tensor | None] = [None] * len(leaves)
+            found: list[Tensor | None] = [None] * len(self._tree.leaves)
             if covered:
-                self._add_layers(found, outputs, calls, vectors, 2)
+                self._add_layers(found, batch, vectors)
             if rest:
-                self._add_rest(found, rest, inputs, plain, vectors)
+                self._add_rest(found, rest, inputs, batch.outputs.detach(), vectors)
             return self._tree.zeros_for_missing(found)
 
-        return plain, squares
-
-    # Layers
-
-    def _evaluate(self, inputs: Any) -> tuple[Tensor, dict[str, list[_Call]], Leaves]:
-        calls: dict[str, list[_Call]] = {name: [] for name in self._layers or {}}
-
-        def recorder(name: str) -> Callable[..., None]:
-            def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if isinstance(output, Tensor) and output.requires_grad and len(args) == 1:
-                    a = args[0].detach()
-                    calls[name].append(_Call(a, a._version, get_gradient_edge(output)))
-
-            return record
-
-        handles = [
-            module.register_forward_hook(recorder(name))
-            for name, module in (self._layers or {}).items()
-        ]
-        needs_graph = bool(self._layers) or not self._checked
-        try:
-            with torch.inference_mode(False), torch.set_grad_enabled(needs_graph):
-                leaves = self._tree.requiring_grad()
-                outputs = self._call(leaves, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        if needs_graph:
-            check_depends("model", outputs)
-        return outputs, calls, leaves
+        return batch.outputs.detach(), squares
 
     def _call(self, leaves: Leaves, inputs: Any) -> Tensor:
         parameters = self._tree.restore(leaves)
@@ -148,79 +130,155 @@ class SampleGradients:
             )
         return outputs
 
-    def _covered(self) -> set[int]:
-        return {
-            self._index[name]
-            for layer, module in (self._layers or {}).items()
-            for _, name in own_parameters(module, layer)
-            if name in self._index
-        }
+    # Known layers
 
-    def _add_layers(
-        self,
-        found: list[Tensor | None],
-        outputs: Tensor,
-        calls: dict[str, list[_Call]],
-        vectors: Tensor,
-        power: int,
-    ) -> None:
-        assert self._layers is not None
-        edges = [calls[name][0].edge for name in self._layers]
-        gradients = [
-            torch.autograd.grad(outputs, edges, v, retain_graph=True, allow_unused=True)
-            for v in vectors
+    def _leaves_of(self, module: nn.Module, name: str) -> list[tuple[str, int]]:
+        """Return a layer's parameters that are looked for: their names within it, their leaves."""
+        return [
+            (short, self._index[full])
+            for short, full in own_parameters(module, name)
+            if full in self._index
         ]
-        for i, (name, module) in enumerate(self._layers.items()):
-            of_layer = [row[i] for row in gradients if row[i] is not None]
-            if not of_layer:
-                continue
-            call, rule = calls[name][0], sums_of(module)
-            assert rule is not None
-            if call.input._version != call.version:
-                raise ValueError(
-                    f"model must not write into the input of its layer {name!r}, which the squares "
-                    "of gradients need; make that operation out of place"
-                )
-            sums = rule(module, call.input, torch.stack(of_layer), power)
-            for short, full in own_parameters(module, name):
-                if full in self._index:
-                    found[self._index[full]] = sums[short]
 
-    def _strike_out(self, outputs: Tensor, calls: dict[str, list[_Call]], leaves: Leaves) -> None:
-        """Leave only layers that are called once, sample by sample, and agree with autograd."""
-        samples = len(outputs)
-        for name in list(self._layers or {}):
-            first = calls[name][0].input if len(calls[name]) == 1 else None
-            if first is None or first.dim() < 1 or len(first) != samples:
-                self._drop(name)
-        if not self._layers:
-            return
-        # Vectors for every other sample: what comes back to the others must be zero.
-        v = normal(outputs.shape, 0, device=outputs.device).to(outputs.dtype)
-        v[1::2] = 0.0
-        edges = [calls[name][0].edge for name in self._layers]
-        returned = torch.autograd.grad(
-            outputs, [*edges, *leaves], v, retain_graph=True, allow_unused=True
-        )
-        expected = dict(zip(self._index, returned[len(edges) :], strict=True))
-        for g, (name, module) in zip(returned, list(self._layers.items()), strict=False):
+    def _evaluate(self, inputs: Any) -> _Batch:
+        """Run the model, and record the layers that are called once, with the batch in front."""
+        calls: dict[str, list[_Call]] = {name: [] for name in self._layers}
+
+        def recorder(name: str) -> Callable[..., None]:
+            def record(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if isinstance(output, Tensor) and output.requires_grad and len(args) == 1:
+                    a = args[0].detach()
+                    edge = get_gradient_edge(output)
+                    calls[name].append(_Call(a, a._version, edge, output.numel()))
+
+            return record
+
+        handles = [
+            module.register_forward_hook(recorder(name)) for name, module in self._layers.items()
+        ]
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                leaves = self._tree.requiring_grad()
+                outputs = self._call(leaves, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        check_depends("model", outputs)
+        once = {
+            name: found[0]
+            for name, found in calls.items()
+            if len(found) == 1 and found[0].input.dim() and len(found[0].input) == len(outputs)
+        }
+        return _Batch(outputs, leaves, once)
+
+    def _add_layers(self, found: list[Tensor | None], batch: _Batch, vectors: Tensor) -> None:
+        entries = sum(call.entries for call in batch.calls.values())
+        # Small or on a GPU, all vectors go back at once; else the caches hold one of them better.
+        together = self._by_vmap and (vectors.is_cuda or entries <= _SMALL)
+        step = max(1, _ENTRIES // max(1, entries))
+        for part in vectors.split(step):
+            try:
+                sums = self._layer_sums(batch, part, 2, together)
+            except RuntimeError as error:
+                reason = explained(error, "vjp", "vmap") if together else None
+                if reason is None:
+                    raise
+                self._note_no_vmap(str(reason))
+                together = False
+                sums = self._layer_sums(batch, part, 2, together)
+            for i, value in sums.items():
+                held = found[i]
+                found[i] = value if held is None else held.add_(value)
+
+    def _layer_sums(
+        self, batch: _Batch, vectors: Tensor, power: int, together: bool
+    ) -> dict[int, Tensor]:
+        edges = [call.edge for call in batch.calls.values()]
+
+        def back(v: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(
+                batch.outputs,
+                edges,
+                v,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
+
+        if together:
+            gradients = back(vectors, True)
+        else:
+            rows = [back(v, False) for v in vectors]
+            gradients = tuple(
+                None if column[0] is None else torch.stack(column)
+                for column in zip(*rows, strict=True)
+            )
+        sums: dict[int, Tensor] = {}
+        for g, (name, call) in zip(gradients, batch.calls.items(), strict=True):
             if g is None:
                 continue
+            if call.input._version != call.version:
+                raise ValueError(
+                    f"model must not write into the input of its layer {name!r}, which squares of "
+                    "gradients need; make that operation out of place"
+                )
+            module = self._layers[name]
             rule = sums_of(module)
             assert rule is not None
-            alone = len(g) == samples and not bool(g[1::2].any())
-            sums = rule(module, calls[name][0].input, g[None], 1) if alone else {}
-            agree = alone and all(
-                _close(sums[short], expected[full])
-                for short, full in own_parameters(module, name)
-                if full in self._index
-            )
-            if not agree:
-                self._drop(name)
+            of_layer = rule(module, call.input, g, power)
+            sums |= {i: of_layer[short] for short, i in self._leaves_of(module, name)}
+        return sums
 
-    def _drop(self, name: str) -> None:
-        assert self._layers is not None
-        del self._layers[name]
+    def _check_layers(self, inputs: Any) -> None:
+        """Leave only layers that agree with autograd, and whose samples do not meet, on a few."""
+        batch = self._evaluate(inputs)
+        if not batch.calls:
+            self._layers = {}
+            return
+        # Vectors for every other sample: what comes back to the others must be zero.
+        vectors = torch.stack([arbitrary(batch.outputs, k) for k in range(2)])
+        vectors[:, 1::2] = 0.0
+        edges = [call.edge for call in batch.calls.values()]
+        returned = torch.autograd.grad(
+            batch.outputs, [*edges, *batch.leaves], vectors.sum(0), None, True, allow_unused=True
+        )
+        expected = returned[len(edges) :]
+        meeting = {
+            name
+            for name, g in zip(batch.calls, returned, strict=False)
+            if g is not None and bool(g[1::2].any())
+        }
+
+        def agreeing(together: bool) -> set[str]:
+            sums = self._layer_sums(batch, vectors, 1, together)
+            return {
+                name
+                for name in batch.calls
+                if all(
+                    close(sums.get(i), expected[i])
+                    for _, i in self._leaves_of(self._layers[name], name)
+                )
+            }
+
+        alone = agreeing(False)
+        try:
+            if not alone <= agreeing(True):
+                self._note_no_vmap("vmap of a backward pass gives other gradients")
+        except RuntimeError as error:
+            reason = explained(error, "vjp", "vmap")
+            if reason is None:
+                raise
+            self._note_no_vmap(str(reason))
+        self._layers = {
+            name: module
+            for name, module in self._layers.items()
+            if name in alone and name not in meeting
+        }
+
+    def _note_no_vmap(self, reason: str) -> None:
+        if self._by_vmap:
+            self._by_vmap = False
+            self._notes.append(f"passes one by one: {reason}")
 
     # Every other parameter
 
@@ -232,25 +290,41 @@ class SampleGradients:
         outputs: Tensor,
         vectors: Tensor,
     ) -> None:
+        if not self._checked_rest:
+            self._check_rest(rest, part_of(inputs, 0, 2), vectors[:1, :2])
+            self._checked_rest = True
         sizes = sum(self._tree.leaves[i].numel() for i in rest)
         step = max(1, _ENTRIES // max(1, sizes))
         for first in range(0, len(outputs), step):
-            here = slice(first, first + step)
-            part = pytree.tree_map(lambda x: x[here], inputs)  # noqa: B023
-            returned, squares = self._of_samples(rest, part, vectors[:, here])
-            if not _close(returned, outputs[here]):
+            last = first + step
+            returned, squares = self._of_samples(
+                rest, part_of(inputs, first, last), vectors[:, first:last]
+            )
+            if not close(returned, outputs[first:last]):
                 raise ValueError(
                     "model must act on each sample alone, and its outputs for one sample are not "
                     "those in a batch; put modules like BatchNorm in eval mode"
                 )
             for i, square in zip(rest, squares, strict=True):
                 held = found[i]
-                found[i] = square if held is None else held + square
+                found[i] = square if held is None else held.add_(square)
+
+    def _check_rest(self, rest: list[int], inputs: Any, vectors: Tensor) -> None:
+        """Compare vmap with a loop: PyTorch has rules that are wrong, as that of ``cdist`` is."""
+        if not self._by_vmap:
+            return
+        squares = self._of_samples(rest, inputs, vectors)[1]
+        self._by_vmap, by_vmap = False, self._by_vmap
+        expected = self._of_samples(rest, inputs, vectors)[1]
+        self._by_vmap = by_vmap
+        if not all(close(a, b) for a, b in zip(squares, expected, strict=True)):
+            self._note_no_vmap("vmap over samples gives other gradients")
 
     def _of_samples(
         self, rest: list[int], inputs: Any, vectors: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        if not self._loop:
+        """Return the outputs of samples, and the sums of squares of the leaves in ``rest``."""
+        if self._by_vmap:
             try:
                 with forward_mode_operators(), torch.no_grad():
                     of_each = torch.func.vmap(
@@ -259,16 +333,17 @@ class SampleGradients:
                     outputs, squares = of_each(inputs, vectors)
                 return outputs, [square.sum(0) for square in squares]
             except (RuntimeError, ValueError) as error:
-                if explained(error, "vjp", "vmap") is None:
+                reason = explained(error, "vjp", "vmap")
+                if reason is None:
                     raise
-                self._loop = True
-                self._notes.append(f"samples one by one: {explained(error, 'vjp', 'vmap')}")
-        results = [
-            self._of_one(rest, pytree.tree_map(lambda x: x[n : n + 1], inputs), vectors[:, n])  # noqa: B023
-            for n in range(vectors.shape[1])
-        ]
-        outputs = torch.cat([result[0] for result in results])
-        return outputs, [torch.stack(s).sum(0) for s in zip(*(r[1] for r in results), strict=True)]
+                self._note_no_vmap(str(reason))
+        outputs, total = [], [torch.zeros_like(self._tree.leaves[i]) for i in rest]
+        for n in range(vectors.shape[1]):
+            output, squares = self._of_one(rest, part_of(inputs, n, n + 1), vectors[:, n])
+            outputs.append(output)
+            for held, square in zip(total, squares, strict=True):
+                held += square
+        return torch.cat(outputs), total
 
     def _of_one_by_func(
         self, rest: list[int], x: Any, vectors: Tensor
@@ -303,9 +378,15 @@ class SampleGradients:
         return output.detach(), squares
 
 
-def _close(a: Tensor, b: Tensor | None) -> bool:
-    """Say whether two results are equal but for rounding, and None is zero."""
-    if b is None:
-        return not bool(a.any())
+def part_of(tree: Any, first: int, last: int) -> Any:
+    """Return samples first .. last - 1 of every tensor of a tree."""
+    return pytree.tree_map_only(Tensor, lambda t: t[first:last], tree)
+
+
+def close(a: Tensor | None, b: Tensor | None) -> bool:
+    """Say whether two results are equal but for rounding, None standing for zeros."""
+    if a is None or b is None:
+        other = a if b is None else b
+        return other is None or not bool(other.any())
     tolerance = torch.finfo(a.dtype).eps ** 0.5
-    return bool((a - b).abs().max() <= tolerance * b.abs().max()) if a.numel() else True
+    return bool((a - b).norm() <= tolerance * b.norm())

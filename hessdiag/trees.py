@@ -66,7 +66,9 @@ class ParameterTree:
         if len(kinds) > 1:
             raise TypeError(f"parameters must be of one type on one device, got {', '.join(kinds)}")
         for leaf in leaves:
-            check_batch("parameters", leaf.detach().reshape(1, -1))
+            # One pass over the memory, and the check that says more where the sum is not finite.
+            if not leaf.is_floating_point() or not bool(torch.isfinite(leaf.detach().sum())):
+                check_batch("parameters", leaf.detach().reshape(1, -1))
         # A tensor made in inference mode can take part in no graph; a copy of it can.
         with torch.inference_mode(False):
             plain = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]
