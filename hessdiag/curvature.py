@@ -8,8 +8,8 @@ is taken on trust:
 =============  =============================================  ==================================
 structure      losses                                         root
 =============  =============================================  ==================================
-elementwise    mean squared error, binary cross entropy, ...  sqrt(h), a diagonal
-softmax        cross entropy over an axis, any weights        sqrt(w) (diag sqrt(p) - p sqrt(p)^T)
+elementwise    mean squared error, binary cross entropy, ...  the diagonal sqrt(h)
+softmax        cross entropy over an axis, any weights        sqrt(w) L, L L^T = diag p - p p^T
 dense          every other                                    by the eigenvectors of the block
 =============  =============================================  ==================================
 """
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.parameters import RandomNumbers, as_number, check_depends
@@ -162,13 +163,23 @@ def _softmax(H: Product, outputs: Tensor, axis: int) -> Root | None:
     expected, found = w * block(second), H(second)
     if bool((w < 0).any()) or (found - expected).abs().max() > eps**0.75 * found.abs().max():
         return None
-    root, scale = p.sqrt(), w.sqrt()
+    # The Cholesky factor of diag p - p p^T, with q_k the sum of p after k (Tanabe and Sagae, 1992):
+    # L_kk = sqrt(p_k q_k / q_{k-1}) and L_jk = -p_j sqrt(p_k / (q_{k-1} q_k)) for j > k.
+    p = p.movedim(axis, -1)
+    before = p.flip(-1).cumsum(-1).flip(-1)
+    after = torch.cat([before[..., 1:], torch.zeros_like(before[..., :1])], dim=-1)
+    diagonal = (p * after / before).nan_to_num(0.0).sqrt()
+    below = (p / (before * after)).nan_to_num(0.0, 0.0, 0.0).sqrt()
+    scale = w.movedim(axis, -1).sqrt()
+    columns = p.shape[-1] - 1
 
     def times(e: Tensor) -> Tensor:
-        scaled = root * e.reshape(len(e), *outputs.shape)
-        return scale * (scaled - p * scaled.sum(axis + 1, keepdim=True))
+        e = functional.pad(e.reshape(len(e), *p.shape[:-1], columns), (0, 1))
+        terms = below * e
+        product = scale * (diagonal * e - p * (terms.cumsum(-1) - terms))
+        return product.movedim(-1, axis + 1)
 
-    return Root(1.0, outputs[0].numel(), times)
+    return Root(1.0, p[0, ..., 0].numel() * columns, times)
 
 
 def arbitrary(like: Tensor, number: int) -> Tensor:

@@ -8,13 +8,15 @@ network is then g alone, and no gradient of a weight is ever taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-LayerSums = Callable[[nn.Module, Tensor, Tensor, int], dict[str, Tensor]]
+# m of them, one after the other or stacked.
+Gradients = Tensor | Sequence[Tensor]
+LayerSums = Callable[[nn.Module, Tensor, Gradients, int], dict[str, Tensor]]
 
 # Entries of per-sample gradients held at a time.
 _ENTRIES = 2**22
@@ -44,37 +46,38 @@ def sums_of(module: nn.Module) -> LayerSums | None:
     return rule
 
 
-def _linear(module: nn.Module, a: Tensor, g: Tensor, power: int) -> dict[str, Tensor]:
+def _linear(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     if a.dim() == 2:
-        summed = g.pow(power).sum(0)
+        summed = _sum_of_powers(g, power)
         return {"weight": summed.T @ a.pow(power), "bias": summed.sum(0)}
-    weight = _outer_products(g.flatten(2, -2).transpose(2, 3), a.flatten(1, -2), power)
-    return {"weight": weight, "bias": g.flatten(2, -2).sum(2).pow(power).sum((0, 1))}
-
-
-def _convolution(module: nn.Module, a: Tensor, g: Tensor, power: int) -> dict[str, Tensor]:
-    """The same as a linear layer on patches, for each group of channels."""
-    dimensions = len(module.kernel_size)
-    patches = _patches(module, a, dimensions)
-    g = g.flatten(3)
-    weights = [
-        _outer_products(part, columns.transpose(1, 2), power)
-        for part, columns in zip(
-            g.chunk(module.groups, dim=2), patches.chunk(module.groups, dim=1), strict=True
-        )
-    ]
+    rows = [v.flatten(1, -2).transpose(1, 2) for v in g]
     return {
-        "weight": torch.cat(weights).reshape(module.weight.shape),
-        "bias": g.sum(3).pow(power).sum((0, 1)),
+        "weight": _outer_products(rows, a.flatten(1, -2), power),
+        "bias": _sum_of_powers([v.sum(2) for v in rows], power).sum(0),
     }
 
 
-def _patches(module: nn.Module, a: Tensor, dimensions: int) -> Tensor:
+def _convolution(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+    """The same as a linear layer on patches, for each group of channels."""
+    rows = [v.flatten(2) for v in g]
+    columns = _patches(module, a).chunk(module.groups, dim=1)
+    parts = zip(*(v.chunk(module.groups, dim=1) for v in rows), strict=True)
+    weights = [
+        _outer_products(part, inputs.transpose(1, 2), power)
+        for part, inputs in zip(parts, columns, strict=True)
+    ]
+    return {
+        "weight": torch.cat(weights).reshape(module.weight.shape),
+        "bias": _sum_of_powers([v.sum(2) for v in rows], power).sum(0),
+    }
+
+
+def _patches(module: nn.Module, a: Tensor) -> Tensor:
     """Return the patches that each output position sees, (N, channels * kernel, positions)."""
-    sizes, padding = module.kernel_size, module._reversed_padding_repeated_twice
-    a = functional.pad(a, padding)
+    dimensions = len(module.kernel_size)
+    a = functional.pad(a, module._reversed_padding_repeated_twice)
     for axis, (size, stride, dilation) in enumerate(
-        zip(sizes, module.stride, module.dilation, strict=True), start=2
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
     ):
         a = a.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
     # (N, channels, *positions, *kernel) -> (N, channels, *kernel, *positions)
@@ -82,55 +85,67 @@ def _patches(module: nn.Module, a: Tensor, dimensions: int) -> Tensor:
     return a.permute(order).flatten(2 + dimensions).flatten(1, 1 + dimensions)
 
 
-def _outer_products(g: Tensor, a: Tensor, power: int) -> Tensor:
-    """Sum powers of g a over m and N, from (m, N, o, T) and (N, T, i) to (o, i)."""
-    m, samples, out, _ = g.shape
-    inner = a.shape[-1]
-    if power == 1:
-        return torch.einsum("mnot,nti->oi", g, a)
-    total = g.new_zeros(out, inner)
-    step = max(1, _ENTRIES // max(1, m * out * inner))
-    for first in range(0, samples, step):
-        part, inputs = g[:, first : first + step], a[first : first + step]
-        # A gradient of each of m vectors, side by side: one product of matrices for a sample.
-        rows = part.transpose(0, 1).flatten(1, 2)
-        total += torch.bmm(rows, inputs).square_().reshape(-1, out, inner).sum(0)
+def _sum_of_powers(g: Gradients, power: int) -> Tensor:
+    """Sum powers over m vectors."""
+    if isinstance(g, Tensor):
+        return g.pow(power).sum(0)
+    total = g[0].pow(power)
+    for v in g[1:]:
+        total = total.add_(v) if power == 1 else total.addcmul_(v, v)
     return total
 
 
-def _layer_norm(module: nn.Module, a: Tensor, g: Tensor, power: int) -> dict[str, Tensor]:
-    normalised = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
+def _outer_products(g: Sequence[Tensor], a: Tensor, power: int) -> Tensor:
+    """Sum powers of g a over m and N, from m of (N, o, T) and (N, T, i) to (o, i)."""
+    samples, out, _ = g[0].shape
+    inner = a.shape[-1]
+    total = a.new_zeros(out, inner)
+    step = max(1, _ENTRIES // max(1, out * inner))
+    for first in range(0, samples, step):
+        here = slice(first, first + step)
+        for v in g:
+            products = torch.bmm(v[here], a[here])
+            total += (products if power == 1 else products.square_()).sum(0)
+    return total
+
+
+def _layer_norm(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     last = len(module.normalized_shape)
-    middle = tuple(range(2, g.dim() - last))
-    return _affine(normalised, g, middle, power)
+    x = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
+    return _affine(x, g, tuple(range(1, a.dim() - last)), power)
 
 
-def _group_norm(module: nn.Module, a: Tensor, g: Tensor, power: int) -> dict[str, Tensor]:
-    normalised = functional.group_norm(a, module.num_groups, eps=module.eps)
-    return _affine(normalised, g, tuple(range(3, g.dim())), power)
+def _group_norm(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+    x = functional.group_norm(a, module.num_groups, eps=module.eps)
+    return _affine(x, g, tuple(range(2, a.dim())), power)
 
 
-def _batch_norm(module: nn.Module, a: Tensor, g: Tensor, power: int) -> dict[str, Tensor]:
-    normalised = functional.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
-    return _affine(normalised, g, tuple(range(3, g.dim())), power)
+def _batch_norm(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+    x = functional.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
+    return _affine(x, g, tuple(range(2, a.dim())), power)
 
 
-def _affine(x: Tensor, g: Tensor, middle: tuple[int, ...], power: int) -> dict[str, Tensor]:
-    weight, bias = g * x, g
-    if middle:
-        weight, bias = weight.sum(middle), bias.sum(middle)
-    return {"weight": weight.pow(power).sum((0, 1)), "bias": bias.pow(power).sum((0, 1))}
+def _affine(x: Tensor, g: Gradients, middle: tuple[int, ...], power: int) -> dict[str, Tensor]:
+    """For weight * x + bias, both broadcast over ``middle``."""
+    weights = [(v * x).sum(middle) if middle else v * x for v in g]
+    biases = [v.sum(middle) if middle else v for v in g]
+    return {
+        "weight": _sum_of_powers(weights, power).sum(0),
+        "bias": _sum_of_powers(biases, power).sum(0),
+    }
 
 
-def _embedding(module: nn.Module, a: Tensor, g: Tensor, power: int) -> dict[str, Tensor]:
+def _embedding(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     """A row's gradient is the sum of g over the places of a sample that look it up."""
     rows, width = module.weight.shape
     samples = torch.arange(len(a), device=a.device).reshape(-1, *[1] * (a.dim() - 1))
     looked_up, place = torch.unique(samples * rows + a, return_inverse=True)
-    summed = g.new_zeros(len(g), len(looked_up), width)
-    summed.index_add_(1, place.flatten(), g.reshape(len(g), -1, width))
-    weight = g.new_zeros(rows, width)
-    weight.index_add_(0, looked_up % rows, summed.pow(power).sum(0))
+    summed = [
+        v.new_zeros(len(looked_up), width).index_add_(0, place.flatten(), v.reshape(-1, width))
+        for v in g
+    ]
+    weight = summed[0].new_zeros(rows, width)
+    weight.index_add_(0, looked_up % rows, _sum_of_powers(summed, power))
     if module.padding_idx is not None:
         weight[module.padding_idx] = 0.0
     return {"weight": weight}

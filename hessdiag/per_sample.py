@@ -9,7 +9,7 @@ elsewhere too, or whose samples meet, is left to the second way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,14 +205,12 @@ class SampleGradients:
                 is_grads_batched=batched,
             )
 
+        gradients: Sequence[Any]
         if together:
             gradients = back(vectors, True)
         else:
             rows = [back(v, False) for v in vectors]
-            gradients = tuple(
-                None if column[0] is None else torch.stack(column)
-                for column in zip(*rows, strict=True)
-            )
+            gradients = [None if c[0] is None else c for c in zip(*rows, strict=True)]
         sums: dict[int, Tensor] = {}
         for g, (name, call) in zip(gradients, batch.calls.items(), strict=True):
             if g is None:
@@ -260,15 +258,19 @@ class SampleGradients:
                 )
             }
 
-        alone = agreeing(False)
+        alone: set[str] = set()
         try:
-            if not alone <= agreeing(True):
-                self._note_no_vmap("vmap of a backward pass gives other gradients")
+            alone = agreeing(True)
         except RuntimeError as error:
             reason = explained(error, "vjp", "vmap")
             if reason is None:
                 raise
             self._note_no_vmap(str(reason))
+        if len(alone) < len(batch.calls):
+            by_loop = agreeing(False)
+            if self._by_vmap and not by_loop <= alone:
+                self._note_no_vmap("vmap of a backward pass gives other gradients")
+            alone |= by_loop
         self._layers = {
             name: module
             for name, module in self._layers.items()
