@@ -27,6 +27,7 @@ from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.parameters import RandomNumbers, as_number, check_depends
 
 Product = Callable[[Tensor], Tensor]
+Seen = list[tuple[Tensor, Tensor]]
 
 # Numbers of the blocks of a batch: 2 GB in float64.
 _LARGEST = 2**28
@@ -111,7 +112,8 @@ def roots(H: Product, outputs: Tensor) -> list[Root]:
         outputs: Outputs of N samples that do not meet in the loss.
 
     Raises:
-        ValueError: If the blocks of a dense Hessian would fill more than 2 GB.
+        ValueError: If a product is not finite, or the blocks of a dense Hessian would fill more
+            than 2 GB.
 
     Example:
         >>> outputs = torch.tensor([[1.0, 2.0]])
@@ -122,46 +124,46 @@ def roots(H: Product, outputs: Tensor) -> list[Root]:
     """
     if outputs.numel() == 0:
         return []
-    elementwise = _elementwise(H, outputs)
+    seen = [(v, H(v)) for v in (arbitrary(outputs, 0), arbitrary(outputs, 1))]
+    if not all(bool(torch.isfinite(product).all()) for _, product in seen):
+        raise ValueError("loss must have finite second derivatives, and they hold NaN or infinity")
+    elementwise = _elementwise(seen, outputs.shape)
     if elementwise is not None:
         return elementwise
-    for axis in sorted({1, outputs.dim() - 1}):
-        softmax = _softmax(H, outputs, axis)
+    for axis in sorted({1, outputs.dim() - 1} - {0, outputs.dim()}):
+        softmax = _softmax(seen, outputs.softmax(axis), axis)
         if softmax is not None:
             return [softmax]
     return _dense(H, outputs)
 
 
-def _elementwise(H: Product, outputs: Tensor) -> list[Root] | None:
-    first, second = (arbitrary(outputs, k).sign() for k in range(2))
-    h = first * H(first)
-    difference = (second * H(second) - h).abs().max()
-    if difference > 8 * torch.finfo(outputs.dtype).eps * h.abs().max():
+def _elementwise(seen: Seen, shape: torch.Size) -> list[Root] | None:
+    (first, by_first), (second, by_second) = seen
+    h = by_first / first
+    if not _equal(by_second, second * h, 64 * torch.finfo(h.dtype).eps):
         return None
 
     def part(sign: float) -> Root:
         root = (sign * h).clamp(min=0).sqrt()
-        return Root(sign, h[0].numel(), lambda e: e.reshape(len(e), *outputs.shape) * root)
+        return Root(sign, h[0].numel(), lambda e: e.reshape(len(e), *shape) * root)
 
     return [part(sign) for sign in (1.0, -1.0) if bool((sign * h > 0).any())]
 
 
-def _softmax(H: Product, outputs: Tensor, axis: int) -> Root | None:
+def _softmax(seen: Seen, p: Tensor, axis: int) -> Root | None:
     """Return the root if every position along ``axis`` has the block w (diag p - p p^T)."""
-    p = outputs.softmax(axis)
+    (first, by_first), (second, by_second) = seen
 
     def block(v: Tensor) -> Tensor:
         return p * (v - (p * v).sum(axis, keepdim=True))
 
-    first, second = (arbitrary(outputs, k) for k in range(2))
-    eps = torch.finfo(outputs.dtype).eps
-    plain, found = block(first), H(first)
+    eps = torch.finfo(p.dtype).eps
+    plain = block(first)
     squares = plain.square().sum(axis, keepdim=True)
     # Where p is 1 and 0 to rounding there is no curvature to be seen.
-    seen = squares > eps
-    w = torch.where(seen, (plain * found).sum(axis, keepdim=True) / squares, 0.0)
-    expected, found = w * block(second), H(second)
-    if bool((w < 0).any()) or (found - expected).abs().max() > eps**0.75 * found.abs().max():
+    visible = squares > eps
+    w = torch.where(visible, (plain * by_first).sum(axis, keepdim=True) / squares, 0.0)
+    if bool((w < 0).any()) or not _equal(by_second, w * block(second), eps**0.75):
         return None
     # The Cholesky factor of diag p - p p^T, with q_k the sum of p after k (Tanabe and Sagae, 1992):
     # L_kk = sqrt(p_k q_k / q_{k-1}) and L_jk = -p_j sqrt(p_k / (q_{k-1} q_k)) for j > k.
@@ -169,7 +171,7 @@ def _softmax(H: Product, outputs: Tensor, axis: int) -> Root | None:
     before = p.flip(-1).cumsum(-1).flip(-1)
     after = torch.cat([before[..., 1:], torch.zeros_like(before[..., :1])], dim=-1)
     diagonal = (p * after / before).nan_to_num(0.0).sqrt()
-    below = (p / (before * after)).nan_to_num(0.0, 0.0, 0.0).sqrt()
+    below = (p / before / after).nan_to_num(0.0, 0.0, 0.0).sqrt()
     scale = w.movedim(axis, -1).sqrt()
     columns = p.shape[-1] - 1
 
@@ -180,6 +182,12 @@ def _softmax(H: Product, outputs: Tensor, axis: int) -> Root | None:
         return product.movedim(-1, axis + 1)
 
     return Root(1.0, p[0, ..., 0].numel() * columns, times)
+
+
+def _equal(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Say whether the products of every sample differ by no more than a part of the largest."""
+    difference, size = (t.abs().reshape(len(a), -1).amax(1) for t in (a - b, a))
+    return bool((difference <= tolerance * size).all())
 
 
 def arbitrary(like: Tensor, number: int) -> Tensor:

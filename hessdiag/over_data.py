@@ -274,6 +274,8 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
     except (RuntimeError, TypeError):
         points = outputs
         whole = at(points, targets)
+    if not bool(torch.isfinite(whole.gradient).all()):
+        raise ValueError("loss must have a finite gradient, and it holds NaN or infinity")
     samples = len(points)
     scales = [1.0, float(samples)]
     for n in {0, samples - 1}:
