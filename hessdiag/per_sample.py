@@ -61,6 +61,9 @@ class SampleGradients:
         tree: The parameters; for a module a dictionary by their names.
         names: The names of the leaves, or None where ``model`` is no module.
         notes: Takes what a reader of the result should know.
+
+    Raises:
+        ValueError: If a BatchNorm lets samples meet.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class SampleGradients:
         self._index = {name: i for i, name in enumerate(names or [])}
         self._layers: dict[str, nn.Module] = {}
         if isinstance(model, nn.Module):
+            _check_batch_norms(model)
             self._layers = {
                 name: module
                 for name, module in model.named_modules()
@@ -370,7 +374,7 @@ class SampleGradients:
                 leaves[i] = leaf
             output = self._call(leaves, x)
         squares = [torch.zeros_like(leaf) for leaf in chosen]
-        for v in vectors:
+        for v in vectors if output.requires_grad else ():
             found = torch.autograd.grad(
                 output, chosen, v[None], retain_graph=True, allow_unused=True
             )
@@ -378,6 +382,17 @@ class SampleGradients:
                 if g is not None:
                     square.addcmul_(g, g)
         return output.detach(), squares
+
+
+def _check_batch_norms(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+            module.training or module.running_mean is None
+        ):
+            raise ValueError(
+                "BatchNorm layers of model must be in eval mode, with running statistics, got "
+                f"{name!r} in training mode or without them: samples would meet"
+            )
 
 
 def part_of(tree: Any, first: int, last: int) -> Any:

@@ -15,15 +15,18 @@ from hessdiag import over_data, per_sample
 
 
 def jacobians(module, inputs):
-    """J of each sample, (N, C, ...) by name, from the samples one by one."""
-    parameters = {name: p.detach() for name, p in module.named_parameters()}
-
-    def outputs(p, n):
-        return torch.func.functional_call(module, p, (inputs[n : n + 1],)).flatten()
-
-    return [
-        torch.func.jacrev(functools.partial(outputs, n=n))(parameters) for n in range(len(inputs))
-    ]
+    """J of each sample, (C, ...) by name: one sample, one output and one backward pass a time."""
+    parameters = dict(module.named_parameters())
+    found = []
+    for x in inputs:
+        rows = [
+            torch.autograd.grad(
+                output, parameters.values(), retain_graph=True, materialize_grads=True
+            )
+            for output in module(x[None]).flatten()
+        ]
+        found.append(dict(zip(parameters, map(torch.stack, zip(*rows, strict=True)), strict=True)))
+    return found
 
 
 def sum_of_squares(module, inputs):
@@ -303,6 +306,7 @@ def test_where_vmap_is_wrong_the_samples_are_taken_one_by_one():
     x = torch.randn(5, 3, dtype=torch.float64)
     result = hessdiag.gauss_newton_over_data(module, half_squares, [(x, x)], reduction="sum")
     assert_same(result.diagonal, sum_of_squares(module, x))
+    assert "gives other gradients" in result.note
 
 
 class Doubled(torch.autograd.Function):
@@ -355,7 +359,7 @@ def test_the_estimate_is_unbiased_with_the_variance_it_states():
     torch.manual_seed(0)
     module, C, K = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6)).double(), 6, 2
     x = torch.randn(5, 3, dtype=torch.float64)
-    seeds = 600
+    seeds = 400
     drawn = torch.stack(
         [
             flat(
@@ -394,10 +398,10 @@ def test_plain_signs_where_there_are_many_outputs():
             hessdiag.gauss_newton_over_data(
                 module, loss, [(x, x)], max_probes=2, seed=seed
             ).diagonal["weight"]
-            for seed in range(400)
+            for seed in range(200)
         ]
     )
-    error = (drawn.mean(0) - truth) / (drawn.std(0) / 20)
+    error = (drawn.mean(0) - truth) / (drawn.std(0) / 200**0.5)
     assert error.abs().max() < 4.5
     assert int((drawn[0] - truth).abs().gt(1e-3).sum()) > 60
 
@@ -567,7 +571,7 @@ def weighted(outputs, targets):
         (
             {"model": nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()},
             ValueError,
-            "put the module|put modules",
+            "BatchNorm layers of model must be in eval mode.*got '1' in training mode",
         ),
         (
             {
