@@ -288,21 +288,56 @@ def test_chunks_change_nothing(monkeypatch):
     assert_same(parts, whole)
 
 
-class Distances(nn.Module):
-    """PyTorch's rule of vmap for the gradient of ``cdist`` is wrong."""
+class Copied(torch.autograd.Function):
+    """The identity, with a rule for vmap that is wrong, as that of PyTorch for ``cdist`` is."""
 
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return 3 * x, in_dims[0]
+
+
+class Wrapped(torch.autograd.Function):
+    """The identity, with that one in its backward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, g):
+        return Copied.apply(g)
+
+
+class Backwards(nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer, self.centres = nn.Linear(3, 3), nn.Parameter(torch.randn(4, 3))
+        self.layer, self.scale = nn.Linear(3, 2), nn.Parameter(torch.tensor([0.5, 2.0]))
 
     def forward(self, x):
-        # Of each sample alone: (N, 1, 3) and (N, 4, 3).
-        return torch.cdist(self.layer(x)[:, None], self.centres.expand(len(x), -1, -1))[:, 0]
+        return Wrapped.apply(self.layer(x) * self.scale)
 
 
 def test_where_vmap_is_wrong_the_samples_are_taken_one_by_one():
     torch.manual_seed(0)
-    module = Distances().double()
+    module = Backwards().double()
     x = torch.randn(5, 3, dtype=torch.float64)
     result = hessdiag.gauss_newton_over_data(module, half_squares, [(x, x)], reduction="sum")
     assert_same(result.diagonal, sum_of_squares(module, x))
