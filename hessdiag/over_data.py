@@ -278,10 +278,16 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
         raise ValueError("loss must have a finite gradient, and it holds NaN or infinity")
     samples = len(points)
     scales = [1.0, float(samples)]
-    for n in {0, samples - 1}:
-        alone = at(points[n : n + 1], part_of(targets, n, n + 1)).gradient[0]
-        bound = torch.finfo(outputs.dtype).eps ** 0.5 * alone.abs().max()
-        scales = [s for s in scales if bool((s * whole.gradient[n] - alone).abs().max() <= bound)]
+    # The first and the last, alone: their gradients at once, since the losses just add.
+    ends = sorted({0, samples - 1})
+    leaves = [points[n : n + 1].requires_grad_() for n in ends]
+    with torch.inference_mode(False), torch.enable_grad():
+        alone = sum(
+            loss(leaf, part_of(targets, n, n + 1)) for n, leaf in zip(ends, leaves, strict=True)
+        )
+    for n, found in zip(ends, torch.autograd.grad(alone, leaves), strict=True):
+        bound = torch.finfo(outputs.dtype).eps ** 0.5 * found.abs().max()
+        scales = [s for s in scales if bool((s * whole.gradient[n] - found).abs().max() <= bound)]
     if not scales:
         raise ValueError(
             "loss must be the sum or the mean over the samples of a batch of what it is for each "

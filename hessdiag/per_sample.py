@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.curvature import arbitrary
-from hessdiag.layers import own_parameters, sums_of
+from hessdiag.layers import Gradients, LayerSums, own_parameters, sums_of
 from hessdiag.parameters import check_depends
 from hessdiag.trees import Leaves, ParameterTree, Tree
 
@@ -32,6 +32,15 @@ _ENTRIES = 2**23
 _SMALL = 2**19
 # Samples that layers are checked with.
 _CHECKED = 4
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose rule is known, and its parameters: names within it, numbers of leaves."""
+
+    module: nn.Module
+    rule: LayerSums
+    leaves: list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -70,15 +79,15 @@ class SampleGradients:
         self, model: Model, tree: ParameterTree, names: list[str] | None, notes: list[str]
     ) -> None:
         self._model, self._tree, self._notes = model, tree, notes
-        self._index = {name: i for i, name in enumerate(names or [])}
-        self._layers: dict[str, nn.Module] = {}
+        self._layers: dict[str, _Layer] = {}
         if isinstance(model, nn.Module):
             _check_batch_norms(model)
-            self._layers = {
-                name: module
-                for name, module in model.named_modules()
-                if sums_of(module) and self._leaves_of(module, name)
-            }
+            index = {name: i for i, name in enumerate(names or [])}
+            for name, module in model.named_modules():
+                rule, owned = sums_of(module), own_parameters(module, name)
+                leaves = [(short, index[full]) for short, full in owned if full in index]
+                if rule is not None and leaves:
+                    self._layers[name] = _Layer(module, rule, leaves)
         self._checked_layers = self._checked_rest = False
         self._by_vmap = True
 
@@ -99,7 +108,7 @@ class SampleGradients:
         before = torch.get_rng_state()
         batch = self._evaluate(inputs)
         drew = not torch.equal(before, torch.get_rng_state())
-        covered = {i for name in batch.calls for _, i in self._leaves_of(self._layers[name], name)}
+        covered = {i for name in batch.calls for _, i in self._layers[name].leaves}
         rest = [i for i in range(len(self._tree.leaves)) if i not in covered]
         if rest and drew:
             raise ValueError(
@@ -136,14 +145,6 @@ class SampleGradients:
 
     # Known layers
 
-    def _leaves_of(self, module: nn.Module, name: str) -> list[tuple[str, int]]:
-        """Return a layer's parameters that are looked for: their names within it, their leaves."""
-        return [
-            (short, self._index[full])
-            for short, full in own_parameters(module, name)
-            if full in self._index
-        ]
-
     def _evaluate(self, inputs: Any) -> _Batch:
         """Run the model, and record the layers that are called once, with the batch in front."""
         calls: dict[str, list[_Call]] = {name: [] for name in self._layers}
@@ -158,7 +159,8 @@ class SampleGradients:
             return record
 
         handles = [
-            module.register_forward_hook(recorder(name)) for name, module in self._layers.items()
+            layer.module.register_forward_hook(recorder(name))
+            for name, layer in self._layers.items()
         ]
         try:
             with torch.inference_mode(False), torch.enable_grad():
@@ -182,41 +184,27 @@ class SampleGradients:
         step = max(1, _ENTRIES // max(1, entries))
         for part in vectors.split(step):
             try:
-                sums = self._layer_sums(batch, part, 2, together)
+                sums = self._layer_sums(batch, part, together)
             except RuntimeError as error:
                 reason = explained(error, "vjp", "vmap") if together else None
                 if reason is None:
                     raise
                 self._note_no_vmap(str(reason))
                 together = False
-                sums = self._layer_sums(batch, part, 2, together)
+                sums = self._layer_sums(batch, part, together)
             for i, value in sums.items():
                 held = found[i]
                 found[i] = value if held is None else held.add_(value)
 
-    def _layer_sums(
-        self, batch: _Batch, vectors: Tensor, power: int, together: bool
+    def _layer_sums(self, batch: _Batch, vectors: Tensor, together: bool) -> dict[int, Tensor]:
+        """Return the sums of squares of the leaves of known layers, by their numbers."""
+        return self._powers(batch, _returned(batch, vectors, together), 2)
+
+    def _powers(
+        self, batch: _Batch, returned: Sequence[Gradients | None], power: int
     ) -> dict[int, Tensor]:
-        edges = [call.edge for call in batch.calls.values()]
-
-        def back(v: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(
-                batch.outputs,
-                edges,
-                v,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-
-        gradients: Sequence[Any]
-        if together:
-            gradients = back(vectors, True)
-        else:
-            rows = [back(v, False) for v in vectors]
-            gradients = [None if c[0] is None else c for c in zip(*rows, strict=True)]
         sums: dict[int, Tensor] = {}
-        for g, (name, call) in zip(gradients, batch.calls.items(), strict=True):
+        for g, (name, call) in zip(returned, batch.calls.items(), strict=True):
             if g is None:
                 continue
             if call.input._version != call.version:
@@ -224,11 +212,9 @@ class SampleGradients:
                     f"model must not write into the input of its layer {name!r}, which squares of "
                     "gradients need; make that operation out of place"
                 )
-            module = self._layers[name]
-            rule = sums_of(module)
-            assert rule is not None
-            of_layer = rule(module, call.input, g, power)
-            sums |= {i: of_layer[short] for short, i in self._leaves_of(module, name)}
+            layer = self._layers[name]
+            of_layer = layer.rule(layer.module, call.input, g, power)
+            sums |= {i: of_layer[short] for short, i in layer.leaves}
         return sums
 
     def _check_layers(self, inputs: Any) -> None:
@@ -240,46 +226,35 @@ class SampleGradients:
         # Vectors for every other sample: what comes back to the others must be zero.
         vectors = torch.stack([arbitrary(batch.outputs, k) for k in range(2)])
         vectors[:, 1::2] = 0.0
-        edges = [call.edge for call in batch.calls.values()]
-        returned = torch.autograd.grad(
-            batch.outputs, [*edges, *batch.leaves], vectors.sum(0), None, True, allow_unused=True
+        expected = torch.autograd.grad(
+            batch.outputs, batch.leaves, vectors.sum(0), retain_graph=True, allow_unused=True
         )
-        expected = returned[len(edges) :]
-        meeting = {
-            name
-            for name, g in zip(batch.calls, returned, strict=False)
-            if g is not None and bool(g[1::2].any())
-        }
 
-        def agreeing(together: bool) -> set[str]:
-            sums = self._layer_sums(batch, vectors, 1, together)
-            return {
-                name
-                for name in batch.calls
-                if all(
-                    close(sums.get(i), expected[i])
-                    for _, i in self._leaves_of(self._layers[name], name)
-                )
-            }
+        def agreeing(together: bool) -> dict[str, _Layer]:
+            returned = _returned(batch, vectors, together)
+            sums = self._powers(batch, returned, 1)
+            found = {}
+            for g, name in zip(returned, batch.calls, strict=True):
+                layer = self._layers[name]
+                alone = g is None or not any(bool(v[1::2].any()) for v in g)
+                if alone and all(close(sums.get(i), expected[i]) for _, i in layer.leaves):
+                    found[name] = layer
+            return found
 
-        alone: set[str] = set()
+        found: dict[str, _Layer] = {}
         try:
-            alone = agreeing(True)
+            found = agreeing(True)
         except RuntimeError as error:
             reason = explained(error, "vjp", "vmap")
             if reason is None:
                 raise
             self._note_no_vmap(str(reason))
-        if len(alone) < len(batch.calls):
+        if len(found) < len(batch.calls):
             by_loop = agreeing(False)
-            if self._by_vmap and not by_loop <= alone:
+            if by_loop.keys() - found.keys():
                 self._note_no_vmap("vmap of a backward pass gives other gradients")
-            alone |= by_loop
-        self._layers = {
-            name: module
-            for name, module in self._layers.items()
-            if name in alone and name not in meeting
-        }
+            found = by_loop
+        self._layers = found
 
     def _note_no_vmap(self, reason: str) -> None:
         if self._by_vmap:
@@ -382,6 +357,28 @@ class SampleGradients:
                 if g is not None:
                     square.addcmul_(g, g)
         return output.detach(), squares
+
+
+def _returned(batch: _Batch, vectors: Tensor, together: bool) -> Sequence[Gradients | None]:
+    """Return what comes back to the layers from each of m vectors, stacked or in a row."""
+    edges = [call.edge for call in batch.calls.values()]
+
+    def back(v: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            batch.outputs,
+            edges,
+            v,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=together,
+        )
+
+    if together:
+        return back(vectors)
+    rows = [back(v) for v in vectors]
+    return [
+        None if c[0] is None else [g for g in c if g is not None] for c in zip(*rows, strict=True)
+    ]
 
 
 def _check_batch_norms(model: nn.Module) -> None:
