@@ -9,6 +9,7 @@ network is then g alone, and no gradient of a weight is ever taken.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from torch.nn import functional
 
 # m of them, one after the other or stacked.
 Gradients = Tensor | Sequence[Tensor]
-LayerSums = Callable[[nn.Module, Tensor, Gradients, int], dict[str, Tensor]]
+LayerSums = Callable[[Any, Tensor, Gradients, int], dict[str, Tensor]]
+_Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 # Entries of per-sample gradients held at a time.
 _ENTRIES = 2**22
@@ -37,16 +40,18 @@ def sums_of(module: nn.Module) -> LayerSums | None:
     """
     # By type, since a class derived from a layer may do something else with its parameters.
     rule = _RULES.get(type(module))
-    if rule is _convolution and module.padding_mode != "zeros":
+    if isinstance(module, _Convolution) and module.padding_mode != "zeros":
         return None
-    if rule is _embedding and (module.max_norm is not None or module.scale_grad_by_freq):
+    if isinstance(module, nn.Embedding) and (
+        module.max_norm is not None or module.scale_grad_by_freq
+    ):
         return None
-    if rule is _batch_norm and (module.training or module.running_mean is None):
+    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         return None
     return rule
 
 
-def _linear(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+def _linear(module: nn.Linear, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     if a.dim() == 2:
         summed = _sum_of_powers(g, power)
         return {"weight": summed.T @ a.pow(power), "bias": summed.sum(0)}
@@ -57,7 +62,7 @@ def _linear(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str,
     }
 
 
-def _convolution(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+def _convolution(module: _Convolution, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     """The same as a linear layer on patches, for each group of channels."""
     rows = [v.flatten(2) for v in g]
     columns = _patches(module, a).chunk(module.groups, dim=1)
@@ -72,7 +77,7 @@ def _convolution(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict
     }
 
 
-def _patches(module: nn.Module, a: Tensor) -> Tensor:
+def _patches(module: _Convolution, a: Tensor) -> Tensor:
     """Return the patches that each output position sees, (N, channels * kernel, positions)."""
     dimensions = len(module.kernel_size)
     a = functional.pad(a, module._reversed_padding_repeated_twice)
@@ -109,18 +114,18 @@ def _outer_products(g: Sequence[Tensor], a: Tensor, power: int) -> Tensor:
     return total
 
 
-def _layer_norm(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+def _layer_norm(module: nn.LayerNorm, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     last = len(module.normalized_shape)
     x = functional.layer_norm(a, module.normalized_shape, eps=module.eps)
     return _affine(x, g, tuple(range(1, a.dim() - last)), power)
 
 
-def _group_norm(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+def _group_norm(module: nn.GroupNorm, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     x = functional.group_norm(a, module.num_groups, eps=module.eps)
     return _affine(x, g, tuple(range(2, a.dim())), power)
 
 
-def _batch_norm(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+def _batch_norm(module: _BatchNorm, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     x = functional.batch_norm(a, module.running_mean, module.running_var, eps=module.eps)
     return _affine(x, g, tuple(range(2, a.dim())), power)
 
@@ -135,7 +140,7 @@ def _affine(x: Tensor, g: Gradients, middle: tuple[int, ...], power: int) -> dic
     }
 
 
-def _embedding(module: nn.Module, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
+def _embedding(module: nn.Embedding, a: Tensor, g: Gradients, power: int) -> dict[str, Tensor]:
     """A row's gradient is the sum of g over the places of a sample that look it up."""
     rows, width = module.weight.shape
     samples = torch.arange(len(a), device=a.device).reshape(-1, *[1] * (a.dim() - 1))

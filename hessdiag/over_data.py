@@ -21,8 +21,8 @@ Reduction = Literal["mean", "sum"]
 Loss = Callable[[Tensor, Any], Tensor]
 Squares = Callable[[Tensor], Leaves]
 
-# Vectors whose gradients at the layers are held at a time, in entries of the outputs of a batch.
-_VECTORS = 16
+# Entries of vectors, each as large as the outputs of a batch, that are held at a time.
+_ENTRIES = 2**23
 
 
 def gauss_newton_over_data(
@@ -103,10 +103,11 @@ def gauss_newton_over_data(
             exact = exact and count == root.size
             passes += count
             design = _design(count, root.size)
-            for first in range(0, count, _VECTORS):
-                e = _vectors(root, design, first, min(_VECTORS, count - first), seed, numbers)
+            step = max(1, _ENTRIES // outputs.numel())
+            for first in range(0, count, step):
+                e = _vectors(root, design, first, min(step, count - first), seed, numbers, points)
                 weight = root.sign * (1.0 / count if isinstance(design, Rademacher) else 1.0)
-                total.add(squares(root.times(e.to(points)).to(outputs.dtype)), weight)
+                total.add(squares(root.times(e).to(outputs.dtype)), weight)
         return passes
 
     return _over(
@@ -282,9 +283,9 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
     ends = sorted({0, samples - 1})
     leaves = [points[n : n + 1].requires_grad_() for n in ends]
     with torch.inference_mode(False), torch.enable_grad():
-        alone = sum(
+        alone = [
             loss(leaf, part_of(targets, n, n + 1)) for n, leaf in zip(ends, leaves, strict=True)
-        )
+        ]
     for n, found in zip(ends, torch.autograd.grad(alone, leaves), strict=True):
         bound = torch.finfo(outputs.dtype).eps ** 0.5 * found.abs().max()
         scales = [s for s in scales if bool((s * whole.gradient[n] - found).abs().max() <= bound)]
@@ -315,22 +316,24 @@ def _vectors(
     count: int,
     seed: int | Tensor,
     numbers: Tensor,
+    like: Tensor,
 ) -> Tensor:
     """Return combinations number first .. of each sample, shape (count, N, r)."""
     if design is None:
-        units = torch.zeros(count, 1, root.size)
-        units[torch.arange(count), 0, torch.arange(first, first + count)] = 1.0
+        units = like.new_zeros(count, 1, root.size)
+        place = torch.arange(count, device=like.device)
+        units[place, 0, first + place] = 1.0
         return units.expand(-1, len(numbers), -1)
     parts = []
     for start, length in _runs(numbers.tolist()):
         parts.append(
             design.draw(
                 (count, length, root.size),
-                seed_tensor(seed, "cpu"),
+                seed_tensor(seed, like.device),
                 probe_offset=first,
                 sample_offset=start,
-                dtype=torch.float32,
-                device=torch.device("cpu"),
+                dtype=like.dtype,
+                device=like.device,
             )
         )
     return torch.cat(parts, dim=1)

@@ -259,10 +259,14 @@ class RandomNumbers:
             self._generators.append(torch.cuda.default_generators[device.index])
         self._first: list[Tensor] | None = None
 
+    def states(self) -> list[Tensor]:
+        """Return the states of the generators: equal ones, and nothing was drawn in between."""
+        return [generator.get_state() for generator in self._generators]
+
     @contextmanager
     def same(self) -> Iterator[None]:
         """Run with the state of the first time, and leave behind the state that was found."""
-        found = [generator.get_state() for generator in self._generators]
+        found = self.states()
         if self._first is None:
             self._first = found
             yield

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.curvature import arbitrary
 from hessdiag.layers import Gradients, LayerSums, own_parameters, sums_of
-from hessdiag.parameters import check_depends
+from hessdiag.parameters import RandomNumbers, check_depends
 from hessdiag.trees import Leaves, ParameterTree, Tree
 
 Model = nn.Module | Callable[[Tree, Any], Tensor]
@@ -88,6 +88,7 @@ class SampleGradients:
                 leaves = [(short, index[full]) for short, full in owned if full in index]
                 if rule is not None and leaves:
                     self._layers[name] = _Layer(module, rule, leaves)
+        self._random_numbers = RandomNumbers(tree.device)
         self._checked_layers = self._checked_rest = False
         self._by_vmap = True
 
@@ -105,9 +106,10 @@ class SampleGradients:
         if self._layers and not self._checked_layers:
             self._check_layers(part_of(inputs, 0, _CHECKED))
             self._checked_layers = True
-        before = torch.get_rng_state()
+        before = self._random_numbers.states()
         batch = self._evaluate(inputs)
-        drew = not torch.equal(before, torch.get_rng_state())
+        after = self._random_numbers.states()
+        drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         covered = {i for name in batch.calls for _, i in self._layers[name].leaves}
         rest = [i for i in range(len(self._tree.leaves)) if i not in covered]
         if rest and drew:
@@ -318,13 +320,13 @@ class SampleGradients:
                 if reason is None:
                     raise
                 self._note_no_vmap(str(reason))
-        outputs, total = [], [torch.zeros_like(self._tree.leaves[i]) for i in rest]
+        parts, total = [], [torch.zeros_like(self._tree.leaves[i]) for i in rest]
         for n in range(vectors.shape[1]):
             output, squares = self._of_one(rest, part_of(inputs, n, n + 1), vectors[:, n])
-            outputs.append(output)
+            parts.append(output)
             for held, square in zip(total, squares, strict=True):
                 held += square
-        return torch.cat(outputs), total
+        return torch.cat(parts), total
 
     def _of_one_by_func(
         self, rest: list[int], x: Any, vectors: Tensor
@@ -335,7 +337,8 @@ class SampleGradients:
                 leaves[i] = leaf
             return self._call(leaves, pytree.tree_map(lambda t: t[None], x))[0]
 
-        output, pull_back = torch.func.vjp(f, [self._tree.leaves[i] for i in rest])
+        evaluated: tuple[Any, ...] = torch.func.vjp(f, [self._tree.leaves[i] for i in rest])
+        output, pull_back = evaluated
         squares = [g.square() for g in pull_back(vectors[0])[0]]
         for v in vectors[1:]:
             squares = [s + g.square() for s, g in zip(squares, pull_back(v)[0], strict=True)]

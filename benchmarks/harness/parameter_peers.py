@@ -16,6 +16,8 @@ from hessdiag.compat import forward_mode_operators
 
 Diagonals = dict[str, Callable[[], Tensor]]
 
+_LARGEST_JACOBIAN = 2**25
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -175,8 +177,13 @@ def laplace_diagonals(problem: Problem, samples: int) -> Diagonals:
         curvature = backend(_copy(problem.module), likelihood, **options)
         return scale * flat(curvature.diag(problem.inputs, problem.targets)[1])
 
-    return {
+    found: Diagonals = {
         "laplace-torch, BackPackGGN": lambda: run(BackPackGGN),
         "laplace-torch, BackPackEF, empirical Fisher": lambda: run(BackPackEF),
-        "laplace-torch, CurvlinopsGGN": lambda: run(CurvlinopsGGN),
     }
+    with torch.no_grad():
+        outputs = problem.module(problem.inputs).numel()
+    # It makes the whole Jacobian of a batch.
+    if outputs * problem.size <= _LARGEST_JACOBIAN:
+        found["laplace-torch, CurvlinopsGGN"] = lambda: run(CurvlinopsGGN)
+    return found

@@ -283,7 +283,7 @@ def test_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(per_sample, "_ENTRIES", 200)
     monkeypatch.setattr(per_sample, "_SMALL", 0)
     monkeypatch.setattr("hessdiag.layers._ENTRIES", 200)
-    monkeypatch.setattr(over_data, "_VECTORS", 3)
+    monkeypatch.setattr(over_data, "_ENTRIES", 200)
     parts = hessdiag.gauss_newton_over_data(module, half_squares, [(x, x)]).diagonal
     assert_same(parts, whole)
 
