@@ -226,6 +226,15 @@ def test_products_that_share_memory_are_not_written_into():
     torch.testing.assert_close(torch.cat(result.diagonal), (v * (v @ H)).mean(0))
 
 
+@pytest.mark.parametrize("probes", ["auto", hessdiag.UnitVectors()])
+def test_no_more_unit_vectors_than_there_are_parameters(probes):
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: p.pow(3).sum(), torch.ones(5), max_probes=50, probes=probes
+    )
+    assert result.num_probes == 5
+    assert torch.equal(result.diagonal, torch.full((5,), 6.0))
+
+
 def test_one_number_for_each_tensor(problem):
     H = problem.hessian().diagonal()
     result = hessdiag.parameter_hessian_diagonal(
