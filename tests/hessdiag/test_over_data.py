@@ -221,7 +221,7 @@ MODULES = {
     "recurrent": (lambda: nn.Sequential(nn.GRU(3, 4, batch_first=True), First()), (5, 3)),
     "tokens": (Tokens, None),
     "tied": (Tied, (4,)),
-    "permuted": (Permuted, (5, 3)),
+    "permuted": (Permuted, (4, 3)),
     "unused": (Unused, (3,)),
 }
 
@@ -231,7 +231,7 @@ class First(nn.Module):
         return outputs[0][:, -1]
 
 
-@pytest.mark.parametrize("samples", [1, 5])
+@pytest.mark.parametrize("samples", [1, 4, 5])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(name, samples):
     torch.manual_seed(0)
@@ -267,7 +267,7 @@ def test_which_layers_are_known(name, layers):
     torch.manual_seed(0)
     make, shape = MODULES[name]
     module = make().double()
-    inputs = torch.randint(7, (5, 3)) if shape is None else torch.randn(5, *shape).double()
+    inputs = torch.randint(7, (4, 3)) if shape is None else torch.randn(4, *shape).double()
     names = list(dict(module.named_parameters()))
     tree = over_data.ParameterTree.of(dict(module.named_parameters()))
     gradients = per_sample.SampleGradients(module, tree, names, [])
