@@ -47,11 +47,11 @@ def run(setting: Setting) -> tuple[Row, str]:
     checks = _check(device)
     hessians: list[Row] = []
     for problem in _networks(device, quick):
-        hessians += _hessian_rows(problem, M, rounds=2 if quick else 7)
+        hessians += _hessian_rows(problem, M, rounds=2 if quick else 5)
     errors = _error_rows(_classifier(device), M=16, seeds=20 if quick else 100)
     gauss_newton: list[Row] = []
     for problem in _feed_forward(device, quick):
-        gauss_newton += _gauss_newton_rows(problem, rounds=2 if quick else 7)
+        gauss_newton += _gauss_newton_rows(problem, rounds=2 if quick else 5)
     record = {
         "suite": "parameters",
         "probes": M,
