@@ -119,7 +119,7 @@ def roots(H: Product, outputs: Tensor) -> list[Root]:
         >>> outputs = torch.tensor([[1.0, 2.0]])
         >>> H = LossCurvature(lambda y: y.pow(3).sum() / 6, outputs)
         >>> (root,) = roots(H, outputs)
-        >>> root.times(torch.eye(2)[:, None]).square().sum(0)
+        >>> root.times(torch.eye(2)[:, None]).square().sum(0).round(decimals=4)
         tensor([[1., 2.]])
     """
     if outputs.numel() == 0:
