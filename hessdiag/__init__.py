@@ -11,15 +11,13 @@ Kernels and the random-number contract are in :mod:`hessdiag.kernels`.
 from hessdiag.bases import Basis, dct
 from hessdiag.blocks import BlockDiagonalEstimate, block_diagonal
 from hessdiag.estimate import DiagonalEstimate, estimate, hutchinson
-from hessdiag.hessians import (
-    ParameterDiagonal,
-    gauss_newton_diagonal,
-    hessian_diagonal,
-    parameter_hessian_diagonal,
-)
+from hessdiag.gauss_newton import gauss_newton_diagonal
+from hessdiag.hessians import hessian_diagonal
 from hessdiag.jacobian import Jacobian
 from hessdiag.lanczos import lanczos
 from hessdiag.matrices import exact, jacobian
+from hessdiag.over_data import empirical_fisher_over_data, gauss_newton_over_data
+from hessdiag.parameters import ParameterDiagonal, parameter_hessian_diagonal
 from hessdiag.probes import (
     BalancedColoring,
     Coloring,
@@ -29,6 +27,7 @@ from hessdiag.probes import (
     UnitVectors,
 )
 from hessdiag.traces import TraceEstimate, trace
+from hessdiag.trees import ravel
 from hessdiag.xdiag import xdiag
 
 __all__ = [
@@ -46,14 +45,17 @@ __all__ = [
     "UnitVectors",
     "block_diagonal",
     "dct",
+    "empirical_fisher_over_data",
     "estimate",
     "exact",
     "gauss_newton_diagonal",
+    "gauss_newton_over_data",
     "hessian_diagonal",
     "hutchinson",
     "jacobian",
     "lanczos",
     "parameter_hessian_diagonal",
+    "ravel",
     "trace",
     "xdiag",
 ]

@@ -1,0 +1,273 @@
+"""The diagonal of the Hessian over parameters: against the matrix, in little memory."""
+
+import math
+
+import pytest
+import torch
+from harness.memory import peak_bytes
+from small_classifier import flat, small_classifier
+from torch import nn
+
+import hessdiag
+from hessdiag import parameter_vectors
+from hessdiag.kernels import rademacher
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return small_classifier()
+
+
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+def test_against_the_matrix(problem, mode):
+    def total(p):
+        return problem.loss(problem.model(p))
+
+    H, parameters = problem.hessian(), problem.parameters
+    exact = hessdiag.parameter_hessian_diagonal(
+        total, parameters, max_probes=len(H), probes="auto", mode=mode
+    )
+    assert {name: p.shape for name, p in exact.diagonal.items()} == {
+        name: p.shape for name, p in parameters.items()
+    }
+    torch.testing.assert_close(flat(exact.diagonal), H.diagonal())
+    M = 200
+    rough = hessdiag.parameter_hessian_diagonal(total, parameters, max_probes=M, mode=mode)
+    assert (rough.num_probes, rough.mode) == (M, mode)
+    error = (H.square().sum(1) - H.diagonal().square()).div(M).sqrt()
+    assert ((flat(rough.diagonal) - H.diagonal()).abs() < 5 * error).all()
+    assert ((flat(rough.stderr) / error - 1).abs() < 0.4).all()
+    assert all(p.grad is None for p in parameters.values())
+
+
+def test_is_the_mean_over_the_probes_of_the_contract(problem):
+    """Signs of one sample, its features numbered over the tree: 21 probes, in two tiles."""
+    H, M = problem.hessian(), 21
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: problem.loss(problem.model(p)),
+        problem.parameters,
+        max_probes=M,
+        seed=3,
+        probe_offset=11,
+    )
+    v = rademacher((M, 1, len(H)), 3, probe_offset=11, dtype=torch.float64)[:, 0]
+    y = v * (v @ H)
+    torch.testing.assert_close(flat(result.diagonal), y.mean(0))
+    torch.testing.assert_close(flat(result.stderr), y.std(0) / math.sqrt(M))
+
+
+def test_calls_in_parts_give_the_probes_of_one_call(problem):
+    def run(M, first):
+        return hessdiag.parameter_hessian_diagonal(
+            lambda p: problem.loss(problem.model(p)),
+            problem.parameters,
+            max_probes=M,
+            probe_offset=first,
+        ).diagonal
+
+    whole, first, second = flat(run(30, 0)), flat(run(10, 0)), flat(run(20, 10))
+    torch.testing.assert_close(whole, (first + 2 * second) / 3)
+
+
+@pytest.mark.parametrize("probes", ["orthogonal", hessdiag.BalancedColoring(4)])
+def test_designs_do_not_depend_on_chunks(problem, probes):
+    results = [
+        hessdiag.parameter_hessian_diagonal(
+            lambda p: problem.loss(problem.model(p)),
+            problem.parameters,
+            max_probes=8,
+            probes=probes,
+            chunk_size=chunk_size,
+        )
+        for chunk_size in (1, 3, "auto")
+    ]
+    for result in results[1:]:
+        assert torch.equal(flat(result.diagonal), flat(results[0].diagonal))
+        assert torch.equal(flat(result.stderr), flat(results[0].stderr))
+
+
+def test_without_standard_errors_the_estimate_is_the_same(problem):
+    def run(**options):
+        return hessdiag.parameter_hessian_diagonal(
+            lambda p: problem.loss(problem.model(p)), problem.parameters, max_probes=5, **options
+        )
+
+    plain = run(stderr=False)
+    assert plain.stderr is None
+    assert torch.equal(flat(plain.diagonal), flat(run().diagonal))
+    with pytest.raises(ValueError, match="stderr must be True with rtol or atol"):
+        run(stderr=False, rtol=0.1)
+
+
+def test_tolerance(problem):
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: problem.loss(problem.model(p)), problem.parameters, max_probes=5000, rtol=0.1
+    )
+    assert 16 <= result.num_probes < 5000
+    assert result.num_probes % 16 == 0
+    assert flat(result.stderr).norm() <= 0.1 * flat(result.diagonal).norm()
+
+
+@pytest.mark.parametrize("features", [1, 8, 13, 8 * parameter_vectors._GROUPS_AT_A_TIME + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_packed_signs_are_those_of_the_contract(features, dtype):
+    seed = torch.tensor(-7)
+    signs = parameter_vectors.sign_vectors(features, seed, dtype, sample=2)
+    for probe in (3, 4, 31, 0):
+        expected = rademacher(
+            (1, 1, features), seed, probe_offset=probe, sample_offset=2, dtype=dtype
+        )
+        assert torch.equal(signs(probe), expected[0, 0])
+        assert signs(probe).dtype == dtype
+
+
+@pytest.mark.parametrize("size", [400, 1000])
+def test_memory_in_sizes_of_the_parameters(size):
+    """By hand it is 6.9 times; gradient, probe, product, mean, deviations and bits are 5.5."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(size, size), nn.Tanh(), nn.Linear(size, size))
+    x = torch.randn(2, size)
+    parameters = dict(module.named_parameters())
+
+    def loss(p):
+        return torch.func.functional_call(module, p, (x,)).square().mean()
+
+    peak = peak_bytes(lambda: hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=17))
+    assert peak < 9 * sum(p.nbytes for p in parameters.values())
+
+
+def test_dropout_is_the_same_for_every_product():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 1)).double()
+    x = torch.randn(8, 4, dtype=torch.float64)
+    parameters = dict(module.named_parameters())
+    n = sum(p.numel() for p in parameters.values())
+
+    def loss(p):
+        return torch.func.functional_call(module, p, (x,)).square().mean()
+
+    diagonals = []
+    for mode in ("vjp", "jvp"):
+        torch.manual_seed(1)
+        result = hessdiag.parameter_hessian_diagonal(
+            loss, parameters, max_probes=n, probes="auto", mode=mode
+        )
+        diagonals.append(flat(result.diagonal))
+    torch.testing.assert_close(*diagonals)
+
+
+@pytest.mark.parametrize("mode", ["auto", "vjp", "jvp"])
+def test_attention(mode):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True).double()
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+
+    def loss(p):
+        return torch.func.functional_call(layer, p, (x,)).pow(3).mean()
+
+    parameters = {"linear1.bias": layer.linear1.bias.detach()}
+    result = hessdiag.parameter_hessian_diagonal(
+        loss, parameters, max_probes=8, probes="auto", mode=mode
+    )
+    H = torch.func.hessian(lambda b: loss({"linear1.bias": b}))(parameters["linear1.bias"])
+    torch.testing.assert_close(result.diagonal["linear1.bias"], H.detach().diagonal())
+    assert "mode" not in result.note
+
+
+class NoSecondBackward(torch.autograd.Function):
+    """The sine, whose backward pass keeps no graph; it has a rule for forward mode."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        raise NotImplementedError("no rule")
+
+
+def test_what_cannot_be_differentiated_says_so():
+    with pytest.raises((RuntimeError, NotImplementedError), match="no rule"):
+        hessdiag.parameter_hessian_diagonal(
+            lambda p: NoSecondBackward.apply(p).sum(), torch.ones(3), max_probes=1
+        )
+    with pytest.raises(ValueError, match="loss has no backward graph to parameters"):
+        hessdiag.parameter_hessian_diagonal(
+            lambda p: torch.tensor(1.0), torch.ones(3), max_probes=1
+        )
+
+
+def test_a_linear_loss_and_an_unused_parameter_have_no_curvature():
+    parameters = {"used": torch.ones(2), "unused": torch.ones(3)}
+    for loss in (lambda p: p["used"].sum(), lambda p: p["used"].pow(2).sum()):
+        for mode in ("vjp", "jvp"):
+            result = hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=2, mode=mode)
+            assert torch.equal(result.diagonal["unused"], torch.zeros(3))
+    linear = hessdiag.parameter_hessian_diagonal(
+        lambda p: p["used"].sum(), parameters, max_probes=2
+    )
+    assert torch.equal(linear.diagonal["used"], torch.zeros(2))
+
+
+def test_products_that_share_memory_are_not_written_into():
+    """The gradient of p^2 / 2 is p, and its product with v may be v itself."""
+    parameters = [torch.ones(3), torch.ones(3)]
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: (p[0] * p[1]).sum() + p[0].square().sum() / 2, parameters, max_probes=16
+    )
+    v = rademacher((16, 1, 6), 0)[:, 0]
+    H = torch.eye(3).repeat(2, 2)
+    H[3:, 3:] = 0
+    torch.testing.assert_close(torch.cat(result.diagonal), (v * (v @ H)).mean(0))
+
+
+@pytest.mark.parametrize("probes", ["auto", hessdiag.UnitVectors()])
+def test_no_more_unit_vectors_than_there_are_parameters(probes):
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: p.pow(3).sum(), torch.ones(5), max_probes=50, probes=probes
+    )
+    assert result.num_probes == 5
+    assert torch.equal(result.diagonal, torch.full((5,), 6.0))
+
+
+def test_one_number_for_each_tensor(problem):
+    H = problem.hessian().diagonal()
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: problem.loss(problem.model(p)), problem.parameters, max_probes=43, probes="auto"
+    )
+    sums = [part.sum() for part in problem.restore(H).values()]
+    torch.testing.assert_close(list(result.sum_of_each().values()), sums)
+    means = [part.mean() for part in problem.restore(H).values()]
+    torch.testing.assert_close(list(result.mean_of_each().values()), means)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "loss", "error", "message"),
+    [
+        ({}, torch.sum, ValueError, "parameters must hold at least one tensor"),
+        ({"a": 3.0}, torch.sum, TypeError, "parameters must hold tensors only, got float"),
+        (
+            [torch.zeros(1), torch.zeros(1).double()],
+            torch.sum,
+            TypeError,
+            r"parameters must be of one type on one device, got torch.float32 on cpu, torch.f",
+        ),
+        (torch.tensor([math.nan]), torch.sum, ValueError, "parameters must be finite"),
+        (torch.zeros(2), torch.sin, ValueError, r"loss must return a 0-dim.*, got \(2,\)"),
+    ],
+)
+def test_errors(parameters, loss, error, message):
+    with pytest.raises(error, match=message):
+        hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=1)
+
+
+def test_errors_of_options():
+    with pytest.raises(ValueError, match="mode must be one of auto, vjp, jvp, got 'both'"):
+        hessdiag.parameter_hessian_diagonal(torch.sum, torch.ones(2), max_probes=1, mode="both")
+    with pytest.raises(ValueError, match="max_probes must be at least 1, got 0"):
+        hessdiag.parameter_hessian_diagonal(torch.sum, torch.ones(2), max_probes=0)
