@@ -170,9 +170,7 @@ def _without_geometry(x: Tensor, max_probes: int, notes: list[str]) -> list[Lane
     return [Lane(Rademacher())]
 
 
-def _by_rows(
-    products: Products, request: Request, probes: ProbeName, notes: list[str]
-) -> Start:
+def _by_rows(products: Products, request: Request, probes: ProbeName, notes: list[str]) -> Start:
     """Return what a few rows of J speak for: for "coloring", or where there is a tolerance."""
     x, tolerance = request.x, request.tolerance
     features = x[:1].numel()
@@ -276,9 +274,7 @@ def measure_decay(
     return Decay(torch.stack(energies, dim=1), own.square().mean(dim=0), trace)
 
 
-def choose(
-    decay: Decay, designs: list[ProbeDesign], request: Request, max_probes: int
-) -> Tensor:
+def choose(decay: Decay, designs: list[ProbeDesign], request: Request, max_probes: int) -> Tensor:
     """Return for each sample the number of the best design, shape (B,).
 
     Without a tolerance that is the first, unless another has less than half of its variance after

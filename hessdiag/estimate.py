@@ -204,8 +204,8 @@ def hutchinson(
         ways: As in :func:`estimate`.
 
     Returns:
-        Shape and dtype of ``x``, without a gradient unless ``differentiable=True``. The mean is kept in float32 or, for float64,
-        in float64.
+        Shape and dtype of ``x``, without a gradient unless ``differentiable=True``. The mean is
+        kept in float32 or, for float64, in float64.
 
     Raises:
         TypeError: As :func:`estimate`.
@@ -304,9 +304,7 @@ def estimate_from_products(
     check_counter("sample_offset", sample_offset, len(x))
     chunk, seed = chunk_of(chunk_size, x), seed_tensor(seed, x.device)
     notes: list[str] = []
-    request = Request(
-        x, max_probes, tolerance, geometry, total, seed, sample_offset, probe_offset
-    )
+    request = Request(x, max_probes, tolerance, geometry, total, seed, sample_offset, probe_offset)
     start = choose_start(products, request, probes, notes)
     for lane in start.lanes:
         if lane.design.is_exact and check_alone is not None:

@@ -12,6 +12,7 @@ from hessdiag.choosing import ProbeName
 from hessdiag.compat import forward_mode_operators
 from hessdiag.curvature import LossCurvature
 from hessdiag.estimate import tolerance_of
+from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import (
     FirstThatWorks,
     ParameterDiagonal,
@@ -23,7 +24,6 @@ from hessdiag.parameters import (
     twice_differentiable,
 )
 from hessdiag.probes import ProbeDesign
-from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 
 
 def gauss_newton_diagonal(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_batch
 from hessdiag.choosing import ProbeName
+from hessdiag.compat import NotDifferentiableError
 from hessdiag.estimate import DiagonalEstimate, estimate
-from hessdiag.jacobian import Ways
+from hessdiag.jacobian import Jacobian, Ways
 from hessdiag.probes import ProbeDesign
 
 if TYPE_CHECKING:

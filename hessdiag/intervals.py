@@ -89,7 +89,9 @@ def half_width(stderr: Tensor, num_blocks: Tensor, level: float) -> Tensor:
 
 def _over_entries(values: Tensor) -> Tensor:
     """Return the mean over the entries of each sample, to broadcast."""
-    return values.mean(dim=list(range(1, values.dim())), keepdim=True) if values.dim() > 1 else values
+    return (
+        values.mean(dim=list(range(1, values.dim())), keepdim=True) if values.dim() > 1 else values
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -156,4 +158,5 @@ def error_quantile(num_independent: int, degrees: int) -> float:
         return math.inf
     half = (1 - a) * (1 - b)
     root = math.sqrt(half**2 - square * ((1 - a) ** 2 - z**2 * a))
-    return ((half + root) / square) ** 1.5
+    quantile: float = ((half + root) / square) ** 1.5
+    return quantile

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 from hessdiag.checks import check_positive_int
 from hessdiag.curvature import LossCurvature, Root, roots
 from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import ParameterDiagonal
 from hessdiag.per_sample import Model, SampleGradients, part_of
 from hessdiag.probes import BalancedColoring, ProbeDesign, Rademacher
-from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 
 Reduction = Literal["mean", "sum"]
 Loss = Callable[[Tensor, Any], Tensor]

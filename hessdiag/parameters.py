@@ -15,8 +15,6 @@ from hessdiag.choosing import ProbeName
 from hessdiag.compat import NotDifferentiableError, explained, forward_mode_operators
 from hessdiag.estimate import estimate_from_products, tolerance_of
 from hessdiag.kernels.philox import PROBES_PER_SIGN_TILE, check_counter, seed_tensor
-from hessdiag.probes import ProbeDesign, Rademacher
-from hessdiag.streaming import Tolerance
 from hessdiag.parameter_vectors import (
     Leaves,
     ParameterTree,
@@ -25,6 +23,8 @@ from hessdiag.parameter_vectors import (
     root_mean_square,
     sign_vectors,
 )
+from hessdiag.probes import ProbeDesign, Rademacher
+from hessdiag.streaming import Tolerance
 
 TreeMode = Literal["auto", "vjp", "jvp"]
 TreeProduct = Callable[[Leaves], Leaves]

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.curvature import arbitrary
 from hessdiag.layers import Gradients, LayerSums, own_parameters, sums_of
-from hessdiag.parameters import RandomNumbers, check_depends
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
+from hessdiag.parameters import RandomNumbers, check_depends
 
 Model = nn.Module | Callable[[Tree, Any], Tensor]
 

@@ -13,9 +13,10 @@ show what the lattice would leave. From the products y the energies for a pair o
 
 Where n outputs hear, (n heard + 12 far) / (n + 12) stands for the lattice: what falls off with
 distance speaks for it from the start, anything else has to be heard. Few large outputs say less
-than many alike, so n is the listeners' part of (sum of y^2)^2 / sum of y^4. Where that, and "heard"
-itself, are clearly below "all" the lattice's classes follow, the rest of C as one more or moved to another one; else random
-cells of what A leaves. Every feature is in one probe, with signs of its own that no decision has seen, so the
+than many alike, so n is the listeners' part of (sum of y^2)^2 / sum of y^4; in the same way "far"
+is held against "all". Where that, and "heard" itself, are clearly below "all", the lattice's
+classes follow, the rest of C as one more or moved to another one; else random cells of what A
+leaves. Every feature is in one probe, with signs of its own that no decision has seen, so the
 estimate stays unbiased. Which of the lattices of the same quality it is, turned and mirrored, is
 drawn.
 """
@@ -38,8 +39,8 @@ _ENOUGH_LISTENERS = 16
 _PRIOR = 12.0
 # Outputs that "all" counts for against "far".
 _PRIOR_FAR = 4.0
-# Up to this part of the least cost a lattice with more pilots is preferred.
-_AS_GOOD = 1.25
+# What a single listener adds to the cost of a lattice, relative to it: few may err.
+_DOUBT = 0.2
 # Tenths of a class that a pilot has where the rest moves to another one.
 _PROBED = 6
 # What the pilots may add to the variance where J has no structure at all.
@@ -84,15 +85,14 @@ def plan(sample_shape: tuple[int, ...], num_probes: int, seed: int, block: int) 
     """
     features = math.prod(sample_shape)
     lattices = [
-        _lattice(sample_shape, num_probes, number) for number in _numbers_of_pilots(features, num_probes)
+        _lattice(sample_shape, num_probes, number)
+        for number in _numbers_of_pilots(features, num_probes)
     ]
     if not lattices:
         return None
     # What networks couple at a distance is mostly at a power of two.
     odd = [lattice for lattice in lattices if lattice.num_colors % 2 or lattice.moved is not None]
-    lattices = odd or lattices
-    good = _AS_GOOD * min(lattice.cost for lattice in lattices)
-    num_pilots, m, tenths, moved, _ = [lattice for lattice in lattices if lattice.cost <= good][-1]
+    num_pilots, m, tenths, moved, _ = min(odd or lattices, key=lambda lattice: lattice.cost)
     colors = turned_lattice(m, sample_shape, random_words(seed, 2, block, 16).tolist()).flatten()
     # The largest classes have most to say.
     classes = colors.bincount(minlength=m).argsort(descending=True, stable=True)[:num_pilots]
@@ -123,7 +123,7 @@ def plan(sample_shape: tuple[int, ...], num_probes: int, seed: int, block: int) 
 
 
 class _Lattice(NamedTuple):
-    """A lattice with its pilots: number of colors, tenths of a class a pilot has, where the rest is.
+    """A lattice and its pilots, and where the rest of their classes is.
 
     The rest is a probe of its own, with a color less for each pilot; or, where classes are large,
     it moves to another class, that which is furthest away.
@@ -141,10 +141,12 @@ def _lattice(shape: tuple[int, ...], num_probes: int, num_pilots: int) -> _Latti
     shape, rest = channels_first(shape), num_probes - num_pilots
     own = lattice_cost(rest, shape)[0] * (1 - num_pilots / (2 * rest))
     whole, moved, each = lattice_cost(num_probes, shape)
-    whole += each * num_pilots * math.prod(shape) / num_probes * (1 - _PROBED / 10)
+    listeners = num_pilots * math.prod(shape) / num_probes / 2
+    whole += each * 2 * listeners * (1 - _PROBED / 10)
+    doubt = 1 + _DOUBT / listeners
     if whole < own:
-        return _Lattice(num_pilots, num_probes, _PROBED, moved, whole)
-    return _Lattice(num_pilots, rest, 5, None, own)
+        return _Lattice(num_pilots, num_probes, _PROBED, moved, doubt * whole)
+    return _Lattice(num_pilots, rest, 5, None, doubt * own)
 
 
 def lattice_is_better(plan: Plan, products: Tensor) -> Tensor:

@@ -315,9 +315,7 @@ def stream(
             ended = end >= total
             if not ended and (tolerance is None or end % look):
                 continue
-            now = _standardised(
-                moment.moments(), min(end, total), lane.design.is_exact, tolerance
-            )
+            now = _standardised(moment.moments(), min(end, total), lane.design.is_exact, tolerance)
             finished = ~done if lane.samples is None else ~done & lane.samples
             if not ended:
                 finished &= now.converged

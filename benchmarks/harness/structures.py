@@ -113,7 +113,9 @@ def known_structures() -> dict[str, tuple[Shape, Tensor]]:
         "video convolutions": (
             (2, 4, 8, 8),
             _of(
-                lambda x: functional.conv3d(functional.conv3d(x, video, padding=1), video, padding=1),
+                lambda x: functional.conv3d(
+                    functional.conv3d(x, video, padding=1), video, padding=1
+                ),
                 (2, 4, 8, 8),
             ),
         ),
@@ -151,7 +153,9 @@ def further_structures() -> dict[str, tuple[Shape, Tensor]]:
     time = _kernel(40, 1, 1, 3, 3, 3)
     toeplitz = _places((128,)).float()
     laplacian = torch.eye(256) * 4.1 - sum(
-        _of(lambda x, s=shift, a=axis: x.roll(s, a), image) for shift in (1, -1) for axis in (-1, -2)
+        _of(lambda x, s=shift, a=axis: x.roll(s, a), image)
+        for shift in (1, -1)
+        for axis in (-1, -2)
     )
     low_rank = _kernel(33, 768, 3)
     spectrum = _kernel(25, 1, 16, 16)

@@ -117,9 +117,13 @@ class TestStatistics:
         errors = (expected / count).sqrt() + 1e-6 * J.diagonal().abs()
         assert ((values.mean(0) - J.diagonal()).abs() < 5 * errors).all()
         assert ((values.var(0) - expected).abs() < 0.1 * expected + tiny).all()
-        # The mean of the squared standard errors is that variance too.
+        # The mean of the squared standard errors is that variance too, and more where few others
+        # disturb an entry, whose two blocks then may agree by luck.
         reported = result.stderr.flatten(1).double().square().mean(0)
-        assert ((reported - expected).abs() < 0.1 * expected + tiny).all()
+        assert (reported > 0.9 * expected - tiny).all()
+        if "coloring" not in name:
+            assert (reported < 1.1 * expected + tiny).all()
+        assert reported.mean() < 1.5 * expected.mean()
 
     @pytest.mark.parametrize(
         ("design", "max_probes", "blocks"),
@@ -307,12 +311,18 @@ class TestTolerance:
             for field in ("diagonal", "stderr"):
                 ours, theirs = (getattr(r, field)[sample] for r in (result, alone))
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-            error = result.stderr[sample].square().mean().sqrt()
-            assert error <= 0.05 * result.diagonal[sample].square().mean().sqrt()
+            assert self.reached(result, sample, 0.05)
             if M > 16:
                 before = hessdiag.estimate(score_fn, x, max_probes=M - 16)
-                error = before.stderr[sample].square().mean().sqrt()
-                assert error > 0.05 * before.diagonal[sample].square().mean().sqrt()
+                assert not self.reached(before, sample, 0.05)
+        assert result.converged.tolist() == [True, True, True, False]
+
+    def reached(self, result, sample, rtol):
+        """With 40 entries, of which every eighth errs on its own: F with 5 and 5 (M - 1)."""
+        degrees = int(result.num_blocks[sample]) - 1
+        quantile = stats.f.ppf(0.95, 5, 5 * degrees) ** 0.5
+        reach = quantile * result.stderr[sample].square().mean().sqrt()
+        return reach <= rtol * (result.diagonal[sample].square().mean().sqrt() - reach)
 
     @pytest.mark.parametrize(("probes", "rtol"), [("rademacher", 0.08), (Coloring(4), 0.05)])
     def test_stopping_does_not_depend_on_chunks_or_batches(self, probes, rtol):
@@ -373,56 +383,91 @@ class TestChoice:
 
     def test_a_fast_decay_takes_one_block(self):
         A = decaying_matrix(self.shape, rate=2.0)
-        result = self.choose(A, 70)
+        result = self.choose(A, 70, probes="coloring")
         assert result.num_probes.tolist() == [70, 70]  # 2 to measure, one block of 68
         assert result.num_blocks.tolist() == [1, 1]
         assert "Coloring(num_colors=68, dense=False) for 2" in result.note
 
-    def test_energy_in_the_colors_themselves_takes_no_coloring(self):
-        result = self.choose(self.worst_matrix(), 70)
-        assert "Rademacher() for 2" in result.note
+    def test_a_slow_decay_takes_smaller_blocks(self):
+        """Features are coupled that share a color in every coloring of 68 colors."""
+        A = same_color(Coloring(68).colors(self.shape, "cpu")).float()
+        result = self.choose(A, 70, probes="coloring")
+        assert "Coloring(num_colors=34, dense=False) for 2" in result.note
         assert result.num_probes.tolist() == [70, 70]
-        assert result.num_blocks.tolist() == [68, 68]
+        assert result.num_blocks.tolist() == [2, 2]
 
-    def worst_matrix(self):
-        """Features are coupled that share a color in every coloring of 68 / k colors."""
-        same = [same_color(Coloring(n).colors(self.shape, "cpu")) for n in (68, 34, 17)]
-        return torch.stack(same).amax(0).float()
+    def test_a_fast_decay_takes_a_lattice(self):
+        A = decaying_matrix(self.shape, rate=2.0)
+        result = self.choose(A, 30)
+        assert result.num_probes.tolist() == [30, 30]
+        assert result.num_blocks.tolist() == [1, 1]
+        assert torch.isinf(result.stderr).all()
+        assert "for 2, random cells for 0" in result.note
 
-    def test_each_sample_has_its_own_choice(self):
-        fast = decaying_matrix(self.shape, rate=2.0)
-        matrices = [fast, self.worst_matrix(), fast]
+    def test_no_structure_takes_random_cells(self):
+        result = self.choose(random_matrix(256), 30)
+        assert "for 0, random cells for 2" in result.note
+        assert result.num_probes.tolist() == [30, 30]
+
+    @pytest.mark.parametrize("chunk_size", [1, 7, "auto"])
+    def test_each_sample_has_its_own_choice(self, chunk_size):
+        fast, dense = decaying_matrix(self.shape, rate=2.0), random_matrix(256)
+        matrices = [fast, dense, fast]
 
         def score_fn(x):
             pairs = zip(x, which, strict=True)
             return torch.stack([(matrices[k] @ z.flatten()).reshape(z.shape) for z, k in pairs])
 
+        def run(count, sample_offset):
+            x = torch.zeros(count, *self.shape)
+            return hessdiag.estimate(
+                score_fn,
+                x,
+                probes="auto",
+                max_probes=30,
+                sample_offset=sample_offset,
+                chunk_size=chunk_size,
+                batching="loop",
+            )
+
         which = [0, 1, 2]
-        whole = self.choose_of(score_fn, torch.zeros(3, *self.shape), 0)
-        assert whole.num_blocks.tolist() == [1, 68, 1]
+        whole = run(3, 0)
+        assert "for 2, random cells for 1" in whole.note
         which = [0, 1]
-        first = self.choose_of(score_fn, torch.zeros(2, *self.shape), 0)
+        first = run(2, 0)
         which = [2]
-        last = self.choose_of(score_fn, torch.zeros(1, *self.shape), 2)
+        last = run(1, 2)
         assert torch.equal(torch.cat([first.diagonal, last.diagonal]), whole.diagonal)
-        assert torch.equal(torch.cat([first.num_probes, last.num_probes]), whole.num_probes)
         for sample, matrix in enumerate(matrices):
             difference = whole.diagonal[sample].flatten() - matrix.diagonal()
-            assert difference.norm() < (0.05 if sample != 1 else 0.8) * matrix.diagonal().norm()
+            bound = 0.1 if sample != 1 else 1.5 * (255 / 30) ** 0.5
+            assert difference.norm() < bound * matrix.diagonal().norm()
 
-    def choose_of(self, score_fn, x, sample_offset):
-        return hessdiag.estimate(
-            score_fn, x, probes="auto", max_probes=70, sample_offset=sample_offset, chunk_size=7
-        )
+    def test_a_sequence_of_blocks_is_continued(self):
+        """Each block of 30 has a lattice and signs of its own; the mean of two is what it says."""
+        A = decaying_matrix(self.shape, rate=1.0)
+        parts = [self.choose(A, 30, probe_offset=30 * block).diagonal for block in range(40)]
+        errors = torch.stack(parts).flatten(2) - A.diagonal()
+        alone, together = errors.square().mean(), errors.mean(0).square().mean()
+        assert 0.5 < 40 * together / alone < 1.5
 
     @pytest.mark.parametrize("max_probes", [1, 3, 4, 16, 39])
     def test_few_probes_are_not_spent_on_measuring(self, max_probes):
         A = decaying_matrix(self.shape, rate=2.0)
         given = self.choose(A, max_probes, probes=Coloring(max_probes))
-        for name in ("auto", "coloring"):
-            result = self.choose(A, max_probes, probes=name)
-            assert torch.equal(result.diagonal, given.diagonal)
-            assert result.num_probes.tolist() == [max_probes] * 2
+        result = self.choose(A, max_probes, probes="coloring")
+        assert torch.equal(result.diagonal, given.diagonal)
+        assert result.num_probes.tolist() == [max_probes] * 2
+
+    @pytest.mark.parametrize(("max_probes", "num_probes"), [(5, 5), (7, 7), (14, 14)])
+    def test_no_probe_of_a_vector_is_lost_where_that_costs(self, max_probes, num_probes):
+        result = self.choose(random_matrix(15), max_probes, x=torch.zeros(2, 15))
+        assert result.num_probes.tolist() == [num_probes] * 2
+
+    def test_few_probes_with_a_tolerance_are_signs(self):
+        result = self.choose(decaying_matrix(self.shape), 39, rtol=0.1)
+        signs = self.choose(decaying_matrix(self.shape), 39, rtol=0.1, probes="rademacher")
+        assert torch.equal(result.diagonal, signs.diagonal)
 
     def test_a_tolerance_takes_two_blocks_of_a_stride_that_reaches_it(self):
         A = decaying_matrix(self.shape, rate=1.0)
@@ -431,6 +476,7 @@ class TestChoice:
         assert (result.num_blocks >= 2).all()
         error = result.stderr.flatten(1).square().mean(1).sqrt()
         assert (error <= 0.03 * result.diagonal.flatten(1).square().mean(1).sqrt()).all()
+        assert result.converged.all()
         plain = self.choose(A, 1000, rtol=0.03, probes="rademacher")
         assert (result.num_probes < plain.num_probes).all()
 

@@ -96,9 +96,7 @@ def test_intervals_cover(line):
 )
 def test_stopping_at_a_tolerance_leaves_the_coverage(A, shape, probes, rtol):
     x = torch.zeros(1, *shape).expand(SEEDS, *shape)
-    result = hessdiag.estimate(
-        linear(A), x, probes=probes, max_probes=2000, rtol=rtol, mode="jvp"
-    )
+    result = hessdiag.estimate(linear(A), x, probes=probes, max_probes=2000, rtol=rtol, mode="jvp")
     assert result.converged.all()
     low, high = result.interval(0.95)
     truth = A.diagonal().reshape(shape)
