@@ -8,6 +8,8 @@
 Kernels and the random-number contract are in :mod:`hessdiag.kernels`.
 """
 
+import torch
+
 from hessdiag.bases import Basis, dct
 from hessdiag.blocks import BlockDiagonalEstimate, block_diagonal
 from hessdiag.estimate import DiagonalEstimate, estimate, hutchinson
@@ -60,3 +62,8 @@ __all__ = [
     "xdiag",
 ]
 __version__ = "0.2.0"
+
+# So that torch.load reads saved results with weights_only=True, its default.
+torch.serialization.add_safe_globals(
+    [BlockDiagonalEstimate, DiagonalEstimate, ParameterDiagonal, TraceEstimate]
+)

@@ -13,7 +13,7 @@ from hessdiag.checks import check_positive_int
 from hessdiag.intervals import standard_error
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels import rademacher
-from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
 from hessdiag.probes import Rademacher, UnitVectors
 from hessdiag.streaming import BlockMoments, Chunks, chunk_of
 
@@ -50,7 +50,7 @@ def block_diagonal(
     probes: Rademacher | UnitVectors = UnitVectors(),  # noqa: B008, frozen
     max_probes: int | None = None,
     chunk_size: int | Literal["auto"] = "auto",
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     sample_offset: int = 0,
     probe_offset: int = 0,
     **ways: Unpack[Ways],
@@ -113,8 +113,8 @@ def block_diagonal(
                 f"got {max_probes}"
             )
         total, cycle = max_probes // size * size, 1
-        check_counter("sample_offset", sample_offset, len(x))
-        check_counter("probe_offset", probe_offset, total)
+        sample_offset = check_counter("sample_offset", sample_offset, len(x))
+        probe_offset = check_counter("probe_offset", probe_offset, total)
     seed = seed_tensor(seed, x.device)
 
     def draw(first: int, count: int) -> Tensor:

@@ -51,28 +51,6 @@ def as_int(name: str, value: object) -> int:
     raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
 
 
-def as_seed(seed: object) -> int | Tensor:
-    """Return a seed as the int or the tensor that the random-number contract takes.
-
-    Args:
-        seed: An integer of Python or NumPy; a tensor, which is returned as it is; or a
-            torch.Generator, from which a seed in [0, 2**63) is drawn, so that it moves on.
-
-    Raises:
-        TypeError: If it is none of these.
-
-    Example:
-        >>> first, again = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-        >>> bool(as_seed(first) == as_seed(again)), bool(as_seed(first) == as_seed(first))
-        (True, False)
-    """
-    if isinstance(seed, Tensor):
-        return seed
-    if isinstance(seed, torch.Generator):
-        return torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
-    return as_int("seed", seed)
-
-
 def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
     """Raise unless ``x`` is a finite real floating-point tensor with a batch dimension.
 

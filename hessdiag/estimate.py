@@ -13,7 +13,7 @@ from hessdiag.checks import check_positive_int
 from hessdiag.choosing import ProbeName, Request, choose_start
 from hessdiag.intervals import half_width
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
-from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
 from hessdiag.probes import ProbeDesign
 from hessdiag.products import Products
 from hessdiag.streaming import Contribution, Streamed, Tolerance, chunk_of, stream
@@ -80,7 +80,7 @@ def estimate(
     rtol: float | None = None,
     atol: float | None = None,
     chunk_size: int | Literal["auto"] = "auto",
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     sample_offset: int = 0,
     probe_offset: int = 0,
     **ways: Unpack[Ways],
@@ -122,7 +122,8 @@ def estimate(
             more. Passes go on for the whole batch until its last sample has stopped.
         atol: The absolute part of that tolerance.
         chunk_size: Probes held in memory at a time; halved when a GPU runs out of memory.
-        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        seed: An integer in [0, 2**64), an int64 tensor with one element, or a torch.Generator,
+            from which one is drawn.
         sample_offset: Number of the first sample, for a batch that is part of a larger one.
         probe_offset: Number of the first probe, for an estimate that is continued; a multiple of
             the design's block.
@@ -172,7 +173,7 @@ def hutchinson(
     x: Tensor | None = None,
     M: int | None = None,
     *,
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     chunk_size: int | Literal["auto"] = "auto",
     sample_offset: int = 0,
     probe_offset: int = 0,
@@ -197,7 +198,8 @@ def hutchinson(
             (BatchNorm) in eval mode. Or a :class:`hessdiag.Jacobian`, which holds its x.
         x: Where the Jacobian of a function is taken: shape (B, ...), real floating point, finite.
         M: Number of probes, at least 1.
-        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        seed: An integer in [0, 2**64), an int64 tensor with one element, or a torch.Generator,
+            from which one is drawn.
         chunk_size: Probes held in memory at a time.
         sample_offset: Number of the first sample.
         probe_offset: Number of the first probe.
@@ -218,8 +220,7 @@ def hutchinson(
         tensor([[1.0000, 0.9801, 0.9211],
                 [0.8253, 0.6967, 0.5403]])
     """
-    check_positive_int("M", M)
-    assert M is not None
+    M = check_positive_int("M", M)
     J = as_jacobian(score_fn, x, ways)
     result = estimate(
         J,
@@ -299,9 +300,9 @@ def estimate_from_products(
     Returns:
         The moments, and what a reader of the result should know.
     """
-    check_positive_int("max_probes", max_probes)
-    check_counter("probe_offset", probe_offset, max_probes)
-    check_counter("sample_offset", sample_offset, len(x))
+    max_probes = check_positive_int("max_probes", max_probes)
+    probe_offset = check_counter("probe_offset", probe_offset, max_probes)
+    sample_offset = check_counter("sample_offset", sample_offset, len(x))
     chunk, seed = chunk_of(chunk_size, x), seed_tensor(seed, x.device)
     notes: list[str] = []
     request = Request(x, max_probes, tolerance, geometry, total, seed, sample_offset, probe_offset)

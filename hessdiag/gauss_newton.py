@@ -12,6 +12,7 @@ from hessdiag.choosing import ProbeName
 from hessdiag.compat import forward_mode_operators
 from hessdiag.curvature import LossCurvature
 from hessdiag.estimate import tolerance_of
+from hessdiag.kernels.philox import Seed
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import (
     FirstThatWorks,
@@ -38,7 +39,7 @@ def gauss_newton_diagonal(
     stderr: bool = True,
     mode: TreeMode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     probe_offset: int = 0,
 ) -> ParameterDiagonal:
     """Estimate the diagonal of the Gauss-Newton matrix of loss(model(parameters)).

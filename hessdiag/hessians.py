@@ -12,6 +12,7 @@ from hessdiag.choosing import ProbeName
 from hessdiag.compat import NotDifferentiableError
 from hessdiag.estimate import DiagonalEstimate, estimate
 from hessdiag.jacobian import Jacobian, Ways
+from hessdiag.kernels.philox import Seed
 from hessdiag.probes import ProbeDesign
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def hessian_diagonal(
     rtol: float | None = None,
     atol: float | None = None,
     chunk_size: int | Literal["auto"] = "auto",
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     sample_offset: int = 0,
     probe_offset: int = 0,
     **ways: Unpack[Ways],

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from hessdiag.checks import check_positive_int
 from hessdiag.curvature import LossCurvature, Root, roots
-from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import ParameterDiagonal
 from hessdiag.per_sample import Model, SampleGradients, part_of
@@ -33,7 +33,7 @@ def gauss_newton_over_data(
     parameters: Tree | None = None,
     max_probes: int | None = None,
     reduction: Reduction = "mean",
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     sample_offset: int = 0,
     process_group: distributed.ProcessGroup | None = None,
 ) -> ParameterDiagonal:

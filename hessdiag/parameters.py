@@ -14,7 +14,7 @@ from hessdiag.checks import check_positive_int
 from hessdiag.choosing import ProbeName
 from hessdiag.compat import NotDifferentiableError, explained, forward_mode_operators
 from hessdiag.estimate import estimate_from_products, tolerance_of
-from hessdiag.kernels.philox import PROBES_PER_SIGN_TILE, check_counter, seed_tensor
+from hessdiag.kernels.philox import PROBES_PER_SIGN_TILE, Seed, check_counter, seed_tensor
 from hessdiag.parameter_vectors import (
     Leaves,
     ParameterTree,
@@ -80,7 +80,7 @@ def parameter_hessian_diagonal(
     stderr: bool = True,
     mode: TreeMode = "auto",
     chunk_size: int | Literal["auto"] = "auto",
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     probe_offset: int = 0,
 ) -> ParameterDiagonal:
     """Estimate the diagonal of the Hessian of a loss over parameters.
@@ -326,7 +326,7 @@ def estimate_over_parameters(
     The arguments are those of :func:`parameter_hessian_diagonal`.
     """
     check_positive_int("max_probes", max_probes)
-    check_counter("probe_offset", probe_offset, max_probes)
+    probe_offset = check_counter("probe_offset", probe_offset, max_probes)
     if tolerance and not stderr:
         raise ValueError("stderr must be True with rtol or atol, which stop by it, got False")
     if probes == "rademacher" or isinstance(probes, Rademacher):

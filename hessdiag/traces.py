@@ -11,6 +11,7 @@ from hessdiag.choosing import ProbeName
 from hessdiag.estimate import estimate_from_products, tolerance_of
 from hessdiag.intervals import half_width
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
+from hessdiag.kernels.philox import Seed
 from hessdiag.probes import ProbeDesign
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def trace(
     rtol: float | None = None,
     atol: float | None = None,
     chunk_size: int | Literal["auto"] = "auto",
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     sample_offset: int = 0,
     probe_offset: int = 0,
     **ways: Unpack[Ways],

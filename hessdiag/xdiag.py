@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hessdiag.checks import as_int
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels import rademacher
-from hessdiag.kernels.philox import check_counter, seed_tensor
+from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
 from hessdiag.matrices import exact
 from hessdiag.products import Mode
 from hessdiag.streaming import Chunks, chunk_of
@@ -24,7 +25,7 @@ def xdiag(
     *,
     num_probes: int,
     symmetric: bool = False,
-    seed: int | Tensor = 0,
+    seed: Seed = 0,
     sample_offset: int = 0,
     **ways: Unpack[Ways],
 ) -> Tensor:
@@ -69,14 +70,13 @@ def xdiag(
     J = as_jacobian(score_fn, x, ways)
     x = J.x
     num_features = x[:1].numel()
-    if isinstance(num_probes, bool) or not isinstance(num_probes, int):
-        raise TypeError(f"num_probes must be an int, got {num_probes!r}")
+    num_probes = as_int("num_probes", num_probes)
     if num_probes % 2 or not 4 <= num_probes <= 2 * max(2, num_features):
         raise ValueError(
             f"num_probes must be even, at least 4 and at most 2 D = {2 * num_features}, "
             f"got {num_probes}"
         )
-    check_counter("sample_offset", sample_offset, len(x))
+    sample_offset = check_counter("sample_offset", sample_offset, len(x))
     dtype = torch.promote_types(x.dtype, torch.float32)
     if num_features < 2:
         return exact(J).to(dtype)  # one product; fewer directions than two probes would span

@@ -261,7 +261,7 @@ def gaussian_step(
     variance: Tensor | float,
     coefficients: StepCoefficients,
     *,
-    seed: int | Tensor,
+    seed: philox.Seed,
     step: int,
     sample_offset: int = 0,
     x0_range: tuple[float, float] | None = None,
@@ -285,7 +285,8 @@ def gaussian_step(
         variance: Var[x0 | x_t]: a number, or a tensor that broadcasts to ``x_t`` from one value,
             one per sample, (B, 1, ...), or one per element.
         coefficients: p, q, a, b, c and k, numbers or tensors of shape (B,).
-        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        seed: An integer in [0, 2**64), an int64 tensor with one element, or a torch.Generator,
+            from which one is drawn.
         step: Which draw of a sample's noise this is, for example the timestep; below 2**32.
         sample_offset: Number of the first sample; sample numbers must stay below 2**32.
         x0_range: Where x0_hat is clamped to; None leaves it as it is.
@@ -317,7 +318,7 @@ def gaussian_step(
             f"{x_t.dtype}, got {tuple(prediction.shape)} and {prediction.dtype}"
         )
     philox.check_counter("step", step)
-    philox.check_counter("sample_offset", sample_offset, len(x_t))
+    sample_offset = philox.check_counter("sample_offset", sample_offset, len(x_t))
     x0_low, x0_high = _range("x0_range", x0_range)
     variance_low, variance_high = _range("variance_range", variance_range)
     if max_noise_std is not None and not max_noise_std >= 0.0:

@@ -95,7 +95,7 @@ def _(seed: Tensor, shape: Sequence[int], stream: int, step: int, sample_offset:
 
 def normal(
     shape: Sequence[int],
-    seed: int | Tensor,
+    seed: philox.Seed,
     *,
     step: int = 0,
     stream: int = philox.STREAM_SAMPLERS,
@@ -110,7 +110,8 @@ def normal(
 
     Args:
         shape: (B, ...): B samples, which may be zero.
-        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        seed: An integer in [0, 2**64), an int64 tensor with one element, or a torch.Generator,
+            from which one is drawn.
         step: Which draw of a sample's noise this is, for example the timestep; below 2**32.
         stream: 2, the samplers' stream, or 1, the probes'.
         sample_offset: Number of the first sample; sample numbers must stay below 2**32.
@@ -133,7 +134,7 @@ def normal(
     if stream not in (philox.STREAM_PROBES, philox.STREAM_SAMPLERS):
         raise ValueError(f"stream must be 1 (probes) or 2 (samplers), got {stream}")
     philox.check_counter("step", step)
-    philox.check_counter("sample_offset", sample_offset, shape[0])
+    sample_offset = philox.check_counter("sample_offset", sample_offset, shape[0])
     philox.check_counter("the flat feature index", 0, math.prod(shape[1:]))
     seed = philox.seed_tensor(seed, device)
     # A small call takes less time than the way through the dispatcher.

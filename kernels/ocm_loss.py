@@ -339,7 +339,7 @@ _ocm_loss.register_autograd(_backward, setup_context=_save_for_backward)
 def ocm_loss(
     head: Tensor,
     products: Tensor,
-    seed: int | Tensor,
+    seed: philox.Seed,
     *,
     weight: float | Tensor = 1.0,
     scale: float | Tensor = 1.0,
@@ -391,8 +391,8 @@ def ocm_loss(
         raise ValueError(f"products must not be empty, got shape {tuple(products.shape)}")
     if products.requires_grad:
         raise ValueError("products must not require a gradient; pass products.detach()")
-    philox.check_counter("probe_offset", probe_offset, len(products))
-    philox.check_counter("sample_offset", sample_offset, len(head))
+    probe_offset = philox.check_counter("probe_offset", probe_offset, len(products))
+    sample_offset = philox.check_counter("sample_offset", sample_offset, len(head))
     rows, numbers = rows_per_sample({"weight": weight, "scale": scale, "shift": shift}, head)
     result: Tensor = _ocm_loss(
         head.contiguous(),

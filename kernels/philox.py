@@ -34,6 +34,8 @@ and the checks of seeds and offsets. On a CPU the reference takes the same words
 from __future__ import annotations
 
 import math
+import operator
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -43,6 +45,8 @@ from hessdiag.kernels import philox_cpu
 from hessdiag.kernels._checks import is_eager_cpu
 from hessdiag.kernels._triton import tl, triton
 from hessdiag.kernels.philox_cpu import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
+
+Seed: TypeAlias = int | Tensor | torch.Generator
 
 STREAM_RADEMACHER = 0
 STREAM_PROBES = 1
@@ -63,34 +67,40 @@ _BELOW_ONE: tl.constexpr = tl.constexpr(1.0 - 2.0**-24)
 _LN2_PER_EXPONENT_STEP: tl.constexpr = tl.constexpr(math.log(2.0) * 2.0**-23)
 
 
-def seed_tensor(seed: int | Tensor, device: torch.device | str) -> Tensor:
+def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
     """Return the seed as a 0-dimensional int64 tensor on ``device``.
 
     Args:
-        seed: An integer in [0, 2**64), or an int64 tensor with one element (a tensor already on
-            ``device`` is used as it is, so that a captured CUDA graph can be replayed with a new
-            seed written into it).
+        seed: An integer in [0, 2**64), of Python or NumPy; an int64 tensor with one element (a
+            tensor already on ``device`` is used as it is, so that a captured CUDA graph can be
+            replayed with a new seed written into it); or a torch.Generator, from which a seed is
+            drawn, so that it moves on.
         device: Where the random numbers are needed.
 
     Raises:
-        TypeError: If ``seed`` is neither an int nor an int64 tensor.
+        TypeError: If ``seed`` is none of these.
         ValueError: If it lies outside [0, 2**64), or the tensor has more than one element.
 
     Example:
         >>> seed_tensor(7, "cpu")
         tensor(7)
+        >>> one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+        >>> bool(seed_tensor(one, "cpu") == seed_tensor(other, "cpu"))
+        True
     """
+    if isinstance(seed, torch.Generator):
+        return torch.randint(2**63 - 1, (), generator=seed, device=seed.device).to(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor, got a {seed.dtype} tensor")
         if seed.numel() != 1:
             raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
         return seed.reshape(()).to(device)
-    _check_seed(seed)
-    return _number(seed - 2**64 if seed >= 2**63 else seed, device)
+    number = _checked_seed(seed)
+    return _number(number - 2**64 if number >= 2**63 else number, device)
 
 
-def seed_number(seed: int | Tensor, device: torch.device | str, *others: Tensor) -> int | None:
+def seed_number(seed: Seed, device: torch.device | str, *others: Tensor) -> int | None:
     """Return the seed as an integer if an op may compute in NumPy, or None if it may not.
 
     It may where random numbers are needed on a CPU, and neither the seed nor the other tensors
@@ -112,20 +122,37 @@ def seed_number(seed: int | Tensor, device: torch.device | str, *others: Tensor)
     """
     if device not in _CPU or not is_eager_cpu(*others):
         return None
+    if isinstance(seed, torch.Generator):
+        seed = seed_tensor(seed, device)
     if isinstance(seed, Tensor):
         return int(seed_tensor(seed, device)) if is_eager_cpu(seed) else None
-    _check_seed(seed)
-    return seed
+    return _checked_seed(seed)
 
 
 _CPU = ("cpu", torch.device("cpu"))
 
 
-def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or an int64 tensor, got {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must lie in [0, 2**64), got {seed}")
+def _checked_seed(seed: object) -> int:
+    number = _integer(seed)
+    if number is None:
+        raise TypeError(
+            f"seed must be an int, an int64 tensor or a torch.Generator, got {type(seed).__name__}"
+        )
+    if not 0 <= number < 2**64:
+        raise ValueError(f"seed must lie in [0, 2**64), got {number}")
+    return number
+
+
+def _integer(value: object) -> int | None:
+    """Return an integer of Python or NumPy as an int; None for what is none."""
+    if type(value) is int:
+        return value
+    if isinstance(value, (bool, Tensor)):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _number(value: int, device: torch.device | str) -> Tensor:
@@ -133,8 +160,8 @@ def _number(value: int, device: torch.device | str) -> Tensor:
     return torch.full((), value, dtype=torch.int64, device=device)
 
 
-def check_counter(name: str, first: int, count: int = 1) -> None:
-    """Raise unless the counter values ``first .. first + count - 1`` fit 32 bits.
+def check_counter(name: str, first: int, count: int = 1) -> int:
+    """Return ``first`` as an int, if the counter values ``first .. first + count - 1`` fit 32 bits.
 
     Raises:
         TypeError: If ``first`` is not an int.
@@ -146,12 +173,14 @@ def check_counter(name: str, first: int, count: int = 1) -> None:
         ...
         ValueError: sample_offset + 2 must be at most 2**32, got sample_offset = 4294967295
     """
-    if isinstance(first, bool) or not isinstance(first, int):
+    number = _integer(first)
+    if number is None:
         raise TypeError(f"{name} must be an int, got {type(first).__name__}")
-    if first < 0:
-        raise ValueError(f"{name} must be at least 0, got {first}")
-    if first + count > 2**32:
-        raise ValueError(f"{name} + {count} must be at most 2**32, got {name} = {first}")
+    if number < 0:
+        raise ValueError(f"{name} must be at least 0, got {number}")
+    if number + count > 2**32:
+        raise ValueError(f"{name} + {count} must be at most 2**32, got {name} = {number}")
+    return number
 
 
 def needs_wide_index(num_groups: int, groups_per_program: int) -> bool:

@@ -299,7 +299,7 @@ def _(products: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 def probe_moments(
     products: Tensor,
-    seed: int | Tensor,
+    seed: philox.Seed,
     *,
     state: Moments | None = None,
     probe_offset: int = 0,
@@ -334,8 +334,8 @@ def probe_moments(
     """
     _check(products, state)
     num_probes, batch, *_ = products.shape
-    philox.check_counter("probe_offset", probe_offset, num_probes)
-    philox.check_counter("sample_offset", sample_offset, batch)
+    probe_offset = philox.check_counter("probe_offset", probe_offset, num_probes)
+    sample_offset = philox.check_counter("sample_offset", sample_offset, batch)
     if products.numel() == 0:
         return _without_products(products, state)
     count, mean, deviations = (0, None, None) if state is None else state

@@ -147,7 +147,7 @@ def _(
 
 def rademacher(
     shape: Sequence[int],
-    seed: int | Tensor,
+    seed: philox.Seed,
     *,
     probe_offset: int = 0,
     sample_offset: int = 0,
@@ -162,7 +162,8 @@ def rademacher(
 
     Args:
         shape: (M, B, ...): M probes for each of B samples; both may be zero.
-        seed: An integer in [0, 2**64), or an int64 tensor with one element.
+        seed: An integer in [0, 2**64), an int64 tensor with one element, or a torch.Generator,
+            from which one is drawn.
         probe_offset: Number of the first probe; probe numbers must stay below 2**32.
         sample_offset: Number of the first sample; sample numbers must stay below 2**32.
         dtype: float32, float64, bfloat16 or float16; each holds the signs exactly.
@@ -184,8 +185,8 @@ def rademacher(
     shape = check_shape(shape)
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be (M, B, ...) with sizes of at least 0, got {tuple(shape)}")
-    philox.check_counter("probe_offset", probe_offset, shape[0])
-    philox.check_counter("sample_offset", sample_offset, shape[1])
+    probe_offset = philox.check_counter("probe_offset", probe_offset, shape[0])
+    sample_offset = philox.check_counter("sample_offset", sample_offset, shape[1])
     philox.check_counter("the flat feature index", 0, math.prod(shape[2:]))
     number = philox.seed_number(seed, device)
     if number is not None and math.prod(shape) > 0:

@@ -143,7 +143,9 @@ def test_turned_lattices_are_as_good(shape):
     for words in ([0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 1], [0, 0, 0, 1, 0, 1], [1, 3, 1, 1, 0, 0]):
         turned = turned_lattice(7, shape, words)
         assert turned.shape == shape
-        torch.testing.assert_close(distances(turned, shape).mean(), expected.mean(), rtol=0.1, atol=0)
+        torch.testing.assert_close(
+            distances(turned, shape).mean(), expected.mean(), rtol=0.1, atol=0
+        )
         assert distances(turned, shape)[math.prod(shape)] == expected[math.prod(shape)]
         seen.add(tuple(turned.flatten().tolist()))
     assert len(seen) == 4

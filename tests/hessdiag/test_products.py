@@ -11,7 +11,7 @@ from wrong_under_vmap import WrongUnderVmap
 
 import hessdiag
 from hessdiag import Jacobian
-from hessdiag.checks import as_int, as_seed, check_positive_int
+from hessdiag.checks import as_int, check_positive_int
 
 WAYS = [(mode, batching) for mode in ("vjp", "jvp") for batching in ("loop", "vmap", "fold")]
 AUTO = [*WAYS, ("auto", "auto")]
@@ -202,6 +202,10 @@ class _Fixed(torch.autograd.Function):
         return torch.zeros_like(gradient)
 
 
+def coupled(x):
+    return torch.sin(x) * x.sum(dim=1, keepdim=True)
+
+
 def test_integers_of_numpy_and_generators():
     assert check_positive_int("M", np.int32(3)) == 3
     assert type(as_int("M", np.uint8(3))) is int
@@ -210,12 +214,18 @@ def test_integers_of_numpy_and_generators():
             check_positive_int("M", wrong)
     x = point(2, 3)
     torch.testing.assert_close(hessdiag.hutchinson(torch.sin, x, np.int64(2)), x.cos())
-    assert as_seed(np.int64(7)) == 7
+    seven = hessdiag.hutchinson(coupled, x, 4, seed=7)
+    assert torch.equal(hessdiag.hutchinson(coupled, x, 4, seed=np.int64(7)), seven)
+    offset = hessdiag.hutchinson(coupled, x, 4, sample_offset=np.int32(2), probe_offset=np.uint8(3))
+    assert torch.equal(offset, hessdiag.hutchinson(coupled, x, 4, sample_offset=2, probe_offset=3))
     generator = torch.Generator().manual_seed(3)
-    first, second = as_seed(generator), as_seed(generator)
-    assert first.dtype == torch.int64
-    assert first != second
-    assert first == as_seed(torch.Generator().manual_seed(3))
+    first, second = (hessdiag.hutchinson(coupled, x, 4, seed=generator) for _ in range(2))
+    assert not torch.equal(first, second)
+    again = hessdiag.hutchinson(coupled, x, 4, seed=torch.Generator().manual_seed(3))
+    assert torch.equal(first, again)
+    for wrong in (1.0, "1", np.bool_(True), None):
+        with pytest.raises(TypeError, match=r"seed must be an int, an int64 .* or a torch\.G"):
+            hessdiag.hutchinson(coupled, x, 4, seed=wrong)
 
 
 def test_no_warnings_that_nobody_can_act_on():
