@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from harness.timing import Setting, time_together
-from torch import Tensor
+from torch import Tensor, nn
 
 import hessdiag
 from hessdiag.kernels import rademacher
@@ -25,6 +25,19 @@ COLUMNS = {
     "over_loop": ".3f",
     "over_forward": ".1f",
 }
+
+
+_SMALL_COLUMNS = {
+    "network": "",
+    "B": "d",
+    "D": "d",
+    "M": "d",
+    "by_hand": "",
+    "by_hand_milliseconds": ".2f",
+    "milliseconds": ".2f",
+    "over_by_hand": ".2f",
+}
+ScoreFunction = Callable[[Tensor], Tensor]
 
 
 def run(setting: Setting) -> tuple[Row, str]:
@@ -59,6 +72,7 @@ def run(setting: Setting) -> tuple[Row, str]:
             }
             for name, timing in timings.items()
         ]
+    small = _small_calls(device, quick)
     record = {
         "suite": "products",
         "model": "diffusers UNet2DModel, channels (32, 64), one layer each, attention",
@@ -68,6 +82,7 @@ def run(setting: Setting) -> tuple[Row, str]:
         "checks": checks,
         "environment": environment(device),
         "rows": rows,
+        "small_calls": small,
     }
     return record, report(record)
 
@@ -76,7 +91,86 @@ def report(record: Row) -> str:
     """Return the tables of a record."""
     agreement = ", ".join(f"{name}: {value:.1e}" for name, value in record["checks"].items())
     table = markdown_table(record["rows"], COLUMNS)
-    return f"{table}\n\nRelative difference of results: {agreement}"
+    small = markdown_table(record["small_calls"], _SMALL_COLUMNS)
+    return (
+        f"{table}\n\nRelative difference of results: {agreement}\n\n**Small calls**: the time of "
+        f"hutchinson over that of what one would write by hand\n\n{small}"
+    )
+
+
+def _small_calls(device: torch.device, quick: bool) -> list[Row]:
+    """Return the time of hutchinson over that of a few lines by hand, where little is to be done.
+
+    By hand: a loop over backward passes on one evaluation, or vmap over all of them.
+    """
+    torch.manual_seed(0)
+    tiny, wide = (
+        nn.Sequential(nn.Linear(size, 2 * size), nn.Tanh(), nn.Linear(2 * size, size))
+        .requires_grad_(False)
+        .to(device)
+        for size in (16, 256)
+    )
+    unet = _unet_score((4, 3, 16, 16), device)
+    cases = (
+        ("MLP", tiny, (1, 16), 1, _loop_by_hand),
+        ("MLP", tiny, (1, 16), 16, _vmap_by_hand),
+        ("MLP", wide, (64, 256), 64, _loop_by_hand),
+        ("U-Net", unet, (4, 3, 16, 16), 1, _loop_by_hand),
+    )
+    return [_small_call(*case, device=device, rounds=5 if quick else 25) for case in cases]
+
+
+def _small_call(
+    network: str,
+    score_fn: ScoreFunction,
+    shape: tuple[int, ...],
+    M: int,
+    by_hand: Callable[[ScoreFunction, Tensor, int], Tensor],
+    *,
+    device: torch.device,
+    rounds: int,
+) -> Row:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    # Both have the expectation of the exact diagonal, and the same variance.
+    ours, theirs = hessdiag.hutchinson(score_fn, x[:1], 500), by_hand(score_fn, x[:1], 500)
+    difference = ((ours - theirs).norm() / theirs.norm()).item()
+    if not difference < 0.5:
+        raise RuntimeError(f"{network}: hutchinson is {difference:.2f} off what is written by hand")
+    repeats = 1 if x.numel() > 1000 else 20
+    timings, ratios = time_together(
+        {
+            "by hand": lambda: [by_hand(score_fn, x, M) for _ in range(repeats)],
+            "hutchinson": lambda: [hessdiag.hutchinson(score_fn, x, M) for _ in range(repeats)],
+        },
+        device=device,
+        rounds=rounds,
+        baseline="by hand",
+    )
+    return {
+        "network": network,
+        "B": shape[0],
+        "D": x[0].numel(),
+        "M": M,
+        "by_hand": "loop" if by_hand is _loop_by_hand else "vmap",
+        "by_hand_milliseconds": 1e3 * timings["by hand"].median / repeats,
+        "milliseconds": 1e3 * timings["hutchinson"].median / repeats,
+        "over_by_hand": ratios["hutchinson"],
+    }
+
+
+def _loop_by_hand(score_fn: ScoreFunction, x: Tensor, M: int) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    output, total = score_fn(leaf), torch.zeros_like(x)
+    for _ in range(M):
+        v = torch.randint(0, 2, x.shape, device=x.device).to(x.dtype) * 2 - 1
+        total += v * torch.autograd.grad(output, leaf, v, retain_graph=True)[0]
+    return total / M
+
+
+def _vmap_by_hand(score_fn: ScoreFunction, x: Tensor, M: int) -> Tensor:
+    pull_back = torch.func.vjp(score_fn, x)[1]
+    v = torch.randint(0, 2, (M, *x.shape), device=x.device).to(x.dtype) * 2 - 1
+    return (v * torch.func.vmap(lambda probe: pull_back(probe)[0])(v)).mean(dim=0)
 
 
 def naive_loop(score_fn: Callable[[Tensor], Tensor], x: Tensor, M: int) -> Tensor:
