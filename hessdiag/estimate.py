@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hessdiag.checks import check_positive_int
 from hessdiag.choosing import ProbeName, Request, choose_start
-from hessdiag.intervals import half_width
+from hessdiag.intervals import half_width, merge
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
 from hessdiag.probes import ProbeDesign
@@ -69,6 +69,37 @@ class DiagonalEstimate:
         """
         half = half_width(self.stderr, self.num_blocks, level)
         return self.diagonal - half, self.diagonal + half
+
+    def merged(self, other: DiagonalEstimate) -> DiagonalEstimate:
+        """Return this estimate and another one of further probes as one estimate.
+
+        Both are of the same function and samples, and ``probe_offset`` has told the second which
+        probes come next. Two of one block each have a standard error together.
+
+        Raises:
+            ValueError: If the shapes differ, or one is exact already.
+
+        Example:
+            >>> import torch, hessdiag
+            >>> f, x = lambda x: x @ torch.ones(3, 3), torch.zeros(1, 3)
+            >>> first = hessdiag.estimate(f, x, max_probes=4)
+            >>> both = first.merged(hessdiag.estimate(f, x, max_probes=4, probe_offset=4))
+            >>> both.num_probes, both.num_blocks
+            (tensor([8]), tensor([8]))
+        """
+        diagonal, stderr, num_blocks = merge(
+            (self.diagonal, self.stderr, self.num_blocks),
+            (other.diagonal, other.stderr, other.num_blocks),
+        )
+        return replace(
+            self,
+            diagonal=diagonal,
+            stderr=stderr,
+            num_blocks=num_blocks,
+            num_probes=self.num_probes + other.num_probes,
+            converged=None,
+            note="; ".join(dict.fromkeys(note for note in (self.note, other.note) if note)),
+        )
 
 
 def estimate(

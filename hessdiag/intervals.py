@@ -50,6 +50,54 @@ def standard_error(num_blocks: int, squared_deviations: Tensor) -> Tensor:
     return error
 
 
+Part = tuple[Tensor, Tensor, Tensor]
+
+
+def merge(*parts: Part) -> Part:
+    """Return mean, standard error and number of blocks of several means over disjoint blocks.
+
+    By the formula of Chan, Golub and LeVeque (1983) for the sums of squared deviations, for which
+    a standard error of n blocks stands as n (n - 1) stderr^2.
+
+    Args:
+        parts: Means and standard errors of shape (B, ...), and numbers of blocks of shape (B,).
+
+    Raises:
+        ValueError: If shapes differ, or one block has a standard error: it is exact.
+
+    Example:
+        >>> one = (torch.tensor([1.0]), torch.tensor([torch.inf]), torch.tensor([1]))
+        >>> other = (torch.tensor([3.0]), torch.tensor([torch.inf]), torch.tensor([1]))
+        >>> merge(*[one] * 5, *[other] * 5)
+        (tensor([2.]), tensor([0.3333]), tensor([10]))
+    """
+    shapes = {tuple(mean.shape) for mean, _, _ in parts}
+    if len(shapes) > 1:
+        raise ValueError(f"estimates to merge must have one shape, got {sorted(shapes)}")
+    if any(bool(torch.isfinite(stderr)[counts == 1].any()) for _, stderr, counts in parts):
+        raise ValueError("estimates to merge must have standard errors, got one that is exact")
+
+    def over(counts: Tensor, values: Tensor) -> Tensor:
+        return counts.to(values).reshape(-1, *[1] * (values.dim() - 1))
+
+    total = torch.stack([counts for _, _, counts in parts]).sum(dim=0)
+    weights = [over(counts, mean) for mean, _, counts in parts]
+    mean = sum(
+        (weight * part[0] for weight, part in zip(weights, parts, strict=True)),
+        torch.zeros_like(parts[0][0]),
+    ) / over(total, parts[0][0])
+    deviations = torch.zeros_like(mean)
+    for weight, (part, stderr, _) in zip(weights, parts, strict=True):
+        within = torch.where(weight > 1, weight * (weight - 1) * stderr.square(), 0.0)
+        deviations += within + weight * (part - mean).square()
+    # Samples may have stopped at different numbers of blocks.
+    stderr = torch.full_like(mean, torch.inf)
+    for number in total.unique().tolist():
+        here = total == number
+        stderr[here] = standard_error(number, deviations[here])
+    return mean, stderr, total
+
+
 def half_width(stderr: Tensor, num_blocks: Tensor, level: float) -> Tensor:
     """Return half of the width of the interval that covers the truth with probability ``level``.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
 from hessdiag.choosing import ProbeName
 from hessdiag.estimate import estimate_from_products, tolerance_of
-from hessdiag.intervals import half_width
+from hessdiag.intervals import half_width, merge
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels.philox import Seed
 from hessdiag.probes import ProbeDesign
@@ -58,6 +58,37 @@ class TraceEstimate:
         """
         half = half_width(self.stderr, self.num_blocks, level)
         return self.trace - half, self.trace + half
+
+    def merged(self, other: TraceEstimate) -> TraceEstimate:
+        """Return this estimate and another one of further probes as one estimate.
+
+        Both are of the same function and samples, and ``probe_offset`` has told the second which
+        probes come next. Two of one block each have a standard error together.
+
+        Raises:
+            ValueError: If the shapes differ, or one is exact already.
+
+        Example:
+            >>> import torch
+            >>> f, x = lambda x: x @ torch.ones(3, 3), torch.zeros(1, 3)
+            >>> first = trace(f, x, max_probes=4)
+            >>> both = first.merged(trace(f, x, max_probes=4, probe_offset=4))
+            >>> both.num_probes, both.num_blocks
+            (tensor([8]), tensor([8]))
+        """
+        trace, stderr, num_blocks = merge(
+            (self.trace, self.stderr, self.num_blocks),
+            (other.trace, other.stderr, other.num_blocks),
+        )
+        return replace(
+            self,
+            trace=trace,
+            stderr=stderr,
+            num_blocks=num_blocks,
+            num_probes=self.num_probes + other.num_probes,
+            converged=None,
+            note="; ".join(dict.fromkeys(note for note in (self.note, other.note) if note)),
+        )
 
 
 def trace(
