@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from hessdiag.checks import check_positive_int
@@ -16,7 +17,7 @@ from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
 from hessdiag.probes import ProbeDesign
 from hessdiag.products import Products
-from hessdiag.streaming import Contribution, Streamed, Tolerance, chunk_of, stream
+from hessdiag.streaming import Chunks, Contribution, Streamed, Tolerance, chunk_of, stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -337,7 +338,12 @@ def estimate_from_products(
     chunk, seed = chunk_of(chunk_size, x), seed_tensor(seed, x.device)
     notes: list[str] = []
     request = Request(x, max_probes, tolerance, geometry, total, seed, sample_offset, probe_offset)
-    start = choose_start(products, request, probes, notes)
+
+    def in_chunks(probes: Tensor) -> Tensor:
+        chunks = Chunks(lambda first, count: probes[first : first + count], products, chunk, notes)
+        return torch.cat([taken for _, _, taken in chunks.run(len(probes))])
+
+    start = choose_start(in_chunks, request, probes, notes)
     for lane in start.lanes:
         if lane.design.is_exact and check_alone is not None:
             check_alone()

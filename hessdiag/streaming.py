@@ -275,7 +275,10 @@ def stream(
     """
     shape = tuple(x.shape[1:])
     sizes = [lane.design.block_size(shape) for lane in lanes]
-    totals = [max_probes // size * size for size in sizes]
+    totals = [
+        size if lane.design.is_exact else max_probes // size * size
+        for lane, size in zip(lanes, sizes, strict=True)
+    ]
     moments = [
         SignMoments(seed, probe_offset, sample_offset)
         if lane.design.is_signs and contribution is None

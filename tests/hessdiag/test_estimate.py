@@ -165,6 +165,20 @@ class TestStatistics:
         torch.testing.assert_close(result.diagonal.flatten(1), A.diagonal().expand(2, -1))
         assert (result.stderr == 0).all()
 
+    def test_more_probes_than_an_exact_block_are_not_taken(self):
+        taken = []
+
+        def score_fn(x):
+            taken.append(len(x))
+            return torch.sin(x)
+
+        result = hessdiag.estimate(
+            score_fn, torch.zeros(1, 5), probes=UnitVectors(), max_probes=50, batching="loop",
+            mode="jvp",
+        )  # fmt: skip
+        assert result.num_probes.tolist() == [5]
+        assert sum(taken) < 10
+
 
 class TestDesigns:
     @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 20, 24, 32, 48, 60, 64, 192])
@@ -403,6 +417,17 @@ class TestChoice:
         assert result.num_blocks.tolist() == [1, 1]
         assert torch.isinf(result.stderr).all()
         assert "for 2, random cells for 0" in result.note
+
+    def test_pilots_come_in_chunks(self):
+        most = []
+
+        def products(x):
+            most.append(len(x))
+            return x.sin()
+
+        x = torch.zeros(1, 3, 16, 16)
+        hessdiag.estimate(products, x, max_probes=48, probes="auto", chunk_size=1, batching="fold")
+        assert max(most) == 1
 
     def test_no_structure_takes_random_cells(self):
         result = self.choose(random_matrix(256), 30)
