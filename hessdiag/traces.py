@@ -162,4 +162,5 @@ def trace(
 
 def _quadratic_forms(probes: Tensor, products: Tensor) -> Tensor:
     """Return v^T J v, shape (m, B)."""
-    return (probes * products).flatten(2).sum(dim=2)
+    terms = probes * products
+    return terms.reshape(*terms.shape[:2], terms.shape[2:].numel()).sum(dim=2)
