@@ -303,7 +303,7 @@ def estimate_from_products(
     probes: ProbeName | ProbeDesign,
     tolerance: Tolerance | None,
     chunk_size: int | Literal["auto"],
-    seed: int | Tensor,
+    seed: Seed,
     sample_offset: int = 0,
     probe_offset: int = 0,
     geometry: bool = True,

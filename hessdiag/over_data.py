@@ -315,7 +315,7 @@ def _vectors(
     design: ProbeDesign | None,
     first: int,
     count: int,
-    seed: int | Tensor,
+    seed: Seed,
     numbers: Tensor,
     like: Tensor,
 ) -> Tensor:

@@ -318,7 +318,7 @@ def estimate_over_parameters(
     tolerance: Tolerance | None,
     stderr: bool,
     chunk_size: int | Literal["auto"],
-    seed: int | Tensor,
+    seed: Seed,
     probe_offset: int,
 ) -> ParameterDiagonal:
     """Return the mean of v * product(v) over the probes of a design.
