@@ -138,6 +138,7 @@ def trace(
         J.products,
         J.x,
         check_alone=J.check_samples_alone,
+        expect=J.expect,
         max_probes=max_probes,
         probes=probes,
         tolerance=tolerance_of(rtol, atol),
@@ -162,4 +163,5 @@ def trace(
 
 def _quadratic_forms(probes: Tensor, products: Tensor) -> Tensor:
     """Return v^T J v, shape (m, B)."""
-    return (probes * products).flatten(2).sum(dim=2)
+    forms = probes * products
+    return forms.flatten(2).sum(dim=2) if forms.dim() > 2 else forms

@@ -302,7 +302,7 @@ def standard_normals(
         radius = uniforms(radius_word).log_().mul_(-2.0).sqrt_()
         angle = uniforms(angle_word).mul_(2.0 * math.pi)
         normals += [radius * torch.cos(angle), angle.sin_().mul_(radius)]
-    return torch.stack(normals, dim=-1).reshape(num_steps, batch, -1)[:, :, :features]
+    return torch.stack(normals, dim=-1).flatten(2)[:, :, :features]
 
 
 def permutation_ranks(
@@ -321,7 +321,7 @@ def permutation_ranks(
     words = _grid_words(
         seed, groups, sample_offset, batch, first_block, num_blocks, STREAM_PERMUTATIONS
     )
-    keys = torch.stack(words, dim=-1).reshape(num_blocks, batch, -1)[:, :, :features]
+    keys = torch.stack(words, dim=-1).flatten(2)[:, :, :features]
     order = keys.argsort(dim=-1, stable=True)
     places = torch.arange(features, device=seed.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
