@@ -129,8 +129,7 @@ def _least_variance(products: Products, request: Request, notes: list[str]) -> S
     x, max_probes, shape = request.x, request.max_probes, request.sample_shape
     features = x[:1].numel()
     if max_probes >= features:
-        notes.append(f"exact, by the {features} unit vectors")
-        return Start([Lane(UnitVectors())])
+        return _unit_vectors(features, notes)
     if len(shape) < 2 or not request.geometry or max_probes == 1:
         return Start(_without_geometry(x, max_probes, notes))
     seed, block = int(request.seed), request.probe_offset // max_probes
@@ -162,6 +161,11 @@ def _least_variance(products: Products, request: Request, notes: list[str]) -> S
     return Start(lanes, 0, (pilots, taken))
 
 
+def _unit_vectors(features: int, notes: list[str]) -> Start:
+    notes.append(f"exact, by the {features} unit vectors")
+    return Start([Lane(UnitVectors())])
+
+
 def _without_geometry(x: Tensor, max_probes: int, notes: list[str]) -> list[Lane]:
     """Return two balanced colorings where that gains more than an eighth, else Rademacher."""
     features, colors = x[:1].numel(), max_probes // 2
@@ -179,6 +183,8 @@ def _by_rows(products: Products, request: Request, probes: ProbeName, notes: lis
     affordable = NUM_PILOTS <= _MOST_FOR_PILOTS * request.max_probes
     designs: list[ProbeDesign] = []
     if probes == "auto":
+        if not affordable and features <= request.max_probes:
+            return _unit_vectors(features, notes)
         if not affordable:
             return Start([Lane(Rademacher())])
         designs = [Rademacher(), *([UnitVectors()] if features <= rest else [])]

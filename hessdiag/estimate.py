@@ -29,9 +29,9 @@ class DiagonalEstimate:
 
     Attributes:
         diagonal: Shape (B, ...), in float32, or float64 for float64 inputs.
-        stderr: Standard error of each entry, infinite where it rests on one block of probes. From
-            five blocks or fewer it may be more than what the entry's own blocks show, see
-            :func:`hessdiag.intervals.standard_error`.
+        stderr: Standard error of each entry, zero where it is exact, else infinite where it rests
+            on one block of probes. From five blocks or fewer it may be more than what the entry's
+            own blocks show, see :func:`hessdiag.intervals.standard_error`.
         num_probes: Products taken for each sample, those that measured the decay included; int64
             of shape (B,).
         num_blocks: Independent blocks of probes behind each sample; int64 of shape (B,).
@@ -147,7 +147,8 @@ def estimate(
               :mod:`hessdiag.piloting`. For features without geometry "orthogonal" if that gains
               more than an eighth, else "rademacher". It is no worse than "rademacher" in
               expectation, whatever J is. One block leaves no standard error: with a tolerance it
-              is "coloring", the exact diagonal or "rademacher", by what 2 products show.
+              is "coloring", the exact diagonal or "rademacher", by what 2 products show; below 40
+              probes the exact diagonal if these reach D, else "rademacher".
         rtol: Stop a sample's probes once, with 95% confidence, the root mean square of its errors
             is at most atol + rtol * (root mean square of its diagonal); see
             :class:`hessdiag.streaming.Tolerance`. Looked at every 16 probes, or every block of
@@ -179,6 +180,7 @@ def estimate(
         J.products,
         J.x,
         check_alone=J.check_samples_alone,
+        expect=J.expect,
         max_probes=max_probes,
         probes=probes,
         tolerance=tolerance_of(rtol, atol),
@@ -310,6 +312,7 @@ def estimate_from_products(
     contribution: Contribution | None = None,
     total: bool = False,
     check_alone: Callable[[], None] | None = None,
+    expect: Callable[[int], None] | None = None,
 ) -> tuple[Streamed, list[str]]:
     """Run a design through products with any matrix; the arguments are those of :func:`estimate`.
 
@@ -328,6 +331,7 @@ def estimate_from_products(
         total: Whether it is the sum of the diagonal that counts.
         check_alone: Raises if samples are coupled, before unit vectors rely on it that they are
             not.
+        expect: Is told, before the first, how many products will be taken at a time.
 
     Returns:
         The moments, and what a reader of the result should know.
@@ -336,6 +340,8 @@ def estimate_from_products(
     probe_offset = check_counter("probe_offset", probe_offset, max_probes)
     sample_offset = check_counter("sample_offset", sample_offset, len(x))
     chunk, seed = chunk_of(chunk_size, x), seed_tensor(seed, x.device)
+    if expect is not None:
+        expect(min(chunk, max_probes))
     notes: list[str] = []
     request = Request(x, max_probes, tolerance, geometry, total, seed, sample_offset, probe_offset)
 
@@ -373,7 +379,7 @@ def _check_fit(
         raise ValueError(
             f"max_probes must be at least {size}, a block of {design}, got {max_probes}"
         )
-    if probe_offset % size:
+    if probe_offset % size and not design.is_exact:  # which takes all of them from any number on
         raise ValueError(
             f"probe_offset must be a multiple of {size}, a block of {design}, got {probe_offset}"
         )

@@ -197,6 +197,21 @@ class Jacobian:
         plain = self._evaluator.products
         return plain(probes) if self.basis is None else in_basis(plain, self.basis)(probes)
 
+    def expect(self, num_probes: int) -> None:
+        """Say how many probes there will be at a time, since the first may come alone.
+
+        Backward passes of a single probe are faster in a loop, and what is taken for the first
+        products is taken for the others.
+
+        Example:
+            >>> J = Jacobian(torch.sin, torch.zeros(1, 2))
+            >>> J.expect(16)
+            >>> _ = J.products(torch.ones(1, 1, 2))
+            >>> J.batching
+            'vmap'
+        """
+        self._evaluator.expected = num_probes
+
     def check_samples_alone(self) -> None:
         """Raise if ``score_fn`` couples the samples of a batch, by two products, once.
 
@@ -277,6 +292,7 @@ class _Evaluator:
         self.function = function
         self.notes: list[str] = []
         self.samples_alone = False
+        self.expected = 1
         self.candidates = candidate_ways(mode, batching, function.x)
         self._chooses = batching == "auto"
         refused = function.abilities.refused
@@ -291,7 +307,7 @@ class _Evaluator:
     def products(self, probes: Tensor) -> Tensor:
         if not self.function.differentiable:
             _check_outside_of_transforms()
-        if self._way is None and self._chooses and len(probes) == 1:
+        if self._way is None and self._chooses and len(probes) == self.expected == 1:
             self._prefer_loop()
         while True:
             try:
@@ -375,7 +391,7 @@ def as_jacobian(function: Jacobian | ScoreFunction, x: Tensor | None, ways: Ways
                 "x must be given with a function, a tensor of shape (B, ...); only a "
                 "hessdiag.Jacobian holds its own"
             )
-        return Jacobian(function, x, **ways)
+        function, x, ways = Jacobian(function, x, **ways), None, {}
     if x is not None or ways:
         given = ", ".join([*([] if x is None else ["x"]), *ways])
         raise ValueError(

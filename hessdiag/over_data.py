@@ -61,8 +61,9 @@ def gauss_newton_over_data(
             or their mean. Both are compared with the losses of single samples.
         data: Yields batches (inputs, targets), as a DataLoader does; for one batch
             ``[(inputs, targets)]``. Every tensor has N samples along its first dimension and is
-            moved to the device of the parameters. A tuple of inputs stands for several arguments.
-            Batches may hold (inputs, targets, numbers), int64 numbers of their samples.
+            moved to the device of the parameters. A tuple or list of inputs stands for several
+            arguments of a module. Batches may hold (inputs, targets, numbers), int64 numbers of
+            their samples.
         parameters: A tree of tensors; for a module a dictionary by their names, None for all that
             require gradients.
         max_probes: Most backward passes for a batch; None for an exact diagonal.
@@ -93,6 +94,8 @@ def gauss_newton_over_data(
     if max_probes is not None:
         check_positive_int("max_probes", max_probes)
     exact = True
+    # Once, since a generator moves on with every seed that it gives.
+    seed = seed if isinstance(seed, Tensor) else seed_tensor(seed, "cpu")
 
     def add(total: _Total, outputs: Tensor, targets: Any, squares: Squares, numbers: Tensor) -> int:
         nonlocal exact
@@ -282,12 +285,13 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
     scales = [1.0, float(samples)]
     # The first and the last, alone: their gradients at once, since the losses just add.
     ends = sorted({0, samples - 1})
-    leaves = [points[n : n + 1].requires_grad_() for n in ends]
     with torch.inference_mode(False), torch.enable_grad():
+        leaves = [points[n : n + 1].detach().clone().requires_grad_() for n in ends]
         alone = [
             loss(leaf, part_of(targets, n, n + 1)) for n, leaf in zip(ends, leaves, strict=True)
         ]
-    for n, found in zip(ends, torch.autograd.grad(alone, leaves), strict=True):
+        gradients = torch.autograd.grad(alone, leaves)
+    for n, found in zip(ends, gradients, strict=True):
         bound = torch.finfo(outputs.dtype).eps ** 0.5 * found.abs().max()
         scales = [s for s in scales if bool((s * whole.gradient[n] - found).abs().max() <= bound)]
     if not scales:

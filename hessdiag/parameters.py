@@ -390,5 +390,6 @@ def _by_signs(
 
 def _reached(tolerance: Tolerance | None, moments: TreeMoments) -> bool:
     assert tolerance is not None
-    bound = tolerance.atol + tolerance.rtol * root_mean_square(moments.mean)
-    return bool(root_mean_square(moments.stderr()) <= bound)
+    num_entries = sum(mean.numel() for mean in moments.mean)
+    size, error = root_mean_square(moments.mean), root_mean_square(moments.stderr())
+    return bool(tolerance.holds(size, error, num_entries, moments.count))

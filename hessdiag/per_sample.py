@@ -2,9 +2,10 @@
 
 Two ways. Layers that are known (:mod:`hessdiag.layers`) give them from what goes in and what comes
 back, for the price of a backward pass. Every other parameter is differentiated one sample at a
-time, by vmap, or in a loop where an operator has no rule for it. On the first batch the gradients
-of the known layers are compared with those of autograd, so that a layer whose weight serves
-elsewhere too, or whose samples meet, is left to the second way.
+time, by vmap, or in a loop where an operator has no rule for it. On the first batch, and again on
+one of more samples where that had few, the gradients of the known layers are compared with those
+of autograd, so that a layer whose weight serves elsewhere too, or whose samples meet, is left to
+the second way.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class SampleGradients:
                 if rule is not None and leaves:
                     self._layers[name] = _Layer(module, rule, leaves)
         self._random_numbers = RandomNumbers(tree.device)
-        self._checked_layers = self._checked_rest = False
+        self._checked_layers = self._checked_rest = 0  # samples
         self._by_vmap = True
 
     def at(self, inputs: Any) -> tuple[Tensor, Callable[[Tensor], Leaves]]:
@@ -103,9 +104,10 @@ class SampleGradients:
             ValueError: If it returns another number of samples, depends on no parameter, lets the
                 samples of a batch meet, or draws random numbers for parameters of unknown layers.
         """
-        if self._layers and not self._checked_layers:
-            self._check_layers(part_of(inputs, 0, _CHECKED))
-            self._checked_layers = True
+        samples = min(_CHECKED, len(pytree.tree_leaves(inputs)[0]))
+        if self._layers and self._checked_layers < samples:
+            self._check_layers(part_of(inputs, 0, samples))
+            self._checked_layers = samples
         before = self._random_numbers.states()
         batch = self._evaluate(inputs)
         after = self._random_numbers.states()
@@ -131,7 +133,8 @@ class SampleGradients:
     def _call(self, leaves: Leaves, inputs: Any) -> Tensor:
         parameters = self._tree.restore(leaves)
         if isinstance(self._model, nn.Module):
-            args = inputs if isinstance(inputs, tuple) else (inputs,)
+            # A list too: a DataLoader makes one of the tuples of its samples.
+            args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
             outputs = torch.func.functional_call(self._model, parameters, args)
         else:
             outputs = self._model(parameters, inputs)
@@ -273,9 +276,10 @@ class SampleGradients:
         outputs: Tensor,
         vectors: Tensor,
     ) -> None:
-        if not self._checked_rest:
-            self._check_rest(rest, part_of(inputs, 0, 2), vectors[:1, :2])
-            self._checked_rest = True
+        samples = min(2, len(outputs))
+        if self._checked_rest < samples:
+            self._check_rest(rest, part_of(inputs, 0, samples), vectors[:1, :samples])
+            self._checked_rest = samples
         sizes = sum(self._tree.leaves[i].numel() for i in rest)
         step = max(1, _ENTRIES // max(1, sizes))
         for first in range(0, len(outputs), step):

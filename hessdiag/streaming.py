@@ -203,9 +203,18 @@ class Tolerance:
 
     def reached(self, mean: Tensor, standard_error: Tensor, num_blocks: int) -> Tensor:
         """Return for each sample whether the tolerance is reached, shape (B,)."""
-        quantile = error_quantile(max(1, mean.shape[1:].numel() // 8), num_blocks - 1)
-        reach = quantile * _root_mean_square(standard_error)
-        bound = self.atol + self.rtol * (_root_mean_square(mean) - reach).clamp(min=0.0)
+        size, error = _root_mean_square(mean), _root_mean_square(standard_error)
+        return self.holds(size, error, mean.shape[1:].numel(), num_blocks)
+
+    def holds(self, size: Tensor, error: Tensor, num_entries: int, num_blocks: int) -> Tensor:
+        """Return the same from the root mean squares of ``num_entries`` entries and their errors.
+
+        Example:
+            >>> Tolerance(0.1, 0.0).holds(torch.tensor(1.0), torch.tensor([0.01, 0.09]), 8, 16)
+            tensor([ True, False])
+        """
+        reach = error_quantile(max(1, num_entries // 8), num_blocks - 1) * error
+        bound = self.atol + self.rtol * (size - reach).clamp(min=0.0)
         # An infinite reach: unknown, whatever the bound. No reach at all: exact.
         return (reach <= bound) & torch.isfinite(reach)
 
@@ -275,6 +284,7 @@ def stream(
     """
     shape = tuple(x.shape[1:])
     sizes = [lane.design.block_size(shape) for lane in lanes]
+    # A second block of an exact design would show the same again.
     totals = [
         size if lane.design.is_exact else max_probes // size * size
         for lane, size in zip(lanes, sizes, strict=True)

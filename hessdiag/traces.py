@@ -138,6 +138,7 @@ def trace(
         J.products,
         J.x,
         check_alone=J.check_samples_alone,
+        expect=J.expect,
         max_probes=max_probes,
         probes=probes,
         tolerance=tolerance_of(rtol, atol),

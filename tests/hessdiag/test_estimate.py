@@ -756,3 +756,46 @@ class TestBasis:
 
         result = hessdiag.estimate(filtered, torch.zeros(1, *IMAGE), max_probes=1, basis=basis)
         torch.testing.assert_close(result.diagonal[0], scale, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trace_of_samples_that_are_numbers():
+    x = torch.linspace(0.0, 1.0, 3)
+    for probes in ("rademacher", "auto"):
+        result = hessdiag.trace(torch.sin, x, max_probes=2, probes=probes)
+        torch.testing.assert_close(result.trace, x.cos())
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (0, 2, 4, 4), (2, 0)])
+@pytest.mark.parametrize("probes", [Normal(), BalancedColoring(1), Rademacher()])
+def test_designs_of_empty_batches(shape, probes):
+    result = hessdiag.estimate(torch.sin, torch.zeros(shape), max_probes=3, probes=probes)
+    assert result.diagonal.shape == result.stderr.shape == shape
+
+
+@pytest.mark.parametrize("rtol", [None, 0.1])
+@pytest.mark.parametrize("probe_offset", [0, 20])
+@pytest.mark.parametrize("max_probes", [7, 14, 20])
+def test_auto_takes_the_unit_vectors_once(max_probes, probe_offset, rtol):
+    A = random_matrix(7)
+    result = hessdiag.estimate(
+        linear(A),
+        torch.zeros(2, 7),
+        max_probes=max_probes,
+        probes="auto",
+        probe_offset=probe_offset,
+        rtol=rtol,
+    )
+    torch.testing.assert_close(result.diagonal, A.diagonal().expand(2, -1))
+    assert result.num_probes.tolist() == [7, 7]
+    assert result.converged is None or bool(result.converged.all())
+    assert not bool(result.stderr.any())
+
+
+def test_a_pilot_that_comes_alone_leaves_the_rest_to_vmap():
+    score_fn = neighbours((1, 6, 6))
+    results = [
+        hessdiag.estimate(score_fn, torch.randn(1, 1, 6, 6), max_probes=12, probes=probes)
+        for probes in ("rademacher", "auto")
+    ]
+    assert "1 of the products" in results[1].note
+    assert [result.batching for result in results] == ["vmap", "vmap"]

@@ -198,3 +198,9 @@ class TestErrors:
             hessdiag.Jacobian(torch.sin, point(), mode="reverse")
         with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
             hessdiag.exact(torch.sin, point(), colour="red")
+
+
+@pytest.mark.parametrize("estimator", [hessdiag.estimate, hessdiag.trace])
+def test_a_function_asked_for_as_rectangular_has_no_diagonal(estimator):
+    with pytest.raises(ValueError, match="rectangular=True has products alone"):
+        estimator(lambda x: x[:, :2], torch.zeros(1, 3), max_probes=2, rectangular=True)

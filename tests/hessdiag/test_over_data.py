@@ -626,3 +626,70 @@ def test_errors(problem, change, error, message):
     }
     with pytest.raises(error, match=message):
         hessdiag.gauss_newton_over_data(**arguments | change)
+
+
+# What a data set may look like
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over the batch, so that samples meet in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        hidden = self.first(x)
+        return self.second((hidden - hidden.mean(dim=0)).tanh())
+
+
+@pytest.mark.parametrize("sizes", [[1, 7], [2, 1, 5]])
+def test_samples_that_meet_in_a_later_batch_are_seen(sizes):
+    x, y = torch.randn(sum(sizes), 3), torch.zeros(sum(sizes), 2)
+    data = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    with pytest.raises(ValueError, match="on each sample alone"):
+        hessdiag.gauss_newton_over_data(Centred(), functional.mse_loss, data)
+
+
+class ProductOfInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, a, b):
+        return self.linear(a * b)
+
+
+def test_a_loader_of_samples_with_several_inputs():
+    module, x = ProductOfInputs(), torch.randn(5, 3)
+    loader = torch.utils.data.DataLoader(
+        [((row, 2 * row), torch.zeros(2)) for row in x], batch_size=2
+    )
+    result = hessdiag.empirical_fisher_over_data(module, functional.mse_loss, loader)
+    expected = hessdiag.empirical_fisher_over_data(
+        module, functional.mse_loss, [((x, 2 * x), torch.zeros(5, 2))]
+    )
+    assert_same(result.diagonal, expected.diagonal)
+
+
+def test_a_generator_gives_one_seed_for_all_batches(problem):
+    module, x, y = problem.module, problem.inputs, problem.targets
+
+    def estimate(sizes):
+        data = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        generator = torch.Generator().manual_seed(3)
+        return hessdiag.gauss_newton_over_data(
+            module, functional.cross_entropy, data, max_probes=1, seed=generator
+        ).diagonal
+
+    assert_same(estimate(len(x)), estimate(1))
+
+
+def test_in_inference_mode(problem):
+    module, x, y = problem.module, problem.inputs, problem.targets
+    expected = hessdiag.gauss_newton_over_data(module, functional.cross_entropy, [(x, y)])
+    with torch.inference_mode():
+        result = hessdiag.gauss_newton_over_data(module, functional.cross_entropy, [(x, y)])
+        fisher = hessdiag.empirical_fisher_over_data(module, functional.cross_entropy, [(x, y)])
+    assert_same(result.diagonal, expected.diagonal)
+    assert all(bool(torch.isfinite(value).all()) for value in fisher.diagonal.values())

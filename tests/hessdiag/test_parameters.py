@@ -271,3 +271,20 @@ def test_errors_of_options():
         hessdiag.parameter_hessian_diagonal(torch.sum, torch.ones(2), max_probes=1, mode="both")
     with pytest.raises(ValueError, match="max_probes must be at least 1, got 0"):
         hessdiag.parameter_hessian_diagonal(torch.sum, torch.ones(2), max_probes=0)
+
+
+def test_a_tolerance_is_not_reached_by_luck():
+    """Both of two entries err alike, so that their standard errors alone would stop too early."""
+
+    def loss(w):
+        return 3 * w[0] * w[1] + w[0] ** 2
+
+    truth, seeds = torch.tensor([2.0, 0.0]), range(60)
+    met = 0
+    for seed in seeds:
+        result = hessdiag.parameter_hessian_diagonal(
+            loss, torch.ones(2), max_probes=4096, rtol=0.7, seed=seed
+        )
+        error = (result.diagonal - truth).square().mean().sqrt()
+        met += bool(error <= 0.7 * truth.square().mean().sqrt())
+    assert met >= 0.9 * len(seeds)
