@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.cells import cell_colors, random_words
-from hessdiag.piloting import lattice_is_better, plan
+from hessdiag.piloting import first_pilot_warns, lattice_is_better, plan
 from hessdiag.probes import (
     BalancedColoring,
     Coloring,
@@ -138,26 +138,39 @@ def _least_variance(products: Products, request: Request, notes: list[str]) -> S
         notes.append(f"random cells of {max_probes} colors")
         colors = cell_colors(max_probes, shape, seed, block)
         return Start([Lane(Partition(max_probes, colors.to(x.device)))])
-    lattice = Partition(max_probes, sets.lattice.to(x.device))
-    cells = Partition(max_probes, sets.cells.to(x.device))
-    pilots = lattice.draw(
-        (sets.num_pilots, *x.shape),
-        request.seed,
-        probe_offset=request.probe_offset,
-        sample_offset=request.sample_offset,
-        dtype=x.dtype,
-        device=x.device,
+    lattice, cells, early = (
+        Partition(max_probes, numbers.to(x.device))
+        for numbers in (sets.lattice, sets.cells, sets.early)
     )
+
+    def draw(design: ProbeDesign, first: int, count: int) -> Tensor:
+        return design.draw(
+            (count, *x.shape),
+            request.seed,
+            probe_offset=request.probe_offset + first,
+            sample_offset=request.sample_offset,
+            dtype=x.dtype,
+            device=x.device,
+        )
+
+    pilots = draw(lattice, 0, 1)
     taken = products(pilots)
-    better = lattice_is_better(sets, taken)
+    warned = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    if sets.num_pilots > 1:
+        warned = first_pilot_warns(sets, taken)
+        number, over = sets.num_pilots - 1, warned.reshape(-1, *[1] * len(shape))
+        further = torch.where(over, draw(early, 1, number), draw(lattice, 1, number))
+        pilots, taken = torch.cat([pilots, further]), torch.cat([taken, products(further)])
+    better = lattice_is_better(sets, taken) & ~warned
     count = int(better.sum())
     notes.append(
         f"samples by what {sets.num_pilots} of the products show: a lattice of "
         f"{max_probes - sets.num_pilots} colors for {count}, random cells for {len(x) - count}"
     )
-    lanes = [Lane(lattice, better), Lane(cells, ~better)]
-    if count in (0, len(x)):
-        lanes = [Lane(lattice if count else cells)]
+    ways = ((lattice, better), (cells, ~better & ~warned), (early, warned))
+    lanes = [Lane(design, samples) for design, samples in ways if bool(samples.any())]
+    if len(lanes) == 1:
+        lanes = [Lane(lanes[0].design)]
     return Start(lanes, 0, (pilots, taken))
 
 

@@ -145,10 +145,11 @@ def estimate(
               or more (sequences, tokens, images, video) one block that is a lattice of colors
               where its first products speak for that, else random cells; see
               :mod:`hessdiag.piloting`. For features without geometry "orthogonal" if that gains
-              more than an eighth, else "rademacher". It is no worse than "rademacher" in
-              expectation, whatever J is. One block leaves no standard error: with a tolerance it
-              is "coloring", the exact diagonal or "rademacher", by what 2 products show; below 40
-              probes the exact diagonal if these reach D, else "rademacher".
+              more than an eighth, else "rademacher". Random cells are no worse than "rademacher"
+              in expectation, whatever J is, and those first products add a few percent at most,
+              unless J couples just what the lattice does. One block leaves no standard error: with
+              a tolerance it is "coloring", the exact diagonal or "rademacher", by what 2 products
+              show; below 40 probes the exact diagonal if these reach D, else "rademacher".
         rtol: Stop a sample's probes once, with 95% confidence, the root mean square of its errors
             is at most atol + rtol * (root mean square of its diagonal); see
             :class:`hessdiag.streaming.Tolerance`. Looked at every 16 probes, or every block of

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -45,23 +46,23 @@ _DOUBT = 0.2
 _PROBED = 6
 # What the pilots may add to the variance where J has no structure at all.
 _MOST_ADDED = 0.045
-# The part of all features that pilots beyond the first may have: theirs is a lattice's variance,
-# whatever they show.
+# The part of all features that pilots may have: theirs is a lattice's variance, whatever they show.
 _MOST_PILOTED = 0.04
 # Below this part of all energy a lattice is clearly better.
 _CLEARLY = 0.8
 # Distances between more pairs than that are not worth their time; as many features listen then.
-_MOST_PAIRS = 2**24
+_MOST_PAIRS = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Two ways to go on after the same pilots: sets of features, one for each probe.
+    """Ways to go on after the same pilots: sets of features, one for each probe.
 
     Attributes:
         num_pilots: Probes 0 .. num_pilots - 1 are those of both.
         lattice: The number of each feature's probe with a lattice, int64 of shape (...).
         cells: The same with random cells.
+        early: The same with random cells right after the first pilot.
         listeners: For each pilot the features that listen, bool of shape (num_pilots, D).
         far: For each pilot the features that are far from it, bool of shape (num_pilots, D).
     """
@@ -69,10 +70,12 @@ class Plan:
     num_pilots: int
     lattice: Tensor
     cells: Tensor
+    early: Tensor
     listeners: Tensor
     far: Tensor
 
 
+@lru_cache(maxsize=16)
 def plan(sample_shape: tuple[int, ...], num_probes: int, seed: int, block: int) -> Plan | None:
     """Return the sets of features of a block, or None where pilots would cost too much.
 
@@ -101,8 +104,10 @@ def plan(sample_shape: tuple[int, ...], num_probes: int, seed: int, block: int) 
         numbers[classes] = 0
     numbers = numbers.cumsum(0) + num_pilots - 1
     lattice = numbers[colors]
-    rest = num_probes - num_pilots
-    cells = num_pilots + cell_colors(rest, sample_shape, seed, block).flatten()
+    cells, early = (
+        count + cell_colors(num_probes - count, sample_shape, seed, block).flatten()
+        for count in (num_pilots, 1)
+    )
     keys = random_words(seed, 3, block, len(colors))
     listeners = torch.zeros(num_pilots, len(colors), dtype=torch.bool)
     far = torch.ones_like(listeners)
@@ -111,15 +116,16 @@ def plan(sample_shape: tuple[int, ...], num_probes: int, seed: int, block: int) 
         members = members[keys[members].argsort(stable=True)]
         probed = -(-len(members) * tenths // 10)
         lattice[members[:probed]] = cells[members[:probed]] = k
+        if k == 0:
+            early[members[:probed]] = k
         listeners[k, members[probed:]] = True
         far[k] = _far(sample_shape, members, probed)
         if moved is not None:
             away = ((color + step) % m for step in (moved, -moved, *range(1, m)))
             target = next(other for other in away if other not in classes)
             lattice[members[probed:]] = numbers[target]
-    return Plan(
-        num_pilots, lattice.reshape(sample_shape), cells.reshape(sample_shape), listeners, far
-    )
+    lattice, cells, early = (sets.reshape(sample_shape) for sets in (lattice, cells, early))
+    return Plan(num_pilots, lattice, cells, early, listeners, far)
 
 
 class _Lattice(NamedTuple):
@@ -149,6 +155,19 @@ def _lattice(shape: tuple[int, ...], num_probes: int, num_pilots: int) -> _Latti
     return _Lattice(num_pilots, rest, 5, None, doubt * own)
 
 
+def first_pilot_warns(plan: Plan, products: Tensor) -> Tensor:
+    """Return for each sample whether the first pilot heard more than random cells leave, (B,).
+
+    A pilot's own features have a lattice's variance, whatever it shows: no further one is taken.
+
+    Args:
+        plan: The sets.
+        products: Those of the first pilot, shape (1, B, ...).
+    """
+    energies = _energies(plan, products)
+    return energies.heard > energies.all_pairs
+
+
 def lattice_is_better(plan: Plan, products: Tensor) -> Tensor:
     """Return for each sample whether the products of the pilots speak for the lattice, (B,).
 
@@ -156,23 +175,42 @@ def lattice_is_better(plan: Plan, products: Tensor) -> Tensor:
         plan: The sets.
         products: Those of the pilots, shape (num_pilots, B, ...).
     """
+    energies = _energies(plan, products)
+    beyond = torch.lerp(energies.all_pairs, energies.far, _share(energies.count_far, _PRIOR_FAR))
+    expected = torch.lerp(beyond, energies.heard, _share(energies.count_heard, _PRIOR))
+    return torch.maximum(expected, energies.heard) < _CLEARLY * energies.all_pairs
+
+
+def _share(count: Tensor, prior: float) -> Tensor:
+    return count / (count + prior)
+
+
+class _Energies(NamedTuple):
+    """Energies for a pair of features, and how many outputs stand behind two of them: (B,) each."""
+
+    heard: Tensor
+    far: Tensor
+    all_pairs: Tensor
+    count_heard: Tensor
+    count_far: Tensor
+
+
+def _energies(plan: Plan, products: Tensor) -> _Energies:
     energy = products.flatten(2).to(torch.promote_types(products.dtype, torch.float32)).square()
-    listeners, far = plan.listeners.to(energy.device), plan.far.to(energy.device)
+    number = len(products)
+    listeners, far = (sets[:number].to(energy.device) for sets in (plan.listeners, plan.far))
     numbers = plan.lattice.flatten().to(energy.device)
-    own = torch.arange(plan.num_pilots, device=energy.device)[:, None] == numbers
+    own = torch.arange(number, device=energy.device)[:, None] == numbers
     probed = own.sum(dim=1, keepdim=True)
 
     def for_a_pair(where: Tensor) -> Tensor:
         return (energy * where[:, None]).sum(dim=(0, 2)) / (where * probed).sum().clamp(min=1)
 
-    heard, beyond, all_pairs = (for_a_pair(where) for where in (listeners, far, ~own))
     outputs = energy * ~own[:, None]
     tiny = torch.finfo(energy.dtype).tiny
     alike = outputs.sum(dim=(0, 2)).square() / outputs.square().sum(dim=(0, 2)).clamp(min=tiny)
-    count, count_far = (alike * where.sum() / (~own).sum() for where in (listeners, far))
-    beyond = torch.lerp(all_pairs, beyond, count_far / (count_far + _PRIOR_FAR))
-    expected = torch.lerp(beyond, heard, count / (count + _PRIOR))
-    return torch.maximum(expected, heard) < _CLEARLY * all_pairs
+    counts = [alike * where.sum() / (~own).sum() for where in (listeners, far)]
+    return _Energies(for_a_pair(listeners), for_a_pair(far), for_a_pair(~own), *counts)
 
 
 def _far(shape: tuple[int, ...], members: Tensor, half: int) -> Tensor:
@@ -203,7 +241,8 @@ def _numbers_of_pilots(features: int, num_probes: int) -> list[int]:
     numbers = list[int]()
     for number in range(1, num_probes // 2):
         m = num_probes - number
-        too_many = numbers and number > 2 * _MOST_PILOTED * m
+        # A single pilot is worth a little more.
+        too_many = number > 2 * _MOST_PILOTED * m + 0.2
         if too_many or features < 2 * m or _added(features, num_probes, number) > _MOST_ADDED:
             break
         numbers.append(number)

@@ -251,9 +251,9 @@ def variance_ratio(shape: Shape, J: Tensor, max_probes: int, num_seeds: int) -> 
         (lane,) = start.lanes
         sets = plan(shape, max_probes, seed, 0) if isinstance(lane.design, Partition) else None
         if isinstance(lane.design, Partition) and (
-            sets is None or torch.equal(lane.design.sets, sets.cells)
+            sets is None or not torch.equal(lane.design.sets, sets.lattice)
         ):
-            total += _cells_variance(squares, shape, max_probes, seed, sets)
+            total += _cells_variance(squares, shape, max_probes, seed, lane.design.sets, sets)
         else:
             total += _variance(squares, lane.design, max_probes)
         if isinstance(lane.design, (Rademacher, UnitVectors, BalancedColoring)):
@@ -262,15 +262,18 @@ def variance_ratio(shape: Shape, J: Tensor, max_probes: int, num_seeds: int) -> 
 
 
 def _cells_variance(
-    squares: Tensor, shape: Shape, max_probes: int, seed: int, sets: Plan | None
+    squares: Tensor, shape: Shape, max_probes: int, seed: int, taken: Tensor, sets: Plan | None
 ) -> float:
     """Return the expected variance with random cells, and of what the pilots estimate."""
-    m = max_probes - (0 if sets is None else sets.num_pilots)
+    num_pilots = 0
+    if sets is not None:
+        num_pilots = 1 if torch.equal(taken, sets.early) else sets.num_pilots
+    m = max_probes - num_pilots
     cells = cell_numbers(m, shape, seed, 0).flatten()
     chance = (cells[:, None] != cells).double() / m
-    if sets is not None:
-        numbers = sets.cells.flatten()
-        piloted = numbers < sets.num_pilots
+    if num_pilots:
+        numbers = taken.flatten()
+        piloted = numbers < num_pilots
         chance[piloted] = 0.0
         chance[:, piloted] = 0.0
         chance += (numbers[:, None] == numbers).double() * piloted
