@@ -124,9 +124,11 @@ def roots(H: Product, outputs: Tensor) -> list[Root]:
     """
     if outputs.numel() == 0:
         return []
-    seen = [(v, H(v)) for v in (arbitrary(outputs, 0), arbitrary(outputs, 1))]
-    if not all(bool(torch.isfinite(product).all()) for _, product in seen):
+    vectors = arbitrary(outputs, 2)
+    products = torch.stack([H(v) for v in vectors])
+    if not bool(torch.isfinite(products).all()):
         raise ValueError("loss must have finite second derivatives, and they hold NaN or infinity")
+    seen = list(zip(vectors, products, strict=True))
     elementwise = _elementwise(seen, outputs.shape)
     if elementwise is not None:
         return elementwise
@@ -190,14 +192,15 @@ def _equal(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((difference <= tolerance * size).all())
 
 
-def arbitrary(like: Tensor, number: int) -> Tensor:
-    """Return fixed numbers without a pattern, in (-1, 1) and never 0, to compare products with.
+def arbitrary(like: Tensor, count: int) -> Tensor:
+    """Return ``count`` fixed vectors of the shape of ``like``, to compare products with.
 
-    No random generator moves on for them.
+    Their numbers are without a pattern, in (-1, 1) and never 0. No random generator moves on.
     """
-    count = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
-    values = torch.sin(count.square() * 0.7548776662466927 + number)
-    return values.to(like.dtype).reshape(like.shape)
+    place = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    number = torch.arange(count, dtype=torch.float64, device=like.device)
+    values = torch.sin(place.square() * 0.7548776662466927 + number[:, None])
+    return values.to(like.dtype).reshape(count, *like.shape)
 
 
 def _dense(H: Product, outputs: Tensor) -> list[Root]:

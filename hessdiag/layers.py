@@ -40,6 +40,8 @@ def sums_of(module: nn.Module) -> LayerSums | None:
     """
     # By type, since a class derived from a layer may do something else with its parameters.
     rule = _RULES.get(type(module))
+    if rule is None:
+        return None
     if isinstance(module, _Convolution) and module.padding_mode != "zeros":
         return None
     if isinstance(module, nn.Embedding) and (

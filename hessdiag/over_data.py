@@ -14,7 +14,7 @@ from hessdiag.curvature import LossCurvature, Root, roots
 from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import ParameterDiagonal
-from hessdiag.per_sample import Model, SampleGradients, part_of
+from hessdiag.per_sample import Model, SampleGradients, leaves_of, part_of
 from hessdiag.probes import BalancedColoring, ProbeDesign, Rademacher
 
 Reduction = Literal["mean", "sum"]
@@ -185,21 +185,22 @@ def _over(
         raise ValueError(
             f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}"
         )
-    names, tree = _parameters_of(model, parameters)
+    names, tree, own = _parameters_of(model, parameters)
     notes: list[str] = []
-    gradients = SampleGradients(model, tree, names, notes)
+    gradients = SampleGradients(model, tree, names, notes, own=own)
     total, samples, passes = _Total(tree), 0, 0
     for inputs, targets, numbers in _batches(data, sample_offset, tree.device):
         outputs, squares = gradients.at(inputs)
         passes = max(passes, add(total, outputs, targets, squares, numbers))
         samples += len(numbers)
-    counts = torch.tensor([samples, passes, int(not is_exact())], device=tree.device)
+    estimated = not is_exact()
     if process_group is not None:
+        counts = torch.tensor([samples, passes, int(estimated)], device=tree.device)
         for leaf in total.leaves:
             distributed.all_reduce(leaf, group=process_group)
         distributed.all_reduce(counts[:1], group=process_group)
         distributed.all_reduce(counts[1:], distributed.ReduceOp.MAX, group=process_group)
-    samples, passes, estimated = counts.tolist()
+        samples, passes, estimated = counts.tolist()
     if samples == 0:
         raise ValueError("data must hold at least one sample, got none")
     if reduction == "mean":
@@ -215,12 +216,16 @@ def _over(
     )
 
 
-def _parameters_of(model: Model, parameters: Tree | None) -> tuple[list[str] | None, ParameterTree]:
+def _parameters_of(
+    model: Model, parameters: Tree | None
+) -> tuple[list[str] | None, ParameterTree, bool]:
+    """Return their names, the tree of them, and whether a graph leads to the module's own."""
     if not isinstance(model, nn.Module):
         if parameters is None:
             raise ValueError("parameters must be given where model is no module, got None")
-        return None, ParameterTree.of(parameters)
+        return None, ParameterTree.of(parameters), False
     known = dict(model.named_parameters())
+    own = parameters is None and not any(p.is_inference() for p in known.values())
     if parameters is None:
         parameters = {name: p for name, p in known.items() if p.requires_grad}
         if not parameters:
@@ -229,7 +234,7 @@ def _parameters_of(model: Model, parameters: Tree | None) -> tuple[list[str] | N
         raise ValueError(
             "parameters must be a dictionary by the names of model.named_parameters(), or None"
         )
-    return list(parameters), ParameterTree.of(parameters)
+    return list(parameters), ParameterTree.of(parameters), own
 
 
 def _batches(
@@ -243,8 +248,8 @@ def _batches(
                 "data must yield (inputs, targets) or (inputs, targets, numbers), and for one "
                 f"batch be [(inputs, targets)], got a {got} for a batch"
             )
-        inputs, targets, *rest = pytree.tree_map_only(Tensor, lambda t: t.to(device), tuple(batch))
-        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        inputs, targets, *rest = (_moved(part, device) for part in batch)
+        tensors = [leaf for leaf in leaves_of(inputs) if isinstance(leaf, Tensor)]
         if not tensors or tensors[0].dim() == 0:
             raise TypeError("data must yield inputs with a tensor whose first dimension is N")
         count = len(tensors[0])
@@ -255,6 +260,12 @@ def _batches(
         first += count
         if count:
             yield inputs, targets, numbers.cpu()
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
 
 
 # The loss
@@ -279,7 +290,6 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
     if not bool(torch.isfinite(whole.gradient).all()):
         raise ValueError("loss must have a finite gradient, and it holds NaN or infinity")
     samples = len(points)
-    scales = [1.0, float(samples)]
     # The first and the last, alone: their gradients at once, since the losses just add.
     ends = sorted({0, samples - 1})
     leaves = [points[n : n + 1].requires_grad_() for n in ends]
@@ -287,16 +297,17 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
         alone = [
             loss(leaf, part_of(targets, n, n + 1)) for n, leaf in zip(ends, leaves, strict=True)
         ]
-    for n, found in zip(ends, torch.autograd.grad(alone, leaves), strict=True):
-        bound = torch.finfo(outputs.dtype).eps ** 0.5 * found.abs().max()
-        scales = [s for s in scales if bool((s * whole.gradient[n] - found).abs().max() <= bound)]
-    if not scales:
-        raise ValueError(
-            "loss must be the sum or the mean over the samples of a batch of what it is for each "
-            "alone, and it is neither; a mean with class weights or ignored targets is none: take "
-            "the sum, as by reduction='sum'"
-        )
-    return whole, points, scales[0]
+    found = torch.cat(torch.autograd.grad(alone, leaves)).reshape(len(ends), -1)
+    together = whole.gradient[:: max(1, samples - 1)].reshape(len(ends), -1)
+    bound = torch.finfo(outputs.dtype).eps ** 0.5 * found.abs().amax(1)
+    for scale in (1.0, float(samples)):
+        if bool(((scale * together - found).abs().amax(1) <= bound).all()):
+            return whole, points, scale
+    raise ValueError(
+        "loss must be the sum or the mean over the samples of a batch of what it is for each "
+        "alone, and it is neither; a mean with class weights or ignored targets is none: take "
+        "the sum, as by reduction='sum'"
+    )
 
 
 # Combinations of columns
@@ -322,8 +333,7 @@ def _vectors(
     """Return combinations number first .. of each sample, shape (count, N, r)."""
     if design is None:
         units = like.new_zeros(count, 1, root.size)
-        place = torch.arange(count, device=like.device)
-        units[place, 0, first + place] = 1.0
+        units[:, 0].diagonal(first).fill_(1.0)
         return units.expand(-1, len(numbers), -1)
     parts = []
     for start, length in _runs(numbers.tolist()):

@@ -4,12 +4,14 @@ Two ways. Layers that are known (:mod:`hessdiag.layers`) give them from what goe
 back, for the price of a backward pass. Every other parameter is differentiated one sample at a
 time, by vmap, or in a loop where an operator has no rule for it. On the first batch the gradients
 of the known layers are compared with those of autograd, so that a layer whose weight serves
-elsewhere too, or whose samples meet, is left to the second way.
+elsewhere too, or whose samples meet, is left to the second way. For a network of PyTorch's own
+modules the outcome is remembered, since it follows from :func:`description_of`; one with other code
+is looked at again in every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.curvature import arbitrary
+from hessdiag.descriptions import description_of
 from hessdiag.layers import Gradients, LayerSums, own_parameters, sums_of
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import RandomNumbers, check_depends
@@ -32,6 +35,9 @@ _ENTRIES = 2**23
 _SMALL = 2**19
 # Samples that layers are checked with.
 _CHECKED = 4
+# The names of layers that agree with autograd, by what that follows from.
+_AGREEING: dict[Hashable, frozenset[str]] = {}
+_MOST_REMEMBERED = 256
 
 
 @dataclass(frozen=True)
@@ -70,23 +76,34 @@ class SampleGradients:
         tree: The parameters; for a module a dictionary by their names.
         names: The names of the leaves, or None where ``model`` is no module.
         notes: Takes what a reader of the result should know.
+        own: Whether the leaves are all parameters of the module that require gradients.
 
     Raises:
         ValueError: If a BatchNorm lets samples meet.
     """
 
     def __init__(
-        self, model: Model, tree: ParameterTree, names: list[str] | None, notes: list[str]
+        self,
+        model: Model,
+        tree: ParameterTree,
+        names: list[str] | None,
+        notes: list[str],
+        *,
+        own: bool = False,
     ) -> None:
-        self._model, self._tree, self._notes = model, tree, notes
+        self._model, self._tree, self._names, self._notes = model, tree, names, notes
+        self._own = own
         self._layers: dict[str, _Layer] = {}
         if isinstance(model, nn.Module):
-            _check_batch_norms(model)
             index = {name: i for i, name in enumerate(names or [])}
             for name, module in model.named_modules():
-                rule, owned = sums_of(module), own_parameters(module, name)
+                _check_batch_norm(name, module)
+                rule = sums_of(module)
+                if rule is None:
+                    continue
+                owned = own_parameters(module, name)
                 leaves = [(short, index[full]) for short, full in owned if full in index]
-                if rule is not None and leaves:
+                if leaves:
                     self._layers[name] = _Layer(module, rule, leaves)
         self._random_numbers = RandomNumbers(tree.device)
         self._checked_layers = self._checked_rest = False
@@ -104,10 +121,10 @@ class SampleGradients:
                 samples of a batch meet, or draws random numbers for parameters of unknown layers.
         """
         if self._layers and not self._checked_layers:
-            self._check_layers(part_of(inputs, 0, _CHECKED))
+            self._find_layers(part_of(inputs, 0, _CHECKED))
             self._checked_layers = True
         before = self._random_numbers.states()
-        batch = self._evaluate(inputs)
+        batch = self._evaluate(inputs, self._own)
         after = self._random_numbers.states()
         drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         covered = {i for name in batch.calls for _, i in self._layers[name].leaves}
@@ -128,16 +145,19 @@ class SampleGradients:
 
         return batch.outputs.detach(), squares
 
-    def _call(self, leaves: Leaves, inputs: Any) -> Tensor:
-        parameters = self._tree.restore(leaves)
+    def _call(self, leaves: Leaves | None, inputs: Any) -> Tensor:
+        """Return the outputs at ``leaves``, or with the module's own parameters for None."""
         if isinstance(self._model, nn.Module):
             args = inputs if isinstance(inputs, tuple) else (inputs,)
-            outputs = torch.func.functional_call(self._model, parameters, args)
+            if leaves is None:
+                outputs = self._model(*args)
+            else:
+                outputs = torch.func.functional_call(self._model, self._tree.restore(leaves), args)
         else:
-            outputs = self._model(parameters, inputs)
+            outputs = self._model(self._tree.restore(leaves or []), inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"model must return a torch.Tensor, got {type(outputs).__name__}")
-        samples = len(pytree.tree_leaves(inputs)[0])
+        samples = len(leaves_of(inputs)[0])
         if outputs.dim() < 1 or len(outputs) != samples:
             raise ValueError(
                 f"model must return outputs of shape ({samples}, ...), one for each sample of "
@@ -147,8 +167,11 @@ class SampleGradients:
 
     # Known layers
 
-    def _evaluate(self, inputs: Any) -> _Batch:
-        """Run the model, and record the layers that are called once, with the batch in front."""
+    def _evaluate(self, inputs: Any, own: bool = False) -> _Batch:
+        """Run the model, and record the layers that are called once, with the batch in front.
+
+        With the module's ``own`` parameters there are no leaves, which the layers need not.
+        """
         calls: dict[str, list[_Call]] = {name: [] for name in self._layers}
 
         def recorder(name: str) -> Callable[..., None]:
@@ -166,7 +189,7 @@ class SampleGradients:
         ]
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                leaves = self._tree.requiring_grad()
+                leaves = None if own else self._tree.requiring_grad()
                 outputs = self._call(leaves, inputs)
         finally:
             for handle in handles:
@@ -177,7 +200,7 @@ class SampleGradients:
             for name, found in calls.items()
             if len(found) == 1 and found[0].input.dim() and len(found[0].input) == len(outputs)
         }
-        return _Batch(outputs, leaves, once)
+        return _Batch(outputs, leaves or [], once)
 
     def _add_layers(self, found: list[Tensor | None], batch: _Batch, vectors: Tensor) -> None:
         entries = sum(call.entries for call in batch.calls.values())
@@ -219,14 +242,42 @@ class SampleGradients:
             sums |= {i: of_layer[short] for short, i in layer.leaves}
         return sums
 
-    def _check_layers(self, inputs: Any) -> None:
-        """Leave only layers that agree with autograd, and whose samples do not meet, on a few."""
+    def _find_layers(self, inputs: Any) -> None:
+        """Leave only layers that agree with autograd on a few samples, now or in another call."""
+        network = description_of(self._model) if isinstance(self._model, nn.Module) else None
+        if network is None:
+            self._check_layers(inputs)
+            return
+        # A plain number among the inputs may steer the network; what else there is, may too.
+        tensors, structure = pytree.tree_flatten(inputs)
+        if not all(isinstance(t, Tensor) for t in tensors):
+            self._check_layers(inputs)
+            return
+        shapes = [(t.shape, t.dtype) for t in tensors]
+        autocast = torch.is_autocast_enabled(self._tree.device.type)
+        leaves = tuple(self._names or []), self._tree.dtype, self._tree.device
+        key = network, leaves, structure, tuple(shapes), autocast
+        agreeing = _AGREEING.get(key)
+        if agreeing is not None:
+            self._layers = {name: self._layers[name] for name in agreeing}
+        elif self._check_layers(inputs) and self._by_vmap:
+            if len(_AGREEING) >= _MOST_REMEMBERED:
+                _AGREEING.clear()
+            _AGREEING[key] = frozenset(self._layers)
+
+    def _check_layers(self, inputs: Any) -> bool:
+        """Leave only layers that agree with autograd, and whose samples do not meet, on a few.
+
+        Returns:
+            Whether every gradient was there to compare with: where a network is dead, zeros agree
+            with anything.
+        """
         batch = self._evaluate(inputs)
         if not batch.calls:
             self._layers = {}
-            return
+            return False
         # Vectors for every other sample: what comes back to the others must be zero.
-        vectors = torch.stack([arbitrary(batch.outputs, k) for k in range(2)])
+        vectors = arbitrary(batch.outputs, 2)
         vectors[:, 1::2] = 0.0
         expected = torch.autograd.grad(
             batch.outputs, batch.leaves, vectors.sum(0), retain_graph=True, allow_unused=True
@@ -257,6 +308,8 @@ class SampleGradients:
                 self._note_no_vmap("vmap of a backward pass gives other gradients")
             found = by_loop
         self._layers = found
+        gradients = [expected[i] for layer in found.values() for _, i in layer.leaves]
+        return all(g is not None and bool(g.any()) for g in gradients)
 
     def _note_no_vmap(self, reason: str) -> None:
         if self._by_vmap:
@@ -384,19 +437,25 @@ def _returned(batch: _Batch, vectors: Tensor, together: bool) -> Sequence[Gradie
     ]
 
 
-def _check_batch_norms(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
-            raise ValueError(
-                "BatchNorm layers of model must be in eval mode, with running statistics, got "
-                f"{name!r} in training mode or without them: samples would meet"
-            )
+def _check_batch_norm(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    ):
+        raise ValueError(
+            "BatchNorm layers of model must be in eval mode, with running statistics, got "
+            f"{name!r} in training mode or without them: samples would meet"
+        )
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Return the leaves of a tree, for one tensor without a walk."""
+    return [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
 
 
 def part_of(tree: Any, first: int, last: int) -> Any:
     """Return samples first .. last - 1 of every tensor of a tree."""
+    if isinstance(tree, Tensor):
+        return tree[first:last]
     return pytree.tree_map_only(Tensor, lambda t: t[first:last], tree)
 
 
