@@ -8,7 +8,7 @@ network is then g alone, and no gradient of a weight is ever taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -170,9 +170,3 @@ _RULES: dict[type[nn.Module], LayerSums] = {
     nn.BatchNorm3d: _batch_norm,
     nn.Embedding: _embedding,
 }
-
-
-def own_parameters(module: nn.Module, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the name of each of a module's own parameters, within it and within the network."""
-    for short, _ in module.named_parameters(recurse=False):
-        yield short, f"{name}.{short}" if name else short

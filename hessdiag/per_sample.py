@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.curvature import arbitrary
 from hessdiag.descriptions import description_of
-from hessdiag.layers import Gradients, LayerSums, own_parameters, sums_of
+from hessdiag.layers import Gradients, LayerSums, sums_of
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import RandomNumbers, check_depends
 
@@ -94,16 +94,22 @@ class SampleGradients:
         self._model, self._tree, self._names, self._notes = model, tree, names, notes
         self._own = own
         self._layers: dict[str, _Layer] = {}
+        # Every place that holds a leaf, once. Where one module is in two places, functional_call
+        # with tied weights would not put the parameters back (torch 2.11 to 2.13).
+        self._places: dict[str, int] = {}
         if isinstance(model, nn.Module):
             index = {name: i for i, name in enumerate(names or [])}
+            numbers = {id(p): index[n] for n, p in model.named_parameters() if n in index}
             for name, module in model.named_modules():
                 _check_batch_norm(name, module)
+                prefix = f"{name}." if name else ""
+                for short, p in module._parameters.items():
+                    if id(p) in numbers:
+                        self._places[prefix + short] = numbers[id(p)]
                 rule = sums_of(module)
-                if rule is None:
-                    continue
-                owned = own_parameters(module, name)
+                owned = ((short, prefix + short) for short in module._parameters)
                 leaves = [(short, index[full]) for short, full in owned if full in index]
-                if leaves:
+                if rule is not None and leaves:
                     self._layers[name] = _Layer(module, rule, leaves)
         self._random_numbers = RandomNumbers(tree.device)
         self._checked_layers = self._checked_rest = False
@@ -152,7 +158,8 @@ class SampleGradients:
             if leaves is None:
                 outputs = self._model(*args)
             else:
-                outputs = torch.func.functional_call(self._model, self._tree.restore(leaves), args)
+                values = {name: leaves[i] for name, i in self._places.items()}
+                outputs = torch.func.functional_call(self._model, values, args, tie_weights=False)
         else:
             outputs = self._model(self._tree.restore(leaves or []), inputs)
         if not isinstance(outputs, Tensor):
