@@ -145,11 +145,20 @@ def _elementwise(seen: Seen, shape: torch.Size) -> list[Root] | None:
     if not _equal(by_second, second * h, 64 * torch.finfo(h.dtype).eps):
         return None
 
-    def part(sign: float) -> Root:
-        root = (sign * h).clamp(min=0).sqrt()
-        return Root(sign, h[0].numel(), lambda e: e.reshape(len(e), *shape) * root)
+    signs = [sign for sign in (1.0, -1.0) if bool((sign * h > 0).any())]
+    return [elementwise_root((sign * h).clamp(min=0), shape, sign) for sign in signs]
 
-    return [part(sign) for sign in (1.0, -1.0) if bool((sign * h > 0).any())]
+
+def elementwise_root(h: Tensor, shape: torch.Size, sign: float = 1.0) -> Root:
+    """Return the root for outputs of a shape that each have a second derivative, sign * h.
+
+    Args:
+        h: Of that shape or a number, and nowhere negative.
+        shape: (N, ...).
+        sign: That of the part.
+    """
+    root = h.sqrt()
+    return Root(sign, shape[1:].numel(), lambda e: e.reshape(len(e), *shape) * root)
 
 
 def _softmax(seen: Seen, p: Tensor, axis: int) -> Root | None:
@@ -167,6 +176,17 @@ def _softmax(seen: Seen, p: Tensor, axis: int) -> Root | None:
     w = torch.where(visible, (plain * by_first).sum(axis, keepdim=True) / squares, 0.0)
     if bool((w < 0).any()) or not _equal(by_second, w * block(second), eps**0.75):
         return None
+    return softmax_root(p, w, axis)
+
+
+def softmax_root(p: Tensor, w: Tensor, axis: int) -> Root:
+    """Return the root for blocks w (diag p - p p^T) along ``axis``.
+
+    Args:
+        p: Probabilities of shape (N, ...).
+        w: Weights, with 1 in place of the size of ``axis``, and nowhere negative.
+        axis: At least 1.
+    """
     # The Cholesky factor of diag p - p p^T, with q_k the sum of p after k (Tanabe and Sagae, 1992):
     # L_kk = sqrt(p_k q_k / q_{k-1}) and L_jk = -p_j sqrt(p_k / (q_{k-1} q_k)) for j > k.
     p = p.movedim(axis, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from hessdiag.checks import check_positive_int
-from hessdiag.curvature import LossCurvature, Root, roots
+from hessdiag.curvature import LossCurvature, Root, arbitrary, roots
 from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
+from hessdiag.losses import closed_root, known_loss
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import ParameterDiagonal
-from hessdiag.per_sample import Model, SampleGradients, leaves_of, part_of
+from hessdiag.per_sample import Model, SampleGradients, close, leaves_of, part_of
 from hessdiag.probes import BalancedColoring, ProbeDesign, Rademacher
 
 Reduction = Literal["mean", "sum"]
@@ -23,6 +24,9 @@ Squares = Callable[[Tensor], Leaves]
 
 # Entries of vectors, each as large as the outputs of a batch, that are held at a time.
 _ENTRIES = 2**23
+# Losses whose closed form agrees with products, by all that it depends on.
+_AGREEING: set[Hashable] = set()
+_MOST_REMEMBERED = 256
 
 
 def gauss_newton_over_data(
@@ -96,16 +100,16 @@ def gauss_newton_over_data(
 
     def add(total: _Total, outputs: Tensor, targets: Any, squares: Squares, numbers: Tensor) -> int:
         nonlocal exact
-        curvature, points, scale = _loss_of(loss, outputs, targets)
         passes = 0
-        for root in roots(lambda v: scale * curvature(v), points):
+        found, like = _roots_of(loss, outputs, targets)
+        for root in found:
             count = root.size if max_probes is None else min(root.size, max_probes)
             exact = exact and count == root.size
             passes += count
             design = _design(count, root.size)
             step = max(1, _ENTRIES // outputs.numel())
             for first in range(0, count, step):
-                e = _vectors(root, design, first, min(step, count - first), seed, numbers, points)
+                e = _vectors(root, design, first, min(step, count - first), seed, numbers, like)
                 weight = root.sign * (1.0 / count if isinstance(design, Rademacher) else 1.0)
                 total.add(squares(root.times(e).to(outputs.dtype)), weight)
         return passes
@@ -308,6 +312,32 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
         "alone, and it is neither; a mean with class weights or ignored targets is none: take "
         "the sum, as by reduction='sum'"
     )
+
+
+def _roots_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[list[Root], Tensor]:
+    """Return the roots of the Hessian of the losses of single samples, and where they are taken.
+
+    A closed form is compared with products the first time, and then remembered by what it depends
+    on. What it says of outputs and targets is looked at for every batch.
+    """
+    known = known_loss(loss)
+    closed = None if known is None else closed_root(loss, outputs.double(), targets)
+    key = known, outputs.shape[1:], outputs.dtype, outputs.device
+    if closed is not None and key in _AGREEING:
+        return [closed], outputs.double()
+    curvature, points, scale = _loss_of(loss, outputs, targets)
+    found = roots(lambda v: scale * curvature(v), points)
+    if closed is None or len(found) != 1 or found[0].size != closed.size:
+        return found, points
+    e = arbitrary(points.new_empty(len(points), closed.size), 2)
+    expected = found[0].times(e)
+    agrees = found[0].sign == closed.sign and close(closed.times(e), expected)
+    if not agrees or not bool(expected.any()):  # zeros say nothing of other outputs
+        return found, points
+    if len(_AGREEING) >= _MOST_REMEMBERED:
+        _AGREEING.clear()
+    _AGREEING.add(key)
+    return [closed], points
 
 
 # Combinations of columns
