@@ -61,7 +61,7 @@ def description_of(network: nn.Module) -> Hashable | None:
             if not kind.__module__.startswith("torch.nn.modules."):
                 return None
             held = vars(module)
-            found += [number(module), kind, kind.forward, tuple(held)]
+            found.append((number(module), kind, kind.forward, tuple(held)))
             for name, value in held.items():
                 if type(value) in _PLAIN:
                     found.append(value)

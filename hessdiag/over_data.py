@@ -49,10 +49,11 @@ def gauss_newton_over_data(
         sum_n diag(J_n^T H_n J_n) = sum_n sum_c (J_n^T s_nc)^2,    s_nc the columns of S_n,
 
     a backward pass of the batch for each of the C columns, exact (Dangel, Kunstner and Hennig,
-    BackPACK, 2020, which has it for modules and losses that it knows). With fewer passes, K =
-    ``max_probes`` < C, random combinations of the columns take their place: the columns of each
-    sample get K colors at random and signs e_nc, and v_nk is the sum of e_nc s_nc over color k.
-    The sum of (J_n^T v_nk)^2 is unbiased and never negative, and an entry i has the variance
+    BackPACK, 2020, which has it for modules and losses that it knows). Layers and losses of PyTorch
+    have rules and closed forms, which are compared with autograd the first time. With fewer
+    passes, K = ``max_probes`` < C, random combinations of the columns take their place: the columns
+    of each sample get K colors at random and signs e_nc, and v_nk is the sum of e_nc s_nc over
+    color k. The sum of (J_n^T v_nk)^2 is unbiased and never negative. An entry i has the variance
 
         sum_n 2 (C - K) / (K (C - 1)) (|u|^4 - sum_c u_c^4),    u = S_n^T J_n e_i,
 
