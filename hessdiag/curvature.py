@@ -124,9 +124,11 @@ def roots(H: Product, outputs: Tensor) -> list[Root]:
     """
     if outputs.numel() == 0:
         return []
-    seen = [(v, H(v)) for v in (arbitrary(outputs, 0), arbitrary(outputs, 1))]
-    if not all(bool(torch.isfinite(product).all()) for _, product in seen):
+    vectors = arbitrary(outputs, 2)
+    products = torch.stack([H(v) for v in vectors])
+    if not bool(torch.isfinite(products).all()):
         raise ValueError("loss must have finite second derivatives, and they hold NaN or infinity")
+    seen = list(zip(vectors, products, strict=True))
     elementwise = _elementwise(seen, outputs.shape)
     if elementwise is not None:
         return elementwise
@@ -143,11 +145,20 @@ def _elementwise(seen: Seen, shape: torch.Size) -> list[Root] | None:
     if not _equal(by_second, second * h, 64 * torch.finfo(h.dtype).eps):
         return None
 
-    def part(sign: float) -> Root:
-        root = (sign * h).clamp(min=0).sqrt()
-        return Root(sign, h[0].numel(), lambda e: e.reshape(len(e), *shape) * root)
+    signs = [sign for sign in (1.0, -1.0) if bool((sign * h > 0).any())]
+    return [elementwise_root((sign * h).clamp(min=0), shape, sign) for sign in signs]
 
-    return [part(sign) for sign in (1.0, -1.0) if bool((sign * h > 0).any())]
+
+def elementwise_root(h: Tensor, shape: torch.Size, sign: float = 1.0) -> Root:
+    """Return the root for outputs of a shape that each have a second derivative, sign * h.
+
+    Args:
+        h: Of that shape or a number, and nowhere negative.
+        shape: (N, ...).
+        sign: That of the part.
+    """
+    root = h.sqrt()
+    return Root(sign, shape[1:].numel(), lambda e: e.reshape(len(e), *shape) * root)
 
 
 def _softmax(seen: Seen, p: Tensor, axis: int) -> Root | None:
@@ -165,6 +176,17 @@ def _softmax(seen: Seen, p: Tensor, axis: int) -> Root | None:
     w = torch.where(visible, (plain * by_first).sum(axis, keepdim=True) / squares, 0.0)
     if bool((w < 0).any()) or not _equal(by_second, w * block(second), eps**0.75):
         return None
+    return softmax_root(p, w, axis)
+
+
+def softmax_root(p: Tensor, w: Tensor, axis: int) -> Root:
+    """Return the root for blocks w (diag p - p p^T) along ``axis``.
+
+    Args:
+        p: Probabilities of shape (N, ...).
+        w: Weights, with 1 in place of the size of ``axis``, and nowhere negative.
+        axis: At least 1.
+    """
     # The Cholesky factor of diag p - p p^T, with q_k the sum of p after k (Tanabe and Sagae, 1992):
     # L_kk = sqrt(p_k q_k / q_{k-1}) and L_jk = -p_j sqrt(p_k / (q_{k-1} q_k)) for j > k.
     p = p.movedim(axis, -1)
@@ -190,14 +212,15 @@ def _equal(a: Tensor, b: Tensor, tolerance: float) -> bool:
     return bool((difference <= tolerance * size).all())
 
 
-def arbitrary(like: Tensor, number: int) -> Tensor:
-    """Return fixed numbers without a pattern, in (-1, 1) and never 0, to compare products with.
+def arbitrary(like: Tensor, count: int) -> Tensor:
+    """Return ``count`` fixed vectors of the shape of ``like``, to compare products with.
 
-    No random generator moves on for them.
+    Their numbers are without a pattern, in (-1, 1) and never 0. No random generator moves on.
     """
-    count = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
-    values = torch.sin(count.square() * 0.7548776662466927 + number)
-    return values.to(like.dtype).reshape(like.shape)
+    place = torch.arange(1, like.numel() + 1, dtype=torch.float64, device=like.device)
+    number = torch.arange(count, dtype=torch.float64, device=like.device)
+    values = torch.sin(place.square() * 0.7548776662466927 + number[:, None])
+    return values.to(like.dtype).reshape(count, *like.shape)
 
 
 def _dense(H: Product, outputs: Tensor) -> list[Root]:

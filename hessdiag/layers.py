@@ -8,7 +8,7 @@ network is then g alone, and no gradient of a weight is ever taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ def sums_of(module: nn.Module) -> LayerSums | None:
     """
     # By type, since a class derived from a layer may do something else with its parameters.
     rule = _RULES.get(type(module))
+    if rule is None:
+        return None
     if isinstance(module, _Convolution) and module.padding_mode != "zeros":
         return None
     if isinstance(module, nn.Embedding) and (
@@ -168,9 +170,3 @@ _RULES: dict[type[nn.Module], LayerSums] = {
     nn.BatchNorm3d: _batch_norm,
     nn.Embedding: _embedding,
 }
-
-
-def own_parameters(module: nn.Module, name: str) -> Iterator[tuple[str, str]]:
-    """Yield the name of each of a module's own parameters, within it and within the network."""
-    for short, _ in module.named_parameters(recurse=False):
-        yield short, f"{name}.{short}" if name else short

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, distributed, nn
 from torch.utils import _pytree as pytree
 
 from hessdiag.checks import check_positive_int
-from hessdiag.curvature import LossCurvature, Root, roots
+from hessdiag.curvature import LossCurvature, Root, arbitrary, roots
 from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
+from hessdiag.losses import closed_root, known_loss
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import ParameterDiagonal
-from hessdiag.per_sample import Model, SampleGradients, part_of
+from hessdiag.per_sample import Model, SampleGradients, close, leaves_of, part_of
 from hessdiag.probes import BalancedColoring, ProbeDesign, Rademacher
 
 Reduction = Literal["mean", "sum"]
@@ -23,6 +24,9 @@ Squares = Callable[[Tensor], Leaves]
 
 # Entries of vectors, each as large as the outputs of a batch, that are held at a time.
 _ENTRIES = 2**23
+# Losses whose closed form agrees with products, by all that it depends on.
+_AGREEING: set[Hashable] = set()
+_MOST_REMEMBERED = 256
 
 
 def gauss_newton_over_data(
@@ -45,10 +49,11 @@ def gauss_newton_over_data(
         sum_n diag(J_n^T H_n J_n) = sum_n sum_c (J_n^T s_nc)^2,    s_nc the columns of S_n,
 
     a backward pass of the batch for each of the C columns, exact (Dangel, Kunstner and Hennig,
-    BackPACK, 2020, which has it for modules and losses that it knows). With fewer passes, K =
-    ``max_probes`` < C, random combinations of the columns take their place: the columns of each
-    sample get K colors at random and signs e_nc, and v_nk is the sum of e_nc s_nc over color k.
-    The sum of (J_n^T v_nk)^2 is unbiased and never negative, and an entry i has the variance
+    BackPACK, 2020, which has it for modules and losses that it knows). Layers and losses of PyTorch
+    have rules and closed forms, which are compared with autograd the first time. With fewer
+    passes, K = ``max_probes`` < C, random combinations of the columns take their place: the columns
+    of each sample get K colors at random and signs e_nc, and v_nk is the sum of e_nc s_nc over
+    color k. The sum of (J_n^T v_nk)^2 is unbiased and never negative. An entry i has the variance
 
         sum_n 2 (C - K) / (K (C - 1)) (|u|^4 - sum_c u_c^4),    u = S_n^T J_n e_i,
 
@@ -99,16 +104,16 @@ def gauss_newton_over_data(
 
     def add(total: _Total, outputs: Tensor, targets: Any, squares: Squares, numbers: Tensor) -> int:
         nonlocal exact
-        curvature, points, scale = _loss_of(loss, outputs, targets)
         passes = 0
-        for root in roots(lambda v: scale * curvature(v), points):
+        found, like = _roots_of(loss, outputs, targets)
+        for root in found:
             count = root.size if max_probes is None else min(root.size, max_probes)
             exact = exact and count == root.size
             passes += count
             design = _design(count, root.size)
             step = max(1, _ENTRIES // outputs.numel())
             for first in range(0, count, step):
-                e = _vectors(root, design, first, min(step, count - first), seed, numbers, points)
+                e = _vectors(root, design, first, min(step, count - first), seed, numbers, like)
                 weight = root.sign * (1.0 / count if isinstance(design, Rademacher) else 1.0)
                 total.add(squares(root.times(e).to(outputs.dtype)), weight)
         return passes
@@ -188,21 +193,22 @@ def _over(
         raise ValueError(
             f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}"
         )
-    names, tree = _parameters_of(model, parameters)
+    names, tree, own = _parameters_of(model, parameters)
     notes: list[str] = []
-    gradients = SampleGradients(model, tree, names, notes)
+    gradients = SampleGradients(model, tree, names, notes, own=own)
     total, samples, passes = _Total(tree), 0, 0
     for inputs, targets, numbers in _batches(data, sample_offset, tree.device):
         outputs, squares = gradients.at(inputs)
         passes = max(passes, add(total, outputs, targets, squares, numbers))
         samples += len(numbers)
-    counts = torch.tensor([samples, passes, int(not is_exact())], device=tree.device)
+    estimated = not is_exact()
     if process_group is not None:
+        counts = torch.tensor([samples, passes, int(estimated)], device=tree.device)
         for leaf in total.leaves:
             distributed.all_reduce(leaf, group=process_group)
         distributed.all_reduce(counts[:1], group=process_group)
         distributed.all_reduce(counts[1:], distributed.ReduceOp.MAX, group=process_group)
-    samples, passes, estimated = counts.tolist()
+        samples, passes, estimated = counts.tolist()
     if samples == 0:
         raise ValueError("data must hold at least one sample, got none")
     if reduction == "mean":
@@ -218,12 +224,16 @@ def _over(
     )
 
 
-def _parameters_of(model: Model, parameters: Tree | None) -> tuple[list[str] | None, ParameterTree]:
+def _parameters_of(
+    model: Model, parameters: Tree | None
+) -> tuple[list[str] | None, ParameterTree, bool]:
+    """Return their names, the tree of them, and whether a graph leads to the module's own."""
     if not isinstance(model, nn.Module):
         if parameters is None:
             raise ValueError("parameters must be given where model is no module, got None")
-        return None, ParameterTree.of(parameters)
+        return None, ParameterTree.of(parameters), False
     known = dict(model.named_parameters())
+    own = parameters is None and not any(p.is_inference() for p in known.values())
     if parameters is None:
         parameters = {name: p for name, p in known.items() if p.requires_grad}
         if not parameters:
@@ -232,7 +242,7 @@ def _parameters_of(model: Model, parameters: Tree | None) -> tuple[list[str] | N
         raise ValueError(
             "parameters must be a dictionary by the names of model.named_parameters(), or None"
         )
-    return list(parameters), ParameterTree.of(parameters)
+    return list(parameters), ParameterTree.of(parameters), own
 
 
 def _batches(
@@ -246,8 +256,8 @@ def _batches(
                 "data must yield (inputs, targets) or (inputs, targets, numbers), and for one "
                 f"batch be [(inputs, targets)], got a {got} for a batch"
             )
-        inputs, targets, *rest = pytree.tree_map_only(Tensor, lambda t: t.to(device), tuple(batch))
-        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        inputs, targets, *rest = (_moved(part, device) for part in batch)
+        tensors = [leaf for leaf in leaves_of(inputs) if isinstance(leaf, Tensor)]
         if not tensors or tensors[0].dim() == 0:
             raise TypeError("data must yield inputs with a tensor whose first dimension is N")
         count = len(tensors[0])
@@ -258,6 +268,12 @@ def _batches(
         first += count
         if count:
             yield inputs, targets, numbers.cpu()
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
 
 
 # The loss
@@ -282,7 +298,6 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
     if not bool(torch.isfinite(whole.gradient).all()):
         raise ValueError("loss must have a finite gradient, and it holds NaN or infinity")
     samples = len(points)
-    scales = [1.0, float(samples)]
     # The first and the last, alone: their gradients at once, since the losses just add.
     ends = sorted({0, samples - 1})
     with torch.inference_mode(False), torch.enable_grad():
@@ -290,17 +305,43 @@ def _loss_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[LossCurvature, 
         alone = [
             loss(leaf, part_of(targets, n, n + 1)) for n, leaf in zip(ends, leaves, strict=True)
         ]
-        gradients = torch.autograd.grad(alone, leaves)
-    for n, found in zip(ends, gradients, strict=True):
-        bound = torch.finfo(outputs.dtype).eps ** 0.5 * found.abs().max()
-        scales = [s for s in scales if bool((s * whole.gradient[n] - found).abs().max() <= bound)]
-    if not scales:
-        raise ValueError(
-            "loss must be the sum or the mean over the samples of a batch of what it is for each "
-            "alone, and it is neither; a mean with class weights or ignored targets is none: take "
-            "the sum, as by reduction='sum'"
-        )
-    return whole, points, scales[0]
+    found = torch.cat(torch.autograd.grad(alone, leaves)).reshape(len(ends), -1)
+    together = whole.gradient[:: max(1, samples - 1)].reshape(len(ends), -1)
+    bound = torch.finfo(outputs.dtype).eps ** 0.5 * found.abs().amax(1)
+    for scale in (1.0, float(samples)):
+        if bool(((scale * together - found).abs().amax(1) <= bound).all()):
+            return whole, points, scale
+    raise ValueError(
+        "loss must be the sum or the mean over the samples of a batch of what it is for each "
+        "alone, and it is neither; a mean with class weights or ignored targets is none: take "
+        "the sum, as by reduction='sum'"
+    )
+
+
+def _roots_of(loss: Loss, outputs: Tensor, targets: Any) -> tuple[list[Root], Tensor]:
+    """Return the roots of the Hessian of the losses of single samples, and where they are taken.
+
+    A closed form is compared with products the first time, and then remembered by what it depends
+    on. What it says of outputs and targets is looked at for every batch.
+    """
+    known = known_loss(loss)
+    closed = None if known is None else closed_root(loss, outputs.double(), targets)
+    key = known, outputs.shape[1:], outputs.dtype, outputs.device
+    if closed is not None and key in _AGREEING:
+        return [closed], outputs.double()
+    curvature, points, scale = _loss_of(loss, outputs, targets)
+    found = roots(lambda v: scale * curvature(v), points)
+    if closed is None or len(found) != 1 or found[0].size != closed.size:
+        return found, points
+    e = arbitrary(points.new_empty(len(points), closed.size), 2)
+    expected = found[0].times(e)
+    agrees = found[0].sign == closed.sign and close(closed.times(e), expected)
+    if not agrees or not bool(expected.any()):  # zeros say nothing of other outputs
+        return found, points
+    if len(_AGREEING) >= _MOST_REMEMBERED:
+        _AGREEING.clear()
+    _AGREEING.add(key)
+    return [closed], points
 
 
 # Combinations of columns
@@ -326,8 +367,7 @@ def _vectors(
     """Return combinations number first .. of each sample, shape (count, N, r)."""
     if design is None:
         units = like.new_zeros(count, 1, root.size)
-        place = torch.arange(count, device=like.device)
-        units[place, 0, first + place] = 1.0
+        units[:, 0].diagonal(first).fill_(1.0)
         return units.expand(-1, len(numbers), -1)
     parts = []
     for start, length in _runs(numbers.tolist()):

@@ -6,6 +6,7 @@ holds the gradient, a probe, a product, the mean and the squared deviations, onc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,12 +63,13 @@ class ParameterTree:
         for leaf in leaves:
             if not isinstance(leaf, Tensor):
                 raise TypeError(f"parameters must hold tensors only, got {type(leaf).__name__}")
-        kinds = sorted({f"{leaf.dtype} on {leaf.device}" for leaf in leaves})
-        if len(kinds) > 1:
+        if len({(leaf.dtype, leaf.device) for leaf in leaves}) > 1:
+            kinds = sorted({f"{leaf.dtype} on {leaf.device}" for leaf in leaves})
             raise TypeError(f"parameters must be of one type on one device, got {', '.join(kinds)}")
-        for leaf in leaves:
-            # One pass over the memory, and the check that says more where the sum is not finite.
-            if not leaf.is_floating_point() or not bool(torch.isfinite(leaf.detach().sum())):
+        # One pass over the memory, and the check that says more where the sum is not finite.
+        real = leaves[0].is_floating_point()
+        if not real or not math.isfinite(sum(leaf.detach().sum() for leaf in leaves)):
+            for leaf in leaves:
                 check_batch("parameters", leaf.detach().reshape(1, -1))
         # A tensor made in inference mode can take part in no graph; a copy of it can.
         with torch.inference_mode(False):

@@ -5,12 +5,13 @@ back, for the price of a backward pass. Every other parameter is differentiated 
 time, by vmap, or in a loop where an operator has no rule for it. On the first batch, and again on
 one of more samples where that had few, the gradients of the known layers are compared with those
 of autograd, so that a layer whose weight serves elsewhere too, or whose samples meet, is left to
-the second way.
+the second way. For a network of PyTorch's own modules the outcome is remembered, since it follows
+from :func:`description_of`; one with other code is looked at again in every call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from hessdiag.compat import explained, forward_mode_operators
 from hessdiag.curvature import arbitrary
-from hessdiag.layers import Gradients, LayerSums, own_parameters, sums_of
+from hessdiag.descriptions import description_of
+from hessdiag.layers import Gradients, LayerSums, sums_of
 from hessdiag.parameter_vectors import Leaves, ParameterTree, Tree
 from hessdiag.parameters import RandomNumbers, check_depends
 
@@ -33,6 +35,9 @@ _ENTRIES = 2**23
 _SMALL = 2**19
 # Samples that layers are checked with.
 _CHECKED = 4
+# The names of layers that agree with autograd, by what that follows from.
+_AGREEING: dict[Hashable, frozenset[str]] = {}
+_MOST_REMEMBERED = 256
 
 
 @dataclass(frozen=True)
@@ -71,21 +76,38 @@ class SampleGradients:
         tree: The parameters; for a module a dictionary by their names.
         names: The names of the leaves, or None where ``model`` is no module.
         notes: Takes what a reader of the result should know.
+        own: Whether the leaves are all parameters of the module that require gradients.
 
     Raises:
         ValueError: If a BatchNorm lets samples meet.
     """
 
     def __init__(
-        self, model: Model, tree: ParameterTree, names: list[str] | None, notes: list[str]
+        self,
+        model: Model,
+        tree: ParameterTree,
+        names: list[str] | None,
+        notes: list[str],
+        *,
+        own: bool = False,
     ) -> None:
-        self._model, self._tree, self._notes = model, tree, notes
+        self._model, self._tree, self._names, self._notes = model, tree, names, notes
+        self._own = own
         self._layers: dict[str, _Layer] = {}
+        # Every place that holds a leaf, once. Where one module is in two places, functional_call
+        # with tied weights would not put the parameters back (torch 2.11 to 2.13).
+        self._places: dict[str, int] = {}
         if isinstance(model, nn.Module):
-            _check_batch_norms(model)
             index = {name: i for i, name in enumerate(names or [])}
+            numbers = {id(p): index[n] for n, p in model.named_parameters() if n in index}
             for name, module in model.named_modules():
-                rule, owned = sums_of(module), own_parameters(module, name)
+                _check_batch_norm(name, module)
+                prefix = f"{name}." if name else ""
+                for short, p in module._parameters.items():
+                    if id(p) in numbers:
+                        self._places[prefix + short] = numbers[id(p)]
+                rule = sums_of(module)
+                owned = ((short, prefix + short) for short in module._parameters)
                 leaves = [(short, index[full]) for short, full in owned if full in index]
                 if rule is not None and leaves:
                     self._layers[name] = _Layer(module, rule, leaves)
@@ -104,12 +126,12 @@ class SampleGradients:
             ValueError: If it returns another number of samples, depends on no parameter, lets the
                 samples of a batch meet, or draws random numbers for parameters of unknown layers.
         """
-        samples = min(_CHECKED, len(pytree.tree_leaves(inputs)[0]))
+        samples = min(_CHECKED, len(leaves_of(inputs)[0]))
         if self._layers and self._checked_layers < samples:
-            self._check_layers(part_of(inputs, 0, samples))
+            self._find_layers(part_of(inputs, 0, samples))
             self._checked_layers = samples
         before = self._random_numbers.states()
-        batch = self._evaluate(inputs)
+        batch = self._evaluate(inputs, self._own)
         after = self._random_numbers.states()
         drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         covered = {i for name in batch.calls for _, i in self._layers[name].leaves}
@@ -130,17 +152,21 @@ class SampleGradients:
 
         return batch.outputs.detach(), squares
 
-    def _call(self, leaves: Leaves, inputs: Any) -> Tensor:
-        parameters = self._tree.restore(leaves)
+    def _call(self, leaves: Leaves | None, inputs: Any) -> Tensor:
+        """Return the outputs at ``leaves``, or with the module's own parameters for None."""
         if isinstance(self._model, nn.Module):
             # A list too: a DataLoader makes one of the tuples of its samples.
             args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
-            outputs = torch.func.functional_call(self._model, parameters, args)
+            if leaves is None:
+                outputs = self._model(*args)
+            else:
+                values = {name: leaves[i] for name, i in self._places.items()}
+                outputs = torch.func.functional_call(self._model, values, args, tie_weights=False)
         else:
-            outputs = self._model(parameters, inputs)
+            outputs = self._model(self._tree.restore(leaves or []), inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"model must return a torch.Tensor, got {type(outputs).__name__}")
-        samples = len(pytree.tree_leaves(inputs)[0])
+        samples = len(leaves_of(inputs)[0])
         if outputs.dim() < 1 or len(outputs) != samples:
             raise ValueError(
                 f"model must return outputs of shape ({samples}, ...), one for each sample of "
@@ -150,8 +176,11 @@ class SampleGradients:
 
     # Known layers
 
-    def _evaluate(self, inputs: Any) -> _Batch:
-        """Run the model, and record the layers that are called once, with the batch in front."""
+    def _evaluate(self, inputs: Any, own: bool = False) -> _Batch:
+        """Run the model, and record the layers that are called once, with the batch in front.
+
+        With the module's ``own`` parameters there are no leaves, which the layers need not.
+        """
         calls: dict[str, list[_Call]] = {name: [] for name in self._layers}
 
         def recorder(name: str) -> Callable[..., None]:
@@ -169,7 +198,7 @@ class SampleGradients:
         ]
         try:
             with torch.inference_mode(False), torch.enable_grad():
-                leaves = self._tree.requiring_grad()
+                leaves = None if own else self._tree.requiring_grad()
                 outputs = self._call(leaves, inputs)
         finally:
             for handle in handles:
@@ -180,7 +209,7 @@ class SampleGradients:
             for name, found in calls.items()
             if len(found) == 1 and found[0].input.dim() and len(found[0].input) == len(outputs)
         }
-        return _Batch(outputs, leaves, once)
+        return _Batch(outputs, leaves or [], once)
 
     def _add_layers(self, found: list[Tensor | None], batch: _Batch, vectors: Tensor) -> None:
         entries = sum(call.entries for call in batch.calls.values())
@@ -222,14 +251,42 @@ class SampleGradients:
             sums |= {i: of_layer[short] for short, i in layer.leaves}
         return sums
 
-    def _check_layers(self, inputs: Any) -> None:
-        """Leave only layers that agree with autograd, and whose samples do not meet, on a few."""
+    def _find_layers(self, inputs: Any) -> None:
+        """Leave only layers that agree with autograd on a few samples, now or in another call."""
+        network = description_of(self._model) if isinstance(self._model, nn.Module) else None
+        if network is None:
+            self._check_layers(inputs)
+            return
+        # A plain number among the inputs may steer the network; what else there is, may too.
+        tensors, structure = pytree.tree_flatten(inputs)
+        if not all(isinstance(t, Tensor) for t in tensors):
+            self._check_layers(inputs)
+            return
+        shapes = [(t.shape, t.dtype) for t in tensors]
+        autocast = torch.is_autocast_enabled(self._tree.device.type)
+        leaves = tuple(self._names or []), self._tree.dtype, self._tree.device
+        key = network, leaves, structure, tuple(shapes), autocast
+        agreeing = _AGREEING.get(key)
+        if agreeing is not None:
+            self._layers = {name: self._layers[name] for name in agreeing}
+        elif self._check_layers(inputs) and self._by_vmap:
+            if len(_AGREEING) >= _MOST_REMEMBERED:
+                _AGREEING.clear()
+            _AGREEING[key] = frozenset(self._layers)
+
+    def _check_layers(self, inputs: Any) -> bool:
+        """Leave only layers that agree with autograd, and whose samples do not meet, on a few.
+
+        Returns:
+            Whether every gradient was there to compare with: where a network is dead, zeros agree
+            with anything.
+        """
         batch = self._evaluate(inputs)
         if not batch.calls:
             self._layers = {}
-            return
+            return False
         # Vectors for every other sample: what comes back to the others must be zero.
-        vectors = torch.stack([arbitrary(batch.outputs, k) for k in range(2)])
+        vectors = arbitrary(batch.outputs, 2)
         vectors[:, 1::2] = 0.0
         expected = torch.autograd.grad(
             batch.outputs, batch.leaves, vectors.sum(0), retain_graph=True, allow_unused=True
@@ -260,6 +317,8 @@ class SampleGradients:
                 self._note_no_vmap("vmap of a backward pass gives other gradients")
             found = by_loop
         self._layers = found
+        gradients = [expected[i] for layer in found.values() for _, i in layer.leaves]
+        return all(g is not None and bool(g.any()) for g in gradients)
 
     def _note_no_vmap(self, reason: str) -> None:
         if self._by_vmap:
@@ -388,19 +447,25 @@ def _returned(batch: _Batch, vectors: Tensor, together: bool) -> Sequence[Gradie
     ]
 
 
-def _check_batch_norms(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
-            module.training or module.running_mean is None
-        ):
-            raise ValueError(
-                "BatchNorm layers of model must be in eval mode, with running statistics, got "
-                f"{name!r} in training mode or without them: samples would meet"
-            )
+def _check_batch_norm(name: str, module: nn.Module) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    ):
+        raise ValueError(
+            "BatchNorm layers of model must be in eval mode, with running statistics, got "
+            f"{name!r} in training mode or without them: samples would meet"
+        )
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Return the leaves of a tree, for one tensor without a walk."""
+    return [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
 
 
 def part_of(tree: Any, first: int, last: int) -> Any:
     """Return samples first .. last - 1 of every tensor of a tree."""
+    if isinstance(tree, Tensor):
+        return tree[first:last]
     return pytree.tree_map_only(Tensor, lambda t: t[first:last], tree)
 
 

@@ -16,7 +16,7 @@ from hessdiag import over_data, per_sample
 
 def jacobians(module, inputs):
     """J of each sample, (C, ...) by name: one sample, one output and one backward pass a time."""
-    parameters = dict(module.named_parameters())
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     found = []
     for x in inputs:
         rows = [
@@ -387,6 +387,214 @@ def test_dropout_of_known_layers_is_one_function_for_all_passes():
     torch.testing.assert_close(result.diagonal["0.weight"], expected.detach())
 
 
+# What is remembered from one call for the next
+
+
+@pytest.fixture
+def forgotten(monkeypatch):
+    """Nothing is remembered, and what is looked at is counted."""
+    monkeypatch.setattr(per_sample, "_AGREEING", {})
+    monkeypatch.setattr(over_data, "_AGREEING", set())
+    looked_at = {"layers": 0, "loss": 0}
+
+    def counted(owner, name, key):
+        function = getattr(owner, name)
+
+        def wrapper(*args):
+            looked_at[key] += 1
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    counted(per_sample.SampleGradients, "_check_layers", "layers")
+    counted(over_data, "_loss_of", "loss")
+    return looked_at
+
+
+def layers():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 3)
+    ).double()
+
+
+SQUARES = nn.MSELoss(reduction="sum")
+
+
+def assert_right(module, samples=5):
+    x = torch.randn(samples, 4, dtype=torch.float64)
+    data = [(x, torch.randn(samples, 3, dtype=torch.float64))]
+    result = hessdiag.gauss_newton_over_data(module, SQUARES, data, reduction="sum")
+    expected = {name: 2 * square for name, square in sum_of_squares(module, x).items()}
+    assert_same(result.diagonal, expected)
+
+
+def test_a_second_call_looks_at_nothing_again(forgotten):
+    module = layers()
+    assert_right(module)
+    assert forgotten == {"layers": 1, "loss": 1}
+    assert_right(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1)
+    assert_right(module, samples=9)
+    assert_right(layers())
+    assert forgotten == {"layers": 1, "loss": 1}
+    # Of fewer samples than are looked at, less is known.
+    assert_right(module, samples=1)
+    assert forgotten == {"layers": 2, "loss": 1}
+    assert_right(module)
+    assert forgotten["layers"] == 2
+
+
+def double_the_output(module, args, output):
+    return 2 * output
+
+
+def of_doubled_inputs(layer):
+    return lambda x: functional.linear(2 * x, layer.weight, layer.bias)
+
+
+def another_layer(module):
+    module[2] = nn.Linear(4, 4, bias=False).double()
+
+
+def one_weight_in_two(module):
+    module[2].weight = module[0].weight
+
+
+def one_layer_twice(module):
+    module[2] = module[0]
+
+
+def patched(module):
+    module[2].forward = of_doubled_inputs(module[2])
+
+
+CHANGES = {
+    "another layer": another_layer,
+    "one weight in two": one_weight_in_two,
+    "one layer twice": one_layer_twice,
+    "forward": patched,
+    "hook": lambda module: module[2].register_forward_hook(double_the_output),
+    "hook before": lambda module: module[2].register_forward_pre_hook(
+        lambda layer, args: (2 * args[0],)
+    ),
+    "gradient": lambda module: module[2].weight.requires_grad_(False),
+    "no layer": lambda module: module.__setitem__(2, Unlike().double()),
+}
+
+
+class Unlike(nn.Linear):
+    """A layer that is none, although it derives from one."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_module_is_looked_at_again(forgotten, change):
+    module = layers()
+    assert_right(module)
+    change(module)
+    assert_right(module)
+    assert forgotten["layers"] == 2
+
+
+def test_a_patched_class_is_looked_at_again(forgotten, monkeypatch):
+    module = layers()
+    assert_right(module)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: of_doubled_inputs(self)(x))
+    assert_right(module)
+    assert forgotten["layers"] == 2
+
+
+def test_batch_norm_put_in_training_mode(forgotten):
+    module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double().eval()
+    assert_right(module)
+    assert_right(module)
+    with pytest.raises(ValueError, match="BatchNorm layers of model must be in eval mode"):
+        assert_right(module.train())
+
+
+class Gated(nn.Module):
+    """Code of its own, which says something else once a buffer is no longer zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("again", torch.zeros(()))
+
+    def forward(self, x):
+        return self.layer(x) + self.again * functional.linear(x, self.layer.weight).tanh()
+
+
+def test_other_code_is_looked_at_in_every_call(forgotten):
+    module = Gated().double()
+    assert_right(module)
+    module.again.fill_(1.0)
+    assert_right(module)
+    assert forgotten["layers"] == 2
+
+
+def test_what_a_dead_network_says_is_not_remembered(forgotten):
+    """Where every gradient is zero, a wrong rule would agree."""
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    nn.init.constant_(module[0].bias, -100.0)
+    assert_right(module)
+    assert_right(module)
+    assert forgotten["layers"] == 2
+
+
+def test_a_closed_form_that_is_wrong_is_not_taken(forgotten, monkeypatch):
+    right = over_data.closed_root
+    monkeypatch.setattr(over_data, "closed_root", lambda loss, y, t: right(loss, 1.5 * y + 1, t))
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    module = layers()
+    results = [
+        hessdiag.gauss_newton_over_data(module, loss, [(x, y)]).diagonal
+        for loss in (nn.CrossEntropyLoss(), lambda o, t: functional.cross_entropy(o, t))
+    ]
+    assert_same(*results)
+    assert not over_data._AGREEING
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        ([0, 1, -100, 0, 1], ValueError, "loss must be the sum or the mean over the samples"),
+        ([0, 1, 3, 0, 1], IndexError, "Target 3 is out of bounds"),
+    ],
+)
+def test_targets_are_looked_at_in_every_call(forgotten, targets, error, message):
+    module, x = layers(), torch.randn(5, 4, dtype=torch.float64)
+    usual = torch.tensor([0, 1, 2, 0, 1])
+    loss = nn.CrossEntropyLoss()
+    hessdiag.gauss_newton_over_data(module, loss, [(x, usual)])
+    assert len(over_data._AGREEING) == 1
+    with pytest.raises(error, match=message):
+        hessdiag.gauss_newton_over_data(module, loss, [(x, torch.tensor(targets))])
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]).double())
+    with pytest.raises(ValueError, match="loss must be the sum or the mean"):
+        hessdiag.gauss_newton_over_data(module, weighted, [(x, usual)])
+
+
+def test_a_loss_that_is_changed_is_looked_at_again(forgotten):
+    module, x = layers(), torch.randn(5, 4, dtype=torch.float64)
+    loss, data = nn.MSELoss(), [(x, x[:, :3])]
+    mean = hessdiag.gauss_newton_over_data(module, loss, data).diagonal
+    loss.reduction = "sum"
+    summed = hessdiag.gauss_newton_over_data(module, loss, data).diagonal
+    assert_same(summed, {name: 3 * part for name, part in mean.items()})
+    loss.register_forward_hook(double_the_output)
+    doubled = hessdiag.gauss_newton_over_data(module, loss, data).diagonal
+    assert_same(doubled, {name: 2 * part for name, part in summed.items()})
+    assert forgotten["loss"] == 3
+
+
 # Fewer passes than outputs
 
 
@@ -533,6 +741,21 @@ def test_some_of_the_parameters(problem):
         problem.module, functional.cross_entropy, data, parameters=chosen
     )
     assert_same(part.diagonal, {"2.weight": whole.diagonal["2.weight"]})
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["one weight", "one module"])
+def test_a_module_with_something_in_two_places_is_left_as_it_was(twice):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    if twice:
+        module[2] = module[0]
+    module[2].weight = weight = module[0].weight
+    chosen = dict(module.named_parameters())
+    x = torch.randn(5, 3)
+    for parameters in (None, chosen, {"0.weight": 2 * weight.detach()}):
+        hessdiag.gauss_newton_over_data(module, half_squares, [(x, x)], parameters=parameters)
+        assert module[0].weight is weight
+        assert module[2].weight is weight
+        assert dict(module.named_parameters()).keys() == chosen.keys()
 
 
 def test_the_module_is_left_as_it_was(problem):
