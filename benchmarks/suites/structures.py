@@ -26,7 +26,8 @@ def run(setting: Setting) -> tuple[Row, str]:
             rows.append({"structure": name, "shape": str(shape), "part": part} | ratios)
     record = {
         "suite": "structures",
-        "seeds": seeds,
+        "seeds": {"designs": f"0 to {seeds - 1}"},
+        "num_seeds": seeds,
         "environment": environment(setting.device),
         "rows": rows,
         "largest": max(row[f"M={M}"] for row in rows for M in _PROBES),
@@ -40,5 +41,5 @@ def report(record: Row) -> str:
     table = markdown_table(record["rows"], columns)
     return (
         f'Variance of "auto" over that of as many Rademacher probes, mean over '
-        f"{record['seeds']} seeds; the largest is {record['largest']:.3f}.\n\n{table}"
+        f"{record['num_seeds']} seeds; the largest is {record['largest']:.3f}.\n\n{table}"
     )
