@@ -43,11 +43,26 @@ def standard_error(num_blocks: int, squared_deviations: Tensor) -> Tensor:
         return torch.full_like(squared_deviations, torch.inf)
     own = squared_deviations / (n * (n - 1))
     pooled = _over_entries(own)
-    stand_in = min(1.0, 2.0 ** (3 - n)) * pooled
-    error = torch.where(own > _ROUNDING * pooled, own, stand_in).sqrt()
+    error = stood_in_for(own, pooled, n).sqrt()
     if 0.5 ** ((n - 1) * -(-own.shape[1:].numel() // 2)) > _LUCK:
         error = torch.where(pooled == 0, torch.inf, error)
     return error
+
+
+def stood_in_for(own: Tensor, pooled: Tensor, num_blocks: int) -> Tensor:
+    """Return variances, with a part of the mean one in place of those that are zero by luck.
+
+    Args:
+        own: The variance of each entry.
+        pooled: Their mean, to broadcast.
+        num_blocks: n, of :func:`standard_error`.
+
+    Example:
+        >>> stood_in_for(torch.tensor([0.0, 2.0]), torch.tensor(1.0), num_blocks=4)
+        tensor([0.5000, 2.0000])
+    """
+    stand_in = min(1.0, 2.0 ** (3 - num_blocks)) * pooled
+    return torch.where(own > _ROUNDING * pooled, own, stand_in)
 
 
 Part = tuple[Tensor, Tensor, Tensor]

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from hessdiag.checks import check_batch
+from hessdiag.intervals import stood_in_for
 from hessdiag.kernels import rademacher
 from hessdiag.kernels.philox import (
     FEATURES_PER_SIGN_TILE,
@@ -196,11 +197,16 @@ class TreeMoments:
                 self._deviations[i].addcmul_(delta, y.sub_(mean))
 
     def stderr(self) -> Leaves:
-        """Return the standard errors of the mean, infinite for one tree."""
+        """Return the standard errors of the mean, infinite for one tree.
+
+        An entry whose few products agree by luck takes part of the mean variance of its tensor, as
+        in :func:`hessdiag.intervals.standard_error`.
+        """
         if self.count < 2:
             return [torch.full_like(mean, torch.inf) for mean in self.mean]
         scale = 1.0 / (self.count * (self.count - 1))
-        return [(deviation * scale).sqrt_() for deviation in self._deviations]
+        variances = (deviation * scale for deviation in self._deviations)
+        return [stood_in_for(own, own.mean(), self.count).sqrt_() for own in variances]
 
 
 def root_mean_square(leaves: Sequence[Tensor]) -> Tensor:

@@ -42,6 +42,7 @@ class ParameterDiagonal:
         mode: How derivatives were taken: "vjp" is reverse mode alone, "jvp" has a part in forward
             mode.
         note: What a reader should know of how it was done, or "".
+        converged: Whether the tolerance was reached, bool of shape (); None where there was none.
     """
 
     diagonal: Tree
@@ -49,6 +50,7 @@ class ParameterDiagonal:
     num_probes: Tensor
     mode: str
     note: str
+    converged: Tensor | None = None
 
     def sum_of_each(self) -> Tree:
         """Return the sum over each parameter tensor: the trace of its block of the matrix.
@@ -330,7 +332,7 @@ def estimate_over_parameters(
     if tolerance and not stderr:
         raise ValueError("stderr must be True with rtol or atol, which stop by it, got False")
     if probes == "rademacher" or isinstance(probes, Rademacher):
-        mean, errors, count = _by_signs(
+        mean, errors, count, converged = _by_signs(
             products, tree, max_probes, tolerance, stderr, seed_tensor(seed, tree.device),
             probe_offset,
         )  # fmt: skip
@@ -359,12 +361,14 @@ def estimate_over_parameters(
         )
         mean, count = tree.split(streamed.mean[0]), int(streamed.num_probes[0])
         errors = tree.split(streamed.stderr[0]) if stderr else None
+        converged = bool(streamed.converged[0])
     return ParameterDiagonal(
         diagonal=tree.restore(mean),
         stderr=None if errors is None else tree.restore(errors),
         num_probes=torch.tensor(count),
         mode=products.mode,
         note="; ".join(products.notes + notes),
+        converged=torch.tensor(converged) if tolerance else None,
     )
 
 
@@ -376,20 +380,21 @@ def _by_signs(
     stderr: bool,
     seed: Tensor,
     probe_offset: int,
-) -> tuple[Leaves, Leaves | None, int]:
+) -> tuple[Leaves, Leaves | None, int, bool]:
     signs = sign_vectors(tree.size, seed, tree.dtype)
     moments = TreeMoments(deviations=stderr)
+    converged = False
     for m in range(max_probes):
         probe = tree.split(signs(probe_offset + m))
         moments.add(probe, products(probe))
-        looks = tolerance and moments.count % PROBES_PER_SIGN_TILE == 0
-        if looks and _reached(tolerance, moments):
+        looks = moments.count % PROBES_PER_SIGN_TILE == 0 or moments.count == max_probes
+        converged = tolerance is not None and looks and _reached(tolerance, moments)
+        if converged:
             break
-    return moments.mean, moments.stderr() if stderr else None, moments.count
+    return moments.mean, moments.stderr() if stderr else None, moments.count, converged
 
 
-def _reached(tolerance: Tolerance | None, moments: TreeMoments) -> bool:
-    assert tolerance is not None
+def _reached(tolerance: Tolerance, moments: TreeMoments) -> bool:
     num_entries = sum(mean.numel() for mean in moments.mean)
     size, error = root_mean_square(moments.mean), root_mean_square(moments.stderr())
     return bool(tolerance.holds(size, error, num_entries, moments.count))

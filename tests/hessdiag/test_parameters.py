@@ -288,3 +288,34 @@ def test_a_tolerance_is_not_reached_by_luck():
         error = (result.diagonal - truth).square().mean().sqrt()
         met += bool(error <= 0.7 * truth.square().mean().sqrt())
     assert met >= 0.9 * len(seeds)
+
+
+@pytest.mark.parametrize("M", [2, 3, 4])
+def test_entries_whose_probes_agree_are_not_certain(M):
+    """One entry off the diagonal in each row: half of the pairs of probes agree, and are wrong."""
+    size = 64
+    H = torch.eye(size) + 0.7 * torch.eye(size).roll(size // 2, 0)
+
+    def loss(p):
+        return p["w"] @ H @ p["w"] / 2 + p["b"].sum()
+
+    parameters = {"w": torch.ones(size), "b": torch.zeros(3)}
+    result = hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=M)
+    wrong = (result.diagonal["w"] - 1).abs() > 1e-3
+    assert wrong.any()
+    assert (result.stderr["w"][wrong] > 0.1).all()
+    assert torch.equal(result.stderr["b"], torch.zeros(3))
+    assert result.converged is None
+
+
+def test_whether_the_tolerance_was_reached():
+    def loss(p):
+        return (p.square().sum() + 0.1 * p.sum().square()) / 2
+
+    p = torch.ones(20)
+    few, enough = (
+        hessdiag.parameter_hessian_diagonal(loss, p, max_probes=M, rtol=0.1) for M in (16, 500)
+    )
+    assert few.converged.item() is False
+    assert enough.converged.item() is True
+    assert enough.num_probes < 500
