@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -279,6 +280,7 @@ def tolerance_of(rtol: float | None, atol: float | None) -> Tolerance | None:
     """Return the tolerance, or None if neither part is given.
 
     Raises:
+        TypeError: If a part is no number.
         ValueError: If a part is negative, or neither is positive.
 
     Example:
@@ -289,13 +291,17 @@ def tolerance_of(rtol: float | None, atol: float | None) -> Tolerance | None:
         return None
     relative, absolute = rtol or 0.0, atol or 0.0
     for name, value in (("rtol", relative), ("atol", absolute)):
+        if not isinstance(value, numbers.Real):
+            raise TypeError(
+                f"{name} must be a number, got {value!r} of type {type(value).__name__}"
+            )
         if not value >= 0.0:
             raise ValueError(f"{name} must be at least 0, got {value}")
     if relative == absolute == 0.0:
         raise ValueError(
             "rtol or atol must be positive, got 0: use hessdiag.exact for the diagonal"
         )
-    return Tolerance(relative, absolute)
+    return Tolerance(float(relative), float(absolute))
 
 
 def estimate_from_products(

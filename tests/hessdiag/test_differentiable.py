@@ -171,6 +171,83 @@ def test_inside_a_transform_a_gradient_is_never_zero(network, take, mode):
         torch.func.grad(lambda p: take(made).sum() * p["0.bias"].sum())(parameters)
 
 
+def estimate_by_hand(net, parameters, x, M, mode):
+    """The mean of v * (J v), or v * (J^T v), over the signs of the contract."""
+    signs = hessdiag.kernels.rademacher((M, *x.shape), 3, dtype=x.dtype)
+
+    def row_function(row):
+        return functional_call(net, parameters, (row[None],))[0]
+
+    matrices = torch.stack([torch.func.jacrev(row_function)(row) for row in x])
+    matrices = matrices.mT if mode == "vjp" else matrices
+    return (signs * torch.einsum("bij,mbj->mbi", matrices, signs)).mean(0)
+
+
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("M", [1, 8])
+class TestEstimates:
+    def diagonal(self, net, parameters, x, M, mode):
+        return hessdiag.hutchinson(
+            lambda z: functional_call(net, parameters, (z,)),
+            x,
+            M,
+            seed=3,
+            mode=mode,
+            differentiable=True,
+        )
+
+    def test_hutchinson_by_torch_func(self, network, mode, M):
+        net, parameters = network
+        weights = point(3, 5, seed=2)
+        got, expected = (
+            torch.func.grad(lambda p, z, f=f: (weights * f(net, p, z, M, mode)).sum(), (0, 1))(
+                parameters, point(3, 5)
+            )
+            for f in (self.diagonal, estimate_by_hand)
+        )
+        torch.testing.assert_close(got, expected)
+
+    def test_trace_by_backward(self, network, mode, M):
+        net, parameters = network
+        parameters = {name: value.clone().requires_grad_() for name, value in parameters.items()}
+        x = point(3, 5)
+        result = hessdiag.trace(
+            lambda z: functional_call(net, parameters, (z,)),
+            x,
+            max_probes=M,
+            seed=3,
+            mode=mode,
+            differentiable=True,
+        )
+        leaves = list(parameters.values())
+        got = torch.autograd.grad(result.trace.square().sum(), leaves, allow_unused=True)
+        by_hand = estimate_by_hand(net, parameters, x, M, mode).sum(1)
+        expected = torch.autograd.grad(by_hand.square().sum(), leaves, allow_unused=True)
+        for ours, theirs in zip(got[:-1], expected[:-1], strict=True):
+            torch.testing.assert_close(ours, theirs)
+        assert not result.stderr.requires_grad
+
+
+@pytest.mark.parametrize("probes", ["auto", "coloring", "orthogonal", "normal"])
+def test_every_design_carries_gradients(probes):
+    """J = diag(w) + couplings that do not depend on w: whatever is drawn, the gradient is one."""
+    w = torch.ones(1, 6, 6, dtype=torch.float64, requires_grad=True)
+    x = point(2, 1, 6, 6)
+    result = hessdiag.estimate(
+        lambda z: w * z + z.roll(1, 3),
+        x,
+        max_probes=12,
+        probes=probes,
+        differentiable=True,
+    )
+    (gradient,) = torch.autograd.grad(result.diagonal.sum(), w)
+    if probes != "normal":
+        torch.testing.assert_close(gradient, torch.full_like(w, 2.0))
+    else:
+        assert ((gradient / 2 - 1).abs() < 2).all()
+        assert gradient.abs().min() > 0
+
+
 class TestErrors:
     def test_what_has_no_second_derivative(self):
         with pytest.raises(ValueError, match="compile=True must be left out"):

@@ -385,6 +385,10 @@ class TestTolerance:
         with pytest.raises(ValueError, match=message):
             hessdiag.estimate(torch.sin, torch.zeros(1, 2), max_probes=3, **arguments)
 
+    def test_a_tolerance_that_is_no_number(self):
+        with pytest.raises(TypeError, match=r"rtol must be a number, got '0\.1' of type str"):
+            hessdiag.estimate(torch.sin, torch.zeros(1, 2), max_probes=3, rtol="0.1")
+
 
 class TestChoice:
     """probes="coloring" and "auto"."""
