@@ -224,6 +224,78 @@ def further_structures() -> dict[str, tuple[Shape, Tensor]]:
     }
 
 
+def unseen_structures() -> dict[str, tuple[Shape, Tensor]]:
+    """Shapes and Jacobians that were written down after the choice was settled."""
+    image, colour = (1, 16, 16), (3, 12, 12)
+    generator = torch.Generator().manual_seed(60)
+    groups = torch.randperm(256, generator=generator) // 16
+    sparse = torch.rand(256, 256, generator=generator) < 0.03
+    causal = [_kernel(61 + k, 1, 1, 2) for k in range(4)]
+    frequencies = torch.fft.fftfreq(16)
+    power = (frequencies[:, None].square() + frequencies.square() + 1e-3) ** -1.0
+    band_limited = (frequencies[:, None].square() + frequencies.square()).sqrt() < 0.15
+    spike = _kernel(66, 256) * (torch.rand(256, generator=generator) < 0.2)
+    blur = _kernel(67, 1, 1, 5, 5).abs()
+    pool = torch.kron(torch.eye(8), torch.ones(1, 2) / 2)
+    pool = torch.kron(pool, pool)
+
+    def filtered(response: Tensor) -> Tensor:
+        return _of(lambda x: torch.fft.ifft2(torch.fft.fft2(x) * response).real, image)
+
+    def in_one_window(one: Tensor, other: Tensor) -> Tensor:
+        return ((one[..., 1:] + 2) // 4 == (other[..., 1:] + 2) // 4).all(-1)
+
+    def axial(one: Tensor, other: Tensor) -> Tensor:
+        return (one[..., 1:] == other[..., 1:]).any(-1)
+
+    def near_tokens(one: Tensor, other: Tensor) -> Tensor:
+        return (one[..., 0] - other[..., 0]).abs() <= 3
+
+    def sub_pixels(one: Tensor, other: Tensor) -> Tensor:
+        places = [
+            2 * place[..., 1:] + torch.stack([place[..., 0] // 2, place[..., 0] % 2], dim=-1)
+            for place in (one, other)
+        ]
+        return (places[0] - places[1]).abs().amax(-1) <= 1
+
+    def causal_filters(x: Tensor) -> Tensor:
+        parts = (
+            functional.conv1d(functional.pad(x, (2**k, 0)), weight, dilation=2**k)
+            for k, weight in enumerate(causal)
+        )
+        return torch.stack(list(parts)).sum(0)
+
+    return {
+        "dilated convolution, 3": (image, _convolution(image, 3, 3, 70)),
+        "dilated convolution, 5": ((2, 16, 16), _convolution((2, 16, 16), 3, 5, 71)),
+        "convolution, 5 wide": (colour, _convolution(colour, 5, 1, 72)),
+        "column of seven": (image, _moves(image, [(1, 0), (2, 0), (3, 0)], 73)),
+        "roll by a third": ((1, 15, 15), _of(lambda x: x + x.roll(5, -1), (1, 15, 15))),
+        "mirror": (image, _of(lambda x: x + x.flip(-1), image)),
+        "quarter turn": (image, _of(lambda x: x + x.rot90(1, (-2, -1)), image)),
+        "shifted windows": (image, _where(image, in_one_window, 74)),
+        "axial attention": (image, _where(image, axial, 75)),
+        "pooled dense": (image, torch.eye(256) + pool.T @ _dense(64, 76) @ pool),
+        "random sparse": (image, _dense(256, 77) * sparse),
+        "hidden groups": (image, _dense(256, 78) * (groups[:, None] == groups)),
+        "causal filters": ((1, 256), _of(causal_filters, (1, 256))),
+        "wide sequence": (
+            (8, 32),
+            _of(lambda x, w=_kernel(79, 8, 8, 3): functional.conv1d(x, w, padding=1), (8, 32)),
+        ),
+        "band of tokens": ((64, 4), _where((64, 4), near_tokens, 80)),
+        "pixel shuffle": ((4, 8, 8), _where((4, 8, 8), sub_pixels, 81)),
+        "band-limited": (image, filtered(band_limited.float())),
+        "power law": (image, filtered(power)),
+        "high pass": (
+            image,
+            torch.eye(256)
+            - _of(lambda x: functional.conv2d(x, blur / blur.sum(), padding=2), image),
+        ),
+        "sparse rank one": (image, torch.eye(256) + torch.outer(spike, spike)),
+    }
+
+
 def variance_ratio(shape: Shape, J: Tensor, max_probes: int, num_seeds: int) -> float:
     """Return the variance of "auto" over that of as many Rademacher probes, mean over the entries.
 

@@ -19,7 +19,7 @@ SUITES = {
     "kernels": "the ops against eager PyTorch, torch.compile and diffusers' schedulers",
     "machine_code": "the Triton kernels compiled for sm_90, which takes no GPU",
     "estimators": "every estimator on a trained U-Net: cost, error and memory; other libraries",
-    "structures": "the choice of probes against Rademacher on Jacobians of 40 structures",
+    "structures": "the choice of probes against Rademacher on Jacobians of 60 structures",
     "parameters": "Hessian, Gauss-Newton and Fisher diagonals over parameters; other libraries",
     "sampling": "passes and time that a covariance adds to a sampling step",
     "data": "memory and time to the first step of training on image files",

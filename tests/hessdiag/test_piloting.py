@@ -4,13 +4,18 @@ import math
 
 import pytest
 import torch
-from harness.structures import further_structures, known_structures, variance_ratio
+from harness.structures import (
+    further_structures,
+    known_structures,
+    unseen_structures,
+    variance_ratio,
+)
 
 import hessdiag
 from hessdiag.lattices import lattice_colors, turned_lattice
 from hessdiag.piloting import lattice_is_better, plan
 
-STRUCTURES = known_structures() | further_structures()
+STRUCTURES = known_structures() | further_structures() | unseen_structures()
 PROBES = (1, 4, 12, 24, 48, 192)
 
 
