@@ -236,6 +236,7 @@ def unseen_structures() -> dict[str, tuple[Shape, Tensor]]:
     band_limited = (frequencies[:, None].square() + frequencies.square()).sqrt() < 0.15
     spike = _kernel(66, 256) * (torch.rand(256, generator=generator) < 0.2)
     blur = _kernel(67, 1, 1, 5, 5).abs()
+    wide = _kernel(79, 8, 8, 3)
     pool = torch.kron(torch.eye(8), torch.ones(1, 2) / 2)
     pool = torch.kron(pool, pool)
 
@@ -281,7 +282,7 @@ def unseen_structures() -> dict[str, tuple[Shape, Tensor]]:
         "causal filters": ((1, 256), _of(causal_filters, (1, 256))),
         "wide sequence": (
             (8, 32),
-            _of(lambda x, w=_kernel(79, 8, 8, 3): functional.conv1d(x, w, padding=1), (8, 32)),
+            _of(lambda x: functional.conv1d(x, wide, padding=1), (8, 32)),
         ),
         "band of tokens": ((64, 4), _where((64, 4), near_tokens, 80)),
         "pixel shuffle": ((4, 8, 8), _where((4, 8, 8), sub_pixels, 81)),

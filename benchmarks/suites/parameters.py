@@ -111,7 +111,10 @@ def report(record: Row) -> str:
 
 
 def plot(record: Row, out: Path) -> None:
-    """Draw error against time of the Gauss-Newton diagonals, a panel for each network."""
+    """Draw the time of each Gauss-Newton diagonal as a bar, a panel for each network.
+
+    The error stands at the end of the bar.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,18 +122,30 @@ def plot(record: Row, out: Path) -> None:
 
     rows = [row for row in record["gauss_newton"] if "milliseconds" in row]
     rows = [row for row in rows if "empirical" not in row["method"]]
+    methods = list(dict.fromkeys(row["method"] for row in rows))[::-1]
     networks = list(dict.fromkeys(row["network"] for row in rows))
     figure, axes = plt.subplots(
-        1, len(networks), figsize=(4.2 * len(networks), 3.8), layout="constrained", squeeze=False
+        1,
+        len(networks),
+        figsize=(3.0 + 2.2 * len(networks), 0.6 + 0.32 * len(methods)),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
     )
     for panel, network in zip(axes[0], networks, strict=True):
         for row in (row for row in rows if row["network"] == network):
+            place, time = methods.index(row["method"]), row["milliseconds"]
             ours = row["method"].startswith("hessdiag")
-            point = row["milliseconds"], max(row["relative_error"], 1e-8)
-            panel.plot(*point, "o" if ours else "s", color="#0072B2" if ours else "#D55E00")
-            panel.annotate(row["method"], point, fontsize=6)
-        panel.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="relative error")
+            panel.barh(place, time, color="#0072B2" if ours else "#D55E00")
+            error = row["relative_error"]
+            text = " exact" if error < 1e-5 else f" {error:.2g}"
+            panel.annotate(text, (time, place), fontsize=7, va="center")
+        times = [row["milliseconds"] for row in rows if row["network"] == network]
+        panel.set(xscale="log", xlabel="milliseconds", xlim=(min(times) / 2, max(times) * 5))
+        panel.minorticks_off()
         panel.set_title(network, fontsize=10)
+    axes[0, 0].set_yticks(range(len(methods)), methods, fontsize=8)
+    figure.suptitle("Gauss-Newton diagonals: time, and relative error", fontsize=10)
     figure.savefig(out, dpi=130, facecolor="white")
     plt.close(figure)
 
