@@ -75,7 +75,7 @@ class Plan:
     far: Tensor
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def plan(sample_shape: tuple[int, ...], num_probes: int, seed: int, block: int) -> Plan | None:
     """Return the sets of features of a block, or None where pilots would cost too much.
 
@@ -196,7 +196,10 @@ class _Energies(NamedTuple):
 
 
 def _energies(plan: Plan, products: Tensor) -> _Energies:
-    energy = products.flatten(2).to(torch.promote_types(products.dtype, torch.float32)).square()
+    y = products.flatten(2).to(torch.promote_types(products.dtype, torch.float32))
+    tiny = torch.finfo(y.dtype).tiny
+    # Only ratios count, and no power may overflow.
+    energy = (y / y.abs().amax(dim=(0, 2))[:, None].clamp(min=tiny)).square()
     number = len(products)
     listeners, far = (sets[:number].to(energy.device) for sets in (plan.listeners, plan.far))
     numbers = plan.lattice.flatten().to(energy.device)
@@ -207,7 +210,6 @@ def _energies(plan: Plan, products: Tensor) -> _Energies:
         return (energy * where[:, None]).sum(dim=(0, 2)) / (where * probed).sum().clamp(min=1)
 
     outputs = energy * ~own[:, None]
-    tiny = torch.finfo(energy.dtype).tiny
     alike = outputs.sum(dim=(0, 2)).square() / outputs.square().sum(dim=(0, 2)).clamp(min=tiny)
     counts = [alike * where.sum() / (~own).sum() for where in (listeners, far)]
     return _Energies(for_a_pair(listeners), for_a_pair(far), for_a_pair(~own), *counts)
