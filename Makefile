@@ -31,7 +31,7 @@ demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare c
 test: $(VENV)/.installed-test ## Run the tests (8 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
-soak: $(VENV)/.installed-test ## The tests that take many minutes: every input of PyTorch's operators (20 minutes)
+soak: $(VENV)/.installed-test ## The tests that take many minutes: every input of PyTorch's operators (6 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m soak
 
 # See CONTRIBUTING.md. A forced ATEN_CPU_CAPABILITY breaks the C++ code that torch.compile writes,
