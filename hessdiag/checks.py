@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 
 import torch
 from torch import Tensor
 
 from hessdiag.compat import has_tangent
+from hessdiag.kernels.philox import integer_of
 
 
 def check_positive_int(name: str, value: object) -> int:
@@ -43,12 +43,10 @@ def as_int(name: str, value: object) -> int:
         >>> as_int("seed", np.int64(3))
         3
     """
-    if not isinstance(value, (bool, Tensor)):
-        try:
-            return operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    number = integer_of(value)
+    if number is None:
+        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    return number
 
 
 def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:

@@ -80,7 +80,8 @@ def description_of(network: nn.Module) -> Hashable | None:
 
 def _plain(value: Any) -> Hashable:
     if type(value) in _PLAIN:
-        return value  # type: ignore[no-any-return]
+        plain: Hashable = value
+        return plain
     if type(value) in (tuple, list):
         return tuple(_plain(v) for v in value)
     raise _NotPlainError

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ _CPU = ("cpu", torch.device("cpu"))
 
 
 def _checked_seed(seed: object) -> int:
-    number = _integer(seed)
+    number = integer_of(seed)
     if number is None:
         raise TypeError(
             f"seed must be an int, an int64 tensor or a torch.Generator, got {type(seed).__name__}"
@@ -143,15 +143,15 @@ def _checked_seed(seed: object) -> int:
     return number
 
 
-def _integer(value: object) -> int | None:
+def integer_of(value: object) -> int | None:
     """Return an integer of Python or NumPy as an int; None for what is none."""
     if type(value) is int:
         return value
-    if isinstance(value, (bool, Tensor)):
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
+        return operator.index(value)
+    except TypeError:  # a boolean of NumPy
         return None
 
 
@@ -173,7 +173,7 @@ def check_counter(name: str, first: int, count: int = 1) -> int:
         ...
         ValueError: sample_offset + 2 must be at most 2**32, got sample_offset = 4294967295
     """
-    number = _integer(first)
+    number = integer_of(first)
     if number is None:
         raise TypeError(f"{name} must be an int, got {type(first).__name__}")
     if number < 0:

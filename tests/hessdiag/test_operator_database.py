@@ -20,7 +20,7 @@ def independent_jacobian(name, function, x):
         return torch.stack([function(unit)[0] for unit in torch.eye(x.numel())[:, None].to(x)], 1)
     try:
         J = torch.autograd.functional.jacobian(function, x)[0, :, 0]
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:  # PyTorch has no derivative to compare with
         return None
     return J if bool(torch.isfinite(J).all()) else None
 
@@ -43,8 +43,8 @@ def differences(name, most_samples):
                 products = Jacobian(
                     function, x, mode=mode, batching=batching, rectangular=True
                 ).products(probes)[:, 0]
-            except (ValueError, RuntimeError, NotImplementedError):
-                continue  # refused
+            except (ValueError, RuntimeError):  # refused, which is not silent
+                continue
             same = torch.isclose(products, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
             if not bool(same.all()):
                 found.append((number, mode, batching, (products - expected).abs().max().item()))

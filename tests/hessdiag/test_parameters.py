@@ -188,11 +188,11 @@ class NoSecondBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        raise NotImplementedError("no rule")
+        raise RuntimeError("no rule")
 
 
 def test_what_cannot_be_differentiated_says_so():
-    with pytest.raises((RuntimeError, NotImplementedError), match="no rule"):
+    with pytest.raises(RuntimeError, match="no rule"):
         hessdiag.parameter_hessian_diagonal(
             lambda p: NoSecondBackward.apply(p).sum(), torch.ones(3), max_probes=1
         )
