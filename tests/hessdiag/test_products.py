@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from wrong_under_vmap import WrongUnderVmap
+from zero_by_loop import ZeroByLoop
 
 import hessdiag
 from hessdiag import Jacobian
@@ -148,7 +149,7 @@ class TestRemembered:
 
             def forward(self, x, t=0):
                 self.evaluations += 1
-                return self.layer(x) + _Fixed.apply(x) + t
+                return self.layer(x) + ZeroByLoop.apply(x) + t
 
         return NoVmap()
 
@@ -188,18 +189,6 @@ class TestRemembered:
         for wrong in (0, 1):
             result = hessdiag.exact(made(wrong), x)
             torch.testing.assert_close(result, 2 * x)
-
-
-class _Fixed(torch.autograd.Function):
-    """Zero, by a rule that torch.func cannot follow."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return torch.zeros_like(gradient)
 
 
 def coupled(x):
