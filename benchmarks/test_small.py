@@ -21,8 +21,8 @@ from hessdiag.kernels import (
     rademacher,
 )
 from ocm.data import digits
-from ocm.diffusion.small_unet import small_unet
 from ocm.sampling.samplers import reverse_step
+from ocm.training.small_unet import small_unet
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_ddpm_step(benchmark, name):
     x_s = benchmark(step).double()
     x, beta_bar = x_t.double(), schedule.beta_bar
     b = (schedule.alpha_bar[s].sqrt() * schedule.beta(s, t) / beta_bar[t]).item()
-    a = (schedule.alpha(s, t) ** 0.5 * beta_bar[s] / beta_bar[t]).item()
+    a = ((1 - schedule.beta(s, t)) ** 0.5 * beta_bar[s] / beta_bar[t]).item()
     residual = x_s - b * mixture.posterior_mean(x, t, schedule) - a * x
     # An untrained head states what x_t alone says, beta_bar / alpha_bar.
     identity, beta_tilde = torch.eye(2, dtype=torch.float64), schedule.beta_tilde(s, t)

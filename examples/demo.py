@@ -29,7 +29,6 @@ from ocm.covariances.names import label
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import noisy_prediction
 from ocm.diffusion.schedules import SCHEDULES
-from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import environment
 from ocm.evaluation.markdown import likelihood_markdown, table_of_lines
 from ocm.evaluation.pictures import evaluation_plot, sample_rows
@@ -38,6 +37,7 @@ from ocm.sampling.samplers import X0_RANGE, sample
 from ocm.training.loop import mean_of_last
 from ocm.training.objectives import train_denoiser, train_head
 from ocm.training.settings import TrainingSettings
+from ocm.training.small_unet import small_unet
 
 _SAMPLES_PER_ROW = 12
 _COVARIANCES = ("beta", "beta_tilde", "ocm", "hutchinson", "exact")

@@ -35,7 +35,8 @@ from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance
 from ocm.diffusion.architectures import Architecture
 from ocm.diffusion.denoiser import Denoiser, Prediction
-from ocm.diffusion.schedules import Schedule, cosine, from_betas, from_scheduler, linear
+from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
+from ocm.diffusion.schedules import Schedule, cosine, edm, flow, from_betas, linear, trigflow, vp
 from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
 from ocm.integrations.k_diffusion import KDiffusionDenoiser
 from ocm.sampling.any_sigma import x0_given
@@ -92,20 +93,25 @@ __all__ = [
     "ddim",
     "ddpm",
     "denoising_loss",
+    "edm",
     "even_timesteps",
     "fit_analytic",
     "fit_analytic_from_data",
+    "flow",
     "from_betas",
     "from_scheduler",
     "linear",
     "make_head",
     "optimal_timesteps",
     "posterior_mean_given_measurement",
+    "prediction_type_of",
     "quadratic_timesteps",
     "quantise",
     "sample",
     "train_denoiser",
     "train_head",
+    "trigflow",
+    "vp",
     "x0_given",
 ]
 

@@ -26,11 +26,11 @@ from ocm.covariances.names import LEARNED
 from ocm.data import Images
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
-from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import Row, environment
 from ocm.images import ArrowImages
 from ocm.training.loop import mean_of_last
 from ocm.training.settings import TrainingSettings
+from ocm.training.small_unet import small_unet
 from ocm.training.state import remove_states
 
 _FILES = ("train.parquet", "test.parquet")

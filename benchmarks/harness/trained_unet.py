@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ocm import Denoiser, cosine
 from ocm.data import digits
-from ocm.diffusion.small_unet import small_unet
 from ocm.training.objectives import train_denoiser
 from ocm.training.settings import TrainingSettings
+from ocm.training.small_unet import small_unet
 
 SIZE = 16
 _NUM_TRAIN, _NUM_TEST = 10_000, 64

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mixtures.mixture import Components, Mixture, Posterior
 from ocm.diffusion.architectures import Architecture
 from ocm.diffusion.denoiser import Denoiser
-from ocm.diffusion.schedules import Schedule, check_prediction_type
+from ocm.diffusion.predictions import check_prediction_type
+from ocm.diffusion.schedules import Schedule
 
 # Hat functions that stand for the noise level.
 NUM_LEVELS = 16

@@ -24,9 +24,9 @@ import hessdiag
 from hessdiag.compat import forward_mode_operators
 from hessdiag.probes import BalancedColoring, Coloring, ProbeDesign, Rademacher
 from ocm import Denoiser
-from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import Row, environment
 from ocm.evaluation.markdown import markdown_table
+from ocm.training.small_unet import small_unet
 from suites.products import naive_loop
 
 TIMESTEPS = (5, 50, 200, 500, 900)

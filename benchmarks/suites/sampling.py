@@ -16,10 +16,10 @@ from harness.timing import Setting, time_together
 
 import ocm
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation.environment import Row, environment
 from ocm.evaluation.markdown import markdown_table
 from ocm.sampling.samplers import ddpm, reverse_step
+from ocm.training.small_unet import small_unet
 
 COLUMNS = {
     "network": "",

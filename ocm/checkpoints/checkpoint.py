@@ -27,7 +27,8 @@ from ocm.covariances.names import LEARNED
 from ocm.diffusion.architectures import ARCHITECTURES
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
-from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas, from_scheduler
+from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
+from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas
 from ocm.diffusion.tables import Table
 
 _FORMAT = {"format": "ocm-checkpoint", "version": 2}
@@ -207,7 +208,7 @@ def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoi
     for part in ("unet", "transformer"):
         if (directory / part).is_dir():
             backbone = load_backbone(directory / part).to(device)
-            return Denoiser(backbone, schedule, config.get("prediction_type", "epsilon")).freeze()
+            return Denoiser(backbone, schedule, prediction_type_of(config)).freeze()
     raise CheckpointError(f"{directory} must hold a folder unet or transformer")
 
 
@@ -230,9 +231,15 @@ def load_backbone(directory: str | Path) -> Any:
 
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
     if schedule.name in SCHEDULES:
-        usual = SCHEDULES[schedule.name](schedule.num_timesteps)
+        usual = SCHEDULES[schedule.name](schedule.num_timesteps, **schedule.options)
         if torch.equal(usual.log_alpha_bar, schedule.log_alpha_bar):
-            return {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
+            entry = {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
+            return entry | ({"options": dict(schedule.options)} if schedule.options else {})
+    if schedule.is_continuous:
+        raise ValueError(
+            f"schedule must be one of {', '.join(SCHEDULES)} or discrete to be written, got the "
+            f"path {schedule.name!r} of functions"
+        )
     betas = [schedule.beta(t - 1, t) for t in range(1, schedule.num_timesteps + 1)]
     return {"name": schedule.name, "betas": betas}
 
@@ -240,7 +247,7 @@ def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
 def _schedule(entry: dict[str, Any]) -> Schedule:
     if "betas" in entry:
         return from_betas(entry["betas"], str(entry["name"]))
-    return SCHEDULES[entry["name"]](entry["num_timesteps"])
+    return SCHEDULES[entry["name"]](entry["num_timesteps"], **entry.get("options", {}))
 
 
 def _head(name: str, entry: dict[str, Any], backbone: nn.Module) -> nn.Module:

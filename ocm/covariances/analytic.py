@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocm.covariances.base import Covariance
-from ocm.covariances.operators import SpectralCovariance, diagonal, variance_bound
+from ocm.covariances.base import Covariance, constant
+from ocm.covariances.operators import SpectralCovariance, variance_bound
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.draws import FITTING
 from ocm.diffusion.noise import labelled, noisy_prediction
@@ -50,9 +50,11 @@ class Analytic(Covariance):
         Raises:
             ValueError: If t lies outside the table.
         """
-        t, x_t = prediction.timestep, prediction.x_t
-        variance = (self.fractions.at(None, t)[0] / self.denoiser.schedule.snr[t]).item()
-        return diagonal(x_t.new_full([1] * x_t.dim(), variance), x_t.shape)
+        t, x_t, schedule = prediction.timestep, prediction.x_t, self.denoiser.schedule
+        if not schedule.has_signal(t):
+            mean = self.denoiser.mean_data_variance(x_t.shape[1:])
+            return constant(torch.tensor(mean), prediction)
+        return constant(self.fractions.at(None, t)[0] / schedule.log_snr(t).exp(), prediction)
 
 
 @torch.no_grad()
@@ -83,7 +85,7 @@ def fit_analytic(
     schedule = denoiser.schedule
 
     def fraction(t: int) -> float:
-        alpha, sigma = schedule.alpha_bar[t].sqrt().item(), schedule.beta_bar[t].sqrt().item()
+        alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
         squares = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size]
@@ -137,7 +139,7 @@ def fit_analytic_from_data(
             x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
             total += (x0_hat.double().cpu() - mean.cpu()).square().sum().item()
         variance = min(max(data_variance - total / x0.numel(), 0.0), bound)
-        return variance * denoiser.schedule.snr[t].item()
+        return variance * denoiser.schedule.log_snr(t).exp().item()
 
     return Analytic(denoiser, _tabulate(fraction, timesteps, progress))
 

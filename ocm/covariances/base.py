@@ -44,6 +44,6 @@ def from_branches(
     return diagonal(combined, prediction.x_t.shape)
 
 
-def constant(table: Tensor, prediction: Prediction) -> SpectralCovariance:
-    """Return the covariance table[t] I."""
-    return diagonal(per_sample(table, prediction.t, prediction.x_t), prediction.x_t.shape)
+def constant(variance: Tensor, prediction: Prediction) -> SpectralCovariance:
+    """Return the covariance variance I, for one number or one for each sample."""
+    return diagonal(per_sample(variance, prediction.x_t), prediction.x_t.shape)

@@ -9,6 +9,7 @@ import torch
 import hessdiag
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, channel_blocks
+from ocm.diffusion import draws
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
@@ -35,14 +36,14 @@ class ChannelBlocks(Covariance):
         prediction = prediction.by(self.denoiser)
         x_t = prediction.x_t
         vectors = (self.max_probes or 0) // x_t.shape[1]
-        J = hessdiag.block_diagonal(
-            prediction.jacobian,
+        c, k, J = prediction.covariance_terms
+        blocks = hessdiag.block_diagonal(
+            J,
             probes=self.probes,
             max_probes=self.max_probes,
             seed=self.seed,
             sample_offset=prediction.sample_offset,
-            probe_offset=prediction.timestep * vectors,
+            probe_offset=draws.of_level(prediction.timestep) * vectors,
         ).blocks.to(x_t)
-        c, k = prediction.covariance_coefficients
-        identity = torch.eye(J.shape[-1], dtype=J.dtype, device=J.device)
-        return channel_blocks(c.flatten() * identity + k.flatten() * J, x_t.shape)
+        identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+        return channel_blocks(c.flatten() * identity + k.flatten() * blocks, x_t.shape)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import hessdiag
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, cosine_diagonal
+from ocm.diffusion import draws
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
@@ -49,13 +50,13 @@ class CosineDiagonal(Covariance):
         if x_t.dim() < 3:
             raise ValueError(f"x_t must have two axes of positions, got shape {tuple(x_t.shape)}")
         num_probes = max(self.num_probes, self.probes.block_size(tuple(x_t.shape[1:])))
-        J = hessdiag.estimate(
-            prediction.jacobian.in_basis(hessdiag.dct()),
+        c, k, J = prediction.covariance_terms
+        estimated = hessdiag.estimate(
+            J.in_basis(hessdiag.dct()),
             max_probes=num_probes,
             probes=self.probes,
             seed=self.seed,
             sample_offset=prediction.sample_offset,
-            probe_offset=prediction.timestep * num_probes,
+            probe_offset=draws.of_level(prediction.timestep) * num_probes,
         ).diagonal
-        c, k = prediction.covariance_coefficients
-        return cosine_diagonal(c + k * J.to(x_t), x_t.shape)
+        return cosine_diagonal(c + k * estimated.to(x_t), x_t.shape)

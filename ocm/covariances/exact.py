@@ -25,9 +25,8 @@ class Exact(Covariance):
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return the diagonal, by D products."""
         prediction = prediction.by(self.denoiser)
-        c, k = prediction.covariance_coefficients
-        J = hessdiag.exact(prediction.jacobian)
-        return diagonal(c + k * J, prediction.x_t.shape)
+        c, k, J = prediction.covariance_terms
+        return diagonal(c + k * hessdiag.exact(J), prediction.x_t.shape)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class Full(Covariance):
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return the covariance, by D products."""
         prediction = prediction.by(self.denoiser)
-        c, k = (number.reshape(-1, 1, 1) for number in prediction.covariance_coefficients)
-        J = hessdiag.jacobian(prediction.jacobian)
-        identity = torch.eye(J.shape[1], dtype=J.dtype, device=J.device)
-        return full(c * identity + k * J, prediction.x_t.shape)
+        c, k, J = prediction.covariance_terms
+        matrix = hessdiag.jacobian(J)
+        identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        c, k = (number.reshape(-1, 1, 1) for number in (c, k))
+        return full(c * identity + k * matrix, prediction.x_t.shape)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ocm.covariances.base import Covariance, constant
 from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion.denoiser import Denoiser, Prediction
@@ -29,7 +31,8 @@ class Beta(Covariance):
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return beta_bar_t I."""
-        return constant(self.denoiser.schedule.beta_bar, prediction)
+        log_snr = self.denoiser.schedule.log_snr(prediction.t)
+        return constant(torch.sigmoid(-log_snr), prediction)
 
 
 @dataclass(frozen=True)
@@ -44,4 +47,4 @@ class BetaTilde(Covariance):
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return zero."""
-        return constant(0.0 * self.denoiser.schedule.beta_bar, prediction)
+        return constant(0.0 * self.denoiser.schedule.sigma(prediction.t), prediction)

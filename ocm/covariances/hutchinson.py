@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import hessdiag
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, diagonal
+from ocm.diffusion import draws
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
@@ -46,13 +47,13 @@ class Hutchinson(Covariance):
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return the estimate, by M products."""
         prediction = prediction.by(self.denoiser)
-        J = hessdiag.estimate(
-            prediction.jacobian,
+        c, k, J = prediction.covariance_terms
+        estimated = hessdiag.estimate(
+            J,
             max_probes=self.num_probes,
             probes=self.probes,
             seed=self.seed,
             sample_offset=prediction.sample_offset,
-            probe_offset=prediction.timestep * self.num_probes,
+            probe_offset=draws.of_level(prediction.timestep) * self.num_probes,
         ).diagonal
-        c, k = prediction.covariance_coefficients
-        return diagonal(c + k * J.to(prediction.x_t), prediction.x_t.shape)
+        return diagonal(c + k * estimated.to(prediction.x_t), prediction.x_t.shape)

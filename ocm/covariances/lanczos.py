@@ -45,8 +45,8 @@ class Lanczos(Covariance):
     def at(self, prediction: Prediction) -> LanczosCovariance:
         """Return the covariance; each use of it takes k products."""
         prediction = prediction.by(self.denoiser)
-        x_t, J = prediction.x_t, prediction.jacobian
-        c, k = prediction.covariance_coefficients
+        x_t = prediction.x_t
+        c, k, J = prediction.covariance_terms
         if not self.symmetric:
             return LanczosCovariance(lambda v: c * v + k * J.products(v), x_t, self.num_probes)
         backward, forward = J.in_mode("vjp") if J.mode == "jvp" else J, J.in_mode("jvp")

@@ -1,16 +1,19 @@
 """A diffusion backbone with its schedule: what it says about x0 given x_t.
 
-Whatever a network predicts (the noise, x0 or v), the posterior mean is linear in its output,
+Whatever a network predicts (:mod:`ocm.diffusion.predictions`), the posterior mean is linear in its
+output,
 
     x0_hat = p_t x_t + q_t output,
 
-and by Tweedie's formula, twice, with J the Jacobian of the output at x_t,
+and by Tweedie's formula, twice, on any path x_t = alpha x0 + sigma n, with J the Jacobian of the
+output at x_t,
 
-    Cov[x0 | x_t] = (beta_bar / sqrt(alpha_bar)) d x0_hat / d x_t
-                  = (beta_bar / sqrt(alpha_bar)) (p_t I + q_t J).
+    Cov[x0 | x_t] = (sigma^2 / alpha) d x0_hat / d x_t = (sigma^2 / alpha) (p_t I + q_t J).
 
 For a network that predicts the noise this is (beta_bar / alpha_bar)(I + beta_bar H), H the Hessian
-of log q(x_t), a small difference near t = N; for one that predicts x0 no digits are lost.
+of log q(x_t), a small difference near t = N; for one that predicts x0 no digits are lost. Where x_t
+holds no signal (alpha = 0: t = N of flow matching, zero terminal SNR) a Jacobian says nothing, and
+Cov[x0 | x_t] is the covariance of the data.
 
 Classifier-free guidance of scale w (Ho and Salimans, 2022) replaces the score by
 (1 - w) score(x_t) + w score(x_t | label), the score of q(x_t)^(1-w) q(x_t | label)^w. Its Hessian
@@ -33,7 +36,13 @@ from torch import Tensor, nn
 
 import hessdiag
 from ocm.diffusion.architectures import Architecture, architecture_of
-from ocm.diffusion.schedules import Schedule, check_prediction_type, full_precision, per_sample
+from ocm.diffusion.predictions import (
+    PRECONDITIONED,
+    Coefficients,
+    check_prediction_type,
+    coefficients,
+)
+from ocm.diffusion.schedules import Schedule, full_precision, per_sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,15 +105,15 @@ class Branch(NamedTuple):
 
     Attributes:
         x_t: Shape (B, ...).
-        t: One timestep in 1 .. N, or an int64 tensor of shape (B,).
+        t: One timestep in (0, N], or a tensor of shape (B,); whole on a discrete schedule.
         s: Where the reverse step goes, or None.
         x0_hat: Mean of x0 given x_t, not clipped.
         features: The input of the backbone's last output layer.
     """
 
     x_t: Tensor
-    t: int | Tensor
-    s: int | None
+    t: float | Tensor
+    s: float | None
     x0_hat: Tensor
     features: Tensor
 
@@ -119,7 +128,7 @@ class Prediction:
     Attributes:
         denoiser: Whose prediction it is.
         x_t: Shape (B, ...).
-        t: One timestep in 1 .. N, or an int64 tensor of shape (B,).
+        t: One timestep in (0, N], or a tensor of shape (B,); whole on a discrete schedule.
         s: Where the reverse step goes, for covariances that are stated for a step; None for t - 1.
         condition: Labels and guidance, or None.
         sample_offset: Number of the first sample, for covariances that draw probes.
@@ -127,8 +136,8 @@ class Prediction:
 
     denoiser: Denoiser
     x_t: Tensor
-    t: int | Tensor
-    s: int | None = None
+    t: float | Tensor
+    s: float | None = None
     condition: Condition | None = None
     sample_offset: int = 0
     # Whether gradients were recorded where it was made.
@@ -186,17 +195,17 @@ class Prediction:
         )
 
     @property
-    def timestep(self) -> int:
+    def timestep(self) -> float:
         """t, which must be the same for the whole batch.
 
         Raises:
             TypeError: If it is a tensor of a timestep for each sample.
         """
-        if not isinstance(self.t, int):
+        if isinstance(self.t, Tensor):
             raise TypeError("prediction.t must be one timestep for the whole batch, got a tensor")
         return self.t
 
-    def towards(self, s: int) -> Prediction:
+    def towards(self, s: float) -> Prediction:
         """Return the same prediction for the step to s; the evaluation is shared."""
         return replace(self, s=s)
 
@@ -210,9 +219,19 @@ class Prediction:
         )
 
     @property
-    def covariance_coefficients(self) -> tuple[Tensor, Tensor]:
-        """C and k of Cov[x0 | x_t] = c I + k J, which broadcast to x_t."""
-        return self.denoiser.covariance_coefficients(self.t, self.x_t)
+    def covariance_terms(self) -> tuple[Tensor, Tensor, hessdiag.Jacobian]:
+        """C, k and J of Cov[x0 | x_t] = c I + k J; c and k broadcast to x_t.
+
+        Where x_t holds no signal J is the covariance of the data, c = 0 and k = 1.
+
+        Raises:
+            ValueError: If it holds none, and the denoiser was given no ``data_covariance``.
+        """
+        if isinstance(self.t, Tensor) or self.denoiser.schedule.has_signal(self.t):
+            return *self.denoiser.covariance_coefficients(self.t, self.x_t), self.jacobian
+        one = per_sample(torch.tensor(1.0), full_precision(self.x_t[:0]))
+        data = hessdiag.Jacobian(self.denoiser.multiply_by_data_covariance, self.x_t)
+        return torch.zeros_like(one), one, data
 
     @property
     def _evaluated(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -236,21 +255,32 @@ class Denoiser:
         backbone: A ``UNet2DModel`` or ``DiTTransformer2DModel``, or any module with an
             ``architecture``.
         schedule: The noise schedule.
-        prediction_type: What the backbone predicts: "epsilon", "sample" or "v_prediction".
+        prediction_type: What the backbone predicts, of :mod:`ocm.diffusion.predictions`.
         architecture: How it is called and where its features are; None finds out by its class.
+        data_covariance: What Cov[x0 | x_t] is where x_t holds no signal: a variance, variances of
+            the shape of a sample, or a matrix (D, D) over its features
+            (``x0.flatten(1).T.cov()``). Only covariances that take products there ask for it.
 
     Raises:
-        ValueError: If the architecture is unknown, its feature layer is missing, or the
-            ``prediction_type`` is none of diffusers'.
+        ValueError: If the architecture is unknown, its feature layer is missing, the
+            ``prediction_type`` is unknown, or it is "epsilon" on a path without signal at N.
     """
 
     backbone: Any
     schedule: Schedule
     prediction_type: str = "epsilon"
     architecture: Architecture | None = None
+    data_covariance: Tensor | float | None = None
 
     def __post_init__(self) -> None:
         check_prediction_type(self.prediction_type)
+        N = self.schedule.num_timesteps
+        if self.prediction_type == "epsilon" and not self.schedule.has_signal(N):
+            raise ValueError(
+                "prediction_type must not be 'epsilon' on a path without signal at t = N, where "
+                f"the noise says nothing about x0, got the path {self.schedule.name!r}; in a "
+                "scheduler of diffusers that is rescale_betas_zero_snr=True"
+            )
         if self.architecture is None:
             object.__setattr__(self, "architecture", architecture_of(self.backbone))
         try:
@@ -327,9 +357,9 @@ class Denoiser:
     def predict(
         self,
         x_t: Tensor,
-        t: int | Tensor,
+        t: float | Tensor,
         *,
-        s: int | None = None,
+        s: float | None = None,
         condition: Condition | None = None,
         sample_offset: int = 0,
     ) -> Prediction:
@@ -337,7 +367,7 @@ class Denoiser:
 
         Args:
             x_t: Shape (B, ...).
-            t: One timestep in 1 .. N, or an int64 tensor of shape (B,).
+            t: One timestep in (0, N], or a tensor of shape (B,); whole on a discrete schedule.
             s: Where the reverse step goes; only :class:`ocm.ImprovedDDPM` looks at it.
             condition: Labels and guidance (:meth:`condition`), for a backbone that takes them.
             sample_offset: Number of the first sample.
@@ -347,7 +377,7 @@ class Denoiser:
             ValueError: If a timestep lies outside 1 .. N (not checked for a tensor on a GPU, which
                 would have to be waited for), or there is not one label for each sample.
         """
-        self._check_timesteps(t)
+        self.schedule.check(t)
         if condition is not None:
             condition.repeated(len(x_t))
         records = torch.is_grad_enabled()
@@ -356,7 +386,7 @@ class Denoiser:
     def output(
         self,
         x_t: Tensor,
-        t: int | Tensor,
+        t: float | Tensor,
         *,
         condition: Condition | None = None,
         backbone: nn.Module | None = None,
@@ -381,7 +411,7 @@ class Denoiser:
         return self._evaluated(call, x_t, t, condition)[0]
 
     def evaluate(
-        self, x_t: Tensor, t: int | Tensor, condition: Condition | None = None
+        self, x_t: Tensor, t: float | Tensor, condition: Condition | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the output, and features; under guidance the outputs of both branches too.
 
@@ -397,7 +427,7 @@ class Denoiser:
     def jacobian(
         self,
         x_t: Tensor,
-        t: int | Tensor,
+        t: float | Tensor,
         condition: Condition | None = None,
         **ways: Any,
     ) -> hessdiag.Jacobian:
@@ -417,55 +447,99 @@ class Denoiser:
             **ways,
         )
 
-    def x0_hat(self, x_t: Tensor, t: int | Tensor, output: Tensor) -> Tensor:
-        """Return the mean of x0 given x_t, p_t x_t + q_t output, which is not clipped."""
-        p, q = self.schedule.x0_from(self.prediction_type)
-        return per_sample(p, t, x_t) * x_t + per_sample(q, t, x_t) * output
+    def coefficients(self, t: float | Tensor) -> Coefficients:
+        """Return p, q and the scale of the network's input at t, float64 of the shape of t."""
+        schedule = self.schedule
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return coefficients(self.prediction_type, alpha, sigma, schedule.data_std)
 
-    def covariance_coefficients(self, t: int | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def x0_hat(self, x_t: Tensor, t: float | Tensor, output: Tensor) -> Tensor:
+        """Return the mean of x0 given x_t, p_t x_t + q_t output, which is not clipped."""
+        p, q, _ = (per_sample(values, x_t) for values in self.coefficients(t))
+        return p * x_t + q * output
+
+    def covariance_coefficients(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return c and k of Cov[x0 | x_t] = c I + k J, at least float32, which broadcast to x.
 
-        c = beta_bar / sqrt(alpha_bar) p_t and k = beta_bar / sqrt(alpha_bar) q_t, with J the
-        Jacobian of the output.
+        c = sigma^2 / alpha p_t and k = sigma^2 / alpha q_t, with J the Jacobian of the output.
         """
-        p, q = self.schedule.x0_from(self.prediction_type)
-        factor = self.schedule.beta_bar / self.schedule.alpha_bar.sqrt()
+        p, q, _ = self.coefficients(t)
+        factor = self.schedule.sigma(t) ** 2 / self.schedule.alpha(t)
         like = full_precision(x[:0])
-        return per_sample(factor * p, t, like), per_sample(factor * q, t, like)
+        return per_sample(factor * p, like), per_sample(factor * q, like)
+
+    def multiply_by_data_covariance(self, v: Tensor) -> Tensor:
+        """Return C v, C the covariance of the data.
+
+        Raises:
+            ValueError: If there is none, or it does not fit samples of this shape.
+        """
+        values, is_matrix = self._data_values(v.shape[1:], v)
+        return (v.flatten(1) @ values).reshape(v.shape) if is_matrix else v * values
+
+    def mean_data_variance(self, sample_shape: torch.Size) -> float:
+        """Return the mean variance of a dimension of the data, for samples of this shape.
+
+        Raises:
+            ValueError: As :meth:`multiply_by_data_covariance`.
+        """
+        values, is_matrix = self._data_values(sample_shape, torch.empty(0, dtype=torch.float64))
+        return (values.diagonal() if is_matrix else values).mean().item()
+
+    def _data_values(self, sample_shape: torch.Size, like: Tensor) -> tuple[Tensor, bool]:
+        """Return the covariance of the data, and whether that is a matrix over all features."""
+        if self.data_covariance is None:
+            raise ValueError(
+                "data_covariance must be given to the denoiser: at this timestep x_t holds no "
+                "signal, and Cov[x0 | x_t] is that of the data. "
+                "Denoiser(..., data_covariance=x0.var(0)) takes the variances of data x0"
+            )
+        values = torch.as_tensor(self.data_covariance).to(like)
+        if values.dim() == 0 or values.shape == sample_shape:
+            return values, False
+        features = sample_shape.numel()
+        if values.shape != (features, features):
+            raise ValueError(
+                f"data_covariance must be a number, or of shape {tuple(sample_shape)} or "
+                f"{(features, features)}, got {tuple(values.shape)}"
+            )
+        return values, True
 
     def _evaluated(
         self,
         call: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]],
         x_t: Tensor,
-        t: int | Tensor,
+        t: float | Tensor,
         condition: Condition | None,
     ) -> tuple[Tensor, ...]:
         """Return the output, and what else ``call`` returns; both branches under guidance."""
-        self._check_timesteps(t)
-        if isinstance(t, int):
+        self.schedule.check(t)
+        x = self._input(x_t, t)
+        time = self.schedule.time(torch.as_tensor(t, dtype=torch.float64))
+        if time.is_floating_point():
+            time = time.to(full_precision(x_t[:0]).dtype)
+        if time.dim() == 0:
             # Filled on the device, where a copy from the host could not be part of a CUDA graph.
-            t = torch.full((len(x_t),), t, dtype=torch.int64, device=x_t.device)
-        labels = None if condition is None else condition.repeated(len(x_t))
+            time = torch.full((len(x),), time.item(), dtype=time.dtype, device=x.device)
+        labels = None if condition is None else condition.repeated(len(x))
         if condition is None or not condition.is_guided:
-            output, *rest = call(x_t, t - 1, labels)
+            output, *rest = call(x, time, labels)
             # Under autocast or in half precision, the output has another type than x_t.
             return output.to(x_t.dtype), *rest
         assert labels is not None
         assert condition.null_label is not None  # checked by Condition
         nulls = torch.full_like(labels, condition.null_label)
         outputs, *rest = call(
-            torch.cat([x_t, x_t]), torch.cat([t, t]) - 1, torch.cat([nulls, labels])
+            torch.cat([x, x]), torch.cat([time, time]), torch.cat([nulls, labels])
         )
         outputs = outputs.to(x_t.dtype)
         return guided(outputs, condition.guidance_scale), *rest, outputs
 
-    def _check_timesteps(self, t: int | Tensor) -> None:
-        if not isinstance(t, (int, Tensor)):
-            raise TypeError(f"t must be an int or an int64 tensor, got {type(t).__name__}")
-        if isinstance(t, Tensor) and t.device.type != "cpu":
-            return
-        lowest, highest = (t, t) if isinstance(t, int) else (int(t.min()), int(t.max()))
-        if not 1 <= lowest <= highest <= self.schedule.num_timesteps:
-            raise ValueError(
-                f"t must lie in 1 .. {self.schedule.num_timesteps}, got {lowest} .. {highest}"
-            )
+    def _input(self, x_t: Tensor, t: float | Tensor) -> Tensor:
+        """Return what the network is shown of x_t, in the type of its weights if that is half."""
+        scale = self.coefficients(t).input_scale
+        if self.prediction_type in PRECONDITIONED:
+            x_t = per_sample(scale, x_t) * x_t
+        weights = (p.dtype for p in self.backbone.parameters() if p.is_floating_point())
+        dtype = next(weights, x_t.dtype)
+        return x_t.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x_t

@@ -54,11 +54,11 @@ def labelled(denoiser: Denoiser, labels: Tensor | None, first: int, count: int) 
 def noisy_prediction(
     denoiser: Denoiser,
     x0: Tensor,
-    t: int,
+    t: float,
     seed: int,
     sample_offset: int = 0,
     *,
-    s: int | None = None,
+    s: float | None = None,
     condition: Condition | None = None,
     draw: int = 0,
 ) -> Prediction:
@@ -75,7 +75,7 @@ def noisy_prediction(
         draw: 0 for scores, :data:`ocm.diffusion.draws.FITTING` for what is fitted before.
     """
     x0 = x0.to(denoiser.device)
-    step = draw + t
+    step = draw + draws.of_level(t)
     noise = normal(x0.shape, seed, step=step, sample_offset=sample_offset, device=x0.device).to(x0)
     x_t = denoiser.schedule.diffuse(x0, t, noise)
     return denoiser.predict(x_t, t, s=s, condition=condition, sample_offset=sample_offset)

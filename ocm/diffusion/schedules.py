@@ -1,139 +1,198 @@
-"""Noise schedules of the forward process q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, beta_bar_t I).
+"""Paths from data to noise, x_t = alpha_t x0 + sigma_t n, by a real number t from 0 to N.
 
-Timesteps run from 0 (data) to N (noise). alpha_bar_t is the cumulative product of 1 - beta and
-beta_bar_t = 1 - alpha_bar_t; for s < t
+t = 0 is data (alpha = 1, sigma = 0) and N noise. Everything that is said about x0 given x_t rests
+on the signal-to-noise ratio SNR = alpha^2 / sigma^2, whatever the path: with
 
-    alpha(s, t)      = alpha_bar_t / alpha_bar_s
-    beta(s, t)       = 1 - alpha(s, t)                        variance of q(x_t | x_s)
-    beta_tilde(s, t) = beta(s, t) beta_bar_s / beta_bar_t     variance of q(x_s | x_t, x_0).
+    alpha_bar = alpha^2 / (alpha^2 + sigma^2),      beta_bar = 1 - alpha_bar
 
-Tables are float64; differences of numbers near 1 are taken through their logarithms.
+x_t / sqrt(alpha^2 + sigma^2) is the x_t of a variance-preserving process. For s < t
+
+    beta(s, t)       = sigma_t^2 (1 - SNR_t / SNR_s)      variance of q(x_t | x_s)
+    beta_tilde(s, t) = sigma_s^2 (1 - SNR_t / SNR_s)      variance of q(x_s | x_t, x_0).
+
+=============================================  =====================  =============  ============
+path                                           alpha_t                sigma_t        network's t
+=============================================  =====================  =============  ============
+:func:`linear`, :func:`cosine`,                sqrt(alpha_bar_t)      sqrt(beta_bar) t - 1
+:func:`from_betas`: whole t alone
+:func:`vp`, its continuous form                the same               the same       u (N - 1)
+:func:`flow`, u = t / N                        1 - u                  u              u N
+:func:`edm`, variance exploding                1                      rho-spaced     log(sigma) / 4
+:func:`trigflow`, angle a = pi/2 t / N         cos a                  std sin a      a
+=============================================  =====================  =============  ============
+
+Any other is a :class:`Schedule` of two functions. Numbers are float64; 1 - SNR_t / SNR_s is taken
+through logarithms, and SNR = 0 at t = N is allowed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ocm.diffusion.checks import check_positive_int
 
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """A variance-preserving noise schedule.
+    """A path x_t = alpha_t x0 + sigma_t n.
 
     Attributes:
         name: What ``SCHEDULES`` calls it.
-        log_alpha_bar: Logarithms of alpha_bar_0 .. alpha_bar_N, float64; the first is 0.
+        num_timesteps: N.
+        scales: From t, float64 of any shape in [0, N], to alpha and sigma of that shape. SNR falls
+            strictly, from alpha = 1 and sigma = 0.
+        time: From t to what the network is told, of the same shape.
+        is_continuous: Whether t is any number in (0, N], or only a whole one.
+        data_std: Standard deviation of the data that a preconditioned network was made for.
+        options: Arguments of ``SCHEDULES[name]``, beside N, that make it again.
 
     Example:
-        >>> schedule = linear()
-        >>> schedule.num_timesteps
-        1000
-        >>> round(schedule.beta(0, 1), 6)
-        0.0001
+        >>> cubic = Schedule("cubic", 1000, lambda t: (1 - (t / 1000) ** 3, t / 1000))
+        >>> cubic.alpha(500), cubic.sigma(500)
+        (tensor(0.8750, dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
     """
 
     name: str
-    log_alpha_bar: Tensor
+    num_timesteps: int
+    scales: Callable[[Tensor], tuple[Tensor, Tensor]]
+    time: Callable[[Tensor], Tensor] = lambda t: t
+    is_continuous: bool = True
+    data_std: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def alpha(self, t: float | Tensor) -> Tensor:
+        """Return the scale of the data at t, float64 of the shape of t."""
+        return self.scales(_float64(t))[0]
+
+    def sigma(self, t: float | Tensor) -> Tensor:
+        """Return the scale of the noise at t, float64 of the shape of t."""
+        return self.scales(_float64(t))[1]
+
+    def log_snr(self, t: float | Tensor) -> Tensor:
+        """Return log SNR at t, float64: infinite at 0, and -inf where there is no signal."""
+        alpha, sigma = self.scales(_float64(t))
+        return 2.0 * (alpha.log() - sigma.log())
+
+    def beta(self, s: float, t: float) -> float:
+        """Return the variance beta(s, t) of q(x_t | x_s), for 0 <= s < t <= N."""
+        return self._lost(s, t) * self.sigma(t).item() ** 2
+
+    def beta_tilde(self, s: float, t: float) -> float:
+        """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
+        return self._lost(s, t) * self.sigma(s).item() ** 2
+
+    @cached_property
+    def _of_whole(self) -> Tensor:
+        """Log SNR of t = 0 .. N."""
+        return self.log_snr(torch.arange(self.num_timesteps + 1))
 
     @property
-    def num_timesteps(self) -> int:
-        """N, the number of noise levels."""
-        return len(self.log_alpha_bar) - 1
+    def log_alpha_bar(self) -> Tensor:
+        """Logarithms of alpha_bar_0 .. alpha_bar_N, float64; the first is 0."""
+        return functional.logsigmoid(self._of_whole)
 
     @property
     def alpha_bar(self) -> Tensor:
         """alpha_bar_0 .. alpha_bar_N, float64."""
-        return self.log_alpha_bar.exp()
+        return torch.sigmoid(self._of_whole)
 
     @property
     def beta_bar(self) -> Tensor:
         """beta_bar_0 .. beta_bar_N, float64."""
-        return -torch.expm1(self.log_alpha_bar)
-
-    def alpha(self, s: int, t: int) -> float:
-        """Return the squared scale alpha(s, t) of x_s in x_t, for 0 <= s < t <= N."""
-        return math.exp(self._log_alpha(s, t))
-
-    def beta(self, s: int, t: int) -> float:
-        """Return the variance beta(s, t) of q(x_t | x_s), for 0 <= s < t <= N."""
-        return -math.expm1(self._log_alpha(s, t))
-
-    def beta_tilde(self, s: int, t: int) -> float:
-        """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
-        return self.beta(s, t) * self.beta_bar[s].item() / self.beta_bar[t].item()
+        return torch.sigmoid(-self._of_whole)
 
     @property
     def snr(self) -> Tensor:
-        """Signal-to-noise ratios alpha_bar / beta_bar of t = 0 .. N, float64; the first is inf."""
-        return self.alpha_bar / self.beta_bar
+        """Signal-to-noise ratios of t = 0 .. N, float64; the first is inf."""
+        return self._of_whole.exp()
 
-    def x0_from(self, prediction_type: str) -> tuple[Tensor, Tensor]:
-        """Return tables p and q of the posterior mean x0_hat = p_t x_t + q_t output, t = 0 .. N.
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation sqrt(alpha_N^2 + sigma_N^2) of the x_N from which sampling starts."""
+        return math.hypot(self.alpha(self.num_timesteps), self.sigma(self.num_timesteps))
 
-        Args:
-            prediction_type: What the network's output predicts, by diffusers' names: "epsilon",
-                the noise; "sample", x0; or "v_prediction", v = sqrt(alpha_bar) noise -
-                sqrt(beta_bar) x0 (Salimans and Ho, 2022).
+    def has_signal(self, t: float) -> bool:
+        """Return whether x_t holds anything of x0: alpha_t > 0."""
+        return bool(self.alpha(t) > 0)
 
-        Raises:
-            ValueError: If there is no such type.
+    def timestep_of(self, log_snr: Tensor) -> Tensor:
+        """Return the t of a continuous path where log SNR is this, float64, by bisection.
+
+        Below and above what the path reaches it is N and 0.
 
         Example:
-            >>> p, q = linear().x0_from("sample")
-            >>> p[500].item(), q[500].item()
-            (0.0, 1.0)
+            >>> flow().timestep_of(torch.tensor([0.0]))    # as much noise as data
+            tensor([500.], dtype=torch.float64)
         """
-        check_prediction_type(prediction_type)
-        alpha, sigma = self.alpha_bar.sqrt(), self.beta_bar.sqrt()
-        if prediction_type == "epsilon":
-            return 1.0 / alpha, -sigma / alpha
-        if prediction_type == "v_prediction":
-            return alpha, -sigma
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
+        low = torch.zeros_like(log_snr, dtype=torch.float64)
+        high = torch.full_like(low, self.num_timesteps)
+        for _ in range(64):  # to the last bit
+            middle = (low + high) / 2
+            is_cleaner = self.log_snr(middle) > log_snr
+            low, high = torch.where(is_cleaner, middle, low), torch.where(is_cleaner, high, middle)
+        return high
 
-    def diffuse(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
-        """Return x_t = sqrt(alpha_bar_t) x0 + sqrt(beta_bar_t) noise.
+    def diffuse(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:
+        """Return x_t = alpha_t x0 + sigma_t noise.
 
         Args:
             x0: Shape (B, ...).
-            t: One timestep in 0 .. N, or an int64 tensor of shape (B,).
+            t: One timestep, or a tensor of shape (B,).
             noise: Shape of ``x0``.
         """
-        signal = per_sample(self.alpha_bar.sqrt(), t, x0) * x0
-        return signal + per_sample(self.beta_bar.sqrt(), t, x0) * noise
+        return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * noise
 
-    def _log_alpha(self, s: int, t: int) -> float:
+    def check(self, t: float | Tensor) -> None:
+        """Raise unless t are timesteps of noise: in (0, N], and whole on a discrete path.
+
+        Tensors on a GPU are not looked at, since they would have to be waited for.
+
+        Raises:
+            TypeError: If t is neither a number nor a tensor, or not whole.
+            ValueError: If it lies elsewhere.
+        """
+        if isinstance(t, Tensor):
+            if t.device.type != "cpu":
+                return
+            is_whole = not t.is_floating_point()
+            lowest, highest = (t.min().item(), t.max().item()) if t.numel() else (1, 1)
+        elif isinstance(t, (int, float)):
+            is_whole, lowest, highest = isinstance(t, int), t, t
+        else:
+            raise TypeError(f"t must be a number or a tensor, got {type(t).__name__}")
+        if not (self.is_continuous or is_whole):
+            raise TypeError(
+                f"t must be an int or an int64 tensor on the discrete schedule {self.name!r}, got "
+                f"{t.dtype if isinstance(t, Tensor) else t}"
+            )
+        if not (0 < lowest and highest <= self.num_timesteps):
+            first = "(0," if self.is_continuous else "1 .."
+            raise ValueError(
+                f"t must lie in {first} {self.num_timesteps}{']' * self.is_continuous}, got "
+                f"{lowest} .. {highest}"
+            )
+
+    def _lost(self, s: float, t: float) -> float:
+        """Return 1 - SNR_t / SNR_s."""
         if not 0 <= s < t <= self.num_timesteps:
             raise ValueError(
                 f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
             )
-        return (self.log_alpha_bar[t] - self.log_alpha_bar[s]).item()
-
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
-
-def check_prediction_type(prediction_type: str) -> None:
-    """Raise unless ``prediction_type`` is one of :data:`PREDICTION_TYPES`.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}"
-        )
+        return -math.expm1((self.log_snr(t) - self.log_snr(s)).item())
 
 
 def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule:
     """Return the schedule of beta_1 .. beta_N, for example those of a diffusers scheduler.
+
+    The last may be 1: then x_N holds no signal ("zero terminal SNR").
 
     Raises:
         ValueError: If a beta lies outside (0, 1).
@@ -143,44 +202,21 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
         tensor([1.0000, 0.9000, 0.7200], dtype=torch.float64)
     """
     betas = torch.as_tensor(betas, dtype=torch.float64)
-    if betas.dim() != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+    fits = betas.dim() == 1 and len(betas) > 0 and bool((betas > 0).all())
+    if not (fits and bool((betas[:-1] < 1).all()) and bool(betas[-1] <= 1)):
         raise ValueError(
-            "betas must be a non-empty sequence of numbers in (0, 1), got shape "
-            f"{tuple(betas.shape)} and values {betas[:3].tolist()} ... {betas[-1:].tolist()}"
+            "betas must be a non-empty sequence of numbers in (0, 1), the last at most 1, got "
+            f"shape {tuple(betas.shape)} and values {betas[:3].tolist()} ... {betas[-1:].tolist()}"
         )
-    log_alpha = torch.log1p(-betas)
-    return Schedule(name, torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha.cumsum(0)]))
+    zero = torch.zeros(1, dtype=torch.float64)
+    log_alpha_bar = torch.cat([zero, torch.log1p(-betas).cumsum(0)])
+    tables = (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
 
+    def scales(t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = (table.to(t.device)[t.long()] for table in tables)
+        return alpha, sigma
 
-def from_scheduler(scheduler: Any) -> Schedule:
-    """Return the schedule of a diffusers scheduler, or of its configuration.
-
-    Args:
-        scheduler: An object with ``config``, or the configuration itself (a mapping), of any
-            scheduler whose betas are those of a ``DDPMScheduler``: ``beta_schedule``,
-            ``beta_start``, ``beta_end``, ``trained_betas``, ``num_train_timesteps``.
-
-    Raises:
-        ValueError: If the betas are none of a variance-preserving process with signal left at N
-            (``rescale_betas_zero_snr``), or the configuration makes none.
-
-    Example:
-        >>> from_scheduler({"num_train_timesteps": 10, "beta_schedule": "linear"}).num_timesteps
-        10
-    """
-    from diffusers import DDPMScheduler
-
-    config = dict(getattr(scheduler, "config", scheduler))
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    config = {name: config[name] for name in kept if name in config} | {
-        "rescale_betas_zero_snr": config.get("rescale_betas_zero_snr", False)
-    }
-    try:
-        betas = DDPMScheduler(**config).betas
-    # NotImplementedError is diffusers' word for a beta_schedule that it does not know.
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f"scheduler has no betas of a DDPMScheduler: {error}") from error
-    return from_betas(betas)
+    return Schedule(name, len(betas), scales, lambda t: t.long() - 1, is_continuous=False)
 
 
 def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
@@ -211,29 +247,163 @@ def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0
     return from_betas((1 - curve[1:] / curve[:-1]).clamp(max=max_beta), "cosine")
 
 
+def vp(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+    """Return the continuous variance-preserving path of Song et al. (2021).
+
+    log alpha_bar = -beta_min u - (beta_max - beta_min) u^2 / 2 with u = t / N; the network is told
+    u (N - 1), as it is there.
+
+    Example:
+        >>> round(vp().alpha_bar[1000].log().item(), 2)
+        -10.05
+    """
+    _check_num_timesteps(num_timesteps)
+    if not 0 < beta_min <= beta_max:
+        raise ValueError(
+            f"beta_min and beta_max must be positive and in order, got {beta_min} and {beta_max}"
+        )
+
+    def scales(t: Tensor) -> tuple[Tensor, Tensor]:
+        u = t / num_timesteps
+        log_alpha_bar = -u * (beta_min + (beta_max - beta_min) * u / 2)
+        return (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
+
+    return Schedule(
+        "vp",
+        num_timesteps,
+        scales,
+        lambda t: t / num_timesteps * (num_timesteps - 1),
+        options={"beta_min": beta_min, "beta_max": beta_max},
+    )
+
+
+def flow(num_timesteps: int = 1000) -> Schedule:
+    """Return the straight path of flow matching (Lipman et al., 2023; Liu et al., 2023).
+
+    x_t = (1 - sigma) x0 + sigma n with sigma = t / N; the network is told N sigma, which is the
+    timestep of diffusers. A shift changes the timesteps that are visited, not the path
+    (:func:`ocm.shifted`).
+
+    Example:
+        >>> flow().sigma(torch.tensor([0.0, 250.5, 1000.0]))
+        tensor([0.0000, 0.2505, 1.0000], dtype=torch.float64)
+    """
+    _check_num_timesteps(num_timesteps)
+
+    def scales(t: Tensor) -> tuple[Tensor, Tensor]:
+        return (num_timesteps - t) / num_timesteps, t / num_timesteps
+
+    return Schedule("flow", num_timesteps, scales)
+
+
+def edm(
+    num_timesteps: int = 1000,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    data_std: float = 0.5,
+) -> Schedule:
+    """Return the variance-exploding path of EDM (Karras et al., 2022), x_t = x0 + sigma n.
+
+    sigma^(1/rho) runs evenly from ``sigma_min`` at t = 1 to ``sigma_max`` at N, and sigma itself
+    from 0 to ``sigma_min`` between t = 0 and 1. The network is told log(sigma) / 4.
+
+    Example:
+        >>> edm().sigma(torch.tensor([0.5, 1.0, 1000.0]))
+        tensor([1.0000e-03, 2.0000e-03, 8.0000e+01], dtype=torch.float64)
+    """
+    _check_num_timesteps(num_timesteps)
+    if not (0 < sigma_min < sigma_max and rho > 0 and data_std > 0):
+        raise ValueError(
+            "sigma_min, rho and data_std must be positive and sigma_max above sigma_min, got "
+            f"{sigma_min}, {rho}, {data_std} and {sigma_max}"
+        )
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+
+    def scales(t: Tensor) -> tuple[Tensor, Tensor]:
+        place = ((t - 1) / (num_timesteps - 1)).clamp(min=0)
+        sigma = (low + place * (high - low)) ** rho
+        return torch.ones_like(t), torch.where(t < 1, t * sigma_min, sigma)
+
+    return Schedule(
+        "edm",
+        num_timesteps,
+        scales,
+        lambda t: scales(t)[1].log() / 4,
+        data_std=data_std,
+        options={
+            "sigma_min": sigma_min,
+            "sigma_max": sigma_max,
+            "rho": rho,
+            "data_std": data_std,
+        },
+    )
+
+
+def trigflow(num_timesteps: int = 1000, data_std: float = 0.5) -> Schedule:
+    """Return the path of TrigFlow (Lu and Song, 2025), x_t = cos(a) x0 + data_std sin(a) n.
+
+    The angle is a = pi/2 t / N, which is what the network is told. x_N is noise alone.
+
+    Example:
+        >>> trigflow().alpha(1000), trigflow().sigma(1000)
+        (tensor(0., dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
+    """
+    _check_num_timesteps(num_timesteps)
+    if not data_std > 0:
+        raise ValueError(f"data_std must be positive, got {data_std}")
+
+    def angle(t: Tensor) -> Tensor:
+        return t / num_timesteps * (math.pi / 2)
+
+    def scales(t: Tensor) -> tuple[Tensor, Tensor]:
+        # As a sine from the noisy end, which is exactly 0 there.
+        return angle(num_timesteps - t).sin(), data_std * angle(t).sin()
+
+    return Schedule(
+        "trigflow", num_timesteps, scales, angle, data_std=data_std, options={"data_std": data_std}
+    )
+
+
 def _check_num_timesteps(num_timesteps: int) -> None:
     check_positive_int("num_timesteps", num_timesteps)
     if num_timesteps < 2:
         raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
 
 
-SCHEDULES: dict[str, Callable[[int], Schedule]] = {"linear": linear, "cosine": cosine}
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "vp": vp,
+    "flow": flow,
+    "edm": edm,
+    "trigflow": trigflow,
+}
 
 
-def per_sample(table: Tensor, t: int | Tensor, x: Tensor) -> Tensor:
-    """Return ``table[t]`` in the dtype and on the device of x, broadcast against its features.
+def _float64(t: float | Tensor) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.float64)
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """Return numbers in the dtype and on the device of x, broadcast against its features.
+
+    Args:
+        values: One number, on the CPU; or one for each sample, of shape (B,).
+        x: Shape (B, ...).
 
     Returns:
-        Shape (1, 1, ...) for an int, (B, 1, ...) for a tensor of shape (B,).
+        Shape (1, 1, ...) for one number, (B, 1, ...) for several.
 
     Example:
-        >>> per_sample(torch.arange(4.0), torch.tensor([3, 1]), torch.zeros(2, 1, 8, 8)).shape
+        >>> per_sample(torch.tensor([3.0, 1.0]), torch.zeros(2, 1, 8, 8)).shape
         torch.Size([2, 1, 1, 1])
     """
     features = [1] * (x.dim() - 1)
-    if isinstance(t, int):
-        return x.new_full([1, *features], table[t].item())
-    return table.to(t.device)[t].to(x).reshape(-1, *features)
+    if values.dim() == 0:
+        # Filled on the device, where a copy from the host could not be part of a CUDA graph.
+        return x.new_full([1, *features], values.item())
+    return values.to(x).reshape(-1, *features)
 
 
 def full_precision(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Place = int | tuple[int, int]
+Place = float | tuple[float, float]
 """A timestep t, or a step (s, t), s < t."""
 
 
@@ -36,7 +36,7 @@ class Table:
     rows: Mapping[Place, Sequence[float]]
 
     def __post_init__(self) -> None:
-        by_t = all(isinstance(place, int) for place in self.rows)
+        by_t = all(isinstance(place, (int, float)) for place in self.rows)
         by_step = all(isinstance(place, tuple) and len(place) == 2 for place in self.rows)
         widths = {len(row) for row in self.rows.values()}
         if not (by_t or by_step) or len(widths) != 1:
@@ -62,7 +62,7 @@ class Table:
         """All rows in order, float64 of shape (n, k)."""
         return torch.from_numpy(self._columns[1])
 
-    def at(self, s: int | None, t: int) -> Tensor:
+    def at(self, s: float | None, t: float) -> Tensor:
         """Return the k numbers of the step from t to s, float64; None stands for s = t - 1.
 
         A table by timestep looks at t alone.
@@ -88,7 +88,7 @@ class Table:
         row = [np.interp(t, places, column) for column in columns.T]
         return torch.tensor(row, dtype=torch.float64)
 
-    def covers(self, steps: Sequence[tuple[int, int]]) -> bool:
+    def covers(self, steps: Sequence[tuple[float, float]]) -> bool:
         """Return whether all of the steps (s, t), or the t of each, were measured themselves."""
         return all((step if self.by_step else step[1]) in self.rows for step in steps)
 

@@ -1,7 +1,18 @@
-"""Which of the N noise levels a few-step process visits: even, quadratic, or chosen for a bound.
+"""Which noise levels a few-step process visits.
 
-A trajectory is an increasing list of timesteps t_1 < ... < t_K = N. Whoever takes ``steps`` takes
-one of these, or the number K of evenly spaced ones.
+A trajectory is an increasing list of timesteps t_1 < ... < t_K, most often up to N. Whoever takes
+``steps`` takes one of these, or the number K of evenly spaced ones.
+
+===============================  ================================================================
+:func:`even_timesteps`           from 1 to N
+:func:`trailing_timesteps`       N / K, 2 N / K .. N, as diffusers' "trailing"
+:func:`leading_timesteps`        1, N / K + 1 .. N (K - 1) / K + 1, as diffusers' "leading"
+:func:`quadratic_timesteps`      closer at little noise
+:func:`optimal_timesteps`        of the least likelihood bound
+:func:`timesteps_at`             at sigmas of one's own, shifted (:func:`shifted`) or not
+===============================  ================================================================
+
+On a discrete schedule they are whole, on a continuous path any numbers.
 """
 
 from __future__ import annotations
@@ -16,12 +27,12 @@ from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.schedules import Schedule
 
 
-def timesteps_of(schedule: Schedule, steps: int | Sequence[int]) -> list[int]:
+def timesteps_of(schedule: Schedule, steps: int | Sequence[float]) -> list[float]:
     """Return the timesteps of an argument ``steps``: K evenly spaced ones, or those given.
 
     Raises:
-        TypeError: If it is neither.
-        ValueError: If K lies outside 1 .. N, or the timesteps do not increase from at least 1 to N.
+        TypeError: If it is neither, or one of them is not whole on a discrete schedule.
+        ValueError: If K lies outside 1 .. N, or the timesteps do not increase within (0, N].
 
     Example:
         >>> from ocm.diffusion.schedules import linear
@@ -30,20 +41,18 @@ def timesteps_of(schedule: Schedule, steps: int | Sequence[int]) -> list[int]:
     """
     if isinstance(steps, int):
         return even_timesteps(schedule, steps)
-    timesteps = list(steps)
+    timesteps = [t.item() if isinstance(t, Tensor) else t for t in steps]
     reverse_steps(timesteps)  # raises unless they increase
-    if timesteps[-1] != schedule.num_timesteps:
-        raise ValueError(
-            f"steps must be a number, or timesteps that end at N = {schedule.num_timesteps}, got "
-            f"{timesteps[-1]}"
-        )
+    for t in timesteps:
+        schedule.check(t)
     return timesteps
 
 
-def even_timesteps(schedule: Schedule, K: int) -> list[int]:
+def even_timesteps(schedule: Schedule, K: int) -> list[float]:
     """Return K evenly spaced timesteps 1 = t_1 < ... < t_K = N, or [N] for K = 1.
 
-    t_k = round(1 + (k - 1) (N - 1) / (K - 1)), as in Analytic-DPM (Bao et al., 2022).
+    t_k = 1 + (k - 1) (N - 1) / (K - 1), rounded on a discrete schedule, as in Analytic-DPM (Bao et
+    al., 2022).
 
     Raises:
         TypeError: If K is not an int.
@@ -59,29 +68,149 @@ def even_timesteps(schedule: Schedule, K: int) -> list[int]:
     if K == 1:
         return [num_timesteps]
     stride = (num_timesteps - 1) / (K - 1)
-    return [round(1 + k * stride) for k in range(K)]
+    return _fitted(schedule, [1 + k * stride for k in range(K)])
 
 
-def reverse_steps(timesteps: Sequence[int]) -> list[tuple[int, int]]:
+def trailing_timesteps(schedule: Schedule, K: int) -> list[float]:
+    """Return t_k = k N / K, rounded on a discrete schedule: "trailing" of diffusers.
+
+    The last step, from t_1, is as long as the others, so that x0_hat is taken where there is noise.
+
+    Raises:
+        TypeError: If K is not an int.
+        ValueError: If K lies outside 1 .. N.
+
+    Example:
+        >>> from ocm.diffusion.schedules import linear
+        >>> trailing_timesteps(linear(), 5)
+        [200, 400, 600, 800, 1000]
+    """
+    N = schedule.num_timesteps
+    _check_number(N, K)
+    return _fitted(schedule, [N - k * (N / K) for k in range(K)][::-1])
+
+
+def leading_timesteps(schedule: Schedule, K: int, offset: int = 0) -> list[float]:
+    """Return t_k = 1 + (k - 1) (N // K) + ``offset``: "leading" of diffusers, which misses N.
+
+    Raises:
+        TypeError: If K is not an int.
+        ValueError: If K lies outside 1 .. N, or the offset leads out of it.
+
+    Example:
+        >>> from ocm.diffusion.schedules import linear
+        >>> leading_timesteps(linear(), 5)
+        [1, 201, 401, 601, 801]
+    """
+    N = schedule.num_timesteps
+    _check_number(N, K)
+    stride = N / K if schedule.is_continuous else N // K
+    timesteps = [1 + k * stride + offset for k in range(K)]
+    if not 1 <= timesteps[0] <= timesteps[-1] <= N:
+        raise ValueError(f"offset must keep the timesteps in 1 .. {N}, got {offset}")
+    return timesteps
+
+
+def timesteps_at(schedule: Schedule, sigmas: Sequence[float] | Tensor) -> list[float]:
+    """Return the increasing timesteps of a continuous path where sigma_t is each of ``sigmas``.
+
+    A last sigma of 0, as schedulers of diffusers keep it, is left out.
+
+    Args:
+        schedule: A continuous path: of flow matching, EDM, ...
+        sigmas: Scales of the noise in any order, above 0 and at most that of N.
+
+    Raises:
+        ValueError: If the schedule is discrete, or a sigma lies elsewhere.
+
+    Example:
+        >>> from ocm.diffusion.schedules import flow
+        >>> timesteps_at(flow(), shifted([1.0, 0.5], 3.0))
+        [750.0, 1000.0]
+    """
+    if not schedule.is_continuous:
+        raise ValueError(
+            f"schedule must be continuous, got {schedule.name!r}, whose timesteps are whole"
+        )
+    wanted = torch.as_tensor(sigmas, dtype=torch.float64)
+    wanted = wanted[wanted != 0].sort().values
+    N = schedule.num_timesteps
+    most = schedule.sigma(N).item()
+    if not len(wanted) or not bool((wanted > 0).all()) or wanted[-1] > most * (1 + 1e-6):
+        raise ValueError(f"sigmas must lie in (0, {most:.6g}], got {list(sigmas)}")
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, N)
+    for _ in range(64):  # to the last bit
+        middle = (low + high) / 2
+        is_below = schedule.sigma(middle) < wanted
+        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
+    timesteps: list[float] = high.tolist()
+    return timesteps
+
+
+def shifted(sigmas: Sequence[float] | Tensor, shift: float) -> Tensor:
+    """Return sigmas of a flow moved towards noise, shift sigma / (1 + (shift - 1) sigma).
+
+    The static shift of SD3 (Esser et al., 2024); the dynamic one of Flux is that of
+    :func:`dynamic_shift`.
+
+    Args:
+        sigmas: In [0, 1].
+        shift: Above 0; 1 changes nothing.
+
+    Raises:
+        ValueError: If the shift is not positive.
+
+    Example:
+        >>> shifted([1.0, 0.5], 3.0)
+        tensor([1.0000, 0.7500], dtype=torch.float64)
+    """
+    if not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def dynamic_shift(
+    num_tokens: int,
+    *,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """Return exp(mu), mu linear in the number of tokens of an image, as Flux's pipelines take it.
+
+    e^mu / (e^mu + 1 / sigma - 1), the shift of diffusers' ``use_dynamic_shifting``, is
+    ``shifted(sigma, e^mu)``.
+
+    Example:
+        >>> round(dynamic_shift(4096), 3)    # exp(1.15)
+        3.158
+    """
+    place = (num_tokens - base_tokens) / (max_tokens - base_tokens)
+    return math.exp(base_shift + place * (max_shift - base_shift))
+
+
+def reverse_steps(timesteps: Sequence[float]) -> list[tuple[float, float]]:
     """Return the steps (s, t) of the reverse process, from the noisiest t down to s = 0.
 
     Args:
-        timesteps: Increasing timesteps, the first at least 1.
+        timesteps: Increasing timesteps above 0.
 
     Raises:
-        ValueError: If they do not increase from at least 1.
+        ValueError: If they do not increase from above 0.
 
     Example:
         >>> reverse_steps([1, 500, 1000])
         [(500, 1000), (1, 500), (0, 1)]
     """
-    pairs = list(zip([0, *timesteps], timesteps, strict=False))
+    pairs: list[tuple[float, float]] = list(zip([0, *timesteps], timesteps, strict=False))
     if not pairs or any(s >= t for s, t in pairs):
-        raise ValueError(f"timesteps must increase from at least 1, got {list(timesteps)}")
+        raise ValueError(f"timesteps must increase from above 0, got {list(timesteps)}")
     return pairs[::-1]
 
 
-def quadratic_timesteps(schedule: Schedule, K: int) -> list[int]:
+def quadratic_timesteps(schedule: Schedule, K: int) -> list[float]:
     """Return K timesteps 1 = t_1 < ... < t_K = N whose spacing grows linearly, or [N] for K = 1.
 
     t_k = round(1 + (N - 1) ((k - 1) / (K - 1))^2), as in DDIM (Song, Meng and Ermon, 2021) but
@@ -100,14 +229,14 @@ def quadratic_timesteps(schedule: Schedule, K: int) -> list[int]:
     _check_number(num_timesteps, K)
     if K == 1:
         return [num_timesteps]
-    timesteps = [1]
+    timesteps: list[float] = [1]
     for k in range(1, K):
         place = round(1 + (num_timesteps - 1) * (k / (K - 1)) ** 2)
         timesteps.append(max(place, timesteps[-1] + 1))
     return timesteps
 
 
-def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[int]:
+def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[float]:
     """Return the K timesteps 1 = t_1 < ... < t_K = N that minimise the bound, or [N] for K = 1.
 
     With the optimal covariance the expected KL of the step from t to s is, per dimension,
@@ -158,6 +287,10 @@ def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[int
     for origin in reversed(origins):
         path.append(int(origin[path[-1]]))
     return [t + 1 for t in reversed(path)]
+
+
+def _fitted(schedule: Schedule, timesteps: list[float]) -> list[float]:
+    return timesteps if schedule.is_continuous else [round(t) for t in timesteps]
 
 
 def _check_number(num_timesteps: int, K: int) -> None:

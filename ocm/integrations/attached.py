@@ -31,7 +31,8 @@ from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.diffusion.architectures import ARCHITECTURES, architecture_of
 from ocm.diffusion.denoiser import Denoiser
-from ocm.diffusion.schedules import Schedule, from_scheduler, linear
+from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
+from ocm.diffusion.schedules import Schedule, linear
 from ocm.integrations.scheduler import OCMScheduler
 
 
@@ -140,7 +141,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         """
         if not isinstance(schedule, Schedule):
             if prediction_type is None:
-                prediction_type = schedule.config.get("prediction_type", "epsilon")
+                prediction_type = prediction_type_of(schedule)
             schedule = from_scheduler(schedule)
         return Denoiser(self.backbone, schedule, prediction_type or "epsilon").freeze()
 

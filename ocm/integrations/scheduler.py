@@ -27,7 +27,9 @@ from torch import Tensor
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.operators import variance_bound
 from ocm.diffusion.checks import check_positive_int
-from ocm.diffusion.schedules import Schedule, check_prediction_type, from_scheduler
+from ocm.diffusion.from_diffusers import from_scheduler
+from ocm.diffusion.predictions import check_prediction_type, coefficients
+from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import even_timesteps
 from ocm.sampling.samplers import ddim
 
@@ -203,7 +205,9 @@ class OCMScheduler(DDPMScheduler):
         s, t, is_last_noise = self._levels(timestep)
         prediction, ratio = self._split(model_output, sample)
         step = ddim(self.schedule, s, t, eta=self.config.eta)
-        p, q = (table[t].item() for table in self.schedule.x0_from(self.config.prediction_type))
+        p, q, _ = coefficients(
+            self.config.prediction_type, self.schedule.alpha(t), self.schedule.sigma(t)
+        )
         # Not by hessdiag.kernels.gaussian_step, which makes its own noise: here it is the
         # generator's, x0_hat is returned too, and guidance may differentiate it.
         dtype = torch.promote_types(sample.dtype, torch.float32)

@@ -1,8 +1,8 @@
 """Mean and covariance of x0 given x at any sigma, as other samplers and inverse problems need it.
 
 k-diffusion and most inverse-problem code write x = x0 + sigma n (variance exploding). That is
-x_t / sqrt(alpha_bar_t) at the level with sigma^2 = beta_bar_t / alpha_bar_t, and x0 given x is x0
-given x_t. The backbone and the covariance are asked at the level nearest in log sigma, as
+x_t / alpha_t at the level of sigma = sigma_t / alpha_t, and x0 given x is x0 given x_t. On a
+discrete schedule the backbone and the covariance are asked at the level nearest in log sigma, as
 k-diffusion does with ``quantize=True``; the scaling of x and the mean use sigma itself.
 
     posterior = ocm.x0_given(denoiser, covariance, x, sigma)
@@ -21,6 +21,7 @@ from torch import Tensor
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import PosteriorCovariance
 from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.predictions import coefficients
 from ocm.diffusion.schedules import Schedule, per_sample
 from ocm.sampling.samplers import X0_RANGE
 
@@ -38,7 +39,7 @@ class Posterior(NamedTuple):
 
 
 def sigmas(schedule: Schedule) -> Tensor:
-    """Return sigma_1 .. sigma_N = sqrt(beta_bar / alpha_bar), float64.
+    """Return sigma_t / alpha_t for t = 1 .. N, float64; infinite where there is no signal.
 
     Example:
         >>> from ocm.diffusion.schedules import linear
@@ -49,21 +50,23 @@ def sigmas(schedule: Schedule) -> Tensor:
     return schedule.snr[1:].rsqrt()
 
 
-def nearest_timestep(schedule: Schedule, sigma: Tensor) -> Tensor:
-    """Return the timestep in 1 .. N whose sigma is nearest in its logarithm.
+def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
+    """Return the timestep of a sigma: of a discrete schedule that nearest in its logarithm.
 
     Args:
-        schedule: The noise schedule.
-        sigma: Any shape. Below sigma_1 it is timestep 1.
+        schedule: The path.
+        sigma: Of x = x0 + sigma n, any shape. Below sigma_1 a discrete schedule has timestep 1.
 
     Raises:
         ValueError: If a sigma is not positive, or above twice the largest, where the backbone
             knows nothing (not checked on a GPU, which would have to be waited for).
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> nearest_timestep(linear(), torch.tensor([0.001, 1.0, 150.0]))
+        >>> from ocm.diffusion.schedules import flow, linear
+        >>> timestep_at(linear(), torch.tensor([0.001, 1.0, 150.0]))
         tensor([  1, 259, 995])
+        >>> timestep_at(flow(), torch.tensor([1.0]))
+        tensor([500.], dtype=torch.float64)
     """
     levels = sigmas(schedule).to(sigma.device)
     if sigma.device.type == "cpu" and not bool(((sigma > 0) & (sigma <= 2 * levels[-1])).all()):
@@ -71,6 +74,8 @@ def nearest_timestep(schedule: Schedule, sigma: Tensor) -> Tensor:
             f"sigma must lie in (0, {2 * levels[-1].item():.4g}], twice the largest of the "
             f"schedule, got {sigma.min().item():.4g} .. {sigma.max().item():.4g}"
         )
+    if schedule.is_continuous:
+        return schedule.timestep_of(-2.0 * sigma.double().log())
     distances = (sigma.double().log()[..., None] - levels.log()).abs()
     return distances.argmin(dim=-1) + 1
 
@@ -136,21 +141,27 @@ def _at_nearest(
     condition: Condition | None,
     sample_offset: int,
 ) -> tuple[Prediction, Tensor, Tensor]:
-    """Return the prediction at x / sqrt(1 + sigma^2) of the nearest level, and sigma's p and q."""
+    """Return the prediction at alpha x of sigma's level, and p and q of its x0_hat."""
     levels = torch.as_tensor(sigma, dtype=torch.float64, device=_device_of(sigma)).reshape(-1)
     if len(levels) not in (1, len(x)):
         raise ValueError(
             f"sigma must be one number, or one for each of {len(x)} samples, got {len(levels)}"
         )
-    nearest = nearest_timestep(denoiser.schedule, levels)
-    # Of one sample for each level, to index tables by.
-    at_sigma = Schedule("sigma", -torch.log1p(levels**2))
-    index = 0 if len(levels) == 1 else torch.arange(len(levels), device=levels.device)
-    x_t = per_sample(at_sigma.alpha_bar.sqrt(), index, x) * x
-    t = int(nearest) if len(levels) == 1 else nearest.to(x.device)
-    prediction = denoiser.predict(x_t, t, condition=condition, sample_offset=sample_offset)
-    p, q = (per_sample(table, index, x) for table in at_sigma.x0_from(denoiser.prediction_type))
-    return prediction, p, q
+    schedule = denoiser.schedule
+    t = timestep_at(schedule, levels).to(x.device)
+    if schedule.is_continuous:
+        alpha, sigma_t = schedule.alpha(t), schedule.sigma(t)
+    else:  # at sigma itself, beside the level
+        alpha = (1.0 + levels**2).rsqrt()
+        sigma_t = levels * alpha
+    p, q, _ = coefficients(denoiser.prediction_type, alpha, sigma_t, schedule.data_std)
+    if len(levels) == 1:
+        p, q, alpha = p[0].cpu(), q[0].cpu(), alpha[0].cpu()
+    x_t = per_sample(alpha, x) * x
+    prediction = denoiser.predict(
+        x_t, t.item() if len(t) == 1 else t, condition=condition, sample_offset=sample_offset
+    )
+    return prediction, per_sample(p, x), per_sample(q, x)
 
 
 def _device_of(sigma: float | Tensor) -> torch.device:

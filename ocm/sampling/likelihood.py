@@ -2,19 +2,21 @@
 
 For a trajectory t_1 < ... < t_K = N the bound on -log2 p(x_0) is the sum of
 
-    KL(q(x_N | x_0) || N(0, I))                                          the prior
+    KL(q(x_N | x_0) || N(0, (alpha_N^2 + sigma_N^2) I))                  the prior
     KL(q(x_s | x_t, x_0) || p(x_s | x_t)),  (s, t) = (t_{k-1}, t_k)      a Gaussian step each
     -log p(x_0 | x_{t_1})                                                the decoder.
 
 With p(x_s | x_t) of the form of :mod:`ocm.sampling.samplers` the step's KL needs nothing but
-r = SNR(s) - SNR(t), SNR = alpha_bar / beta_bar, since b^2 / beta_tilde(s, t) = r. With the
+r = SNR(s) - SNR(t), since b^2 / beta_tilde(s, t) = r, on every path. With the
 eigenvalues Var_k of Cov[x0 | x_t] in its eigenbasis F, the pixels for a diagonal one, it is the sum
 over k of
 
     1/2 [log(1 + r Var_k) + (1 + r (F (x_0 - x0_hat))_k^2) / (1 + r Var_k) - 1].
 
-The decoder is a Gaussian around x0_hat of variance beta_tilde(1, 2), integrated over the bin of
-each grey level, the outermost bins being open.
+The decoder of images is a Gaussian around x0_hat of variance beta_tilde(1, 2), integrated over the
+bin of each grey level, the outermost bins being open. For continuous data it is the density of
+N(x0_hat, Cov[x0 | x_t1]); with the exact covariance of Gaussian data every term is exact, and the
+bound is the likelihood itself for any K.
 """
 
 from __future__ import annotations
@@ -64,9 +66,10 @@ def bits_per_dim(
     denoiser: Denoiser,
     covariance: Covariance,
     x0: Tensor,
-    steps: int | Sequence[int],
+    steps: int | Sequence[float],
     *,
-    levels: int = 256,
+    levels: int | None = 256,
+    x0_range: tuple[float, float] | None = X0_RANGE,
     condition: Condition | None = None,
     seed: int = 0,
     sample_offset: int = 0,
@@ -79,12 +82,14 @@ def bits_per_dim(
 
     Args:
         denoiser: The frozen denoiser.
-        covariance: States Cov[x0 | x_t], with eigenvalues: clipped here to what images in [-1, 1]
-            allow, and x0_hat to [-1, 1].
-        x0: Images in [-1, 1], shape (B, C, H, W), on the grid of ``levels`` grey levels.
-        steps: Number K of evenly spaced timesteps, or increasing timesteps in 1 .. N, the last of
-            them N.
-        levels: Number of grey levels: bins are 2 / (levels - 1) wide.
+        covariance: States Cov[x0 | x_t], with eigenvalues.
+        x0: Images in [-1, 1], shape (B, C, H, W), on the grid of ``levels`` grey levels; or any
+            data, shape (B, ...), for ``levels=None``.
+        steps: Number K of evenly spaced timesteps, or increasing timesteps up to N.
+        levels: Number of grey levels: bins are 2 / (levels - 1) wide. None for continuous data,
+            whose density is bounded.
+        x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for data without
+            bounds.
         condition: Class labels of the images, for a denoiser that takes them.
         seed: Seed of the noise.
         sample_offset: Number of the first sample.
@@ -92,27 +97,40 @@ def bits_per_dim(
 
     Raises:
         ValueError: If x0 leaves [-1, 1] or the grid, the timesteps do not increase to N, or
-            levels < 2.
+            levels < 2; or x0 is not finite.
         TypeError: If the covariance has no density (Lanczos).
     """
     from tqdm import tqdm
 
-    check_images(x0, levels)
-    *noisy_steps, (_, first) = reverse_steps(timesteps_of(denoiser.schedule, steps))
+    if levels is None:
+        check_finite("x0", x0)
+    else:
+        check_images(x0, levels)
+    timesteps = timesteps_of(denoiser.schedule, steps)
+    *noisy_steps, (_, first) = reverse_steps(timesteps)
+    if timesteps[-1] != denoiser.schedule.num_timesteps:
+        raise ValueError(
+            f"steps must end at N = {denoiser.schedule.num_timesteps}, where x_N is noise to "
+            f"the prior, got {timesteps[-1]}"
+        )
 
-    def predicted(t: int, s: int | None = None) -> Prediction:
+    def predicted(t: float, s: float | None = None) -> Prediction:
         return noisy_prediction(denoiser, x0, t, seed, sample_offset, s=s, condition=condition)
+
+    def stated(prediction: Prediction) -> SpectralCovariance:
+        return spectral(covariance.at(prediction).bounded(x0_range))
 
     terms = []
     for s, t in tqdm(noisy_steps, "bits/dim", unit="step", disable=not progress):
         prediction = predicted(t, s)
-        stated = spectral(covariance.at(prediction).bounded(X0_RANGE))
-        terms.append(step_term(stated, prediction, x0))
+        terms.append(step_term(stated(prediction), prediction, x0, x0_range))
     prediction = predicted(first)
     return BitsPerDim(
         prior=prior_term(denoiser, x0),
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),
-        decoder=decoder_term(prediction, x0, levels),
+        decoder=density_term(stated(prediction), prediction, x0, x0_range)
+        if levels is None
+        else decoder_term(prediction, x0, levels),
     )
 
 
@@ -133,24 +151,53 @@ def check_images(x0: Tensor, levels: int) -> None:
         )
 
 
-def step_term(covariance: SpectralCovariance, prediction: Prediction, x0: Tensor) -> Tensor:
+def step_term(
+    covariance: SpectralCovariance,
+    prediction: Prediction,
+    x0: Tensor,
+    x0_range: tuple[float, float] | None = X0_RANGE,
+) -> Tensor:
     """Return the KL of the step from the prediction's t to its s, in bits/dim, shape (B,).
 
     Args:
         covariance: Cov[x0 | x_t], bounded to what the data allow.
-        prediction: At x_t drawn from q(x_t | x_0), with s in 1 .. t - 1.
+        prediction: At x_t drawn from q(x_t | x_0), with 0 < s < t.
         x0: The images.
+        x0_range: Where x0_hat is clipped to.
     """
-    snr, s, t = prediction.denoiser.schedule.snr, prediction.s, prediction.timestep
+    schedule, s, t = prediction.denoiser.schedule, prediction.s, prediction.timestep
     assert s is not None  # the step is known
-    error = x0.to(prediction.x_t) - prediction.x0_hat.clamp(*X0_RANGE)
     return _mean_bits(
         gaussian_step_kl(
-            squared_error=covariance.basis.analyse(error).double().square(),
+            squared_error=_squared_errors(covariance, prediction, x0, x0_range),
             variance=covariance.eigenvalues.double(),
-            snr_difference=(snr[s] - snr[t]).item(),
+            snr_difference=(schedule.log_snr(s).exp() - schedule.log_snr(t).exp()).item(),
         )
     )
+
+
+def density_term(
+    covariance: SpectralCovariance,
+    prediction: Prediction,
+    x0: Tensor,
+    x0_range: tuple[float, float] | None,
+) -> Tensor:
+    """Return -log N(x0; x0_hat, Cov[x0 | x_t1]), in bits/dim, shape (B,)."""
+    variance = covariance.eigenvalues.double()
+    squared_error = _squared_errors(covariance, prediction, x0, x0_range)
+    return _mean_bits(0.5 * (squared_error / variance + variance.log() + math.log(2 * math.pi)))
+
+
+def _squared_errors(
+    covariance: SpectralCovariance,
+    prediction: Prediction,
+    x0: Tensor,
+    x0_range: tuple[float, float] | None,
+) -> Tensor:
+    """Return the squared errors of x0_hat in the eigenbasis, float64."""
+    x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
+    error: Tensor = covariance.basis.analyse(x0.to(x0_hat) - x0_hat)
+    return error.double().square()
 
 
 def decoder_term(prediction: Prediction, x0: Tensor, levels: int) -> Tensor:
@@ -161,7 +208,7 @@ def decoder_term(prediction: Prediction, x0: Tensor, levels: int) -> Tensor:
 
 
 def prior_term(denoiser: Denoiser, x0: Tensor) -> Tensor:
-    """Return KL(q(x_N | x_0) || N(0, I)), in bits/dim, shape (B,)."""
+    """Return KL(q(x_N | x_0) || N(0, prior_std^2 I)), in bits/dim, shape (B,)."""
     alpha_bar = denoiser.schedule.alpha_bar[-1].item()
     squares = x0.to(denoiser.device).double() ** 2
     return _mean_bits(0.5 * (alpha_bar * squares - alpha_bar - math.log1p(-alpha_bar)))

@@ -1,12 +1,14 @@
-"""DDPM and DDIM with any subset of timesteps and any covariance of x0 given x_t.
+"""DDPM, DDIM and all between, at any timesteps and with any covariance of x0 given x_t.
 
-Integrating q(x_s | x_t, x_0) over N(x0_hat, Cov[x0 | x_t]) gives both samplers the same form,
+Integrating q(x_s | x_t, x_0) over N(x0_hat, Cov[x0 | x_t]) gives all samplers the same form,
 
     mean       = a x_t + b x0_hat
     covariance = lambda^2 I + b^2 Cov[x0 | x_t],
 
-with lambda^2 the variance and b the weight of x_0 in their q(x_s | x_t, x_0). With a diagonal
-covariance the step is one :func:`hessdiag.kernels.gaussian_step`.
+with lambda^2 the variance and b the weight of x_0 in their q(x_s | x_t, x_0). On any path
+x_t = alpha_t x0 + sigma_t n, every lambda in [0, sigma_s] keeps the moments of x_s given x_0 by
+a = sqrt(sigma_s^2 - lambda^2) / sigma_t and b = alpha_s - a alpha_t. With a diagonal covariance
+the step is one :func:`hessdiag.kernels.gaussian_step`.
 """
 
 from __future__ import annotations
@@ -46,18 +48,18 @@ class ReverseStep(NamedTuple):
     noise_variance: float
 
 
-Sampler = Callable[[Schedule, int, int], ReverseStep]
+Sampler = Callable[[Schedule, float, float], ReverseStep]
 """From (schedule, s, t), s < t, to the step from t to s."""
 
 # Where images lie.
 X0_RANGE = (-1.0, 1.0)
 
 
-def ddpm(schedule: Schedule, s: int, t: int) -> ReverseStep:
-    """Return the DDPM step from t to s (Ho, Jain and Abbeel, 2020).
+def ddpm(schedule: Schedule, s: float, t: float) -> ReverseStep:
+    """Return the DDPM step from t to s (Ho, Jain and Abbeel, 2020), on any path.
 
-    mean = sqrt(alpha_bar_s) beta(s, t) / beta_bar_t x0_hat
-           + sqrt(alpha(s, t)) beta_bar_s / beta_bar_t x_t,    lambda^2 = beta_tilde(s, t).
+    a = alpha_t sigma_s^2 / (alpha_s sigma_t^2),    b = alpha_s (1 - SNR_t / SNR_s),
+    lambda^2 = beta_tilde(s, t): the moments of q(x_s | x_t, x_0).
 
     Raises:
         ValueError: Unless 0 <= s < t <= N.
@@ -67,20 +69,22 @@ def ddpm(schedule: Schedule, s: int, t: int) -> ReverseStep:
         >>> ddpm(linear(), 0, 500).mean_from_x0    # the last step returns x0_hat
         1.0
     """
-    beta, beta_tilde = schedule.beta(s, t), schedule.beta_tilde(s, t)
-    alpha_bar_s = schedule.alpha_bar[s].item()
-    beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
-    a = math.sqrt(schedule.alpha(s, t)) * beta_bar_s / beta_bar_t
-    b = math.sqrt(alpha_bar_s) * beta / beta_bar_t
-    return ReverseStep(a, b, beta_tilde)
+    noise_variance = schedule.beta_tilde(s, t)
+    alpha_s, sigma_s, alpha_t, sigma_t = _scales(schedule, s, t)
+    a = alpha_t * sigma_s**2 / (alpha_s * sigma_t**2)
+    b = alpha_s if s == 0 else alpha_s * noise_variance / sigma_s**2
+    return ReverseStep(a, b, noise_variance)
 
 
-def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> ReverseStep:
-    """Return the DDIM step from t to s (Song, Meng and Ermon, 2021).
+def ddim(schedule: Schedule, s: float, t: float, *, eta: float = 0.0) -> ReverseStep:
+    """Return the DDIM step from t to s (Song, Meng and Ermon, 2021), on any path.
 
-    mean = sqrt(alpha_bar_s) x0_hat + sqrt(beta_bar_s - lambda^2) epsilon,
-    lambda^2 = eta^2 beta_tilde(s, t), with epsilon = (x_t - sqrt(alpha_bar_t) x0_hat) /
-    sqrt(beta_bar_t). With eta = 1 this is the DDPM step.
+    a = sqrt(sigma_s^2 - lambda^2) / sigma_t,    b = alpha_s - a alpha_t,
+    lambda^2 = eta^2 beta_tilde(s, t).
+
+    eta = 0 is the step of the probability-flow ODE: Euler's for flow matching. eta = 1 is DDPM's.
+    Where x0_hat is clipped, the noise is that of the clipped one, as diffusers has it with
+    ``use_clipped_model_output``.
 
     Raises:
         ValueError: Unless 0 <= s < t <= N and eta lies in [0, 1].
@@ -92,12 +96,44 @@ def ddim(schedule: Schedule, s: int, t: int, *, eta: float = 0.0) -> ReverseStep
     """
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta must lie in [0, 1], got {eta}")
-    noise_variance = eta**2 * schedule.beta_tilde(s, t)
-    alpha_bar_s, alpha_bar_t = schedule.alpha_bar[[s, t]].tolist()
-    beta_bar_s, beta_bar_t = schedule.beta_bar[[s, t]].tolist()
-    a = math.sqrt((beta_bar_s - noise_variance) / beta_bar_t)
-    b = math.sqrt(alpha_bar_s) - a * math.sqrt(alpha_bar_t)
-    return ReverseStep(a, b, noise_variance)
+    return _keeping_marginals(schedule, s, t, eta**2 * schedule.beta_tilde(s, t))
+
+
+def renoised(schedule: Schedule, s: float, t: float, *, noise: float = 1.0) -> ReverseStep:
+    """Return the step from t to s with lambda = noise sigma_s: any share of the noise is new.
+
+    noise = 0 is the step of the ODE, :func:`ddim`'s. noise = 1 forgets x_t but for x0_hat, as
+    ``stochastic_sampling`` of diffusers' flow matching and consistency models do. On a flow the
+    DDPM step lies between them.
+
+    Raises:
+        ValueError: Unless 0 <= s < t <= N and noise lies in [0, 1].
+
+    Example:
+        >>> from ocm.diffusion.schedules import flow
+        >>> renoised(flow(), 400, 800)
+        ReverseStep(mean_from_x_t=0.0, mean_from_x0=0.6, noise_variance=0.16000000000000003)
+    """
+    if not 0.0 <= noise <= 1.0:
+        raise ValueError(f"noise must lie in [0, 1], got {noise}")
+    schedule.beta_tilde(s, t)  # raises unless s < t
+    return _keeping_marginals(schedule, s, t, (noise * schedule.sigma(s).item()) ** 2)
+
+
+def _keeping_marginals(
+    schedule: Schedule, s: float, t: float, noise_variance: float
+) -> ReverseStep:
+    """Return the step of this lambda^2 whose x_s, given x_0, has its own mean and variance."""
+    alpha_s, sigma_s, alpha_t, sigma_t = _scales(schedule, s, t)
+    a = math.sqrt(max(sigma_s**2 - noise_variance, 0.0)) / sigma_t
+    return ReverseStep(a, alpha_s - a * alpha_t, noise_variance)
+
+
+def _scales(schedule: Schedule, s: float, t: float) -> list[float]:
+    """Return alpha_s, sigma_s, alpha_t and sigma_t."""
+    return [
+        scale.item() for place in (s, t) for scale in (schedule.alpha(place), schedule.sigma(place))
+    ]
 
 
 def last_step_noise(levels: float) -> float:
@@ -120,7 +156,7 @@ def sample(
     denoiser: Denoiser,
     covariance: Covariance,
     shape: Sequence[int],
-    steps: int | Sequence[int],
+    steps: int | Sequence[float],
     *,
     sampler: Sampler = ddpm,
     condition: Condition | None = None,
@@ -128,22 +164,23 @@ def sample(
     sample_offset: int = 0,
     x0_range: tuple[float, float] | None = X0_RANGE,
     max_last_noise: float | None = None,
+    noise_at_end: bool = False,
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Tensor:
     """Draw samples with one evaluation of the backbone a step, and what the covariance costs.
 
     The noise follows the random-number contract: sample i is the same in any batch and on any
-    number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it allows; the
-    last step, to s = 0, adds no noise.
+    number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it allows. The
+    last step, to s = 0, returns x0_hat unless noise is asked for.
 
     Args:
         denoiser: The frozen denoiser.
         covariance: States Cov[x0 | x_t].
         shape: (B, ...).
-        steps: Number K of evenly spaced timesteps, or increasing timesteps in 1 .. N, the last of
-            them N.
-        sampler: The step from t to s, :func:`ddpm` or :func:`ddim`
+        steps: Number K of evenly spaced timesteps, or increasing timesteps in (0, N]
+            (:mod:`ocm.diffusion.timesteps`). Sampling starts from noise at the last of them.
+        sampler: The step from t to s, :func:`ddpm`, :func:`ddim` or :func:`renoised`
             (``functools.partial(ddim, eta=0.5)``).
         condition: Class labels of the samples, and guidance (:meth:`ocm.Denoiser.condition`).
         seed: Seed of the noise: an integer, or an int64 tensor with one element. With a tensor on
@@ -153,6 +190,9 @@ def sample(
         x0_range: Where the data lie; None for data without bounds, latents say.
         max_last_noise: Largest standard deviation of the last noisy step (see
             :func:`last_step_noise`); None for no bound.
+        noise_at_end: Whether x_0 is drawn from N(x0_hat, Cov[x0 | x_t]) rather than its mean:
+            samples then have the variance of the data from few steps too, where a diagonal
+            covariance is white noise on each of them.
         dtype: Type of the samples between steps and at the end.
         progress: Whether to show a progress bar.
 
@@ -160,27 +200,36 @@ def sample(
         x_0, shape ``shape``.
 
     Raises:
-        ValueError: If there are more steps than N, or the timesteps do not increase to N from at
-            least 1.
+        ValueError: If there are more steps than N, or the timesteps do not increase from above 0
+            to at most N.
     """
     from tqdm import tqdm
 
     schedule, device = denoiser.schedule, denoiser.device
     timesteps = timesteps_of(schedule, steps)
     seed = seed_tensor(seed, device)
-    x = normal(shape, seed, step=draws.START, sample_offset=sample_offset, device=device).to(dtype)
+    x = _start(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
     bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
     for s, t in bar:
         prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
         x = reverse_step(
             prediction,
-            covariance.at(prediction) if s > 0 else None,
+            covariance.at(prediction) if s > 0 or noise_at_end else None,
             sampler(schedule, s, t),
             seed=seed,
             x0_range=x0_range,
             max_noise_std=max_last_noise if s == timesteps[0] else None,
         )
     return x
+
+
+def _start(
+    denoiser: Denoiser, shape: Sequence[int], t: float, seed: int | Tensor, sample_offset: int
+) -> Tensor:
+    """Return noise of the standard deviation that x_t has for data of variance 1."""
+    schedule, device = denoiser.schedule, denoiser.device
+    z = normal(shape, seed, step=draws.START, sample_offset=sample_offset, device=device)
+    return z * math.hypot(schedule.alpha(t), schedule.sigma(t))
 
 
 def reverse_step(
@@ -198,14 +247,15 @@ def reverse_step(
         prediction: The prediction at (x_t, t).
         covariance: Cov[x0 | x_t], or None for a step without noise.
         step: That of a sampler.
-        seed: Seed of the noise, of which this is the draw number t.
+        seed: Seed of the noise, of which this is draw ``ocm.diffusion.draws.of_level(t)``.
         x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for no bounds.
         max_noise_std: Largest standard deviation of the noise, in any direction; None for no bound.
     """
-    x_t, t, offset = prediction.x_t, prediction.timestep, prediction.sample_offset
+    x_t, offset = prediction.x_t, prediction.sample_offset
+    draw = draws.of_level(prediction.timestep)
     a, b, noise_variance = step
-    p, q = prediction.denoiser.schedule.x0_from(prediction.denoiser.prediction_type)
-    coefficients = StepCoefficients(p[t].item(), q[t].item(), a, b, noise_variance, b**2)
+    p, q, _ = prediction.denoiser.coefficients(prediction.timestep)
+    coefficients = StepCoefficients(p.item(), q.item(), a, b, noise_variance, b**2)
     if isinstance(covariance, SpectralCovariance) and covariance.basis is PIXELS:
         bound = math.inf if x0_range is None else variance_bound(x0_range)
         return gaussian_step(
@@ -214,7 +264,7 @@ def reverse_step(
             covariance.eigenvalues,
             coefficients,
             seed=seed,
-            step=t,
+            step=draw,
             sample_offset=offset,
             x0_range=x0_range,
             variance_range=(0.0, bound),
@@ -222,14 +272,14 @@ def reverse_step(
         )
     without_noise = coefficients._replace(noise_variance=0.0, noise_from_variance=0.0)
     mean = gaussian_step(
-        x_t, prediction.output, 0.0, without_noise, seed=seed, step=t, x0_range=x0_range
+        x_t, prediction.output, 0.0, without_noise, seed=seed, step=draw, x0_range=x0_range
     )
     if covariance is None:
         return mean
     reverse = covariance.bounded(x0_range).affine(b**2, noise_variance)
     if max_noise_std is not None:
         reverse = reverse.clamped(0.0, max_noise_std**2)
-    z = normal(x_t.shape, seed, step=t, sample_offset=offset, device=x_t.device)
+    z = normal(x_t.shape, seed, step=draw, sample_offset=offset, device=x_t.device)
     return mean + reverse.noise(z.to(x_t)).to(x_t)
 
 
@@ -237,7 +287,7 @@ def capture(
     denoiser: Denoiser,
     covariance: Covariance,
     shape: Sequence[int],
-    steps: int | Sequence[int],
+    steps: int | Sequence[float],
     **options: Any,
 ) -> Callable[[int], Tensor]:
     """Capture the whole sampling loop in a CUDA graph, and return seed -> samples.

@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ocm.training.settings import TrainingSettings
 
+# The least of continuous timesteps, above 0 where there is no noise.
+_LEAST = 1e-3
+
 
 class ImageSource(Protocol):
     """Images that are read as they are needed; a tensor of shape (n, C, ...) is one too."""
@@ -30,7 +33,7 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Which images a step takes, at which timesteps in 1 .. N, and which of them are flipped."""
+    """Which images a step takes, at which timesteps in (0, N], and which of them are flipped."""
 
     indices: Tensor
     timesteps: Tensor
@@ -38,12 +41,16 @@ class Batch:
 
 
 def batch_of_step(
-    step: int, settings: TrainingSettings, num_images: int, num_timesteps: int
+    step: int,
+    settings: TrainingSettings,
+    num_images: int,
+    num_timesteps: int,
+    is_continuous: bool = False,
 ) -> Batch:
-    """Draw images with replacement, and timesteps spread over 1 .. N, for one step.
+    """Draw images with replacement, and timesteps spread over (0, N], for one step.
 
-    Each u of the timesteps N u^exponent is uniform alone; spreading them evenly within a batch
-    lowers the gradient's variance.
+    They are whole unless the path is continuous. Each u of the timesteps N u^exponent is uniform
+    alone; spreading them evenly within a batch lowers the gradient's variance.
 
     Example:
         >>> settings = TrainingSettings(num_steps=9, batch_size=4)
@@ -55,7 +62,10 @@ def batch_of_step(
     indices = torch.randint(num_images, (size,), generator=generator)
     place = (torch.arange(size) + torch.rand(1, generator=generator)) / size
     place = place**settings.timestep_exponent
-    timesteps = 1 + (place * num_timesteps).long().clamp(max=num_timesteps - 1)
+    if is_continuous:
+        timesteps = (place.double() * num_timesteps).clamp(_LEAST, num_timesteps)
+    else:
+        timesteps = 1 + (place * num_timesteps).long().clamp(max=num_timesteps - 1)
     flips = torch.rand(size, generator=generator) < (0.5 if settings.horizontal_flip else 0.0)
     return Batch(indices, timesteps, flips)
 
@@ -79,12 +89,15 @@ class MicroBatches(Dataset[MicroBatch]):
     settings: TrainingSettings
     rank: int = 0
     num_processes: int = 1
+    is_continuous: bool = False
 
     def __getitem__(self, number: int) -> MicroBatch:
         settings = self.settings
         parts = settings.gradient_accumulation_steps
         step, part = divmod(number, parts)
-        batch = batch_of_step(step, settings, len(self.images), self.num_timesteps)
+        batch = batch_of_step(
+            step, settings, len(self.images), self.num_timesteps, self.is_continuous
+        )
         size = settings.batch_size // (self.num_processes * parts)
         first = (self.rank * parts + part) * size
         own = slice(first, first + size)

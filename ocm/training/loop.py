@@ -60,6 +60,7 @@ def train(
     num_timesteps: int,
     settings: TrainingSettings,
     *,
+    is_continuous: bool = False,
     device: torch.device | str | None = None,
     directory: str | Path | None = None,
     resume: bool = True,
@@ -84,6 +85,7 @@ def train(
         labels: Classes of the images, int64 of shape (n,), or None.
         num_timesteps: Timesteps N of the diffusion.
         settings: Length, batch size, learning rate, seed and so on.
+        is_continuous: Whether timesteps are any numbers in (0, N].
         device: Where to train; None takes the process's GPU if it has one, else the CPU. The
             module is moved there.
         directory: Where the main process writes the state every ``checkpoint_every`` steps; None
@@ -135,6 +137,7 @@ def train(
         "num_images": len(images),
         "labels": labels is not None,
         "num_timesteps": num_timesteps,
+        **({"is_continuous": True} if is_continuous else {}),
     }
     main = processes.rank == 0
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
@@ -143,7 +146,13 @@ def train(
         first = len(losses)
         rate_of_step = _rate_of_step(settings)
         batches = MicroBatches(
-            images, labels, num_timesteps, settings, processes.rank, processes.count
+            images,
+            labels,
+            num_timesteps,
+            settings,
+            processes.rank,
+            processes.count,
+            is_continuous,
         )
         loader = iter(batches.from_step(first))
         bar = tqdm(

@@ -14,6 +14,8 @@ from torch.nn import functional
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import chosen, noisy
+from ocm.diffusion.predictions import target
+from ocm.diffusion.schedules import per_sample
 from ocm.training.batches import ImageSource
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
@@ -31,7 +33,7 @@ def denoising_loss(
 ) -> Tensor:
     """Return the mean of (target - output(x_t, t))^2 (Ho, Jain and Abbeel, 2020).
 
-    The target is the noise, x0 or v, by the denoiser's ``prediction_type``.
+    The target is the denoiser's ``prediction_type`` (:mod:`ocm.diffusion.predictions`).
 
     Args:
         denoiser: The denoiser in training.
@@ -46,9 +48,9 @@ def denoising_loss(
     x_t, noise = noisy(schedule, x0, t, seed, sample_offset)
     condition = None if labels is None else denoiser.condition(labels)
     output = denoiser.output(x_t, t, condition=condition, backbone=backbone)
-    # v = sqrt(alpha_bar) noise - sqrt(beta_bar) x0
-    targets = {"epsilon": noise, "sample": x0, "v_prediction": schedule.diffuse(noise, t, -x0)}
-    return functional.mse_loss(output, targets[denoiser.prediction_type])
+    alpha, sigma = (per_sample(scale, x0) for scale in (schedule.alpha(t), schedule.sigma(t)))
+    wanted = target(denoiser.prediction_type, alpha, sigma, x0, noise, schedule.data_std)
+    return functional.mse_loss(output, wanted)
 
 
 def train_denoiser(
@@ -104,6 +106,7 @@ def train_denoiser(
         labels,
         denoiser.schedule.num_timesteps,
         settings,
+        is_continuous=denoiser.schedule.is_continuous,
         device=denoiser.device,
         directory=directory,
         resume=resume,
@@ -175,6 +178,7 @@ def train_head(
         labels,
         denoiser.schedule.num_timesteps,
         settings,
+        is_continuous=denoiser.schedule.is_continuous,
         device=denoiser.device,
         directory=directory,
         resume=resume,

@@ -17,10 +17,10 @@ from ocm.covariances.names import LEARNED
 from ocm.data import Images
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import SCHEDULES
-from ocm.diffusion.small_unet import small_unet
 from ocm.training.loop import mean_of_last
 from ocm.training.objectives import train_denoiser, train_head
 from ocm.training.settings import TrainingSettings
+from ocm.training.small_unet import small_unet
 
 _NUM_TIMESTEPS = 1000
 # Most images that are kept from training where no number is given.

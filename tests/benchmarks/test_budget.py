@@ -12,9 +12,9 @@ import ocm
 from hessdiag.kernels import normal
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.architectures import UNET
-from ocm.diffusion.small_unet import small_unet
 from ocm.diffusion.tables import Table
 from ocm.evaluation.features import FeatureExtractor
+from ocm.training.small_unet import small_unet
 
 VARIANCES = torch.tensor([0.09, 0.04, 0.01, 0.0025])
 PIXELS = FeatureExtractor("pixels", 4, lambda images: images.flatten(1))

@@ -25,7 +25,7 @@ import ocm
 from ocm import checkpoints
 from ocm.checkpoints.fitting import fitted
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.small_unet import small_unet
+from ocm.training.small_unet import small_unet
 
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "cpu"

@@ -5,7 +5,7 @@ import torch
 from small_backbone import small_denoiser
 
 import hessdiag
-from ocm.diffusion.small_unet import small_unet
+from ocm.training.small_unet import small_unet
 
 pytestmark = pytest.mark.gpu
 

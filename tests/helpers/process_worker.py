@@ -21,7 +21,7 @@ def shifts_in_float64():
 
 
 def small_unet():
-    from ocm.diffusion.small_unet import small_unet
+    from ocm.training.small_unet import small_unet
 
     module = small_unet((1, 8, 8)).eval()
     torch.manual_seed(0)

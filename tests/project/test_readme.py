@@ -12,7 +12,7 @@ import pytest
 from records import quotes
 
 import ocm
-from ocm.diffusion.small_unet import small_unet
+from ocm.training.small_unet import small_unet
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

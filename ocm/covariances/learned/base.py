@@ -85,13 +85,15 @@ def loss_weight(
 ) -> Tensor:
     """Return 1 / (1 + (network_error (A_t - 1))^2), float64 of the shape of t.
 
-    A_t multiplies the errors of a network that predicts the noise when their unit is c_t
-    (:meth:`ocm.Parameterisation.amplification`). Where it makes them larger than the variance
-    itself, the target says little, and without the weight it would say it loudest. In the papers'
-    parameterisation A_t = 1, and so is the weight. It is for targets that hold the network's output
-    or its Jacobian; a network that predicts x0 or v amplifies nothing.
+    With Cov[x0 | x_t] = c I + k J, A_t = c / c_t multiplies a relative error of the network's
+    Jacobian when c_t is the unit. Where it makes the error larger than the variance itself, the
+    target says little, and without the weight it would say it loudest. It is large near t = N for
+    a network that predicts the noise, or the velocity of a flow; in the papers' units A_t = 1, and
+    so is the weight. It is for targets that hold the network's output or its Jacobian.
     """
-    if denoiser.prediction_type != "epsilon":
-        network_error = 0.0
-    excess = parameterisation.amplification(denoiser.schedule, t.cpu()) - 1.0
-    return (1.0 / (1.0 + (network_error * excess) ** 2)).to(t.device)
+    t = t.cpu()
+    p = denoiser.coefficients(t).p
+    alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+    c_over_unit = sigma**2 / alpha * p / parameterisation.scale(denoiser.schedule, t)
+    excess = (c_over_unit - 1.0).clamp(min=0.0)
+    return 1.0 / (1.0 + (network_error * excess) ** 2)

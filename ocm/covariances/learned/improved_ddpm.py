@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
@@ -65,13 +66,16 @@ class ImprovedDDPM(Covariance):
             return unit * self.parameterisation.ratio(output)
         fraction = (1.0 + full_precision(output)) / 2.0
         before = t - 1 if s is None else s
-        limit = per_sample(schedule.beta_bar, t, x_t) * fraction
-        if isinstance(before, int) and before == 0:
+        log_snr = schedule.log_snr(t)
+        limit = per_sample(torch.sigmoid(-log_snr), x_t) * fraction
+        if not isinstance(before, Tensor) and before == 0:
             return limit
-        log_beta_bar = schedule.beta_bar.log()
-        snr = schedule.snr
-        step_log = _difference(log_beta_bar, t, before, x_t)
-        snr_difference = -_difference(snr, t, before, x_t)
+        log_snr_before = schedule.log_snr(before)
+        log_beta_bar, log_beta_bar_before = (
+            functional.logsigmoid(-value) for value in (log_snr, log_snr_before)
+        )
+        step_log = per_sample(log_beta_bar - log_beta_bar_before, x_t)
+        snr_difference = per_sample(log_snr_before.exp() - log_snr.exp(), x_t)
         variance = torch.expm1(fraction * step_log) / snr_difference
         return torch.where(torch.isfinite(snr_difference), variance, limit)
 
@@ -96,19 +100,10 @@ class ImprovedDDPM(Covariance):
         with torch.no_grad():
             prediction = self.denoiser.predict(x_t, t, condition=condition)
         variance = self._variance(prediction, (head or self.head)(prediction.features))
-        snr_difference = -_difference(schedule.snr, t, t - 1, x_t)
+        snr_difference = schedule.log_snr(t - 1).exp() - schedule.log_snr(t).exp()
+        snr_difference = per_sample(snr_difference, x_t)
         squared_error = (x0 - prediction.x0_hat).square()
         # A variance below -1/r has no step; near it the KL is infinite.
         floor = -0.99 / snr_difference
         kl = gaussian_step_kl(squared_error, torch.maximum(variance, floor), snr_difference)
         return schedule.num_timesteps * kl.mean()
-
-
-def _difference(table: Tensor, t: int | Tensor, s: int | Tensor, x: Tensor) -> Tensor:
-    """Return table[t] - table[s], taken in float64, in the form of :func:`per_sample`."""
-    features = [1] * (x.dim() - 1)
-    if isinstance(t, int) and isinstance(s, int):
-        # Filled on the device, where a copy from the host could not be part of a CUDA graph.
-        return x.new_full([1, *features], (table[t] - table[s]).item())
-    table = table.to(t.device) if isinstance(t, Tensor) else table
-    return (table[t] - table[s]).to(x).reshape(-1, *features)

@@ -70,6 +70,9 @@ class OptimalCovarianceMatching(Covariance):
             ValueError: If ``num_probes`` is no multiple of the design's block.
         """
         denoiser, schedule = self.denoiser, self.denoiser.schedule
+        if not schedule.has_signal(schedule.num_timesteps):
+            # Where nothing is left of x0, the Jacobian is no target.
+            t = t.clamp(max=schedule.num_timesteps - 1)
         x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
         size, weight = (of(tuple(x_t.shape[1:])) for of in (self._block, self.probes.weight))
         v = self.probes.draw(

@@ -2,10 +2,10 @@
 
 With output o, a learned covariance states
 
-    Var[x0 | x_t] = c_t ratio(o),      c_t = beta_bar_t / (alpha_bar_t + beta_bar_t / data_std^2),
+    Var[x0 | x_t] = c_t ratio(o),      c_t = sigma_t^2 / (alpha_t^2 + sigma_t^2 / data_std^2),
 
 c_t the posterior variance of Gaussian data of standard deviation ``data_std``, and regresses the
-ratio. ``data_std`` = infinity gives c_t = beta_bar / alpha_bar, the units of the papers, in which
+ratio. ``data_std`` = infinity gives c_t = sigma^2 / alpha^2, the units of the papers, in which
 an error of the head is multiplied by up to 2.5e4 towards t = N. A finite one is the
 preconditioning of EDM (Karras et al., 2022) for second moments: the ratio is of order 1 at every
 noise level. The ratio is 1 + o, or softplus for a variance that cannot be negative.
@@ -51,24 +51,30 @@ class Parameterisation:
         if not self.data_std > 0:
             raise ValueError(f"data_std must be positive, got {self.data_std}")
 
-    def scale(self, schedule: Schedule, t: int | Tensor, x: Tensor | None = None) -> Tensor:
-        """Return c_t, float64; or like x, at least in float32, and broadcast to it."""
-        table = schedule.beta_bar / (schedule.alpha_bar + schedule.beta_bar / self.data_std**2)
-        return table[t] if x is None else per_sample(table, t, full_precision(x))
+    def scale(self, schedule: Schedule, t: float | Tensor, x: Tensor | None = None) -> Tensor:
+        """Return c_t, float64; or like x, at least in float32, and broadcast to it.
 
-    def amplification(self, schedule: Schedule, t: int | Tensor) -> Tensor:
-        """Return (beta_bar / alpha_bar) / c_t, by which errors of epsilon^2 are multiplied."""
-        return 1.0 + schedule.beta_bar[t] / (schedule.alpha_bar[t] * self.data_std**2)
-
-    def gaussian_mean(self, schedule: Schedule, t: int | Tensor, x_t: Tensor) -> Tensor:
-        """Return the posterior mean of centred Gaussian data, sqrt(alpha_bar) c_t / beta_bar x_t.
-
-        For infinite ``data_std`` this is x_t / sqrt(alpha_bar).
+        Raises:
+            ValueError: If ``data_std`` is infinite and x_t holds no signal at one number t, where
+                the papers' unit is infinite.
         """
-        table = schedule.alpha_bar.sqrt() / (
-            schedule.alpha_bar + schedule.beta_bar / self.data_std**2
-        )
-        return per_sample(table, t, full_precision(x_t)) * x_t
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        if math.isinf(self.data_std) and not isinstance(t, Tensor) and not alpha > 0:
+            raise ValueError(
+                f"data_std must be finite on a path without signal at t = {t}, got infinity: the "
+                "papers' unit sigma^2 / alpha^2 is infinite there"
+            )
+        unit = sigma**2 / (alpha**2 + (sigma / self.data_std) ** 2)
+        return unit if x is None else per_sample(unit, full_precision(x))
+
+    def gaussian_mean(self, schedule: Schedule, t: float | Tensor, x_t: Tensor) -> Tensor:
+        """Return the posterior mean of centred Gaussian data, alpha c_t / sigma^2 x_t.
+
+        For infinite ``data_std`` this is x_t / alpha.
+        """
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        factor = alpha / (alpha**2 + (sigma / self.data_std) ** 2)
+        return per_sample(factor, full_precision(x_t)) * x_t
 
     def ratio(self, output: Tensor) -> Tensor:
         """Return 1 + o, or softplus(o + log(e - 1)), which is 1 at 0 too; at least in float32."""

@@ -10,8 +10,8 @@ import ocm
 from ocm import checkpoints
 from ocm.checkpoints.catalogue import build_covariance
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.small_unet import small_unet
 from ocm.diffusion.tables import Table
+from ocm.training.small_unet import small_unet
 
 NO_UNET = "denoiser holds no UNet2DModel that fits"
 

@@ -45,7 +45,6 @@ def test_relations_between_timesteps(schedule):
     torch.testing.assert_close(alpha_bar + beta_bar, torch.ones(1001, dtype=torch.float64))
     for s, t in [(0, 1), (1, 2), (3, 700), (999, 1000)]:
         alpha = (alpha_bar[t] / alpha_bar[s]).item()
-        assert schedule.alpha(s, t) == pytest.approx(alpha, rel=1e-12)
         assert schedule.beta(s, t) == pytest.approx(1 - alpha, rel=1e-9)
         # Composition of the two noises
         assert beta_bar[t].item() == pytest.approx(
@@ -80,7 +79,7 @@ def test_even_timesteps():
         (lambda: timesteps.reverse_steps([1, 5, 5]), r"must increase .* got \[1, 5, 5\]"),
         (lambda: timesteps.reverse_steps([]), r"must increase .* got \[\]"),
         (lambda: timesteps.reverse_steps([0, 3]), r"must increase .* got \[0, 3\]"),
-        (lambda: schedules.from_betas([0.1, 1.0]), "betas must be"),
+        (lambda: schedules.from_betas([1.0, 0.1]), "betas must be"),
         (lambda: schedules.from_betas([]), "betas must be"),
         (lambda: schedules.cosine(1), "num_timesteps must be at least 2, got 1"),
         (lambda: schedules.linear(0), "num_timesteps must be at least 1, got 0"),

@@ -9,7 +9,7 @@ from gaussian_denoiser import gaussian_denoiser
 
 import ocm
 from ocm.covariances.operators import diagonal, full
-from ocm.sampling.any_sigma import nearest_timestep, sigmas
+from ocm.sampling.any_sigma import sigmas, timestep_at
 
 D = 4
 SCHEDULE = ocm.linear()
@@ -39,10 +39,10 @@ def test_sigmas_and_timesteps_are_those_of_the_variance_exploding_process():
     alpha_bar = SCHEDULE.alpha_bar[1:]
     torch.testing.assert_close(sigmas(SCHEDULE), ((1 - alpha_bar) / alpha_bar).sqrt())
     every = torch.arange(1, 1001)
-    assert torch.equal(nearest_timestep(SCHEDULE, sigmas(SCHEDULE)), every)
+    assert torch.equal(timestep_at(SCHEDULE, sigmas(SCHEDULE)), every)
     between = (sigmas(SCHEDULE)[:-1].log() * 0.6 + sigmas(SCHEDULE)[1:].log() * 0.4).exp()
-    assert torch.equal(nearest_timestep(SCHEDULE, between), every[:-1])
-    assert nearest_timestep(SCHEDULE, torch.tensor([1e-6, 200.0])).tolist() == [1, 1000]
+    assert torch.equal(timestep_at(SCHEDULE, between), every[:-1])
+    assert timestep_at(SCHEDULE, torch.tensor([1e-6, 200.0])).tolist() == [1, 1000]
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, 400.0, math.nan, math.inf])
@@ -78,7 +78,7 @@ def test_between_levels_the_mean_is_that_of_sigma_itself():
     denoiser, x = gaussian_denoiser(mean, covariance, SCHEDULE), points()
     sigma = math.sqrt(on_the_grid(500) * on_the_grid(501))
     model = ocm.KDiffusionDenoiser(denoiser)
-    t = int(nearest_timestep(SCHEDULE, torch.tensor(sigma)))
+    t = int(timestep_at(SCHEDULE, torch.tensor(sigma)))
     epsilon = denoiser.output(x / math.sqrt(1 + sigma**2), t)
     torch.testing.assert_close(model(x, sigma), x - sigma * epsilon)
 

@@ -135,7 +135,7 @@ def test_one_step_has_a_prior_and_a_decoder():
         (
             torch.ones(1, 1, 1, 4),
             {"steps": [1, 10]},
-            "steps must be .* timesteps that end at N = 1000, got 10",
+            "steps must end at N = 1000, where .* got 10",
         ),
     ],
 )

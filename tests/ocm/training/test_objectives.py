@@ -10,8 +10,9 @@ import hessdiag
 import ocm
 from ocm.covariances.names import LEARNED
 from ocm.diffusion.noise import noisy
-from ocm.diffusion.small_unet import small_unet
+from ocm.diffusion.predictions import PREDICTION_TYPES
 from ocm.training.objectives import train_denoiser, train_head
+from ocm.training.small_unet import small_unet
 
 
 def test_training_images_have_the_moments_of_the_forward_process():
@@ -188,7 +189,7 @@ def test_mixed_precision_trains_what_full_precision_does(images, method, predict
     assert losses["bf16"] != losses["no"]
 
 
-@pytest.mark.parametrize("prediction_type", ocm.diffusion.schedules.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_a_denoiser_learns_what_it_predicts(prediction_type):
     """On a single image every prediction type knows x0, and so the output, from x_t alone."""
     image = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
