@@ -190,7 +190,7 @@ def fits(checkpoint: Checkpoint, x0: Tensor, t: int, ends: Sequence[int], calibr
     found: Row = {
         "analytic": ocm.fit_analytic(
             denoiser, x0, [t], seed=SEED, batch_size=len(x0)
-        ).fractions.values[0].tolist()
+        ).scaled_variances.values[0].tolist()
     }  # fmt: skip
 
     def weights(name: str, timesteps: list[Any]) -> list[list[float]]:

@@ -118,7 +118,9 @@ def save(
 def save_tables(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write only what was fitted by timestep into the directory of a checkpoint."""
     tables = {
-        "analytic": {name: c.fractions.to_json() for name, c in checkpoint.analytic.items()},
+        "scaled_variances": {
+            name: c.scaled_variances.to_json() for name, c in checkpoint.analytic.items()
+        },
         "calibrations": {name: table.to_json() for name, table in checkpoint.calibrations.items()},
     }
     _write_json(Path(path) / "tables.json", tables)
@@ -176,14 +178,19 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     file = directory / "tables.json"
     tables = _read_json(file)
     with _naming_entries_of(file):
-        fractions, weights = (
+        if "analytic" in tables:
+            raise ValueError(
+                "its analytic variances are those of an earlier version: remove the entry "
+                '"analytic", and `ocm calibrate` fits them again'
+            )
+        scaled, weights = (
             {name: Table.from_json(table) for name, table in tables[kind].items()}
-            for kind in ("analytic", "calibrations")
+            for kind in ("scaled_variances", "calibrations")
         )
     for name, covariance in learned.items():
         load_weights(covariance.head, directory / "heads" / f"{name}.safetensors")
         covariance.head.to(device).eval().requires_grad_(False)
-    analytic = {name: Analytic(denoiser, table) for name, table in fractions.items()}
+    analytic = {name: Analytic(denoiser, table) for name, table in scaled.items()}
     return replace(checkpoint, analytic=analytic, calibrations=weights)
 
 

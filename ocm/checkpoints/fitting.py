@@ -18,7 +18,7 @@ def fitted(
     checkpoint: Checkpoint,
     x0: Tensor,
     names: Sequence[str],
-    steps: Sequence[tuple[int, int]],
+    steps: Sequence[tuple[float, float]],
     *,
     calibrated: Sequence[str] = (),
     labels: Tensor | None = None,

@@ -152,7 +152,7 @@ def sample(
     typer.echo(f"first {len(shown)}: {out / 'samples.png'}   all: {out / 'samples.safetensors'}")
 
 
-def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[int]:
+def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
     """Return the K timesteps of the option --spacing."""
     from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
 

@@ -22,12 +22,12 @@ class Analytic(Covariance):
 
     Attributes:
         denoiser: Whose schedule it is.
-        fractions: Var_t alpha_bar / beta_bar by timestep, in [0, 1] for a true score; kept in this
-            form because it changes slowly with t.
+        scaled_variances: Var_t (1 + SNR_t) by timestep, which changes slowly with t: from the
+            variance of the data at t = N to at most 1 at t = 0, for a true score.
     """
 
     denoiser: Denoiser
-    fractions: Table
+    scaled_variances: Table
 
     def variances(self, x0_range: tuple[float, float] | None = (-1.0, 1.0)) -> Tensor:
         """Return Var_t for t = 1 .. N, float64, bounded to what data in ``x0_range`` allow.
@@ -38,11 +38,9 @@ class Analytic(Covariance):
         Raises:
             ValueError: If the table does not reach from 1 to N.
         """
-        schedule = self.denoiser.schedule
-        levels = range(1, schedule.num_timesteps + 1)
-        fractions = torch.stack([self.fractions.at(None, t)[0] for t in levels])
+        levels = range(1, self.denoiser.schedule.num_timesteps + 1)
         bound = torch.inf if x0_range is None else variance_bound(x0_range)
-        return (fractions / schedule.snr[1:]).clamp(0.0, bound)
+        return torch.stack([self._variance(t) for t in levels]).clamp(0.0, bound)
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return Var_t I.
@@ -50,18 +48,22 @@ class Analytic(Covariance):
         Raises:
             ValueError: If t lies outside the table.
         """
-        t, x_t, schedule = prediction.timestep, prediction.x_t, self.denoiser.schedule
-        if not schedule.has_signal(t):
-            mean = self.denoiser.mean_data_variance(x_t.shape[1:])
-            return constant(torch.tensor(mean), prediction)
-        return constant(self.fractions.at(None, t)[0] / schedule.log_snr(t).exp(), prediction)
+        return constant(self._variance(prediction.timestep), prediction)
+
+    def _variance(self, t: float) -> Tensor:
+        return self.scaled_variances.at(None, t)[0] * _unit(self.denoiser, t)
+
+
+def _unit(denoiser: Denoiser, t: float) -> Tensor:
+    """Return 1 / (1 + SNR_t)."""
+    return torch.sigmoid(-denoiser.schedule.log_snr(t))
 
 
 @torch.no_grad()
 def fit_analytic(
     denoiser: Denoiser,
     x0: Tensor,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     *,
     labels: Tensor | None = None,
     seed: int = 0,
@@ -76,7 +78,7 @@ def fit_analytic(
     Args:
         denoiser: The frozen denoiser.
         x0: Training data, shape (n, ...); a thousand images are plenty.
-        timesteps: Where to estimate it; between them the fraction is interpolated.
+        timesteps: Where to estimate it; between them Var_t (1 + SNR_t) is interpolated.
         labels: Class of each sample, for a denoiser that takes them.
         seed: Seed of the noise.
         batch_size: Samples at a time.
@@ -84,8 +86,10 @@ def fit_analytic(
     """
     schedule = denoiser.schedule
 
-    def fraction(t: int) -> float:
+    def variance(t: float) -> float:
         alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
+        if alpha == 0:
+            return x0.double().var(dim=0).mean().item()
         squares = []
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size]
@@ -101,16 +105,17 @@ def fit_analytic(
         drawn, predicted = torch.cat(squares, dim=1)
         covariance = torch.cov(torch.stack([drawn, predicted]))
         weight = covariance[0, 1] / covariance[0, 0].clamp(min=torch.finfo(torch.float64).tiny)
-        return float(1.0 - predicted.mean() + weight * (drawn.mean() - 1.0))
+        fraction = 1.0 - predicted.mean() + weight * (drawn.mean() - 1.0)
+        return float(fraction * (sigma / alpha) ** 2)
 
-    return Analytic(denoiser, _tabulate(fraction, timesteps, progress))
+    return Analytic(denoiser, _tabulate(denoiser, variance, timesteps, progress))
 
 
 @torch.no_grad()
 def fit_analytic_from_data(
     denoiser: Denoiser,
     x0: Tensor,
-    timesteps: Sequence[int],
+    timesteps: Sequence[float],
     *,
     labels: Tensor | None = None,
     x0_range: tuple[float, float] | None = (-1.0, 1.0),
@@ -128,7 +133,7 @@ def fit_analytic_from_data(
     data_variance = (x0.double() - mean).square().mean().item()
     bound = torch.inf if x0_range is None else variance_bound(x0_range)
 
-    def fraction(t: int) -> float:
+    def variance(t: float) -> float:
         total = 0.0
         for first in range(0, len(x0), batch_size):
             batch = x0[first : first + batch_size]
@@ -138,15 +143,19 @@ def fit_analytic_from_data(
             )
             x0_hat = prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)
             total += (x0_hat.double().cpu() - mean.cpu()).square().sum().item()
-        variance = min(max(data_variance - total / x0.numel(), 0.0), bound)
-        return variance * denoiser.schedule.log_snr(t).exp().item()
+        return min(max(data_variance - total / x0.numel(), 0.0), bound)
 
-    return Analytic(denoiser, _tabulate(fraction, timesteps, progress))
+    return Analytic(denoiser, _tabulate(denoiser, variance, timesteps, progress))
 
 
-def _tabulate(fraction: Callable[[int], float], timesteps: Sequence[int], progress: bool) -> Table:
+def _tabulate(
+    denoiser: Denoiser,
+    variance: Callable[[float], float],
+    timesteps: Sequence[float],
+    progress: bool,
+) -> Table:
     from tqdm import tqdm
 
     ordered = sorted(set(timesteps))
     bar = tqdm(ordered, "analytic", unit="t", disable=not progress)
-    return Table({t: [fraction(t)] for t in bar})
+    return Table({t: [variance(t) / _unit(denoiser, t).item()] for t in bar})

@@ -87,7 +87,7 @@ def calibrate(
     denoiser: Denoiser,
     covariances: Covariance | Sequence[Covariance],
     x0: Tensor,
-    timesteps: Sequence[int] | Sequence[tuple[int, int]],
+    timesteps: Sequence[float] | Sequence[tuple[float, float]],
     *,
     labels: Tensor | None = None,
     x0_range: tuple[float, float] | None = (-1.0, 1.0),
@@ -120,12 +120,13 @@ def calibrate(
     from tqdm import tqdm
 
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
-    if any(isinstance(t, int) and c.depends_on_s for c in several for t in timesteps):
+    by_step = any(isinstance(t, tuple) for t in timesteps)
+    if not by_step and any(covariance.depends_on_s for covariance in several):
         raise ValueError(
             "timesteps must be the steps (s, t) that will be taken, for a covariance that depends "
             "on s, got timesteps t alone"
         )
-    steps = sorted({(None, t) if isinstance(t, int) else t for t in timesteps}, key=_by_t)
+    steps = sorted({t if isinstance(t, tuple) else (None, t) for t in timesteps}, key=_by_t)
     rows: dict[Any, list[float]] = {}
     for s, t in tqdm(steps, label, unit="t", disable=not progress):
         terms: list[Tensor] = []
@@ -149,7 +150,7 @@ def calibrate(
     return Calibrated(several, Table(rows), x0_range)
 
 
-def _by_t(step: tuple[int | None, int]) -> tuple[int, int]:
+def _by_t(step: tuple[float | None, float]) -> tuple[float, float]:
     return step[1], step[0] or 0
 
 

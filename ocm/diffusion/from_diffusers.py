@@ -25,7 +25,7 @@ _EXTENDED = {
 }
 _EDM = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 # Of float32 tables; Euler's sets the last alpha_bar of a schedule without signal to 2^-24.
-_TOLERANCE = {"rtol": 2e-4, "atol": 2e-7}
+_RELATIVE, _ABSOLUTE = 2e-4, 2e-7
 
 
 def from_scheduler(scheduler: Any) -> Schedule:
@@ -162,7 +162,7 @@ def _trigflow(config: Mapping[str, Any], made: Any) -> Schedule:
 
 def _check(name: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
     theirs = theirs.double().cpu()
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, **_TOLERANCE):
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, _RELATIVE, _ABSOLUTE):
         raise ValueError(
             f"scheduler has {name} of its own that its path does not explain; give the path as an "
             "ocm.Schedule of your own"

@@ -146,7 +146,7 @@ def _fitted(
     def lacks(table: Table | None) -> bool:
         return table is None or not table.covers([(s, t) for s, t in steps if s > 0])
 
-    analytic = {name: c.fractions for name, c in checkpoint.analytic.items()}
+    analytic = {name: c.scaled_variances for name, c in checkpoint.analytic.items()}
     wanted = [n for n in settings.names if n in named("fitted") and lacks(analytic.get(n))]
     to_calibrate = [n for n in settings.scored if lacks(checkpoint.calibrations.get(n))]
     return fitted(

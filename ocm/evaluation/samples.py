@@ -58,7 +58,7 @@ def draw(
     checkpoint: Checkpoint,
     name: str,
     num_images: int,
-    steps: int | Sequence[int],
+    steps: int | Sequence[float],
     *,
     sampler: Sampler,
     settings: CovarianceSettings | None = None,

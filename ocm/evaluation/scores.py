@@ -90,7 +90,7 @@ def likelihood_table(
     for name in calibrated:
         build_covariance(name + CALIBRATED, checkpoint, settings)  # raises without a calibration
     rows = [*names, *(name + CALIBRATED for name in calibrated)]
-    visits: dict[int, list[tuple[int, int]]] = {}  # (K, s) of every step by its start t
+    visits: dict[float, list[tuple[int, float]]] = {}  # (K, s) of every step by its start t
     for K in step_counts:
         for s, t in reverse_steps(even_timesteps(denoiser.schedule, K)):
             visits.setdefault(t, []).append((K, s))
@@ -131,7 +131,7 @@ def likelihood_table(
     return {row: {K: estimate(totals[row, K]) for K in step_counts} for row in rows}
 
 
-def steps_of(schedule: Schedule, step_counts: Sequence[int]) -> list[tuple[int, int]]:
+def steps_of(schedule: Schedule, step_counts: Sequence[int]) -> list[tuple[float, float]]:
     """Return every step (s, t) of the evenly spaced trajectories.
 
     Example:
