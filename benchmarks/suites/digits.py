@@ -135,7 +135,7 @@ def _trained(sizes: Sizes, device: torch.device) -> Path:
         checkpoint, record = train_checkpoint(
             ocm.data.digits(),
             NewDenoiser(training, sizes.width),
-            NewHeads(of_heads, tuple(LEARNED), seed=SEED),
+            NewHeads(of_heads, tuple(LEARNED), parameterisation="paper", seed=SEED),
             directory,
             device=device,
             progress=False,

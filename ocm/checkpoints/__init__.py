@@ -2,9 +2,11 @@
 
 from ocm.checkpoints.checkpoint import (
     Checkpoint,
+    is_pipeline,
     load,
     load_backbone,
     load_denoiser,
+    pipeline_parts,
     save,
     save_tables,
 )
@@ -13,9 +15,11 @@ from ocm.checkpoints.weights import CheckpointError
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "is_pipeline",
     "load",
     "load_backbone",
     "load_denoiser",
+    "pipeline_parts",
     "save",
     "save_tables",
 ]

@@ -61,7 +61,10 @@ def _plain(name: str, checkpoint: Checkpoint, settings: CovarianceSettings) -> C
     entry, denoiser = NAMES[name], checkpoint.denoiser
     covariance: Covariance
     if entry.kind == "learned":
-        missing = f"a trained head; `ocm train --head {name}` trains it"
+        missing = (
+            f"a trained head, which `ocm train --denoiser PATH --head {name}` makes; beta, "
+            "hutchinson and coloring need none"
+        )
         covariance = _of(checkpoint.learned, name, missing)
     elif entry.kind == "fitted":
         missing = "a pass over data; `ocm calibrate` makes it"

@@ -135,10 +135,15 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     """
     directory = Path(path)
     file = directory / "ocm.json"
+    if is_pipeline(directory):
+        raise CheckpointError(
+            f"{directory} is a pipeline of diffusers, where a checkpoint is needed; `ocm train "
+            f"--denoiser {directory} --out OTHER` makes one of it, with a head"
+        )
     if not file.exists():
         raise CheckpointError(
             f"no checkpoint at {directory}: {file} is missing; `ocm train` writes one, and "
-            "diffusers a pipeline, with model_index.json"
+            "save_pretrained of diffusers a pipeline, with model_index.json"
         )
     description = _read_json(file)
     found = {name: description.get(name) for name in _FORMAT}
@@ -205,18 +210,31 @@ def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoi
     Raises:
         CheckpointError: A ValueError that names the file, as :func:`load`.
     """
-    directory = Path(path)
-    if not (directory / "model_index.json").exists():
-        return load(directory, device).denoiser
-    config_file = directory / "scheduler" / "scheduler_config.json"
+    if not is_pipeline(path):
+        return load(path, device).denoiser
+    folder, schedule, prediction_type = pipeline_parts(path)
+    return Denoiser(load_backbone(folder).to(device), schedule, prediction_type).freeze()
+
+
+def is_pipeline(path: str | Path) -> bool:
+    """Return whether ``path`` is a pipeline, as ``save_pretrained`` of diffusers writes it."""
+    return (Path(path) / "model_index.json").is_file()
+
+
+def pipeline_parts(path: str | Path) -> tuple[Path, Schedule, str]:
+    """Return the folder of a pipeline's backbone, its schedule, and what the backbone predicts.
+
+    Raises:
+        CheckpointError: A ValueError that names the file, if a part is missing or damaged.
+    """
+    config_file = Path(path) / "scheduler" / "scheduler_config.json"
     config = _read_json(config_file)
     with _naming_entries_of(config_file):
         schedule = from_scheduler(config)
     for part in ("unet", "transformer"):
-        if (directory / part).is_dir():
-            backbone = load_backbone(directory / part).to(device)
-            return Denoiser(backbone, schedule, prediction_type_of(config)).freeze()
-    raise CheckpointError(f"{directory} must hold a folder unet or transformer")
+        if (folder := Path(path) / part).is_dir():
+            return folder, schedule, prediction_type_of(config)
+    raise CheckpointError(f"{path} must hold a folder unet or transformer")
 
 
 def load_backbone(directory: str | Path) -> Any:

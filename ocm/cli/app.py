@@ -3,7 +3,11 @@
 # What does the work is imported inside the commands, so that --help is quick.
 from __future__ import annotations
 
+import functools
+import os
 import sys
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -22,8 +26,43 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command, ending in one line and status 130 at Ctrl-C."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: object, **options: object) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt as stop:
+            if os.environ.get("RANK", "0") == "0":  # the first of several processes
+                said = str(stop) or "the same command starts again"
+                typer.echo(f"\ninterrupted: {said}", err=True)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
 for command in (train, calibrate, sample, evaluate):
-    app.command()(command)
+    app.command()(_interruptible(command))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hessdiag import __version__
+
+        typer.echo(f"ocm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
 
 
 def run() -> None:

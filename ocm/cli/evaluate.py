@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from ocm.cli import options
 
 
 def evaluate(
-    checkpoint: options.CheckpointPath,
+    checkpoint: options.ModelPath,
     out: Annotated[Path, typer.Option(help="Directory for evaluation.json and the report.")] = Path(
         "runs/evaluate"
     ),
@@ -65,11 +66,11 @@ def evaluate(
     """Score covariances on held-out images: bits/dim, and with --all sample quality.
 
     Analytic variances and calibrations are fitted on training images where the checkpoint lacks
-    them for the timesteps in use. Writes evaluation.json, report.md and evaluation.png.
+    them for the timesteps in use. A pipeline of diffusers needs --data. Writes evaluation.json,
+    report.md and evaluation.png.
     """
-    from ocm import checkpoints
     from ocm.checkpoints.catalogue import CovarianceSettings, affordable
-    from ocm.cli.inputs import images_for
+    from ocm.cli.inputs import images_for, model_at
     from ocm.evaluation.environment import environment
     from ocm.evaluation.evaluation import EvaluationSettings
     from ocm.evaluation.evaluation import evaluate as evaluated
@@ -77,7 +78,7 @@ def evaluate(
 
     place = options.resolve_device(device)
     options.prepare_directory(out)
-    loaded = checkpoints.load(checkpoint, place)
+    loaded = model_at(checkpoint, place)
     if loaded.x0_range is None:  # before its data are asked for a --vae
         raise ValueError(f"{checkpoint} is a model of latents, which have no grey levels to score")
     settings = EvaluationSettings(
@@ -95,6 +96,7 @@ def evaluate(
     )
     start = time.perf_counter()
     images = images_for(loaded, data, progress=not quiet)
+    loaded = replace(loaded, levels=images.levels)  # those of --data
     record, text = evaluated(loaded, images, settings, out, progress=not quiet)
     record |= {
         "checkpoint": str(checkpoint),

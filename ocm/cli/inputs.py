@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,18 +14,51 @@ if TYPE_CHECKING:
     from ocm.data import Images
 
 
+def model_at(
+    path: Path, place: torch.device, size: int | tuple[int, int] | None = None
+) -> Checkpoint:
+    """Return the checkpoint at ``path``, or one of a pipeline of diffusers, which names no data.
+
+    The head of an attached model is that of the covariance "ocm". Samples of a pipeline have the
+    given size, or that of its configuration; they lie in [-1, 1] unless an autoencoder is part of
+    it.
+    """
+    from ocm import checkpoints
+
+    if not checkpoints.is_pipeline(path):
+        return checkpoints.load(path, place)
+    folder, schedule, prediction_type = checkpoints.pipeline_parts(path)
+    learned: dict[str, Any] = {}
+    if json.loads((folder / "config.json").read_text()).get("_class_name") == "CovarianceModel":
+        from ocm.integrations.attached import CovarianceModel
+
+        model = CovarianceModel.from_pretrained(folder).to(place)
+        learned = {"ocm": model.covariance(schedule, prediction_type)}
+        denoiser = learned["ocm"].denoiser
+    else:
+        denoiser = checkpoints.load_denoiser(path, place)
+    config = denoiser.backbone.config
+    size = config.sample_size if size is None else size
+    if size is None:
+        raise ValueError(f"{folder / 'config.json'} must state sample_size, got null")
+    height, width = (size, size) if isinstance(size, int) else size
+    return checkpoints.Checkpoint(
+        denoiser,
+        (config.in_channels, height, width),
+        levels=256,
+        data="",
+        learned=learned,
+        x0_range=None if (path / "vae").is_dir() else (-1.0, 1.0),
+    )
+
+
 def existing(path: Path, images: Images, hold_out: int | None, place: torch.device) -> Checkpoint:
     """Return the checkpoint at ``path``, or one of a pipeline's denoiser, for these images."""
     from ocm import checkpoints
 
-    if (path / "model_index.json").exists():
-        model = checkpoints.load_denoiser(path, place)
-        shape = (model.backbone.config.in_channels, *images.shape[1:])
-        base = checkpoints.Checkpoint(
-            model, shape, images.levels, images.name, num_calibration=hold_out or 0
-        )
-    else:
-        base = checkpoints.load(path, place)
+    base = model_at(path, place, images.shape[1:])
+    if checkpoints.is_pipeline(path):
+        base = replace(base, num_calibration=hold_out or 0)
     if base.image_shape != images.shape:
         raise ValueError(
             f"--denoiser takes samples of shape {base.image_shape}, but those of --data "
@@ -68,6 +102,8 @@ def images_for(
     """Return the data set of a checkpoint, or another of the same shape."""
     from ocm import data as datasets
 
+    if not (data or loaded.data):
+        raise ValueError("--data must be given: a pipeline does not say what it was trained on")
     if loaded.x0_range is None and vae is None:
         raise ValueError("--vae must be given, since this is a model of latents")
     if vae is None and image_size is not None:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 CheckpointPath = Annotated[
     Path, typer.Argument(help="Directory of a checkpoint, as `ocm train` writes it.")
 ]
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        help="Directory of a checkpoint, as `ocm train` writes it, or of a pipeline, as "
+        "save_pretrained of diffusers does (with model_index.json)."
+    ),
+]
 Data = Annotated[str | None, typer.Option(help="Data set; default: the checkpoint's own.")]
 Vae = Annotated[
     Path | None, typer.Option(help="Folder of the AutoencoderKL whose latents the model is of.")

@@ -22,7 +22,7 @@ _IMAGES_SHOWN = 256
 
 
 def sample(
-    checkpoint: options.CheckpointPath,
+    checkpoint: options.ModelPath,
     out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("runs/sample"),
     covariance: Annotated[
         options.CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
@@ -67,15 +67,18 @@ def sample(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Draw images: writes samples.png, samples.safetensors and samples.json.
+    """Draw images from a checkpoint or from a pipeline of diffusers.
+
+    Writes samples.png, samples.safetensors and samples.json. A pipeline without a head of ours
+    needs a covariance that takes none: --covariance beta, hutchinson, coloring and others.
 
     Sample i is the same in any batch. Under torchrun the processes share the samples out, and the
     first one writes them.
     """
     from safetensors.torch import save_file
 
-    from ocm import checkpoints
     from ocm.checkpoints.catalogue import CovarianceSettings
+    from ocm.cli.inputs import model_at
     from ocm.covariances.names import CALIBRATED
     from ocm.evaluation.environment import environment
     from ocm.evaluation.pictures import sample_rows
@@ -86,7 +89,7 @@ def sample(
     options.prepare_directory(out)
     if sampler == "ddpm" and eta is not None:
         raise ValueError(f"--eta {eta} is for --sampler ddim; ddpm has no such choice")
-    loaded = checkpoints.load(checkpoint, place)
+    loaded = model_at(checkpoint, place)
     if vae is not None and loaded.x0_range is not None:
         raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
     timesteps = _timesteps(loaded, spacing, steps)

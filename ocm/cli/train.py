@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
 
 # Options that go with no --denoiser.
-_OF_A_NEW_DENOISER = ("width", "schedule", "prediction_type", "denoiser_steps", "learning_rate")
+_OF_A_NEW_DENOISER = (
+    *("width", "schedule", "prediction_type", "class_conditional"),
+    *("denoiser_steps", "learning_rate"),
+)
 
 
 def train(
@@ -61,10 +64,11 @@ def train(
     parameterisation: Annotated[
         Literal["paper", "preconditioned", "positive"],
         typer.Option(
-            help="What the heads predict: the papers' units; those of Gaussian data of the same "
-            "variance, bounded at every noise level; or these with a positive variance."
+            help="What the heads predict: a positive variance in the units of Gaussian data of the "
+            "same variance, bounded at every noise level; the same without the sign; or the "
+            "papers' units, which multiply errors by up to 25000 where the noise is high."
         ),
-    ] = "paper",
+    ] = "positive",
     width: Annotated[
         int, typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8.")
     ] = 32,
@@ -76,6 +80,13 @@ def train(
         Literal["epsilon", "sample", "v_prediction"],
         typer.Option(help="What a new denoiser predicts; epsilon is the noise."),
     ] = "epsilon",
+    class_conditional: Annotated[
+        bool,
+        typer.Option(
+            "--class-conditional",
+            help="A new denoiser takes the classes of the images; `ocm sample --label` names one.",
+        ),
+    ] = False,
     denoiser_steps: Annotated[int, typer.Option(min=1, help="Steps for a new denoiser.")] = 900,
     head_steps: Annotated[int, typer.Option(min=1, help="Steps for each head.")] = 400,
     batch_size: Annotated[
@@ -139,7 +150,12 @@ def train(
     place = options.resolve_device(device)
     options.prepare_directory(out)
     if (out / "ocm.json").exists() and not overwrite:
-        raise ValueError(f"--out {out} holds a checkpoint; choose another or pass --overwrite")
+        raise ValueError(
+            f"--out {out} holds a finished checkpoint, whose learning rate ended at zero: it "
+            "cannot go on. Heads are trained anew, and as long as --head-steps says, by `ocm train "
+            f"--denoiser {out} --out OTHER --head NAME`; a denoiser by another --out; and "
+            "--overwrite replaces this one"
+        )
     settings = TrainingSettings(
         denoiser_steps,
         batch_size,
@@ -180,19 +196,22 @@ def train(
         images = encoded(images, vae, place)
     start: NewDenoiser | Checkpoint
     if denoiser is None:
-        start = NewDenoiser(settings, width, schedule, prediction_type, hold_out)
+        start = NewDenoiser(settings, width, schedule, prediction_type, hold_out, class_conditional)
     else:
         start = existing(denoiser, images, hold_out, place)
-    trained, record = train_checkpoint(
-        images,
-        start,
-        heads,
-        out,
-        device=place,
-        resume=not overwrite,
-        tensorboard=tensorboard,
-        progress=not quiet,
-    )
+    try:
+        trained, record = train_checkpoint(
+            images,
+            start,
+            heads,
+            out,
+            device=place,
+            resume=not overwrite,
+            tensorboard=tensorboard,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(out)) from None
     if os.environ.get("RANK", "0") != "0":  # one of several processes, and not the first
         return
     if denoiser is not None:
@@ -204,3 +223,14 @@ def train(
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
     typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")
+
+
+def _kept(out: Path) -> str:
+    """Return what an interrupted training leaves in ``out``, and how to go on."""
+    from ocm.training.state import newest_step
+
+    steps = {path.name: newest_step(path) for path in sorted((out / "training").glob("*"))}
+    kept = ", ".join(f"{name} at step {step}" for name, step in steps.items() if step is not None)
+    if not kept:
+        return "no state was written yet (--checkpoint-every): the same command starts again"
+    return f"kept in {out / 'training'}: {kept}. The same command, without --overwrite, goes on"

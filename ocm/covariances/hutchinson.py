@@ -8,7 +8,13 @@ what the data allow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
 
 import hessdiag
 from ocm.covariances.base import Covariance
@@ -17,12 +23,21 @@ from ocm.diffusion import draws
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
+# Share of estimates that are not positive from which on this is worth a warning.
+_MANY = 0.1
+# Largest beta_bar / alpha_bar there: above it every network's Jacobian errs by more than a variance.
+_MOST_NOISE = 10.0
+
 
 @dataclass(frozen=True)
 class Hutchinson(Covariance):
-    """Var[x0 | x_t] from M probes of the Jacobian: unbiased, may be negative.
+    """Var[x0 | x_t] from M probes of the Jacobian.
 
-    The probes of different timesteps are different ones of the same seed.
+    The probes of different timesteps are different ones of the same seed. The estimates are
+    unbiased without a floor, but many of them may be negative: with few probes, and where the
+    network's Jacobian errs, with any number. A variance of zero in their place is a certainty that
+    no estimate can have, and costs the likelihood most. The floor of :func:`floored` gives up that
+    the estimates are unbiased, and changes nothing where all of them are positive.
 
     Attributes:
         denoiser: Whose output is differentiated.
@@ -30,19 +45,30 @@ class Hutchinson(Covariance):
         seed: Seed of the probes.
         probes: The design; ``hessdiag.Coloring(M)`` colors images by a lattice. The number of
             probes is a multiple of its block.
+        floor: "error" for that of :func:`floored`, or None for the unbiased estimates.
+
+    Warns:
+        UserWarning: Once, with a floor, where more than a tenth of the estimates are not positive
+            at a timestep with beta_bar <= 10 alpha_bar. On a GPU only the first such timestep is
+            looked at, so that the sampling loop does not wait for it at each.
 
     Raises:
         TypeError: If ``num_probes`` is not an int.
-        ValueError: If it is below 1.
+        ValueError: If it is below 1, or there is no such floor.
     """
 
     denoiser: Denoiser
     num_probes: int
     seed: int = 0
     probes: hessdiag.ProbeDesign = hessdiag.Rademacher()  # noqa: RUF009, frozen
+    floor: Literal["error"] | None = "error"
+    # Holds an entry once nothing more is to be looked at.
+    _looked: list[bool] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_positive_int("num_probes", self.num_probes)
+        if self.floor not in ("error", None):
+            raise ValueError(f"floor must be 'error' or None, got {self.floor!r}")
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return the estimate, by M products."""
@@ -56,4 +82,56 @@ class Hutchinson(Covariance):
             sample_offset=prediction.sample_offset,
             probe_offset=draws.of_level(prediction.timestep) * self.num_probes,
         ).diagonal
-        return diagonal(c + k * estimated.to(prediction.x_t), prediction.x_t.shape)
+        variance = c + k * estimated.to(prediction.x_t)
+        if self.floor is not None:
+            self._look_at(variance, prediction)
+            variance = floored(variance)
+        return diagonal(variance, prediction.x_t.shape)
+
+    def _look_at(self, variance: Tensor, prediction: Prediction) -> None:
+        if self._looked:
+            return
+        if prediction.denoiser.schedule.log_snr(prediction.timestep) < -math.log(_MOST_NOISE):
+            return
+        share = (variance <= 0.0).float().mean().item()
+        if share > _MANY or variance.is_cuda:
+            self._looked.append(True)
+        if share > _MANY:
+            warnings.warn(
+                f"{share:.0%} of the variances that num_probes = {self.num_probes} estimate at "
+                f"t = {prediction.timestep} are not positive, and were raised to the floor. More "
+                "probes or a coloring (probes=hessdiag.Coloring(48), num_probes=48) estimate them "
+                "better; where the network itself errs, ocm.calibrate fits them to data",
+                UserWarning,
+                stacklevel=_caller(),
+            )
+
+
+def floored(variance: Tensor) -> Tensor:
+    """Return max(V_i, m) with m = (1/D) sum_j max(-V_j, 0), the least mean error of a sample.
+
+    No variance is negative, so that a negative estimate errs by its size at least: m is the least
+    mean absolute error of the sample's D estimates that they prove themselves, whether it is one
+    of the probes or of the network. None of them is taken for more certain than that. The mean of
+    the variances rises by at least m, which clipping at zero would raise it by too, and by at most
+    2 m.
+
+    Args:
+        variance: Estimates, shape (B, ...).
+
+    Example:
+        >>> import torch
+        >>> floored(torch.tensor([[-3.0, 0.0, 1.0, 6.0], [0.0, 1.0, 1.0, 1.0]]))
+        tensor([[0.7500, 0.7500, 1.0000, 6.0000],
+                [0.0000, 1.0000, 1.0000, 1.0000]])
+    """
+    error = variance.clamp(max=0.0).flatten(1).mean(dim=1).neg()
+    return variance.maximum(error.reshape(-1, *[1] * (variance.dim() - 1)))
+
+
+def _caller() -> int:
+    """Return the stack level of the first caller outside of ocm and torch, for a warning."""
+    level, frame, inner = 2, sys._getframe(2), ("ocm.", "torch.")
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(inner):
+        level, frame = level + 1, frame.f_back
+    return level

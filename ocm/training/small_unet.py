@@ -10,13 +10,20 @@ if TYPE_CHECKING:
     from diffusers import UNet2DModel
 
 
-def small_unet(image_shape: tuple[int, int, int], *, width: int = 32, seed: int = 0) -> UNet2DModel:
+def small_unet(
+    image_shape: tuple[int, int, int],
+    *,
+    width: int = 32,
+    seed: int = 0,
+    num_classes: int | None = None,
+) -> UNet2DModel:
     """Return an untrained ``UNet2DModel`` of two resolutions, 0.63 million parameters by default.
 
     Args:
         image_shape: (C, H, W), H and W even.
         width: Channels of the first resolution, a multiple of 8; the second has twice as many.
         seed: Seed of the weights; the global generator is left as it was.
+        num_classes: Number of classes whose labels it takes; None for a model without.
 
     Raises:
         ValueError: If H or W is odd, or the width no multiple of 8.
@@ -44,4 +51,5 @@ def small_unet(image_shape: tuple[int, int, int], *, width: int = 32, seed: int 
             layers_per_block=1,
             norm_num_groups=8,
             add_attention=False,
+            num_class_embeds=num_classes,
         )

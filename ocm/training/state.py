@@ -110,9 +110,10 @@ def read_state(directory: Path, run: Mapping[str, object]) -> dict[str, Tensor] 
         )
     for name in {**run, **written}:
         if written.get(name) != run.get(name):
+            length = "; it cannot be lengthened, since its learning rate ends at zero"
             raise TrainingStateError(
                 f"{file} is of another training: {name} was {written.get(name)!r}, now it is "
-                f"{run.get(name)!r}; put it back, {_WAY_OUT}"
+                f"{run.get(name)!r}{length if name == 'num_steps' else ''}; put it back, {_WAY_OUT}"
             )
     found = _digests(folder)
     for name in expected | found:
@@ -122,6 +123,12 @@ def read_state(directory: Path, run: Mapping[str, object]) -> dict[str, Tensor] 
                 f"says {expected.get(name)}; restore it, {_WAY_OUT}"
             )
     return {name: x for file in found for name, x in load_file(folder / file).items()}
+
+
+def newest_step(directory: Path) -> int | None:
+    """Return the number of steps of the newest state in ``directory``, or None without one."""
+    folders = _folders(directory)
+    return int(folders[-1].name.removeprefix(_NAME)) if folders else None
 
 
 def remove_states(directory: Path) -> None:

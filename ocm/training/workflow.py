@@ -38,6 +38,7 @@ class NewDenoiser:
         prediction_type: What it predicts.
         hold_out: Training images, the last ones, that nothing is trained on; None for a tenth, at
             most 1000.
+        class_conditional: Whether it takes the classes of the images.
     """
 
     training: TrainingSettings
@@ -45,6 +46,7 @@ class NewDenoiser:
     schedule: str = "cosine"
     prediction_type: str = "epsilon"
     hold_out: int | None = None
+    class_conditional: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ class NewHeads:
         training: Settings of each of their loops.
         names: Names of :data:`ocm.covariances.names.LEARNED`.
         kind: "simple" or "residual".
-        parameterisation: "paper", "preconditioned" or "positive".
+        parameterisation: "positive": bounded units, those of Gaussian data of the images' standard
+            deviation, and a variance above zero; "preconditioned": these units alone; "paper": the
+            papers'.
         target_probes: Probes in each target of OCM.
         forward_mode: Whether OCM's targets come from forward mode.
         seed: Seed of their weights.
@@ -64,7 +68,7 @@ class NewHeads:
     training: TrainingSettings
     names: tuple[str, ...] = ("ocm",)
     kind: str = "simple"
-    parameterisation: str = "paper"
+    parameterisation: str = "positive"
     target_probes: int = 1
     forward_mode: bool = False
     seed: int = 0
@@ -99,7 +103,8 @@ def train_checkpoint(
         The checkpoint, which is not written, and the settings and losses as JSON values.
 
     Raises:
-        ValueError: If no images are left to train on.
+        ValueError: If no images are left to train on, or there are no classes for a
+            class-conditional denoiser.
     """
     began = time.perf_counter()
     loop: dict[str, Any] = {"resume": resume, "tensorboard": tensorboard, "progress": progress}
@@ -110,17 +115,32 @@ def train_checkpoint(
         raise ValueError(
             f"hold_out must be below {len(images.train)}, the training images, got {kept}"
         )
+    num_classes = None
+    if isinstance(start, NewDenoiser) and start.class_conditional:
+        num_classes = images.num_classes
+        if images.train_labels is None:
+            raise ValueError(
+                f"class_conditional must be False for data {images.name!r}, which have no classes; "
+                "name their column by label_column"
+            )
     shown = images.first(len(images.train) - kept)
     (out / "ocm.json").unlink(missing_ok=True)
     record: dict[str, Any] = {"data": images.name, "data_options": dict(images.options)}
     if isinstance(start, Checkpoint):
         base = start
     else:
-        unet = small_unet(images.shape, width=start.width, seed=start.training.seed).to(device)
+        unet = small_unet(
+            images.shape, width=start.width, seed=start.training.seed, num_classes=num_classes
+        )
         schedule = SCHEDULES[start.schedule](_NUM_TIMESTEPS)
-        denoiser = Denoiser(unet, schedule, start.prediction_type)
+        denoiser = Denoiser(unet.to(device), schedule, start.prediction_type)
         losses = train_denoiser(
-            denoiser, shown.train, start.training, directory=out / "training" / "denoiser", **loop
+            denoiser,
+            shown.train,
+            start.training,
+            labels=None if num_classes is None else shown.train_labels,
+            directory=out / "training" / "denoiser",
+            **loop,
         )
         base = Checkpoint(
             denoiser,
@@ -134,6 +154,7 @@ def train_checkpoint(
             "width": start.width,
             "schedule": start.schedule,
             "prediction_type": start.prediction_type,
+            "num_classes": num_classes,
         }
         record["denoiser_loss"] = mean_of_last(losses)
     learned, head_losses = dict(base.learned), {}
@@ -161,7 +182,7 @@ def train_checkpoint(
 
 
 def _untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -> LearnedCovariance:
-    """Return a learned covariance whose units are those of these images, but for the paper's."""
+    """Return a learned covariance whose units are those of these images, but for the papers'."""
     units = PAPER
     if heads.parameterisation != "paper":
         std = images.train[:1000].std().item()

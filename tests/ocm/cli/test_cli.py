@@ -2,19 +2,28 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
+from importlib import metadata
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
+import ocm
 from ocm import checkpoints
 from ocm.cli import app as cli
 from ocm.covariances.names import LEARNED, NAMES
+from ocm.diffusion.small_unet import small_unet
 from ocm.evaluation import classifier
 
 
@@ -28,8 +37,6 @@ def invoke():
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_sample_writes_images(trained, invoke, tmp_path, sampler):
-    from safetensors.torch import load_file
-
     arguments = (
         "sample", trained, "--steps", 3, "--sampler", sampler,
         "--device", "cpu", "--quiet", "--last-noise", 1, "--batch-size", 8,
@@ -54,8 +61,13 @@ def test_train_from_scratch_and_on_a_denoiser_that_exists(invoke, tmp_path):
     record = json.loads((tmp_path / "a" / "train.json").read_text())
     assert record["denoiser_loss"] > 0
     assert record["head"]["batch_size"] == 4
+    units = checkpoints.load(tmp_path / "a").learned["ocm"].parameterisation
+    digits = load_digits().images / 8 - 1
+    assert units.data_std == pytest.approx(digits.std(), rel=0.05)
+    assert units.positive
     again = invoke("train", "--out", tmp_path / "a", *sizes)
-    assert "holds a checkpoint" in str(again.exception)
+    assert "holds a finished checkpoint" in str(again.exception)
+    assert f"`ocm train --denoiser {tmp_path / 'a'} --out OTHER" in str(again.exception)
     unused = invoke(
         "train", "--out", tmp_path / "c", "--denoiser", tmp_path / "a", "--denoiser-steps", 3
     )
@@ -143,8 +155,6 @@ def test_sample_with_other_covariances_and_timesteps(trained, invoke, tmp_path, 
 
 
 def test_two_processes_share_the_samples_out(trained, tmp_path):
-    from safetensors.torch import load_file
-
     def command(out):
         return [
             sys.executable, "-m", "ocm", "sample", str(trained), "--steps", "2", "--quiet",
@@ -197,6 +207,111 @@ def test_images_of_a_folder_are_read_alike_by_all_commands(invoke, tmp_path, mon
     assert "label_column must be a column of integers" in str(answer.exception)
 
 
+def test_a_file_of_wide_pixels_is_named(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        wide = Image.new("I;16" if index == 2 else "L", (8, 8))
+        wide.save(tmp_path / "images" / f"photograph-{index}.png")
+    answer = invoke("train", "--data", tmp_path / "images", "--out", tmp_path / "out", "--quiet")
+    assert "photograph-2.png) must have 8 bits a channel" in str(answer.exception)
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    """A pipeline of diffusers, and the same with a head of random weights attached."""
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+    plain, attached = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("attached")
+    unet = small_unet((1, 8, 8), width=8)
+    DDPMPipeline(unet, scheduler).save_pretrained(plain)
+    model = ocm.attach(unet, parameterisation=ocm.Parameterisation(0.5, positive=True))
+    torch.nn.init.normal_(model.head.conv.weight, std=0.3)
+    DDPMPipeline(model, model.scheduler(scheduler)).save_pretrained(attached)
+    return plain, attached, model
+
+
+def test_a_pipeline_is_sampled_and_scored_as_it_is(pipelines, invoke, tmp_path):
+    plain, _, model = pipelines
+    small = ("--device", "cpu", "--quiet", "--out", tmp_path)
+    drawn = ("--steps", 3, "--num-images", 2, *small)
+    answer = invoke("sample", plain, "--covariance", "coloring", "--num-probes", 4, *drawn)
+    assert answer.exit_code == 0, answer.output
+    answer = invoke("sample", plain, *drawn)
+    assert "a trained head, which `ocm train --denoiser" in str(answer.exception)
+    assert "hutchinson and coloring need none" in str(answer.exception)
+
+    scored = ("--covariance", "beta", "--steps", 3, "--num-images", 2, *small)
+    answer = invoke("evaluate", plain, *scored)
+    assert "--data must be given: a pipeline" in str(answer.exception)
+    answer = invoke("evaluate", plain, "--data", "digits", *scored)
+    assert answer.exit_code == 0, answer.output
+    covariance = model.covariance(ocm.cosine(), "v_prediction")
+    x0 = ocm.data.digits().test[:2]
+    bound = ocm.bits_per_dim(
+        covariance.denoiser, ocm.Beta(covariance.denoiser), x0, 3, levels=17
+    ).total.mean()
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert record["nll_bits_per_dim"]["beta"]["3"] == pytest.approx(bound.item(), rel=1e-4)
+
+    answer = invoke("calibrate", plain, *small)
+    assert f"`ocm train --denoiser {plain} --out OTHER`" in str(answer.exception)
+    assert not (plain / "tables.json").exists()
+
+
+def test_the_head_of_an_attached_pipeline_is_that_of_ocm(pipelines, invoke, tmp_path):
+    _, attached, model = pipelines
+    sizes = ("--device", "cpu", "--quiet", "--out", tmp_path)
+    answer = invoke("sample", attached, "--steps", 3, "--num-images", 2, *sizes)
+    assert answer.exit_code == 0, answer.output
+    covariance = model.covariance(ocm.cosine(), "v_prediction")
+    expected = ocm.sample(covariance.denoiser, covariance, (2, 1, 8, 8), 3)
+    drawn = load_file(tmp_path / "samples.safetensors")["images"]
+    torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)
+
+    answer = invoke(
+        "train", "--denoiser", attached, "--head", "npr", "--head-steps", 2, "--batch-size", 4,
+        *sizes,
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    learned = checkpoints.load(tmp_path).learned
+    assert set(learned) == {"ocm", "npr"}
+    torch.testing.assert_close(learned["ocm"].head.conv.weight, model.head.conv.weight)
+
+
+def test_a_pipeline_without_a_size_is_refused(pipelines, invoke, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(pipelines[0], copy)
+    file = copy / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sample_size": None}))
+    answer = invoke("sample", copy, "--covariance", "beta", "--out", tmp_path / "out")
+    assert "config.json must state sample_size, got null" in str(answer.exception)
+
+
+def test_a_class_conditional_denoiser(invoke, tmp_path, monkeypatch):
+    sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
+    out = tmp_path / "out"
+    answer = invoke("train", "--class-conditional", "--out", out, "--denoiser-steps", 3, *sizes)
+    assert answer.exit_code == 0, answer.output
+    assert checkpoints.load(out).denoiser.num_classes == 10
+    drawn = []
+    for label in (3, 4):
+        arguments = ("--label", label, "--steps", 2, "--num-images", 2, "--out", tmp_path / "drawn")
+        answer = invoke("sample", out, *arguments, "--device", "cpu", "--quiet")
+        assert answer.exit_code == 0, answer.output
+        drawn.append(load_file(tmp_path / "drawn" / "samples.safetensors")["images"])
+    assert not torch.equal(*drawn)
+    answer = invoke("train", "--denoiser", out, "--class-conditional", "--out", tmp_path / "b")
+    assert "--class-conditional" in str(answer.exception)
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()
+    for index in range(12):
+        Image.new("L", (8, 8), index).save(tmp_path / "images" / f"{index}.png")
+    without = ("--data", tmp_path / "images", "--out", tmp_path / "c", "--quiet")
+    answer = invoke("train", "--class-conditional", *without)
+    assert "which have no classes; name their column by label_column" in str(answer.exception)
+
+
 def test_a_retrained_head_loses_its_calibration(trained, invoke, tmp_path):
     sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
     answer = invoke("train", "--denoiser", trained, "--out", tmp_path, "--head", "sn", *sizes)
@@ -240,8 +355,6 @@ def test_options_that_do_not_fit_the_model(trained, invoke, tmp_path, arguments,
 
 
 def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-
     arguments = (
         "train", "--denoiser-steps", 6, "--head-steps", 4, "--batch-size", 4, "--device", "cpu",
         "--quiet", "--checkpoint-every", 2,
@@ -255,7 +368,12 @@ def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(workflow, "train_head", interrupted)
-        assert invoke(*arguments, "--out", tmp_path / "part").exit_code != 0
+        answer = invoke(*arguments, "--out", tmp_path / "part")
+        assert answer.exit_code == 130
+        kept = (
+            f"interrupted: kept in {tmp_path / 'part' / 'training'}: denoiser at step 6. The same"
+        )
+        assert kept in answer.stderr
     assert not (tmp_path / "part" / "ocm.json").exists()
     assert invoke(*arguments, "--out", tmp_path / "part").exit_code == 0
     for file in ("heads/ocm.safetensors", "denoiser/diffusion_pytorch_model.safetensors"):
@@ -263,6 +381,29 @@ def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
         assert all(torch.equal(whole[key], part[key]) for key in whole)
     other = invoke(*arguments[:-1], 3, "--out", tmp_path / "part", "--overwrite", "--seed", 1)
     assert other.exit_code == 0, other.output
+
+
+def test_control_c_ends_in_one_line(tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "ocm", "train", "--denoiser-steps", "100000", "--batch-size", "2",
+            "--checkpoint-every", "1", "--device", "cpu", "--quiet", "--out", str(out),
+        ],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not list((out / "training" / "denoiser").glob("training-state-0*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.strip().startswith(f"interrupted: kept in {out / 'training'}: denoiser at step ")
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_the_version_is_that_of_the_package(invoke):
+    assert invoke("--version").output == f"ocm {metadata.version('hessdiag')}\n"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 
+import hessdiag
 import ocm
 from ocm.sampling.samplers import ddpm
 
@@ -31,7 +32,7 @@ def test_hutchinson_is_unbiased(gaussian):
     denoiser = gaussian_denoiser(*gaussian, schedule)
     x_t = torch.randn(2000, 1, 1, D, dtype=torch.float64)
     prediction = denoiser.predict(x_t, t)
-    variance = ocm.Hutchinson(denoiser, num_probes=2).at(prediction).diagonal()
+    variance = ocm.Hutchinson(denoiser, num_probes=2, floor=None).at(prediction).diagonal()
     estimates = variance.reshape(-1, D)
     expected = posterior_covariance(gaussian[1], schedule, t).diagonal()
     standard_error = estimates.std(dim=0) / len(estimates) ** 0.5
@@ -40,7 +41,7 @@ def test_hutchinson_is_unbiased(gaussian):
 
 def test_hutchinson_draws_new_probes_at_each_timestep_and_sample(gaussian):
     denoiser = gaussian_denoiser(*gaussian, ocm.linear())
-    covariance = ocm.Hutchinson(denoiser, num_probes=1)
+    covariance = ocm.Hutchinson(denoiser, num_probes=1, floor=None)
     x_t = torch.randn(1, 1, 1, D).expand(4, -1, -1, -1)
     whole = covariance.at(denoiser.predict(x_t, 200)).diagonal()
     assert not torch.equal(whole[0], whole[1])
@@ -49,6 +50,79 @@ def test_hutchinson_draws_new_probes_at_each_timestep_and_sample(gaussian):
     signs = whole - whole.mean(dim=0)
     other = covariance.at(denoiser.predict(x_t, 201)).diagonal()
     assert not torch.allclose(signs, other - other.mean(dim=0), rtol=0.1)
+
+
+def correlated(schedule):
+    """A denoiser of strongly correlated data, whose estimates by few probes are often negative."""
+    covariance = 0.05 * (0.1 * torch.eye(16) + 0.9 * torch.ones(16, 16))
+    return gaussian_denoiser(torch.zeros(16), covariance, schedule), covariance
+
+
+def test_the_floor_is_the_mean_of_the_negative_parts():
+    denoiser, _ = correlated(ocm.linear())
+    x_t = torch.randn(8, 1, 1, 16, dtype=torch.float64)
+    prediction = denoiser.predict(x_t, 200)
+    raw = ocm.Hutchinson(denoiser, 1, floor=None).at(prediction).diagonal()
+    stated = ocm.Hutchinson(denoiser, 1).at(prediction).diagonal()
+    for sample, estimates in zip(stated.flatten(1).tolist(), raw.flatten(1).tolist(), strict=True):
+        floor = sum(max(-v, 0.0) for v in estimates) / len(estimates)
+        assert sample == pytest.approx([max(v, floor) for v in estimates], rel=1e-12)
+    clipped, mean = raw.clamp(min=0).mean(), raw.mean()
+    assert clipped - mean > 0.1 * mean
+    assert clipped < stated.mean() <= mean + 2 * (clipped - mean)
+
+
+def test_the_floor_leaves_positive_estimates_alone(gaussian):
+    denoiser = gaussian_denoiser(*gaussian, ocm.linear())
+    prediction = denoiser.predict(torch.randn(3, 1, 1, D, dtype=torch.float64), 200)
+    design = hessdiag.BalancedColoring(D)
+    plain, floored = (
+        ocm.Hutchinson(denoiser, D, probes=design, floor=floor).at(prediction).diagonal()
+        for floor in (None, "error")
+    )
+    assert torch.equal(plain, floored)
+    assert (plain > 0).all()
+
+
+def test_the_floor_keeps_the_bound_of_few_probes_near_the_exact_one():
+    denoiser, covariance = correlated(ocm.linear())
+    root = torch.linalg.cholesky(covariance)
+    x0 = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)) @ root.T
+    x0 = ocm.quantise(x0.clamp(-1, 1)).reshape(64, 1, 1, 16).double()
+
+    def bits(covariance):
+        return ocm.bits_per_dim(denoiser, covariance, x0, 10).total.mean().item()
+
+    exact = bits(ocm.Exact(denoiser))
+    raw, floored = (bits(ocm.Hutchinson(denoiser, 2, floor=f)) for f in (None, "error"))
+    assert floored - exact < 0.2 * (raw - exact)
+
+
+def test_estimates_that_are_not_positive_are_told_once(recwarn):
+    denoiser, _ = correlated(ocm.linear())
+    x_t = torch.randn(50, 1, 1, 16, dtype=torch.float64)
+    raw = ocm.Hutchinson(denoiser, 1, floor=None)
+    share = (raw.at(denoiser.predict(x_t, 200)).diagonal() <= 0).double().mean().item()
+    assert share > 0.1
+    assert not recwarn.list  # as asked for
+    covariance = ocm.Hutchinson(denoiser, 1)
+    # Where the noise is high every network errs: alpha_bar = 4e-5.
+    covariance.at(denoiser.predict(x_t, 1000))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=f"^{share:.0%} of the variances that num_probes = 1") as w:
+        covariance.at(denoiser.predict(x_t, 200))
+    assert w[0].filename == __file__
+    with pytest.warns(UserWarning, match="at t = [0-9]+ are not positive") as w:
+        ocm.sample(denoiser, ocm.Hutchinson(denoiser, 1), (50, 1, 1, 16), 10)
+    assert w[0].filename == __file__
+    covariance.at(denoiser.predict(x_t, 200))
+    ocm.Hutchinson(denoiser, 16, probes=hessdiag.UnitVectors()).at(denoiser.predict(x_t, 200))
+    assert not recwarn.list
+
+
+def test_an_unknown_floor_is_refused(gaussian):
+    with pytest.raises(ValueError, match="floor must be 'error' or None, got 0.1"):
+        ocm.Hutchinson(gaussian_denoiser(*gaussian, ocm.linear()), 1, floor=0.1)
 
 
 @pytest.mark.parametrize(("s", "t"), [(1, 2), (10, 300), (500, 1000)])

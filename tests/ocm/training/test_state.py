@@ -199,8 +199,9 @@ def test_a_module_with_state_that_is_no_tensor_is_refused(tmp_path):
 def test_a_state_of_other_settings_is_refused(tmp_path, name, old, new):
     stopped_at(1, dataclasses.replace(SETTINGS, checkpoint_every=1), tmp_path)
     message = rf"state\.json is of another training: {name} was {old}, now it is .*{new}.*; put it"
-    with pytest.raises(TrainingStateError, match=message):
+    with pytest.raises(TrainingStateError, match=message) as raised:
         trained(dataclasses.replace(SETTINGS, **{name: new}), directory=tmp_path)
+    assert ("cannot be lengthened" in str(raised.value)) == (name == "num_steps")
 
 
 def test_a_state_of_another_module_or_other_data_is_refused(tmp_path):
