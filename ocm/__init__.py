@@ -37,12 +37,28 @@ from ocm.diffusion.architectures import Architecture
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
 from ocm.diffusion.schedules import Schedule, cosine, edm, flow, from_betas, linear, trigflow, vp
-from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
+from ocm.diffusion.timesteps import (
+    dynamic_shift,
+    even_timesteps,
+    leading_timesteps,
+    optimal_timesteps,
+    quadratic_timesteps,
+    shifted,
+    timesteps_at,
+    trailing_timesteps,
+)
 from ocm.integrations.k_diffusion import KDiffusionDenoiser
 from ocm.sampling.any_sigma import x0_given
 from ocm.sampling.inverse import posterior_mean_given_measurement
 from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
-from ocm.sampling.samplers import capture, ddim, ddpm, sample
+from ocm.sampling.samplers import capture, ddim, ddpm, renoised, sample
+from ocm.sampling.transitions import (
+    Trajectory,
+    Transition,
+    sample_trajectory,
+    trajectory_log_prob,
+    transition,
+)
 from ocm.training.objectives import denoising_loss, train_denoiser, train_head
 from ocm.training.settings import TrainingSettings
 
@@ -85,6 +101,8 @@ __all__ = [
     "SpectralCovariance",
     "TokenHead",
     "TrainingSettings",
+    "Trajectory",
+    "Transition",
     "attach",
     "bits_per_dim",
     "calibrate",
@@ -93,6 +111,7 @@ __all__ = [
     "ddim",
     "ddpm",
     "denoising_loss",
+    "dynamic_shift",
     "edm",
     "even_timesteps",
     "fit_analytic",
@@ -100,6 +119,7 @@ __all__ = [
     "flow",
     "from_betas",
     "from_scheduler",
+    "leading_timesteps",
     "linear",
     "make_head",
     "optimal_timesteps",
@@ -107,9 +127,16 @@ __all__ = [
     "prediction_type_of",
     "quadratic_timesteps",
     "quantise",
+    "renoised",
     "sample",
+    "sample_trajectory",
+    "shifted",
+    "timesteps_at",
+    "trailing_timesteps",
     "train_denoiser",
     "train_head",
+    "trajectory_log_prob",
+    "transition",
     "trigflow",
     "vp",
     "x0_given",

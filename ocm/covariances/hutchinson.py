@@ -25,7 +25,7 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 
 # Share of estimates that are not positive from which on this is worth a warning.
 _MANY = 0.1
-# Largest beta_bar / alpha_bar there: above it every network's Jacobian errs by more than a variance.
+# Largest beta_bar / alpha_bar there: above it a network's Jacobian errs by more than a variance.
 _MOST_NOISE = 10.0
 
 

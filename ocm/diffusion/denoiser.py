@@ -154,6 +154,11 @@ class Prediction:
         return jacobian
 
     @property
+    def keeps_jacobian(self) -> bool:
+        """Whether results come from the evaluation of the Jacobian, without other gradients."""
+        return "jacobian" in self._kept
+
+    @property
     def output(self) -> Tensor:
         """What the backbone predicts, of the shape of x_t."""
         return self._evaluated[0]

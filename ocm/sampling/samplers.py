@@ -208,7 +208,7 @@ def sample(
     schedule, device = denoiser.schedule, denoiser.device
     timesteps = timesteps_of(schedule, steps)
     seed = seed_tensor(seed, device)
-    x = _start(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
+    x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
     bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
     for s, t in bar:
         prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
@@ -223,7 +223,7 @@ def sample(
     return x
 
 
-def _start(
+def starting_noise(
     denoiser: Denoiser, shape: Sequence[int], t: float, seed: int | Tensor, sample_offset: int
 ) -> Tensor:
     """Return noise of the standard deviation that x_t has for data of variance 1."""

@@ -139,7 +139,9 @@ def test_fits_of_one_pass_are_those_of_the_library(checkpoint, images):
     with forward_passes(checkpoint.denoiser.backbone) as counted:
         found = cifar10_evaluation.fits(checkpoint, images, 500, [200, 1], True)
     assert counted == [1]
-    assert found["analytic"] == expected.analytic["analytic"].scaled_variances.at(None, 500).tolist()
+    assert (
+        found["analytic"] == expected.analytic["analytic"].scaled_variances.at(None, 500).tolist()
+    )
     for name in ("npr", "sn", "ocm"):
         assert found[name] == expected.calibrations[name].at(None, 500).tolist()
     assert found["iddpm"] == {

@@ -1,0 +1,201 @@
+"""The reverse step as a distribution p(x_s | x_t): its draws and its log-density.
+
+Reinforcement learning of diffusion and flow models, importance weights and annealed samplers need
+log p(x_s | x_t) of every step that was taken. With the posterior covariance a step has the right
+second moments at any number of steps, and its density is known:
+
+    trajectory = ocm.sample_trajectory(denoiser, covariance, shape, steps=10)
+    ratio = (ocm.trajectory_log_prob(denoiser, covariance, trajectory) - trajectory.log_prob).exp()
+
+All of it is computed in float32 at least, whatever the type of the model and of the samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hessdiag.kernels import normal
+from ocm.covariances.base import Covariance
+from ocm.covariances.operators import PosteriorCovariance, spectral
+from ocm.diffusion import draws
+from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.schedules import full_precision
+from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.samplers import X0_RANGE, ReverseStep, Sampler, ddpm, starting_noise
+
+
+@dataclass(frozen=True, eq=False)
+class Transition:
+    """p(x_s | x_t) = N(mean, covariance) for every sample of a batch.
+
+    Attributes:
+        mean: Shape (B, ...), float32 at least.
+        covariance: Of x_s, an operator on tensors of that shape.
+    """
+
+    mean: Tensor
+    covariance: PosteriorCovariance
+
+    def draw(self, z: Tensor) -> Tensor:
+        """Return mean + C^(1/2) z for standard normal z."""
+        return self.mean + self.covariance.noise(z.to(self.mean))
+
+    def log_prob(self, x_s: Tensor) -> Tensor:
+        """Return log p(x_s | x_t) in nats, the sum over all dimensions, shape (B,).
+
+        Raises:
+            TypeError: If the covariance has no density (Lanczos).
+            ValueError: If the step adds no noise in some direction, where there is no density.
+        """
+        known = spectral(self.covariance)
+        # Of one sample, an eigenvalue may stand for several dimensions.
+        whitened = known.basis.analyse(full_precision(x_s) - self.mean)
+        variance = known.eigenvalues.expand(whitened.shape)
+        if not bool((variance > 0).all()):
+            raise ValueError(
+                "covariance must be positive for log p(x_s | x_t), and this step adds no noise in "
+                "some direction: take a sampler with noise (ocm.ddpm, ocm.renoised), or a "
+                "covariance that is positive"
+            )
+        terms = whitened.square() / variance + variance.log() + math.log(2.0 * math.pi)
+        return -0.5 * terms.flatten(1).sum(dim=1)
+
+
+def transition(
+    prediction: Prediction,
+    covariance: Covariance,
+    step: ReverseStep,
+    *,
+    x0_range: tuple[float, float] | None = X0_RANGE,
+) -> Transition:
+    """Return p(x_s | x_t) = N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]).
+
+    Args:
+        prediction: The prediction at (x_t, t). Where gradients are recorded the mean carries those
+            of the backbone; products with its Jacobian are taken as constants.
+        covariance: States Cov[x0 | x_t].
+        step: That of a sampler, ``ocm.ddpm(schedule, s, t)`` say.
+        x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for no bounds.
+    """
+    x_t, denoiser = full_precision(prediction.x_t), prediction.denoiser
+    stated = covariance.at(prediction).bounded(x0_range)
+    if prediction.keeps_jacobian and torch.is_grad_enabled():
+        # Which has no graph to the parameters of the backbone.
+        prediction = denoiser.predict(
+            prediction.x_t, prediction.t, s=prediction.s, condition=prediction.condition
+        )
+    x0_hat = denoiser.x0_hat(x_t, prediction.t, full_precision(prediction.output))
+    if x0_range is not None:
+        x0_hat = x0_hat.clamp(*x0_range)
+    a, b, noise_variance = step
+    return Transition(a * x_t + b * x0_hat, stated.affine(b**2, noise_variance))
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """A batch of samples with all states on the way.
+
+    Attributes:
+        timesteps: t_K > ... > t_1, where each state but the last lies; then 0.
+        states: x at these, shape (K + 1, B, ...).
+        log_prob: log p(x_s | x_t) of each step that drew noise, in nats, float32 of shape
+            (B, steps): all but the last, or all with noise at the end.
+        sample_offset: Number of the first sample.
+    """
+
+    timesteps: list[float]
+    states: Tensor
+    log_prob: Tensor
+    sample_offset: int = 0
+
+    @property
+    def x0(self) -> Tensor:
+        """The samples, shape (B, ...)."""
+        return self.states[-1]
+
+
+@torch.no_grad()
+def sample_trajectory(
+    denoiser: Denoiser,
+    covariance: Covariance,
+    shape: Sequence[int],
+    steps: int | Sequence[float],
+    *,
+    sampler: Sampler = ddpm,
+    condition: Condition | None = None,
+    seed: int = 0,
+    sample_offset: int = 0,
+    x0_range: tuple[float, float] | None = X0_RANGE,
+    noise_at_end: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Trajectory:
+    """Draw samples as :func:`ocm.sample` does, and keep every state and its log-density.
+
+    The arguments are those of :func:`ocm.sample`. The density is that of the state as it is kept,
+    rounded to ``dtype``.
+
+    Raises:
+        TypeError: If the covariance has no density (Lanczos).
+        ValueError: As :func:`ocm.sample`, or if a step but the last adds no noise.
+    """
+    timesteps = timesteps_of(denoiser.schedule, steps)
+    x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
+    states, log_probs = [x], []
+    for s, t in reverse_steps(timesteps):
+        prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
+        step = sampler(denoiser.schedule, s, t)
+        law = transition(prediction, covariance, step, x0_range=x0_range)
+        if s > 0 or noise_at_end:
+            draw = draws.of_level(t)
+            z = normal(shape, seed, step=draw, sample_offset=sample_offset, device=x.device)
+            x = law.draw(z).to(dtype)
+            log_probs.append(law.log_prob(x))
+        else:
+            x = law.mean.to(dtype)
+        states.append(x)
+    log_prob = torch.stack(log_probs, dim=1) if log_probs else x.new_zeros(len(x), 0).float()
+    return Trajectory([*timesteps[::-1], 0], torch.stack(states), log_prob, sample_offset)
+
+
+def trajectory_log_prob(
+    denoiser: Denoiser,
+    covariance: Covariance,
+    trajectory: Trajectory,
+    *,
+    sampler: Sampler = ddpm,
+    condition: Condition | None = None,
+    x0_range: tuple[float, float] | None = X0_RANGE,
+) -> Tensor:
+    """Return log p(x_s | x_t) of the steps of a trajectory by this denoiser, shape (B, steps).
+
+    Differentiable for the parameters of the backbone, through the mean, and of a head, through the
+    covariance: the gradient of a policy, or the ratio of two of them.
+
+    Args:
+        denoiser: The denoiser, not frozen where its gradients are wanted.
+        covariance: States Cov[x0 | x_t].
+        trajectory: Of :func:`sample_trajectory`.
+        sampler: As the trajectory was drawn.
+        condition: As the trajectory was drawn.
+        x0_range: As the trajectory was drawn.
+
+    Raises:
+        TypeError: If the covariance has no density (Lanczos).
+        ValueError: If a step adds no noise.
+    """
+    times, states = trajectory.timesteps, trajectory.states
+    log_probs = []
+    for k in range(trajectory.log_prob.shape[1]):
+        t, s = times[k], times[k + 1]
+        prediction = denoiser.predict(
+            states[k], t, s=s, condition=condition, sample_offset=trajectory.sample_offset
+        )
+        step = sampler(denoiser.schedule, s, t)
+        law = transition(prediction, covariance, step, x0_range=x0_range)
+        log_probs.append(law.log_prob(states[k + 1]))
+    return torch.stack(log_probs, dim=1) if log_probs else trajectory.log_prob
