@@ -82,7 +82,7 @@ def transition(
         step: That of a sampler, ``ocm.ddpm(schedule, s, t)`` say.
         x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for no bounds.
     """
-    x_t, denoiser = full_precision(prediction.x_t), prediction.denoiser
+    denoiser, x_t = prediction.denoiser, full_precision(prediction.x_t)
     stated = covariance.at(prediction).bounded(x0_range)
     if prediction.keeps_jacobian and torch.is_grad_enabled():
         # Which has no graph to the parameters of the backbone.
@@ -147,7 +147,9 @@ def sample_trajectory(
     x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
     states, log_probs = [x], []
     for s, t in reverse_steps(timesteps):
-        prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
+        prediction = denoiser.predict(
+            full_precision(x), t, s=s, condition=condition, sample_offset=sample_offset
+        )
         step = sampler(denoiser.schedule, s, t)
         law = transition(prediction, covariance, step, x0_range=x0_range)
         if s > 0 or noise_at_end:
@@ -193,7 +195,11 @@ def trajectory_log_prob(
     for k in range(trajectory.log_prob.shape[1]):
         t, s = times[k], times[k + 1]
         prediction = denoiser.predict(
-            states[k], t, s=s, condition=condition, sample_offset=trajectory.sample_offset
+            full_precision(states[k]),
+            t,
+            s=s,
+            condition=condition,
+            sample_offset=trajectory.sample_offset,
         )
         step = sampler(denoiser.schedule, s, t)
         law = transition(prediction, covariance, step, x0_range=x0_range)
