@@ -90,7 +90,7 @@ def _made(scheduler: Any) -> tuple[str, Mapping[str, Any], Any]:
         bases = type(scheduler).__mro__
         name = next((b.__name__ for b in bases if b.__module__.startswith("diffusers.")), name)
     kind = getattr(diffusers, _EXTENDED.get(name, name), None)
-    if kind is None:
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.ConfigMixin)):
         raise ValueError(f"scheduler must be one of diffusers, got {name}")
     known = kind._get_init_keys(kind)
     config = {key: value for key, value in config.items() if key in known}

@@ -121,7 +121,7 @@ def test_estimates_that_are_not_positive_are_told_once(recwarn):
 
 
 def test_an_unknown_floor_is_refused(gaussian):
-    with pytest.raises(ValueError, match="floor must be 'error' or None, got 0.1"):
+    with pytest.raises(ValueError, match=r"floor must be 'error' or None, got 0.1"):
         ocm.Hutchinson(gaussian_denoiser(*gaussian, ocm.linear()), 1, floor=0.1)
 
 

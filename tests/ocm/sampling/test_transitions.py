@@ -160,7 +160,7 @@ def test_a_head_gets_the_gradient_of_the_log_density():
 
 
 def test_a_step_without_noise_has_no_density(flow):
-    with pytest.raises(ValueError, match="covariance must be positive for log p.*adds no noise"):
+    with pytest.raises(ValueError, match=r"covariance must be positive for log p.*adds no noise"):
         ocm.sample_trajectory(
             flow, ocm.BetaTilde(flow), (2, *SHAPE), 3, sampler=ocm.ddim, x0_range=None
         )
