@@ -24,8 +24,6 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 
 # Share of estimates that are not positive from which on this is worth a warning.
 _MANY = 0.1
-# Largest beta_bar / alpha_bar there: above it any network's Jacobian errs by more than a variance.
-_MOST_NOISE = 10.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class Hutchinson(Covariance):
 
     Warns:
         UserWarning: Once, with a floor, where more than a tenth of the estimates are not positive
-            at a timestep with beta_bar <= 10 alpha_bar. On a GPU only the first such timestep is
-            looked at, so that the sampling loop does not wait for it at each.
+            at a timestep with more signal than noise, where a good network's are not. On a GPU
+            only the first such timestep is looked at, so that sampling does not wait at each.
 
     Raises:
         TypeError: If ``num_probes`` is not an int.
@@ -90,8 +88,8 @@ class Hutchinson(Covariance):
     def _look_at(self, variance: Tensor, prediction: Prediction) -> None:
         if self._looked:
             return
-        snr = prediction.denoiser.schedule.snr[math.ceil(prediction.timestep)].item()
-        if snr * _MOST_NOISE < 1.0:
+        # With more noise the error of any network's Jacobian exceeds the smaller variances.
+        if prediction.denoiser.schedule.snr[math.ceil(prediction.timestep)].item() < 1.0:
             return
         share = (variance <= 0.0).float().mean().item()
         if share > _MANY or variance.is_cuda:
