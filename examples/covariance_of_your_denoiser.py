@@ -7,6 +7,7 @@ random weights, so that nothing is downloaded. ``python examples/covariance_of_y
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
+import hessdiag
 import ocm
 
 # unet = UNet2DModel.from_pretrained("path/to/your/model")
@@ -24,7 +25,7 @@ unet = UNet2DModel(
 scheduler = DDPMScheduler(num_train_timesteps=1000)
 
 denoiser = ocm.Denoiser(unet, ocm.from_scheduler(scheduler)).freeze()
-covariance = ocm.Hutchinson(denoiser, num_probes=4)
+covariance = ocm.Hutchinson(denoiser, num_probes=12, probes=hessdiag.Coloring(12))
 images = ocm.sample(denoiser, covariance, (4, 3, 16, 16), 10)
 print(f"{len(images)} images of shape {tuple(images.shape[1:])} in 10 steps")
 

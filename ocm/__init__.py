@@ -2,7 +2,8 @@
 
 A covariance states Cov[x0 | x_t]; samplers and the likelihood derive every reverse step from it:
 
-    covariance = ocm.Hutchinson(denoiser, num_probes=8)     # nothing to train
+    coloring = hessdiag.Coloring(12)
+    covariance = ocm.Hutchinson(denoiser, num_probes=12, probes=coloring)    # nothing to train
     images = ocm.sample(denoiser, covariance, (16, 1, 8, 8), steps=10)
 """
 

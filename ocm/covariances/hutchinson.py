@@ -8,7 +8,6 @@ what the data allow.
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -25,8 +24,6 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 
 # Share of estimates that are not positive from which on this is worth a warning.
 _MANY = 0.1
-# Largest beta_bar / alpha_bar there: above it a network's Jacobian errs by more than a variance.
-_MOST_NOISE = 10.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class Hutchinson(Covariance):
 
     Warns:
         UserWarning: Once, with a floor, where more than a tenth of the estimates are not positive
-            at a timestep with beta_bar <= 10 alpha_bar. On a GPU only the first such timestep is
-            looked at, so that the sampling loop does not wait for it at each.
+            at a timestep with more signal than noise, where a good network's are not. On a GPU
+            only the first such timestep is looked at, so that sampling does not wait at each.
 
     Raises:
         TypeError: If ``num_probes`` is not an int.
@@ -91,7 +88,8 @@ class Hutchinson(Covariance):
     def _look_at(self, variance: Tensor, prediction: Prediction) -> None:
         if self._looked:
             return
-        if prediction.denoiser.schedule.log_snr(prediction.timestep) < -math.log(_MOST_NOISE):
+        # With more noise the error of any network's Jacobian exceeds the smaller variances.
+        if prediction.denoiser.schedule.log_snr(prediction.timestep) < 0:
             return
         share = (variance <= 0.0).float().mean().item()
         if share > _MANY or variance.is_cuda:
@@ -108,24 +106,23 @@ class Hutchinson(Covariance):
 
 
 def floored(variance: Tensor) -> Tensor:
-    """Return max(V_i, m) with m = (1/D) sum_j max(-V_j, 0), the least mean error of a sample.
+    """Return max(V_i, m), m the mean of -V_j over the negative estimates of a sample; 0 without.
 
     No variance is negative, so that a negative estimate errs by its size at least: m is the least
-    mean absolute error of the sample's D estimates that they prove themselves, whether it is one
-    of the probes or of the network. None of them is taken for more certain than that. The mean of
-    the variances rises by at least m, which clipping at zero would raise it by too, and by at most
-    2 m.
+    mean absolute error of those that are certainly wrong, whether by the probes or by the network.
+    No other estimate is taken for more certain than that.
 
     Args:
         variance: Estimates, shape (B, ...).
 
     Example:
         >>> import torch
-        >>> floored(torch.tensor([[-3.0, 0.0, 1.0, 6.0], [0.0, 1.0, 1.0, 1.0]]))
-        tensor([[0.7500, 0.7500, 1.0000, 6.0000],
-                [0.0000, 1.0000, 1.0000, 1.0000]])
+        >>> floored(torch.tensor([[-3.0, -1.0, 1.0, 6.0], [0.0, 1.0, 1.0, 1.0]]))
+        tensor([[2., 2., 2., 6.],
+                [0., 1., 1., 1.]])
     """
-    error = variance.clamp(max=0.0).flatten(1).mean(dim=1).neg()
+    negative = variance.clamp(max=0.0).flatten(1)
+    error = -negative.sum(dim=1) / (negative < 0.0).sum(dim=1).clamp(min=1)
     return variance.maximum(error.reshape(-1, *[1] * (variance.dim() - 1)))
 
 

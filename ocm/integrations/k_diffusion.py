@@ -31,12 +31,17 @@ class KDiffusionDenoiser:
     @property
     def sigma_min(self) -> float:
         """The smallest sigma of the schedule."""
-        return sigmas(self.denoiser.schedule)[0].item()
+        return self._sigmas[0].item()
 
     @property
     def sigma_max(self) -> float:
-        """The largest, with which sampling starts: x = sigma_max n."""
-        return sigmas(self.denoiser.schedule)[-1].item()
+        """The largest that is finite, with which sampling starts: x = sigma_max n."""
+        return self._sigmas[-1].item()
+
+    @property
+    def _sigmas(self) -> Tensor:
+        levels = sigmas(self.denoiser.schedule)
+        return levels[levels.isfinite()]
 
     def get_sigmas(self, n: int) -> Tensor:
         """Return n decreasing sigmas, evenly spaced in t and interpolated in log sigma, and 0.
@@ -46,7 +51,7 @@ class KDiffusionDenoiser:
             ValueError: If it is not positive.
         """
         check_positive_int("n", n)
-        logs = sigmas(self.denoiser.schedule).log()
+        logs = self._sigmas.log()
         places = torch.linspace(len(logs) - 1, 0, n, dtype=torch.float64)
         low, high = logs[places.floor().long()], logs[places.ceil().long()]
         interpolated = torch.lerp(low, high, places.frac()).exp()

@@ -58,18 +58,17 @@ def correlated(schedule):
     return gaussian_denoiser(torch.zeros(16), covariance, schedule), covariance
 
 
-def test_the_floor_is_the_mean_of_the_negative_parts():
+def test_the_floor_is_the_mean_size_of_the_negative_estimates():
     denoiser, _ = correlated(ocm.linear())
     x_t = torch.randn(8, 1, 1, 16, dtype=torch.float64)
     prediction = denoiser.predict(x_t, 200)
     raw = ocm.Hutchinson(denoiser, 1, floor=None).at(prediction).diagonal()
     stated = ocm.Hutchinson(denoiser, 1).at(prediction).diagonal()
     for sample, estimates in zip(stated.flatten(1).tolist(), raw.flatten(1).tolist(), strict=True):
-        floor = sum(max(-v, 0.0) for v in estimates) / len(estimates)
+        negative = [-v for v in estimates if v < 0]
+        floor = sum(negative) / max(len(negative), 1)
         assert sample == pytest.approx([max(v, floor) for v in estimates], rel=1e-12)
-    clipped, mean = raw.clamp(min=0).mean(), raw.mean()
-    assert clipped - mean > 0.1 * mean
-    assert clipped < stated.mean() <= mean + 2 * (clipped - mean)
+    assert (raw < 0).double().mean() > 0.1
 
 
 def test_the_floor_leaves_positive_estimates_alone(gaussian):
@@ -106,8 +105,8 @@ def test_estimates_that_are_not_positive_are_told_once(recwarn):
     assert share > 0.1
     assert not recwarn.list  # as asked for
     covariance = ocm.Hutchinson(denoiser, 1)
-    # Where the noise is high every network errs: alpha_bar = 4e-5.
-    covariance.at(denoiser.predict(x_t, 1000))
+    # Where there is more noise than signal every network errs.
+    covariance.at(denoiser.predict(x_t, 300))
     assert not recwarn.list
     with pytest.warns(UserWarning, match=f"^{share:.0%} of the variances that num_probes = 1") as w:
         covariance.at(denoiser.predict(x_t, 200))
@@ -121,7 +120,7 @@ def test_estimates_that_are_not_positive_are_told_once(recwarn):
 
 
 def test_an_unknown_floor_is_refused(gaussian):
-    with pytest.raises(ValueError, match=r"floor must be 'error' or None, got 0.1"):
+    with pytest.raises(ValueError, match=r"floor must be 'error' or None, got 0\.1"):
         ocm.Hutchinson(gaussian_denoiser(*gaussian, ocm.linear()), 1, floor=0.1)
 
 

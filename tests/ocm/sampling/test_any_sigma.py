@@ -261,3 +261,37 @@ def test_problems_that_make_no_sense_are_refused():
     uneven = diagonal(torch.tensor([[1.0, 50.0]]), torch.Size([1, 2]))
     with pytest.warns(UserWarning, match=r"reached a relative residual of .* in 1 iterations"):
         solve(covariance=uneven, max_iterations=1)
+
+
+@pytest.mark.parametrize("path", ["linear", "zero_snr", "vp", "flow", "edm", "trigflow"])
+def test_x0_given_x_on_every_path(path):
+    """Against Bayes' rule for x = x0 + sigma n, which knows no path."""
+    from path_denoiser import DATA_STD, SHAPE, gaussian, path_denoiser
+
+    data = gaussian()
+    kind = {"edm": "edm", "trigflow": "trigflow", "linear": "epsilon"}.get(path, "sample")
+    denoiser = path_denoiser(data, path, kind)
+    x = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0)).double()
+    # At sigmas that a discrete schedule has, where it would be nearest only.
+    levels = sigmas(denoiser.schedule)
+    for sigma in (levels[4].item(), levels[500].item(), levels[997].item()):
+        if denoiser.schedule.is_continuous:
+            sigma *= 1.01
+        ones = torch.ones(3, dtype=torch.float64)
+        mean, covariance = data.posterior(x.flatten(1), ones, sigma * ones)
+        posterior = ocm.x0_given(denoiser, ocm.Full(denoiser), x, sigma, x0_range=None)
+        torch.testing.assert_close(posterior.mean.flatten(1), mean, rtol=1e-5, atol=1e-7)
+        product = torch.einsum("bij,bj->bi", covariance, x.flatten(1))
+        torch.testing.assert_close(
+            posterior.covariance.multiply(x).flatten(1), product, rtol=1e-4, atol=1e-7
+        )
+        several = torch.full((3,), sigma, dtype=torch.float64)
+        torch.testing.assert_close(
+            ocm.KDiffusionDenoiser(denoiser)(x, several).flatten(1), mean, rtol=1e-5, atol=1e-7
+        )
+    adapter = ocm.KDiffusionDenoiser(denoiser)
+    assert math.isfinite(adapter.sigma_max)
+    found = adapter.get_sigmas(5)
+    assert bool(torch.isfinite(found).all())
+    assert bool((found.diff() < 0).all())
+    assert DATA_STD > 0

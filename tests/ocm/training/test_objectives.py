@@ -115,19 +115,42 @@ def test_training_is_the_same_again_for_the_same_seed(images):
     assert train(images, seed=1)[2] != first[2]
 
 
-def test_a_backbone_with_tensors_of_no_dimensions_trains_and_goes_on(images, tmp_path):
-    """Such as the counter of a BatchNorm, which the state of a head tells denoisers apart by."""
+class NormalisedBackbone(torch.nn.Module):
+    """With a BatchNorm, whose counter has no dimensions, and a gain that is one number."""
 
-    unet = small_unet((1, 4, 4), width=8)
-    unet.register_buffer("calls", torch.zeros((), dtype=torch.int64))
-    denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
-    for directory in (None, tmp_path):
-        covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
-        settings = ocm.TrainingSettings(3, batch_size=4)
-        train_head(covariance, images, settings, directory=directory, progress=False)
-    unet.calls += 1
-    with pytest.raises(ValueError, match="is of another training: denoiser was"):
-        train_head(covariance, images, settings, directory=tmp_path, progress=False)
+    def __init__(self):
+        super().__init__()
+        self.conv_in = torch.nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = torch.nn.BatchNorm2d(4)
+        self.conv_out = torch.nn.Conv2d(4, 1, 3, padding=1)
+        self.gain = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.gain * self.conv_out(self.norm(self.conv_in(x)))
+
+
+def test_a_backbone_with_tensors_of_no_dimensions_trains_and_goes_on(images, tmp_path):
+    """The state of a head tells denoisers apart by all of their tensors, whatever their shape."""
+    backbone = NormalisedBackbone()
+    assert {x.dim() for x in backbone.state_dict().values()} == {0, 1, 4}
+    denoiser = ocm.Denoiser(
+        backbone,
+        ocm.cosine(),
+        architecture=ocm.Architecture("N", "norm", lambda b, x_t, level, labels: b(x_t)),
+    ).freeze()
+    settings = ocm.TrainingSettings(3, batch_size=4)
+    losses = []
+    for directory in (None, tmp_path, tmp_path):  # the last reads what the one before wrote
+        covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.CovarianceHead(4, 1, 2))
+        losses.append(train_head(covariance, images, settings, directory=directory, progress=False))
+    assert losses[0] == losses[1] == losses[2]
+    for tensor in (backbone.norm.num_batches_tracked, backbone.gain):
+        with torch.no_grad():
+            tensor += 1
+        with pytest.raises(ValueError, match="is of another training: denoiser was"):
+            train_head(covariance, images, settings, directory=tmp_path, progress=False)
+        with torch.no_grad():
+            tensor -= 1
 
 
 def test_without_a_directory_nothing_is_digested(images, monkeypatch):
