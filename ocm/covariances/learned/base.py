@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ocm.covariances.base import Covariance
@@ -92,8 +94,11 @@ def loss_weight(
     so is the weight. It is for targets that hold the network's output or its Jacobian.
     """
     t = t.cpu()
+    if network_error == 0.0:
+        return torch.ones_like(t, dtype=torch.float64)
     p = denoiser.coefficients(t).p
     alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
     c_over_unit = sigma**2 / alpha * p / parameterisation.scale(denoiser.schedule, t)
-    excess = (c_over_unit - 1.0).clamp(min=0.0)
+    # Not a number where alpha = 0 and p = 0: there c, and so A_t, stays finite.
+    excess = (c_over_unit - 1.0).clamp(min=0.0).nan_to_num(nan=0.0, posinf=math.inf)
     return 1.0 / (1.0 + (network_error * excess) ** 2)
