@@ -7,6 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Annotated
 
 import typer
@@ -50,9 +51,7 @@ for command in (train, calibrate, sample, evaluate):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from hessdiag import __version__
-
-        typer.echo(f"ocm {__version__}")
+        typer.echo(f"ocm {metadata.version('hessdiag')}")
         raise typer.Exit
 
 

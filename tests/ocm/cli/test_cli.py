@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from functools import partial
-from importlib import metadata
 
 import pytest
 import torch
@@ -19,11 +18,12 @@ from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
+import hessdiag
 import ocm
 from ocm import checkpoints
 from ocm.cli import app as cli
 from ocm.covariances.names import LEARNED, NAMES
-from ocm.diffusion.small_unet import small_unet
+from ocm.training.small_unet import small_unet
 from ocm.evaluation import classifier
 
 
@@ -403,7 +403,7 @@ def test_control_c_ends_in_one_line(tmp_path):
 
 
 def test_the_version_is_that_of_the_package(invoke):
-    assert invoke("--version").output == f"ocm {metadata.version('hessdiag')}\n"
+    assert invoke("--version").output == f"ocm {hessdiag.__version__}\n"
 
 
 @pytest.mark.parametrize(
