@@ -48,7 +48,7 @@ from ocm.training.settings import TrainingSettings
 if TYPE_CHECKING:
     from ocm.integrations.attached import CovarianceModel, attach
     from ocm.integrations.pipelines import OCMDiTPipeline
-    from ocm.integrations.scheduler import OCMScheduler
+    from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler
 
 __all__ = [
     "NPR",
@@ -73,6 +73,7 @@ __all__ = [
     "KDiffusionDenoiser",
     "Lanczos",
     "LearnedCovariance",
+    "OCMDDIMScheduler",
     "OCMDiTPipeline",
     "OCMScheduler",
     "OptimalCovarianceMatching",
@@ -109,11 +110,15 @@ __all__ = [
     "x0_given",
 ]
 
-# Classes of diffusers, which `import ocm` does not import.
+# Classes of diffusers, which `import ocm` does not import. The mixins are what a pipeline asks the
+# module of a saved component for: how its class is loaded.
 _FROM_DIFFUSERS = {
     "CovarianceModel": "ocm.integrations.attached",
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "OCMDDIMScheduler": "ocm.integrations.scheduler",
     "OCMDiTPipeline": "ocm.integrations.pipelines",
     "OCMScheduler": "ocm.integrations.scheduler",
+    "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
     "attach": "ocm.integrations.attached",
 }
 

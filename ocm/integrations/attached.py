@@ -32,7 +32,7 @@ from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.diffusion.architectures import ARCHITECTURES, architecture_of
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule, from_scheduler, linear
-from ocm.integrations.scheduler import OCMScheduler
+from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler, scheduler_class_for
 
 
 class CovarianceModel(ModelMixin, ConfigMixin):
@@ -55,6 +55,8 @@ class CovarianceModel(ModelMixin, ConfigMixin):
     Raises:
         ValueError: If a class is not known.
     """
+
+    __module__ = "ocm"  # where pipelines look for it, in a process that imports ocm alone
 
     # Modules, which are saved as weights.
     ignore_for_config = ["backbone", "head"]  # noqa: RUF012, as diffusers declares it
@@ -157,17 +159,32 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         denoiser = self.denoiser(schedule, prediction_type)
         return OptimalCovarianceMatching(denoiser, self.head, self.parameterisation, **options)
 
-    def scheduler(self, scheduler: Any, **options: Any) -> OCMScheduler:
-        """Return an :class:`OCMScheduler` that knows the unit of this model's variance.
+    def scheduler(self, scheduler: Any, **options: Any) -> OCMScheduler | OCMDDIMScheduler:
+        """Return a scheduler like the given one that knows the unit of this model's variance.
 
         Args:
-            scheduler: The scheduler that the backbone came with, or its configuration.
-            options: Other arguments of :class:`OCMScheduler`, such as ``eta``.
+            scheduler: The scheduler that the backbone came with, or its saved configuration.
+            options: Other arguments of the class that is returned, such as ``max_last_noise``.
+
+        Returns:
+            An :class:`ocm.OCMDDIMScheduler` for a DDIM scheduler, and an :class:`ocm.OCMScheduler`
+            for the others that have betas.
+
+        Raises:
+            ValueError: If the scheduler's noise levels are not those of its betas, or an option is
+                none of the class's.
         """
-        config = getattr(scheduler, "config", scheduler)
+        fitting = scheduler_class_for(scheduler)
         data_std = self._internal_dict["data_std"]
-        made: OCMScheduler = OCMScheduler.from_config(config, **options, data_std=data_std)
-        return made
+        made, unused = fitting.from_config(
+            scheduler, return_unused_kwargs=True, **options, data_std=data_std
+        )
+        unknown = sorted(options.keys() & unused.keys())
+        if unknown:
+            raise ValueError(
+                f"options must be arguments of {fitting.__name__}, got {', '.join(unknown)}"
+            )
+        return made  # type: ignore[no-any-return]
 
     @classmethod
     def from_pretrained(

@@ -1,0 +1,272 @@
+"""What the schedulers share whose steps draw x_s with the variance that a model states.
+
+Their models put out twice the channels of x_t: the prediction, and the ratio of Var[x0 | x_t] to
+the unit of :class:`ocm.Parameterisation`. A step draws x_s ~ N(mean, variance), its log-density
+can be had beside it, and a scheduler is made of another one of diffusers only if the two have the
+same noise levels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ocm.covariances.learned.parameterisation import Parameterisation
+
+# What gives the sampler of another scheduler other noise levels than those of its betas.
+_OTHER_LEVELS = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_flow_sigmas",
+    "use_lu_lambdas",
+)
+_BETAS = {
+    "num_train_timesteps",
+    *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+}
+
+
+@dataclass
+class OCMSchedulerOutput(BaseOutput):
+    """What a step returns.
+
+    Attributes:
+        prev_sample: x_s.
+        pred_original_sample: x0_hat, as it enters the mean of x_s.
+        log_prob: log p(x_s | x_t) in nats, shape (B,), where it was asked for.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+    log_prob: Tensor | None = None
+
+
+class GaussianStep(NamedTuple):
+    """x_s ~ N(mean, variance), at least in float32; without noise where ``variance`` is None."""
+
+    mean: Tensor
+    variance: Tensor | None
+    x0_hat: Tensor
+
+
+def log_density(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Return log N(x; mean, variance) in nats, summed over all dimensions but the first.
+
+    Raises:
+        ValueError: If a variance is not positive, where there is no density.
+
+    Example:
+        >>> log_density(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2))  # -log(2 pi)
+        tensor([-1.8379])
+    """
+    if not bool((variance > 0).all()):
+        raise ValueError(
+            "log_prob must be that of a step with noise in every dimension: there is none in the "
+            "step from timestep 0, and none where the variance is 0 (eta = 0 and no variance "
+            "stated)"
+        )
+    terms = (x - mean) ** 2 / variance + variance.log() + math.log(2.0 * math.pi)
+    return -0.5 * terms.flatten(1).sum(1)
+
+
+def takes_arguments_of(parent: type) -> Callable[[Any], Any]:
+    """Give an ``__init__`` the signature of the parent's, and its own keyword-only arguments.
+
+    diffusers reads from it what the configuration holds; all of the parent's versions do.
+    """
+
+    def decorate(init: Any) -> Any:
+        inherited = inspect.signature(parent.__init__).parameters  # type: ignore[misc]
+        own = inspect.signature(init).parameters.values()
+        keywords = [one for one in own if one.kind is one.KEYWORD_ONLY]
+        init.__signature__ = inspect.Signature([*inherited.values(), *keywords])
+        return init
+
+    return decorate
+
+
+def full_config(scheduler: Any) -> tuple[dict[str, Any], Tensor | None]:
+    """Return all entries of a scheduler's configuration, and its table alpha_bar if it shows one.
+
+    Args:
+        scheduler: A scheduler of diffusers, or its configuration. What a saved configuration
+            leaves out is as its class has it.
+
+    Raises:
+        ValueError: If it has no betas, or samples at other noise levels than theirs.
+
+    Example:
+        >>> config, alpha_bar = full_config({"_class_name": "EulerDiscreteScheduler"})
+        >>> config["timestep_spacing"], config["clip_sample"], len(alpha_bar)
+        ('linspace', False, 1000)
+    """
+    name = type(scheduler).__name__
+    config = getattr(scheduler, "config", scheduler)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"scheduler must be one of diffusers, or its configuration, got {name}")
+    config = dict(config)
+    if isinstance(scheduler, Mapping):
+        theirs = getattr(diffusers, str(config.get("_class_name")), None)
+        if isinstance(theirs, type) and issubclass(theirs, SchedulerMixin):
+            return full_config(theirs.from_config(config))
+        stated = _BETAS & {name for name, value in config.items() if value is not None}
+        shifted = config.get("snr_shift_scale", 1.0) != 1.0  # CogVideoX
+        if shifted or not ({"beta_start", "beta_end"} <= stated or "trained_betas" in stated):
+            raise ValueError(
+                "scheduler must be one of diffusers, or a configuration that names its class or "
+                f"states its betas and nothing that alters them, got one of {', '.join(config) or 'nothing'}"
+            )
+        return config, None
+    alpha_bar = getattr(scheduler, "alphas_cumprod", None)
+    if alpha_bar is None:
+        raise ValueError(
+            "scheduler must have the noise levels of betas (alphas_cumprod), as DDPMScheduler "
+            f"has, got {name}, whose process is another one"
+        )
+    # A class without the entry does not clip.
+    return {"clip_sample": False} | config | {"_class_name": name}, alpha_bar
+
+
+class CovarianceScheduler:
+    """What is common to schedulers of models that state a variance; to be derived from first."""
+
+    _compatibles: ClassVar[list[str]]
+    config: Any
+    parameterisation: Parameterisation
+    _has_warned = False
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Return the scheduler that means what another one does.
+
+        diffusers' own takes the entries that the other one left at its defaults as not said; here
+        they keep their values, so that a scheduler means the same from memory and from disk. A
+        class that does not clip gives one that does not.
+
+        Args:
+            config: A scheduler of diffusers, or its configuration.
+            return_unused_kwargs: Whether to return a tuple, with the entries that were not used.
+            kwargs: Entries that take the place of those of ``config``.
+
+        Raises:
+            ValueError: If the noise levels of the other scheduler are not those of its betas.
+        """
+        entries, alpha_bar = full_config(config)
+        for name in _OTHER_LEVELS:
+            if name in entries:
+                entries[name] = kwargs.pop(name, entries[name])
+            if entries.get(name):
+                raise ValueError(
+                    f"{name} must be False: its noise levels are not those of the timesteps, "
+                    f"which {cls.__name__} takes; use from_config(scheduler, {name}=False)"
+                )
+        arguments = inspect.signature(cls.__init__).parameters
+        if alpha_bar is not None:  # of another class: what no class that is compatible knows, goes
+            known = {"_class_name", "_use_default_values", *arguments}
+            for other in cls._compatibles:
+                known |= inspect.signature(getattr(diffusers, other).__init__).parameters.keys()
+            entries = {name: value for name, value in entries.items() if name in known}
+        # What diffusers would drop, where that changes nothing.
+        entries["_use_default_values"] = [
+            name
+            for name in entries.get("_use_default_values", ())
+            if name in arguments and entries.get(name) == arguments[name].default
+        ]
+        made, unused = super().from_config(entries, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
+        if alpha_bar is not None and not _BETAS & kwargs.keys():
+            table = made.alphas_cumprod
+            if len(table) != len(alpha_bar) or not torch.allclose(
+                table, alpha_bar.to(table), rtol=1e-4, atol=1e-6
+            ):
+                raise ValueError(
+                    "scheduler must have the noise levels of its betas, got "
+                    f"{entries['_class_name']}, whose alphas_cumprod are others"
+                )
+        return (made, unused) if return_unused_kwargs else made
+
+    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the prediction and the ratio, None for a model that states no variance."""
+        channels = sample.shape[1]
+        if model_output.shape == sample.shape:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"model_output has the {channels} channels of the sample and states no "
+                    "variance: the steps are those of diffusers. ocm.attach(model) gives a model "
+                    "one, and ocm.OCMDiTPipeline keeps that of a DiT",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            return model_output, None
+        if model_output.shape != (len(sample), 2 * channels, *sample.shape[2:]):
+            raise ValueError(
+                "model_output must have the shape of sample or twice its channels, got "
+                f"{tuple(model_output.shape)} for {tuple(sample.shape)}"
+            )
+        return model_output[:, :channels], model_output[:, channels:]
+
+    def _unit(self, t: int, alpha_bar: float) -> float:
+        """Return the unit of the ratio, that of :meth:`ocm.Parameterisation.scale`."""
+        data_std = self.parameterisation.data_std
+        if alpha_bar == 0.0 and math.isinf(data_std):
+            raise ValueError(
+                f"data_std must be a number where no signal is left, at timestep {t} of "
+                "rescale_betas_zero_snr=True: the papers' unit is infinite there, got None"
+            )
+        return (1.0 - alpha_bar) / (alpha_bar + (1.0 - alpha_bar) / data_std**2)
+
+    def _finish(
+        self,
+        step: GaussianStep,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        variance_noise: Tensor | None,
+        prev_sample: Tensor | None,
+        return_log_prob: bool,
+        return_dict: bool,
+    ) -> OCMSchedulerOutput | tuple[Tensor, ...]:
+        """Draw x_s, or take the one that is given, and say how likely it was."""
+        if prev_sample is not None and prev_sample.shape != sample.shape:
+            raise ValueError(
+                f"prev_sample must have the shape of sample, {tuple(sample.shape)}, got "
+                f"{tuple(prev_sample.shape)}"
+            )
+        if variance_noise is not None and (
+            generator is not None or variance_noise.shape != sample.shape
+        ):
+            raise ValueError(
+                f"variance_noise must have the shape of sample, {tuple(sample.shape)}, and no "
+                f"generator beside it, got {tuple(variance_noise.shape)} and {generator}"
+            )
+        x_s = prev_sample
+        if x_s is None:
+            x_s = step.mean
+            if step.variance is not None:
+                if variance_noise is None:
+                    variance_noise = randn_tensor(
+                        sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
+                    )
+                x_s = x_s + step.variance.sqrt() * variance_noise
+            x_s = x_s.to(sample.dtype)
+        log_prob = None
+        if return_log_prob or prev_sample is not None:
+            # A draw is a constant here, as it is when it is handed in later.
+            at = (x_s.detach() if prev_sample is None else prev_sample).to(step.mean.dtype)
+            variance = torch.zeros_like(at) if step.variance is None else step.variance
+            log_prob = log_density(at, step.mean, variance)
+        output = OCMSchedulerOutput(x_s, step.x0_hat.to(sample.dtype), log_prob)
+        return output if return_dict else output.to_tuple()
