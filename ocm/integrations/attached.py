@@ -32,7 +32,12 @@ from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.diffusion.architectures import ARCHITECTURES, architecture_of
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import Schedule, from_scheduler, linear
-from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler, scheduler_class_for
+from ocm.integrations.scheduler import (
+    LEARNED,
+    OCMDDIMScheduler,
+    OCMScheduler,
+    scheduler_class_for,
+)
 
 
 class CovarianceModel(ModelMixin, ConfigMixin):
@@ -168,16 +173,20 @@ class CovarianceModel(ModelMixin, ConfigMixin):
 
         Returns:
             An :class:`ocm.OCMDDIMScheduler` for a DDIM scheduler, and an :class:`ocm.OCMScheduler`
-            for the others that have betas.
+            for the others that have betas. The variance is this model's, where the scheduler would
+            take one of the backbone's ("learned_range") in its place.
 
         Raises:
             ValueError: If the scheduler's noise levels are not those of its betas, or an option is
                 none of the class's.
         """
         fitting = scheduler_class_for(scheduler)
-        data_std = self._internal_dict["data_std"]
+        given: dict[str, Any] = {"data_std": self._internal_dict["data_std"]}
+        config = getattr(scheduler, "config", scheduler)
+        if isinstance(config, Mapping) and config.get("variance_type") in LEARNED:
+            given["variance_type"] = "fixed_small"
         made, unused = fitting.from_config(
-            scheduler, return_unused_kwargs=True, **options, data_std=data_std
+            scheduler, return_unused_kwargs=True, **(given | options)
         )
         unknown = sorted(options.keys() & unused.keys())
         if unknown:

@@ -82,9 +82,9 @@ def log_density(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def takes_arguments_of(parent: type) -> Callable[[Any], Any]:
-    """Give an ``__init__`` the signature of the parent's, and its own keyword-only arguments.
+    """Give an ``__init__`` the parent's arguments, of any version, and its own keyword-only ones.
 
-    diffusers reads from it what the configuration holds; all of the parent's versions do.
+    diffusers reads from its signature what the configuration holds.
     """
 
     def decorate(init: Any) -> Any:
@@ -126,7 +126,8 @@ def full_config(scheduler: Any) -> tuple[dict[str, Any], Tensor | None]:
         if shifted or not ({"beta_start", "beta_end"} <= stated or "trained_betas" in stated):
             raise ValueError(
                 "scheduler must be one of diffusers, or a configuration that names its class or "
-                f"states its betas and nothing that alters them, got one of {', '.join(config) or 'nothing'}"
+                "states its betas and nothing that alters them, got one of "
+                f"{', '.join(config)}"
             )
         return config, None
     alpha_bar = getattr(scheduler, "alphas_cumprod", None)

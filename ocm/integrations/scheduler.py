@@ -32,7 +32,8 @@ from ocm.integrations.gaussian_steps import (
     takes_arguments_of,
 )
 
-_LEARNED = ("learned", "learned_range")
+# Values of variance_type with which further channels are the variance of I-DDPM.
+LEARNED = ("learned", "learned_range")
 
 
 class _BetaScheduler(CovarianceScheduler):
@@ -194,7 +195,7 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
         """
         t = int(timestep)
         self._alpha_bar(t)
-        if self.variance_type in _LEARNED:
+        if self.variance_type in LEARNED:
             prediction, ratio = model_output[:, : sample.shape[1]], None
         else:
             prediction, ratio = self._split(model_output, sample)

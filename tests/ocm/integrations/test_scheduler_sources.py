@@ -78,6 +78,16 @@ def test_what_a_configuration_leaves_out_is_as_its_class_has_it(model):
     assert ours.config.beta_end == 0.02
 
 
+@pytest.mark.parametrize("name", ["DDPMScheduler", "UnCLIPScheduler"])
+def test_the_variance_is_the_models_and_not_one_of_the_backbone(name, model):
+    theirs = getattr(diffusers, name)(variance_type="learned_range")
+    ours = model.scheduler(theirs)
+    assert ours.config.variance_type == "fixed_small"
+    assert OCMScheduler.from_config(theirs).config.variance_type == "learned_range"
+    kept = model.scheduler(DDPMScheduler(variance_type="fixed_large"))
+    assert kept.config.variance_type == "fixed_large"  # of steps without a variance
+
+
 def test_and_back_to_diffusers():
     theirs = DDIMScheduler(set_alpha_to_one=False, steps_offset=1, clip_sample=False)
     ours = OCMDDIMScheduler.from_config(theirs)
@@ -98,7 +108,9 @@ def test_schedulers_of_other_processes_are_refused(name, model):
         with pytest.raises(ValueError, match="scheduler must"):
             OCMScheduler.from_config(source)
     if "CogVideoX" not in name:  # whose configuration states betas, and another shift of them
-        with pytest.raises(ValueError, match=r"scheduler must be .* states its betas and .*, got one of"):
+        with pytest.raises(
+            ValueError, match=r"scheduler must be .* states its betas and .*, got one of"
+        ):
             OCMScheduler.from_config(theirs.config)
 
 
