@@ -39,7 +39,7 @@ _BETAS = {
 
 
 @dataclass
-class OCMSchedulerOutput(BaseOutput):
+class OCMSchedulerOutput(BaseOutput):  # type: ignore[misc]
     """What a step returns.
 
     Attributes:
@@ -120,7 +120,7 @@ def full_config(scheduler: Any) -> tuple[dict[str, Any], Tensor | None]:
     if isinstance(scheduler, Mapping):
         theirs = getattr(diffusers, str(config.get("_class_name")), None)
         if isinstance(theirs, type) and issubclass(theirs, SchedulerMixin):
-            return full_config(theirs.from_config(config))
+            return full_config(theirs.from_config(config))  # type: ignore[attr-defined]
         stated = _BETAS & {name for name, value in config.items() if value is not None}
         shifted = config.get("snr_shift_scale", 1.0) != 1.0  # CogVideoX
         if shifted or not ({"beta_start", "beta_end"} <= stated or "trained_betas" in stated):

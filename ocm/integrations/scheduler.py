@@ -422,7 +422,10 @@ def scheduler_class_for(scheduler: Any) -> type[OCMScheduler] | type[OCMDDIMSche
                 "OCMScheduler.from_config or OCMDDIMScheduler.from_config"
             )
         name = str(scheduler["_class_name"])
-    return OCMDDIMScheduler if "DDIM" in name else OCMScheduler
+    fitting: type[OCMScheduler] | type[OCMDDIMScheduler] = OCMScheduler
+    if "DDIM" in name:
+        fitting = OCMDDIMScheduler
+    return fitting
 
 
 def _check_eta(eta: float) -> None:
