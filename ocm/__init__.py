@@ -65,8 +65,9 @@ from ocm.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from ocm.integrations.attached import CovarianceModel, attach
+    from ocm.integrations.flow_scheduler import OCMFlowScheduler
     from ocm.integrations.pipelines import OCMDiTPipeline
-    from ocm.integrations.scheduler import OCMScheduler
+    from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler
 
 __all__ = [
     "NPR",
@@ -91,7 +92,9 @@ __all__ = [
     "KDiffusionDenoiser",
     "Lanczos",
     "LearnedCovariance",
+    "OCMDDIMScheduler",
     "OCMDiTPipeline",
+    "OCMFlowScheduler",
     "OCMScheduler",
     "OptimalCovarianceMatching",
     "Parameterisation",
@@ -143,11 +146,16 @@ __all__ = [
     "x0_given",
 ]
 
-# Classes of diffusers, which `import ocm` does not import.
+# Classes of diffusers, which `import ocm` does not import. The mixins are what a pipeline asks the
+# module of a saved component for: how its class is loaded.
 _FROM_DIFFUSERS = {
     "CovarianceModel": "ocm.integrations.attached",
+    "ModelMixin": "diffusers.models.modeling_utils",
+    "OCMDDIMScheduler": "ocm.integrations.scheduler",
+    "OCMFlowScheduler": "ocm.integrations.flow_scheduler",
     "OCMDiTPipeline": "ocm.integrations.pipelines",
     "OCMScheduler": "ocm.integrations.scheduler",
+    "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
     "attach": "ocm.integrations.attached",
 }
 

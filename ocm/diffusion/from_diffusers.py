@@ -50,8 +50,8 @@ def from_scheduler(scheduler: Any) -> Schedule:
         >>> from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0)).name
         'flow'
     """
-    name, config, made = _made(scheduler)
-    return _maker(name, config, made)(config, made)
+    made = rebuilt(scheduler)
+    return _maker(made)(made)
 
 
 def prediction_type_of(scheduler: Any) -> str:
@@ -68,16 +68,25 @@ def prediction_type_of(scheduler: Any) -> str:
         >>> prediction_type_of(EDMEulerScheduler())
         'edm'
     """
-    name, config, made = _made(scheduler)
-    maker = _maker(name, config, made)
-    stated: str = config.get("prediction_type", "epsilon")
+    made = rebuilt(scheduler)
+    maker = _maker(made)
+    stated: str = made.config.get("prediction_type", "epsilon")
     if maker is _edm:
         return "edm" if stated == "epsilon" else "trigflow"
     return "flow_prediction" if maker is _flow else stated
 
 
-def _made(scheduler: Any) -> tuple[str, Mapping[str, Any], Any]:
-    """Return the name of a scheduler's class, its full configuration, and one made anew of it."""
+def rebuilt(scheduler: Any) -> Any:
+    """Return a scheduler's class of diffusers, made anew with all entries of its configuration.
+
+    A scheduler of ocm becomes the one that it extends.
+
+    Args:
+        scheduler: As in :func:`from_scheduler`.
+
+    Raises:
+        ValueError: If it is no scheduler of diffusers, or cannot be made of its entries.
+    """
     import diffusers
 
     config = getattr(scheduler, "config", scheduler)
@@ -89,23 +98,22 @@ def _made(scheduler: Any) -> tuple[str, Mapping[str, Any], Any]:
     if config is not scheduler:
         bases = type(scheduler).__mro__
         name = next((b.__name__ for b in bases if b.__module__.startswith("diffusers.")), name)
-    kind = getattr(diffusers, _EXTENDED.get(name, name), None)
+    kind: Any = getattr(diffusers, _EXTENDED.get(name, name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ConfigMixin)):
         raise ValueError(f"scheduler must be one of diffusers, got {name}")
     known = kind._get_init_keys(kind)
     config = {key: value for key, value in config.items() if key in known}
     try:
-        return kind.__name__, config, kind(**config)
+        return kind(**config)
     # NotImplementedError is diffusers' word for a beta_schedule that it does not know.
     except (NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(f"scheduler has no configuration of a {name}: {error}") from error
 
 
-def _maker(
-    name: str, config: Mapping[str, Any], made: Any
-) -> Callable[[Mapping[str, Any], Any], Schedule]:
+def _maker(made: Any) -> Callable[[Any], Schedule]:
+    name, config = type(made).__name__, made.config
     has_betas = hasattr(made, "alphas_cumprod") and hasattr(made, "betas")
-    flows = made.config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    flows = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     if name in _FLOW or (has_betas and flows):
         return _flow
     if name in _EDM:
@@ -121,14 +129,14 @@ def _maker(
     )
 
 
-def _betas(config: Mapping[str, Any], made: Any) -> Schedule:
+def _betas(made: Any) -> Schedule:
     schedule = from_betas(made.betas)
     _check("alphas_cumprod", made.alphas_cumprod, schedule.alpha_bar[1:])
     return schedule
 
 
-def _flow(config: Mapping[str, Any], made: Any) -> Schedule:
-    if config.get("invert_sigmas"):
+def _flow(made: Any) -> Schedule:
+    if made.config.get("invert_sigmas"):
         raise ValueError("invert_sigmas must be False, got True: there sigma is the scale of data")
     schedule = flow(made.config.num_train_timesteps)
     if type(made).__name__ in _FLOW:
@@ -138,7 +146,7 @@ def _flow(config: Mapping[str, Any], made: Any) -> Schedule:
     return schedule
 
 
-def _edm(config: Mapping[str, Any], made: Any) -> Schedule:
+def _edm(made: Any) -> Schedule:
     schedule = edm(
         made.config.num_train_timesteps,
         made.config.sigma_min,
@@ -154,7 +162,7 @@ def _edm(config: Mapping[str, Any], made: Any) -> Schedule:
     return schedule
 
 
-def _trigflow(config: Mapping[str, Any], made: Any) -> Schedule:
+def _trigflow(made: Any) -> Schedule:
     if made.config.prediction_type != "trigflow":
         raise ValueError(f"prediction_type must be trigflow, got {made.config.prediction_type!r}")
     return trigflow(made.config.num_train_timesteps, made.config.sigma_data)

@@ -31,9 +31,11 @@ from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.diffusion.architectures import ARCHITECTURES, architecture_of
 from ocm.diffusion.denoiser import Denoiser
-from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
+from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of, rebuilt
 from ocm.diffusion.schedules import Schedule, linear
-from ocm.integrations.scheduler import OCMScheduler
+from ocm.integrations.flow_scheduler import OCMFlowScheduler
+from ocm.integrations.gaussian_steps import CovarianceScheduler
+from ocm.integrations.scheduler import LEARNED, OCMDDIMScheduler, OCMScheduler
 
 
 class CovarianceModel(ModelMixin, ConfigMixin):
@@ -56,6 +58,8 @@ class CovarianceModel(ModelMixin, ConfigMixin):
     Raises:
         ValueError: If a class is not known.
     """
+
+    __module__ = "ocm"  # where pipelines look for it, in a process that imports ocm alone
 
     # Modules, which are saved as weights.
     ignore_for_config = ["backbone", "head"]  # noqa: RUF012, as diffusers declares it
@@ -158,17 +162,41 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         denoiser = self.denoiser(schedule, prediction_type)
         return OptimalCovarianceMatching(denoiser, self.head, self.parameterisation, **options)
 
-    def scheduler(self, scheduler: Any, **options: Any) -> OCMScheduler:
-        """Return an :class:`OCMScheduler` that knows the unit of this model's variance.
+    def scheduler(self, scheduler: Any, **options: Any) -> CovarianceScheduler:
+        """Return a scheduler like the given one that knows the unit of this model's variance.
 
         Args:
-            scheduler: The scheduler that the backbone came with, or its configuration.
-            options: Other arguments of :class:`OCMScheduler`, such as ``eta``.
+            scheduler: The scheduler that the backbone came with, or its saved configuration.
+            options: Other arguments of the class that is returned, such as ``max_last_noise``.
+
+        Returns:
+            An :class:`ocm.OCMFlowScheduler` for one of flow matching, an
+            :class:`ocm.OCMDDIMScheduler` for a DDIM scheduler, and an :class:`ocm.OCMScheduler` for
+            the others that have betas. The variance is this model's, where the scheduler would
+            take one of the backbone's ("learned_range") in its place.
+
+        Raises:
+            ValueError: If the scheduler is of another path, its noise levels are not those of its
+                timesteps, or an option is none of the class's.
         """
-        config = getattr(scheduler, "config", scheduler)
-        data_std = self._internal_dict["data_std"]
-        made: OCMScheduler = OCMScheduler.from_config(config, **options, data_std=data_std)
-        return made
+        theirs = rebuilt(scheduler)
+        fitting: type[CovarianceScheduler] = OCMScheduler
+        if from_scheduler(theirs).name == "flow":
+            fitting = OCMFlowScheduler
+        elif "DDIM" in type(theirs).__name__:
+            fitting = OCMDDIMScheduler
+        given: dict[str, Any] = {"data_std": self._internal_dict["data_std"]}
+        if theirs.config.get("variance_type") in LEARNED:
+            given["variance_type"] = "fixed_small"
+        made, unused = fitting.from_config(
+            scheduler, return_unused_kwargs=True, **(given | options)
+        )
+        unknown = sorted(options.keys() & unused.keys())
+        if unknown:
+            raise ValueError(
+                f"options must be arguments of {fitting.__name__}, got {', '.join(unknown)}"
+            )
+        return made  # type: ignore[no-any-return]
 
     @classmethod
     def from_pretrained(

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ocm.diffusion.denoiser import guided
 from ocm.integrations.attached import CovarianceModel
+from ocm.integrations.gaussian_steps import CovarianceScheduler
 from ocm.integrations.latents import decode
-from ocm.integrations.scheduler import OCMScheduler
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -30,8 +30,8 @@ class OCMDiTPipeline(DiffusionPipeline):
     Args:
         transformer: :func:`ocm.attach` of a ``DiTTransformer2DModel``.
         vae: The ``AutoencoderKL`` of its latents.
-        scheduler: An :class:`ocm.OCMScheduler` without clipping: ``transformer.scheduler(...)`` of
-            the scheduler that the transformer came with.
+        scheduler: An :class:`ocm.OCMScheduler` or :class:`ocm.OCMDDIMScheduler` without clipping:
+            ``transformer.scheduler(...)`` of the scheduler that the transformer came with.
 
     Raises:
         TypeError: If the transformer or the scheduler is none of these.
@@ -40,10 +40,12 @@ class OCMDiTPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
 
     def __init__(
-        self, transformer: CovarianceModel, vae: AutoencoderKL, scheduler: OCMScheduler
+        self, transformer: CovarianceModel, vae: AutoencoderKL, scheduler: CovarianceScheduler
     ) -> None:
         super().__init__()
-        if not isinstance(transformer, CovarianceModel) or not isinstance(scheduler, OCMScheduler):
+        if not isinstance(transformer, CovarianceModel) or not isinstance(
+            scheduler, CovarianceScheduler
+        ):
             raise TypeError(
                 "transformer must be ocm.attach(transformer), and scheduler its "
                 "transformer.scheduler(scheduler), got "

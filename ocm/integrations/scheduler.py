@@ -1,173 +1,173 @@
-"""A diffusers scheduler whose steps use the covariance that a model states beside its prediction.
+"""diffusers' DDPM and DDIM schedulers, with the covariance that a model states.
 
-:class:`OCMScheduler` is a drop-in for ``DDPMScheduler`` and ``DDIMScheduler`` and takes models with
-twice the channels of x_t, such as :func:`ocm.attach` makes: the prediction, and the ratio of
-Var[x0 | x_t] to the unit of :class:`ocm.Parameterisation`. diffusers counts noise levels from 0,
-so that its timestep t - 1 is level t of :class:`ocm.Schedule`.
+:class:`OCMScheduler` is a ``DDPMScheduler`` and :class:`OCMDDIMScheduler` a ``DDIMScheduler``: of
+a model whose output has the channels of x_t they take diffusers' own steps. A model with twice the
+channels, such as :func:`ocm.attach` makes, states the prediction and the ratio of Var[x0 | x_t] to
+the unit of :class:`ocm.Parameterisation`. Both parents draw x_s = a x_t + b x0 + lambda z with x0
+replaced by its mean x0_hat; the spread of x0 adds b^2 Var[x0 | x_t] to the variance:
+
+    x_s ~ N(mean of the parent, lambda^2 I + b^2 Var[x0 | x_t]).
+
+As in ``DDPMScheduler``, every step adds noise but that from timestep 0.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
-from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401, see below
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.operators import variance_bound
-from ocm.diffusion.checks import check_positive_int
-from ocm.diffusion.from_diffusers import from_scheduler
-from ocm.diffusion.predictions import check_prediction_type, coefficients
-from ocm.diffusion.schedules import Schedule
-from ocm.diffusion.timesteps import even_timesteps
-from ocm.sampling.samplers import ddim
+from ocm.diffusion.predictions import check_prediction_type
+from ocm.diffusion.schedules import full_precision
+from ocm.integrations.gaussian_steps import (
+    CovarianceScheduler,
+    GaussianStep,
+    OCMSchedulerOutput,
+    takes_arguments_of,
+)
 
-_INHERITED = inspect.signature(DDPMScheduler.__init__).parameters
-_SPACINGS = ("even", "leading", "linspace", "trailing")
+# Values of variance_type with which further channels are the variance of I-DDPM.
+LEARNED = ("learned", "learned_range")
 
 
-# Pipelines load a scheduler only from a module in which the name SchedulerMixin stands.
-class OCMScheduler(DDPMScheduler):
-    """DDPM and DDIM steps with the covariance that the model states.
-
-    A step from t to s draws x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Var[x0 | x_t]), with the
-    coefficients of :func:`ocm.ddim`, of which eta = 1 is DDPM. x0_hat is clipped as the
-    configuration says and the variance to what such data allow; the step to x_0 adds no noise.
-    A model without a variance takes the step with Var[x0 | x_t] = 0, which is DDPM's beta_tilde,
-    and a warning.
-
-    Args:
-        num_train_timesteps: Noise levels N of the model.
-        beta_start: First beta.
-        beta_end: Last beta.
-        beta_schedule: Course of the betas, by the names of ``DDPMScheduler``.
-        trained_betas: The betas themselves, in place of the three above.
-        prediction_type: "epsilon", "sample" or "v_prediction".
-        clip_sample: Whether x0_hat is clipped; off for latents.
-        clip_sample_range: To -range .. range.
-        eta: 1 for DDPM, 0 for DDIM whose only noise is that of the covariance.
-        data_std: The unit of the model's ratio, that of its
-            :class:`ocm.Parameterisation`; None for the papers'.
-        timestep_spacing: "even", from N down to 1 as :func:`ocm.even_timesteps`, or "leading",
-            "linspace" or "trailing" as in diffusers.
-        steps_offset: Added to the timesteps of "leading".
-        max_last_noise: Largest standard deviation of the last noisy step
-            (:func:`ocm.sampling.samplers.last_step_noise`); None for no bound.
-        rescale_betas_zero_snr: Must be False: without signal at N there is no x0_hat from noise.
-        thresholding: Must be False.
-
-    Raises:
-        ValueError: If an argument is none of those above.
-
-    Example:
-        >>> scheduler = OCMScheduler(num_train_timesteps=1000)
-        >>> scheduler.set_timesteps(5)
-        >>> scheduler.timesteps
-        tensor([999, 749, 499, 250,   0])
-        >>> x_t, prediction, ratio = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2)
-        >>> scheduler.step(torch.cat([prediction, ratio], 1), 0, x_t).prev_sample
-        tensor([[0., 0.]])
-    """
+class _BetaScheduler(CovarianceScheduler):
+    """What DDPM and DDIM have in common."""
 
     _compatibles = ["DDPMScheduler", "DDIMScheduler"]  # noqa: RUF012, as diffusers declares it
+    _path = "betas"
+    _other_levels = (
+        "use_karras_sigmas",
+        "use_exponential_sigmas",
+        "use_beta_sigmas",
+        "use_flow_sigmas",
+        "use_lu_lambdas",
+    )
+    alphas_cumprod: Tensor
     timesteps: Tensor
 
-    @register_to_config
-    def __init__(
-        self,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.0001,
-        beta_end: float = 0.02,
-        beta_schedule: str = "linear",
-        trained_betas: Sequence[float] | np.ndarray[Any, Any] | Tensor | None = None,
-        prediction_type: str = "epsilon",
-        clip_sample: bool = True,
-        clip_sample_range: float = 1.0,
-        eta: float = 1.0,
-        data_std: float | None = None,
-        timestep_spacing: str = "even",
-        steps_offset: int = 0,
-        max_last_noise: float | None = None,
-        rescale_betas_zero_snr: bool = False,
-        thresholding: bool = False,
-    ) -> None:
-        check_prediction_type(prediction_type)
-        if timestep_spacing not in _SPACINGS:
-            raise ValueError(
-                f"timestep_spacing must be one of {', '.join(_SPACINGS)}, got {timestep_spacing!r}"
-            )
-        if not 0.0 <= eta <= 1.0:
-            raise ValueError(f"eta must lie in [0, 1], got {eta}")
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}")
+    def _check(self, data_std: float | None, max_last_noise: float | None) -> None:
+        check_prediction_type(self.config.prediction_type)
         if max_last_noise is not None and not max_last_noise >= 0:
             raise ValueError(f"max_last_noise must be at least 0, got {max_last_noise}")
-        if thresholding:
-            raise ValueError(
-                "thresholding must be False: the covariance is that of an x0_hat that is at most "
-                "clipped; use clip_sample"
-            )
         self.parameterisation = Parameterisation(math.inf if data_std is None else data_std)
-        config = {name: value for name, value in self.config.items() if name in _INHERITED}
-        if trained_betas is not None:
-            betas = torch.as_tensor(trained_betas, dtype=torch.float64).tolist()
-            config |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
-        self.schedule: Schedule = from_scheduler(config)
-        super().__init__(**config)
+
+    def _alpha_bar(self, t: int) -> float:
+        """Return alpha_bar at t, and refuse predictions that say nothing there."""
+        alpha_bar = self.alphas_cumprod[t].item()
+        if alpha_bar == 0.0 and self.config.prediction_type == "epsilon":
+            raise ValueError(
+                f"prediction_type must be 'v_prediction' or 'sample' at timestep {t}, where "
+                "rescale_betas_zero_snr=True leaves no signal: x0 does not follow from 'epsilon'"
+            )
+        return alpha_bar
+
+    def _variance(
+        self, ratio: Tensor, t: int, s: int, b: float | Tensor, noise_variance: float | Tensor
+    ) -> Tensor | None:
+        """Return lambda^2 + b^2 Var[x0 | x_t] within what clipped data allow; None for no noise."""
+        if t == 0:
+            return None
+        config, limit = self.config, math.inf
+        if config.thresholding or config.clip_sample:
+            limit = 1.0 if config.thresholding else config.clip_sample_range
+        variance = self._unit(t, self._alpha_bar(t)) * full_precision(ratio)
+        total = noise_variance + b**2 * variance.clamp(0.0, variance_bound((-limit, limit)))
+        if config.max_last_noise is not None and s <= config.steps_offset:
+            total = total.clamp(max=config.max_last_noise**2)
+        return total
+
+
+class OCMScheduler(_BetaScheduler, DDPMScheduler):
+    """DDPM steps with the covariance that the model states.
+
+    mean and lambda^2 are those of ``DDPMScheduler`` with variance_type "fixed_small" (Ho, Jain and
+    Abbeel, 2020), b = sqrt(alpha_bar_s) beta(s, t) / beta_bar_t, and s is the next of
+    ``timesteps``. Where x0_hat is clipped or thresholded, Var[x0 | x_t] is bounded by what such
+    data allow. With variance_type "learned" or "learned_range" further channels mean what they
+    mean to diffusers.
+
+    Args:
+        args: Those of ``DDPMScheduler``, as the keyword arguments that are not listed here are;
+            timestep_spacing may also be "even", from N - 1 down to 0.
+        data_std: The unit of the model's ratio, that of its :class:`ocm.Parameterisation`; None
+            for the papers'.
+        max_last_noise: Largest standard deviation of the noise in steps to the data or to the
+            first timestep, ``steps_offset`` (:func:`ocm.sampling.samplers.last_step_noise`); None
+            for no bound.
+
+    Raises:
+        ValueError: If the prediction type is unknown, ``data_std`` is not positive, or
+            ``max_last_noise`` is negative.
+
+    Example:
+        >>> scheduler = OCMScheduler()
+        >>> scheduler.set_timesteps(5)
+        >>> scheduler.timesteps
+        tensor([800, 600, 400, 200,   0])
+        >>> x_t, prediction, ratio = torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2)
+        >>> stated = torch.cat([prediction, ratio], 1)
+        >>> scheduler.step(stated, 200, x_t, return_log_prob=True).log_prob.shape
+        torch.Size([1])
+    """
+
+    __module__ = "ocm"  # where pipelines look for it, in a process that imports ocm alone
+
+    @register_to_config
+    @takes_arguments_of(DDPMScheduler)
+    def __init__(
+        self,
+        *args: Any,
+        data_std: float | None = None,
+        max_last_noise: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._check(data_std, max_last_noise)
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
-        timesteps: Sequence[int] | Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Set ``timesteps``, decreasing, int64 and on ``device``, before sampling.
+        """Set ``timesteps``, as ``DDPMScheduler`` does, or evenly from N - 1 down to 0.
 
         Args:
             num_inference_steps: Number of steps.
             device: Where ``timesteps`` will be.
-            timesteps: The timesteps themselves, in place of their number: decreasing, in 0 .. N-1.
+            timesteps: The timesteps themselves, in place of their number.
+        """
+        self._has_warned = False
+        even = self.config.timestep_spacing == "even"
+        if num_inference_steps is None or timesteps is not None or not even:
+            super().set_timesteps(num_inference_steps, device, timesteps)
+            return
+        N = self.config.num_train_timesteps
+        levels = torch.linspace(N, 1, num_inference_steps, dtype=torch.float64).round() - 1
+        super().set_timesteps(None, device, levels.long().tolist())
+        self.num_inference_steps, self.custom_timesteps = num_inference_steps, False
+
+    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+        """Return the timestep after this one, -1 after the last, as ``DDPMScheduler`` does.
 
         Raises:
-            TypeError: If ``num_inference_steps`` is no int.
-            ValueError: If both or neither of the two are given, or they do not fit N.
+            ValueError: If ``timestep`` is none of those that were set.
         """
-        if (num_inference_steps is None) == (timesteps is None):
+        chosen = self.custom_timesteps or self.num_inference_steps
+        if chosen and not bool((self.timesteps == timestep).any()):
             raise ValueError(
-                "one of num_inference_steps and timesteps must be given, got "
-                f"{num_inference_steps} and {timesteps}"
+                f"timestep must be one of scheduler.timesteps, {self.timesteps[:3].tolist()} ... "
+                f"{self.timesteps[-1]}, got {timestep}"
             )
-        N = self.schedule.num_timesteps
-        if timesteps is not None:
-            levels = [int(level) for level in timesteps]
-        else:
-            check_positive_int("num_inference_steps", num_inference_steps)
-            assert num_inference_steps is not None
-            if num_inference_steps > N:
-                raise ValueError(
-                    f"num_inference_steps must be at most num_train_timesteps = {N}, got "
-                    f"{num_inference_steps}"
-                )
-            levels = [t - 1 for t in reversed(even_timesteps(self.schedule, num_inference_steps))]
-            if self.config.timestep_spacing != "even":
-                super().set_timesteps(num_inference_steps)
-                levels = self.timesteps.tolist()
-        falls = all(low < high for high, low in itertools.pairwise(levels))
-        if not levels or not falls or levels[0] >= N or levels[-1] < 0:
-            raise ValueError(f"timesteps must decrease from at most {N - 1} to 0, got {levels}")
-        self.num_inference_steps, self.custom_timesteps = len(levels), timesteps is not None
-        self.timesteps = torch.tensor(levels, dtype=torch.int64, device=device)
+        previous: int | Tensor = super().previous_timestep(timestep)
+        return previous
 
     def step(
         self,
@@ -178,7 +178,9 @@ class OCMScheduler(DDPMScheduler):
         return_dict: bool = True,
         *,
         variance_noise: Tensor | None = None,
-    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        return_log_prob: bool = False,
+        prev_sample: Tensor | None = None,
+    ) -> Any:
         """Draw x_s from x_t, s being the next of ``timesteps``, or the data after the last.
 
         Args:
@@ -187,79 +189,230 @@ class OCMScheduler(DDPMScheduler):
             timestep: One of ``timesteps``.
             sample: x_t, shape (B, C, ...).
             generator: Source of the noise, or one for each sample; None for PyTorch's own.
-            return_dict: Whether diffusers' ``DDPMSchedulerOutput`` is returned rather than a tuple.
+            return_dict: Whether an output with ``prev_sample`` and ``pred_original_sample`` is
+                returned rather than a tuple.
             variance_noise: Standard normal noise in place of the generator's, of the shape of
                 ``sample``.
+            return_log_prob: Whether ``log_prob`` is returned too: log p(x_s | x_t) in nats, shape
+                (B,), at x_s as it is returned.
+            prev_sample: x_s, whose ``log_prob`` is returned, and nothing drawn.
 
         Raises:
-            ValueError: If ``timestep`` is none of ``timesteps``, shapes do not fit, or there are
-                both a generator and noise.
+            ValueError: If ``timestep`` is none of ``timesteps``, shapes do not fit, there are both
+                a generator and noise, a step without noise is asked for its density, or epsilon is
+                predicted where there is no signal.
         """
-        if variance_noise is not None and (
-            generator is not None or variance_noise.shape != sample.shape
-        ):
-            raise ValueError(
-                f"variance_noise must have the shape of sample, {tuple(sample.shape)}, and no "
-                f"generator beside it, got {tuple(variance_noise.shape)} and {generator}"
-            )
-        s, t, is_last_noise = self._levels(timestep)
-        prediction, ratio = self._split(model_output, sample)
-        step = ddim(self.schedule, s, t, eta=self.config.eta)
-        p, q, _ = coefficients(
-            self.config.prediction_type, self.schedule.alpha(t), self.schedule.sigma(t)
+        t = int(timestep)
+        self._alpha_bar(t)
+        if self.variance_type in LEARNED:
+            prediction, ratio = model_output[:, : sample.shape[1]], None
+        else:
+            prediction, ratio = self._split(model_output, sample)
+        if ratio is None and variance_noise is None and prev_sample is None:
+            output = super().step(model_output, timestep, sample, generator)
+            if return_log_prob:
+                drawn = output.prev_sample.detach()
+                again = self.step(model_output, timestep, sample, prev_sample=drawn)
+                output = OCMSchedulerOutput(**output, log_prob=again.log_prob)
+            return output if return_dict else output.to_tuple()
+        s = int(self.previous_timestep(t))
+        a, b = self._mean_from(t, s)
+        x_t = full_precision(sample)
+        x0_hat = self._x0_hat(full_precision(prediction), x_t, t)
+        if ratio is not None:
+            small = self._get_variance(t, variance_type="fixed_small")
+            variance = self._variance(ratio, t, s, b, small)
+        else:
+            learned = model_output[:, sample.shape[1] :]
+            variance = self._parents_variance(t, full_precision(learned))
+        return self._finish(
+            GaussianStep(a * x_t + b * x0_hat, variance, x0_hat),
+            sample,
+            generator,
+            variance_noise,
+            prev_sample,
+            return_log_prob,
+            return_dict,
         )
-        # Not by hessdiag.kernels.gaussian_step, which makes its own noise: here it is the
-        # generator's, x0_hat is returned too, and guidance may differentiate it.
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        x_t = sample.to(dtype)
-        x0_hat = p * x_t + q * prediction.to(dtype)
-        variance = self.parameterisation.scale(self.schedule, t).item() * ratio.to(dtype)
-        variance = variance.clamp(min=0.0)
-        if self.config.clip_sample:
-            limit = self.config.clip_sample_range
-            x0_hat = x0_hat.clamp(-limit, limit)
-            variance = variance.clamp(max=variance_bound((-limit, limit)))
-        x_s = step.mean_from_x_t * x_t + step.mean_from_x0 * x0_hat
-        if s > 0:
-            noise_variance = step.noise_variance + step.mean_from_x0**2 * variance
-            if self.config.max_last_noise is not None and is_last_noise:
-                noise_variance = noise_variance.clamp(max=self.config.max_last_noise**2)
-            if variance_noise is None:
-                variance_noise = randn_tensor(
-                    sample.shape, generator=generator, device=sample.device, dtype=sample.dtype
-                )
-            x_s = x_s + noise_variance.sqrt() * variance_noise
-        x_s, x0_hat = x_s.to(sample.dtype), x0_hat.to(sample.dtype)
-        return DDPMSchedulerOutput(x_s, x0_hat) if return_dict else (x_s, x0_hat)
 
-    def _levels(self, timestep: int | Tensor) -> tuple[int, int, bool]:
-        """Return s and t, counted from 1 with 0 for data, and whether s is the last above 0."""
-        levels = self.timesteps.tolist()
-        level = torch.as_tensor(timestep).squeeze().tolist()
-        if level not in levels:
-            raise ValueError(
-                f"timestep must be one of scheduler.timesteps, {levels[:3]} ... {levels[-1]}, got "
-                f"{level}"
-            )
-        place = levels.index(level)
-        s = levels[place + 1] + 1 if place + 1 < len(levels) else 0
-        return s, levels[place] + 1, place + 2 == len(levels)
+    # The arithmetic of these three is diffusers', float32 tables included: with other tables the
+    # steps of a model whose variance is 0 would not be diffusers' at many steps.
+    def _mean_from(self, t: int, s: int) -> tuple[Tensor, Tensor]:
+        """Return a and b of the mean a x_t + b x0_hat."""
+        alpha_bar_t = self.alphas_cumprod[t]
+        alpha_bar_s = self.alphas_cumprod[s] if s >= 0 else self.one
+        alpha, beta_bar = alpha_bar_t / alpha_bar_s, 1 - alpha_bar_t
+        b = alpha_bar_s**0.5 * (1 - alpha) / beta_bar
+        return alpha**0.5 * (1 - alpha_bar_s) / beta_bar, b
 
-    def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prediction and the ratio, zero for a model without a variance."""
-        channels = sample.shape[1]
-        if model_output.shape == sample.shape:
-            warnings.warn(
-                f"model_output has the {channels} channels of the sample and states no variance: "
-                "the steps take beta_tilde, DDPM's smaller one. ocm.attach(model) gives a model "
-                "one, and ocm.OCMDiTPipeline keeps that of a DiT",
-                UserWarning,
-                stacklevel=3,
-            )
-            return model_output, torch.zeros_like(model_output)
-        if model_output.shape != (len(sample), 2 * channels, *sample.shape[2:]):
-            raise ValueError(
-                "model_output must have the shape of sample or twice its channels, got "
-                f"{tuple(model_output.shape)} for {tuple(sample.shape)}"
-            )
-        return model_output[:, :channels], model_output[:, channels:]
+    def _x0_hat(self, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
+        alpha_bar, kind = self.alphas_cumprod[t], self.config.prediction_type
+        x0_hat = prediction
+        if kind == "epsilon":
+            x0_hat = (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
+        elif kind == "v_prediction":
+            x0_hat = alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
+        if self.config.thresholding:
+            return torch.as_tensor(self._threshold_sample(x0_hat))
+        limit = self.config.clip_sample_range
+        return x0_hat.clamp(-limit, limit) if self.config.clip_sample else x0_hat
+
+    def _parents_variance(self, t: int, learned: Tensor) -> Tensor | None:
+        """Return the variance of ``DDPMScheduler``, whose helper returns other things too."""
+        if t == 0:
+            return None
+        value: Tensor = self._get_variance(t, predicted_variance=learned)
+        if self.variance_type == "fixed_small_log":
+            return value**2
+        return value.exp() if self.variance_type == "learned_range" else value
+
+
+class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
+    """DDIM steps with the covariance that the model states.
+
+    mean and lambda^2 = eta^2 beta_tilde(s, t) are those of ``DDIMScheduler`` (Song, Meng and Ermon,
+    2021): sqrt(alpha_bar_s) x0_hat + sqrt(beta_bar_s - lambda^2) epsilon, where x0_hat is clipped
+    and epsilon is not, unless ``use_clipped_model_output``. Since epsilon follows from x_t and x0,
+    b = sqrt(alpha_bar_s) - sqrt((beta_bar_s - lambda^2) alpha_bar_t / beta_bar_t) either way. s is
+    t - N // K, as diffusers takes it, whether it is one of ``timesteps`` or not.
+
+    ``DDIMPipeline`` makes a ``DDIMScheduler`` of the one that it is given. Set it afterwards,
+
+        pipeline = DDIMPipeline(model, scheduler)
+        pipeline.scheduler = model.scheduler(scheduler)
+
+    or use ``DDPMPipeline``, which keeps it, on disk too, and takes ``eta`` from the configuration.
+
+    Args:
+        args: Those of ``DDIMScheduler``, as the keyword arguments that are not listed here are.
+        eta: Of steps that do not say it: 0 for DDIM, whose only noise is that of the covariance, 1
+            for DDPM.
+        data_std: As in :class:`OCMScheduler`.
+        max_last_noise: As in :class:`OCMScheduler`.
+
+    Raises:
+        ValueError: If the prediction type is unknown, eta lies outside of [0, 1], ``data_std`` is
+            not positive, or ``max_last_noise`` is negative.
+
+    Example:
+        >>> scheduler = OCMDDIMScheduler()
+        >>> scheduler.set_timesteps(5)
+        >>> x_t, prediction, ratio = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)
+        >>> stated = torch.cat([prediction, ratio], 1)
+        >>> scheduler.step(stated, 200, x_t, eta=0.0).prev_sample
+        tensor([[0., 0.]])
+    """
+
+    __module__ = "ocm"
+
+    @register_to_config
+    @takes_arguments_of(DDIMScheduler)
+    def __init__(
+        self,
+        *args: Any,
+        eta: float = 0.0,
+        data_std: float | None = None,
+        max_last_noise: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._check(data_std, max_last_noise)
+        _check_eta(eta)
+
+    def set_timesteps(
+        self, num_inference_steps: int, device: str | torch.device | None = None
+    ) -> None:
+        """Set ``timesteps``, as ``DDIMScheduler`` does.
+
+        Args:
+            num_inference_steps: Number of steps.
+            device: Where ``timesteps`` will be.
+        """
+        self._has_warned = False
+        super().set_timesteps(num_inference_steps, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = False,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        return_log_prob: bool = False,
+        prev_sample: Tensor | None = None,
+    ) -> Any:
+        """Draw x_s from x_t.
+
+        Args:
+            model_output: As in :meth:`OCMScheduler.step`.
+            timestep: The level of x_t, in 0 .. N - 1.
+            sample: x_t, shape (B, C, ...).
+            eta: In [0, 1]; None for that of the configuration.
+            use_clipped_model_output: Whether epsilon is that of the clipped x0_hat.
+            generator: As in :meth:`OCMScheduler.step`, as are the other arguments.
+            variance_noise: Standard normal noise in place of the generator's.
+            return_dict: Whether to return an output rather than a tuple.
+            return_log_prob: Whether ``log_prob`` is returned too.
+            prev_sample: x_s, whose ``log_prob`` is returned, and nothing drawn.
+
+        Raises:
+            ValueError: As in :meth:`OCMScheduler.step`, or if eta lies outside of [0, 1] or
+                ``set_timesteps`` was not called.
+        """
+        eta = self.config.eta if eta is None else eta
+        _check_eta(eta)
+        t = int(timestep)
+        alpha_bar_t = self._alpha_bar(t)
+        prediction, ratio = self._split(model_output, sample)
+        if ratio is None and prev_sample is None:
+            parents = (eta, use_clipped_model_output, generator, variance_noise)
+            output = super().step(model_output, timestep, sample, *parents)
+            if return_log_prob:
+                drawn = output.prev_sample.detach()
+                again = self.step(model_output, timestep, sample, *parents[:2], prev_sample=drawn)
+                output = OCMSchedulerOutput(**output, log_prob=again.log_prob)
+            return output if return_dict else output.to_tuple()
+        x0_and_epsilon, x0_hat = super().step(
+            full_precision(prediction),
+            timestep,
+            full_precision(sample),
+            0.0,
+            use_clipped_model_output,
+            return_dict=False,
+        )
+        s = t - self.config.num_train_timesteps // self.num_inference_steps
+        alpha_bar_s = (self.alphas_cumprod[s] if s >= 0 else self.final_alpha_cumprod).item()
+        beta_bar_s, beta_bar_t = 1.0 - alpha_bar_s, 1.0 - alpha_bar_t
+        noise_variance = eta**2 * beta_bar_s / beta_bar_t * (1.0 - alpha_bar_t / alpha_bar_s)
+        # Of epsilon; the parent's rounds below 0 without signal, and gives nan.
+        share = max(1.0 - noise_variance / beta_bar_s, 0.0) if beta_bar_s > 0.0 else 1.0
+        from_x0 = math.sqrt(alpha_bar_s) * x0_hat
+        mean = from_x0 + math.sqrt(share) * (x0_and_epsilon - from_x0)
+        b = math.sqrt(alpha_bar_s) - math.sqrt(share * beta_bar_s * alpha_bar_t / beta_bar_t)
+        variance = (
+            mean.new_tensor(noise_variance)
+            if ratio is None
+            else self._variance(ratio, t, s, b, noise_variance)
+        )
+        return self._finish(
+            GaussianStep(mean, variance, x0_hat),
+            sample,
+            generator,
+            variance_noise,
+            prev_sample,
+            return_log_prob,
+            return_dict,
+        )
+
+
+def _check_eta(eta: float) -> None:
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+
+
+# Examples of classes whose __module__ is another one.
+__test__ = {one.__name__: one for one in (OCMScheduler, OCMDDIMScheduler)}

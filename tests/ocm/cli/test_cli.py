@@ -23,8 +23,8 @@ import ocm
 from ocm import checkpoints
 from ocm.cli import app as cli
 from ocm.covariances.names import LEARNED, NAMES
-from ocm.training.small_unet import small_unet
 from ocm.evaluation import classifier
+from ocm.training.small_unet import small_unet
 
 
 @pytest.fixture(scope="module")

@@ -1,19 +1,23 @@
-"""OCMScheduler: a battery like diffusers' for its own, its own formulas, and its pipelines."""
+"""OCMScheduler and OCMDDIMScheduler: their parents' steps, their own formulas, and pipelines."""
 
 import functools
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 import ocm
 from hessdiag.kernels import normal
-from ocm.integrations.scheduler import OCMScheduler
+from ocm.integrations.gaussian_steps import OCMSchedulerOutput
+from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler
 
 SHAPE = (4, 3, 8, 8)
+OURS = {DDPMScheduler: OCMScheduler, DDIMScheduler: OCMDDIMScheduler}
+CLASSES = list(OURS.values())
 
 
 def sample_and_output(channels=6):
@@ -22,9 +26,14 @@ def sample_and_output(channels=6):
     return sample, torch.randn(4, channels, 8, 8, generator=generator) * 0.3
 
 
-def stepped(scheduler, t, seed=3):
-    sample, output = sample_and_output()
-    return scheduler.step(output, t, sample, generator=torch.Generator().manual_seed(seed))
+def seeded(seed=3):
+    return torch.Generator().manual_seed(seed)
+
+
+def ready(cls, steps=5, **config):
+    scheduler = cls(**config)
+    scheduler.set_timesteps(steps)
+    return scheduler
 
 
 # --- configuration -----------------------------------------------------------------------------
@@ -33,273 +42,335 @@ CONFIGS = [
     {},
     {"num_train_timesteps": 100},
     {"beta_start": 0.001, "beta_end": 0.03},
-    {"beta_schedule": "scaled_linear"},
     {"beta_schedule": "squaredcos_cap_v2"},
-    {"beta_schedule": "sigmoid"},
-    {"trained_betas": np.linspace(0.001, 0.1, 40)},
-    {"trained_betas": torch.linspace(0.001, 0.1, 40)},
-    {"prediction_type": "sample"},
-    {"prediction_type": "v_prediction", "clip_sample": False},
-    {"clip_sample_range": 0.5},
-    {"eta": 0.3, "data_std": 0.5},
-    {"timestep_spacing": "leading", "steps_offset": 1},
+    {"trained_betas": np.linspace(0.001, 0.1, 40), "num_train_timesteps": 40},
+    {"prediction_type": "v_prediction", "clip_sample": False, "data_std": 0.5},
+    {"thresholding": True, "sample_max_value": 2.0},
+    {"rescale_betas_zero_snr": True, "prediction_type": "sample", "data_std": 1.0},
     {"timestep_spacing": "trailing", "max_last_noise": 0.01},
+    {"timestep_spacing": "leading", "steps_offset": 1},
 ]
 
 
+@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: " ".join(config) or "defaults")
-def test_saved_and_loaded_it_takes_the_same_steps(config, tmp_path):
-    scheduler = OCMScheduler(**config)
+def test_saved_and_loaded_it_takes_the_same_steps(cls, config, tmp_path):
+    scheduler = ready(cls, 7, **config)
     scheduler.save_pretrained(tmp_path)
-    loaded = OCMScheduler.from_pretrained(tmp_path)
-    again = OCMScheduler.from_config(loaded.config)
-    for other in (loaded, again):
-        assert dict(other.config) == dict(loaded.config)
-        for one in (scheduler, other):
-            one.set_timesteps(7)
-        assert torch.equal(other.timesteps, scheduler.timesteps)
-        t = scheduler.timesteps[-2]
-        assert torch.equal(stepped(other, t).prev_sample, stepped(scheduler, t).prev_sample)
-
-
-def test_what_each_configuration_means_shows_in_a_step():
-    """No entry is read and forgotten."""
-    plain = OCMScheduler()
-    plain.set_timesteps(7)
-    t = plain.timesteps[-2]
-    expected = stepped(plain, t).prev_sample
-    for config in CONFIGS[2:6] + CONFIGS[8:12] + [{"max_last_noise": 0.0}]:
-        other = OCMScheduler(**config)
+    loaded = cls.from_pretrained(tmp_path)
+    sample, output = sample_and_output()
+    t = scheduler.timesteps[1]
+    expected = scheduler.step(output, t, sample, generator=seeded()).prev_sample
+    for other in (loaded, cls.from_config(loaded.config), cls.from_config(scheduler)):
         other.set_timesteps(7)
-        assert not torch.allclose(stepped(other, t).prev_sample, expected), config
+        assert torch.equal(other.timesteps, scheduler.timesteps)
+        again = other.step(output, t, sample, generator=seeded()).prev_sample
+        assert torch.equal(again, expected)
 
 
-@pytest.mark.parametrize("cls", [DDPMScheduler, DDIMScheduler])
-def test_made_from_the_configuration_of_diffusers_schedulers_and_back(cls, caplog):
-    theirs = cls(
-        num_train_timesteps=100,
-        beta_schedule="scaled_linear",
-        beta_start=0.002,
-        prediction_type="v_prediction",
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
-    ours = OCMScheduler.from_config(theirs.config, eta=0.5)
-    assert (ours.config.eta, ours.config.prediction_type) == (0.5, "v_prediction")
-    assert ours.config.clip_sample is False
-    assert not caplog.records  # nothing of theirs is refused
-    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod)
-    torch.testing.assert_close(ours.betas, theirs.betas)
-    for scheduler in (ours, theirs):
-        scheduler.set_timesteps(7)
-    assert torch.equal(ours.timesteps, theirs.timesteps)
-    back = cls.from_config(ours.config)
-    kept = set(theirs.config) - {"_use_default_values"}
-    assert {name: back.config[name] for name in kept} == {
-        name: theirs.config[name] for name in kept
-    }
-    assert cls in ours.compatibles
+@pytest.mark.parametrize("theirs", OURS)
+def test_it_takes_every_argument_of_its_parent(theirs):
+    """In whatever version of diffusers, by position too."""
+    parents = theirs().config.keys() - {"_use_default_values"}
+    ours = OURS[theirs](50, 0.001, data_std=0.7)
+    assert parents <= ours.config.keys()
+    assert (ours.config.num_train_timesteps, ours.config.beta_start) == (50, 0.001)
+    assert isinstance(ours, theirs)
+    with pytest.raises(TypeError, match="beta_begin"):
+        OURS[theirs](beta_begin=0.1)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"prediction_type": "flow"}, "prediction_type must be one of epsilon.*'flow'"),
-        ({"timestep_spacing": "uneven"}, "timestep_spacing must be one of even.*'uneven'"),
-        ({"eta": 1.5}, r"eta must lie in \[0, 1\], got 1.5"),
-        ({"clip_sample_range": 0.0}, "clip_sample_range must be positive, got 0.0"),
         ({"max_last_noise": -1.0}, "max_last_noise must be at least 0, got -1.0"),
         ({"data_std": 0.0}, "data_std must be positive, got 0.0"),
-        ({"thresholding": True}, "thresholding must be False.*clip_sample"),
-        ({"beta_schedule": "spline"}, "no betas of a DDPMScheduler"),
-        ({"rescale_betas_zero_snr": True}, r"betas must be .* in \(0, 1\)"),
     ],
 )
-def test_configurations_that_it_cannot_do_are_refused(config, message):
+def test_configurations_that_it_cannot_do_are_refused(cls, config, message):
     with pytest.raises(ValueError, match=message):
-        OCMScheduler(**config)
-    theirs = {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000}
-    with pytest.raises(ValueError, match=message):
-        OCMScheduler.from_config(theirs | config)
+        cls(**config)
+
+
+def test_eta_lies_between_ddim_and_ddpm():
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got 1.5"):
+        OCMDDIMScheduler(eta=1.5)
+    sample, output = sample_and_output()
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got -0.1"):
+        ready(OCMDDIMScheduler).step(output, 200, sample, eta=-0.1)
 
 
 # --- timesteps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spacing", ["even", "linspace", "leading", "trailing"])
-@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
-def test_timesteps(spacing, steps):
-    scheduler = OCMScheduler(timestep_spacing=spacing)
-    scheduler.set_timesteps(steps, device="cpu")
-    timesteps = scheduler.timesteps
-    assert timesteps.dtype == torch.int64
-    assert len(timesteps) == scheduler.num_inference_steps == steps
-    assert bool((timesteps.diff() < 0).all())
-    if spacing == "even":
-        assert [t + 1 for t in timesteps.tolist()][::-1] == ocm.even_timesteps(ocm.linear(), steps)
-    else:
-        theirs = DDPMScheduler(timestep_spacing=spacing)
-        theirs.set_timesteps(steps)
-        assert timesteps.tolist() == theirs.timesteps.tolist()
+@pytest.mark.parametrize("theirs", OURS)
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_timesteps_are_those_of_diffusers(theirs, spacing, steps):
+    ours, parents = (ready(cls, steps, timestep_spacing=spacing) for cls in (OURS[theirs], theirs))
+    assert ours.timesteps.tolist() == parents.timesteps.tolist()
 
 
-def test_the_offset_of_leading_timesteps():
-    theirs, ours = (
-        cls(timestep_spacing="leading", steps_offset=1) for cls in (DDIMScheduler, OCMScheduler)
+@pytest.mark.parametrize("steps", [1, 2, 5, 7, 55, 1000])
+def test_even_timesteps_are_those_of_ocm_sample(steps):
+    scheduler = ready(OCMScheduler, steps, timestep_spacing="even")
+    assert [t + 1 for t in scheduler.timesteps.tolist()][::-1] == ocm.even_timesteps(
+        ocm.linear(), steps
     )
-    for scheduler in (theirs, ours):
-        scheduler.set_timesteps(10)
-    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-    with pytest.raises(ValueError, match=r"timesteps must decrease from at most 999.*1000"):
-        ours.set_timesteps(1000)  # whose first would be 1000
+    assert scheduler.num_inference_steps == steps
+    with pytest.raises(ValueError, match="even is not supported"):
+        ready(OCMDDIMScheduler, steps, timestep_spacing="even")
 
 
-def test_before_set_timesteps_every_level_is_visited():
-    scheduler = OCMScheduler(num_train_timesteps=10)
-    assert scheduler.timesteps.tolist() == list(range(9, -1, -1))
-    assert (len(scheduler), scheduler.order, scheduler.init_noise_sigma) == (10, 1, 1.0)
+@pytest.mark.parametrize("spacing", ["even", "leading"])
+def test_custom_timesteps(spacing):
+    scheduler = OCMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(timesteps=[900, 400, 30])
+    assert scheduler.timesteps.tolist() == [900, 400, 30]
+    assert [int(scheduler.previous_timestep(t)) for t in scheduler.timesteps] == [400, 30, -1]
+    with pytest.raises(ValueError, match=r"timestep must be one of .*900.*got 401"):
+        scheduler.previous_timestep(401)
 
 
-def test_custom_timesteps():
-    scheduler = OCMScheduler()
-    for timesteps in ([900, 400, 30], torch.tensor([900, 400, 30])):
-        scheduler.set_timesteps(timesteps=timesteps)
-        assert scheduler.timesteps.tolist() == [900, 400, 30]
-        assert scheduler.custom_timesteps
-        assert scheduler.num_inference_steps == 3
+# --- steps of diffusers ------------------------------------------------------------------------
+
+CLIPPING = [
+    {},
+    {"clip_sample": False},
+    {"thresholding": True, "sample_max_value": 2.0},
+    {"clip_sample": False, "beta_schedule": "squaredcos_cap_v2"},
+    {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "data_std": 1.0},
+]
+STEPS = [
+    (DDPMScheduler, {}),
+    (DDIMScheduler, {}),
+    (DDIMScheduler, {"eta": 1.0}),
+    (DDIMScheduler, {"eta": 0.5, "use_clipped_model_output": True}),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({}, ValueError, "one of num_inference_steps and timesteps must be given"),
-        ({"num_inference_steps": 2, "timesteps": [5, 1]}, ValueError, "one of num_inference_steps"),
-        ({"num_inference_steps": 1001}, ValueError, "at most num_train_timesteps = 1000, got 1001"),
-        ({"num_inference_steps": 0}, ValueError, "num_inference_steps must be"),
-        ({"num_inference_steps": 2.0}, TypeError, "num_inference_steps must be"),
-        ({"timesteps": [1, 5]}, ValueError, r"timesteps must decrease.*\[1, 5\]"),
-        ({"timesteps": [5, 5]}, ValueError, "timesteps must decrease"),
-        ({"timesteps": [1000, 5]}, ValueError, "timesteps must decrease from at most 999"),
-        ({"timesteps": [5, -1]}, ValueError, "timesteps must decrease"),
-        ({"timesteps": []}, ValueError, "timesteps must decrease"),
-    ],
-)
-def test_timesteps_that_do_not_fit_are_refused(arguments, error, message):
-    with pytest.raises(error, match=message):
-        OCMScheduler().set_timesteps(**arguments)
+def along_a_path(ours, theirs, steps, variance, **options):
+    """Pairs of outputs on the same noise, for the variance that ``variance(t)`` returns."""
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(steps)
+    x = sample_and_output()[0]
+    for t in theirs.timesteps:
+        output = torch.randn(SHAPE, generator=seeded(int(t))) * 0.7 + 0.3 * x
+        alpha_bar = theirs.alphas_cumprod[t].double()
+        ratio = 0.0
+        if variance is not None:  # in the papers' unit
+            ratio = (variance(t) * alpha_bar / (1 - alpha_bar)).item()
+        stated = torch.cat([output, torch.full_like(output, ratio)], dim=1)
+        expected = theirs.step(output, t, x, generator=seeded(), **options)
+        yield ours.step(stated, t, x, generator=seeded(), **options), expected
+        x = expected.prev_sample / expected.prev_sample.std()
 
 
-# --- steps -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("config", CLIPPING, ids=lambda config: " ".join(config) or "clipped")
+@pytest.mark.parametrize(("cls", "options"), STEPS)
+def test_a_variance_of_zero_is_diffusers_fixed_small(cls, options, config, spacing):
+    theirs = cls(timestep_spacing=spacing, **{k: v for k, v in config.items() if k != "data_std"})
+    if "rescale_betas_zero_snr" in config and "eta" in options:
+        options = options | {"eta": 0.5}  # where diffusers' own rounds to nan for 1
+    for steps in (7, 50):  # 7: DDIM's t - N // K leaves the grid
+        ours = OURS[cls](timestep_spacing=spacing, **config)
+        for stated, expected in along_a_path(ours, theirs, steps, None, **options):
+            for name in ("prev_sample", "pred_original_sample"):
+                torch.testing.assert_close(stated[name], expected[name], atol=1e-5, rtol=1e-5)
 
 
-def test_shapes_types_and_return_values():
-    scheduler = OCMScheduler()
-    scheduler.set_timesteps(5)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("clip_sample", [False, True])
+def test_the_variance_of_pure_noise_is_diffusers_fixed_large(spacing, clip_sample):
+    """Var[x0 | x_t] = beta_bar_t gives beta(s, t): with trailing in the last step too."""
+    config = {"timestep_spacing": spacing, "clip_sample": clip_sample}
+    theirs = DDPMScheduler(variance_type="fixed_large", **config)
+
+    def variance(t):
+        return 1 - theirs.alphas_cumprod[t].double()
+
+    for steps in (7, 50):
+        ours = OCMScheduler(**config)
+        for stated, expected in along_a_path(ours, theirs, steps, variance):
+            torch.testing.assert_close(
+                stated.prev_sample, expected.prev_sample, atol=1e-5, rtol=1e-5
+            )
+
+
+@pytest.mark.parametrize(("cls", "options"), STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_without_a_variance_the_steps_are_diffusers_own(cls, options, dtype):
+    theirs, ours = ready(cls), ready(OURS[cls])
+    sample, output = (tensor.to(dtype) for tensor in sample_and_output(channels=3))
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        for t in theirs.timesteps:
+            results = [
+                one.step(output, t, sample, generator=seeded(), **options) for one in (ours, theirs)
+            ]
+            assert type(results[0]) is type(results[1])
+            assert torch.equal(results[0].prev_sample, results[1].prev_sample)
+            pair = ours.step(output, t, sample, generator=seeded(), return_dict=False, **options)
+            assert torch.equal(pair[0], results[1].prev_sample)
+    assert [warning.filename for warning in record] == [__file__]
+    assert re.search("3 channels.*states no variance.*ocm.attach", str(record[0].message))
+    ours.set_timesteps(5)
+    with pytest.warns(UserWarning, match="states no variance"):
+        ours.step(output, t, sample)
+
+
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_a_learned_variance_means_what_it_means_to_diffusers(variance_type):
+    theirs, ours = (
+        ready(cls, variance_type=variance_type) for cls in (DDPMScheduler, OCMScheduler)
+    )
     sample, output = sample_and_output()
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        x, o = sample.to(dtype), output.to(dtype)
-        generators = [torch.Generator().manual_seed(0) for _ in range(3)]
-        result = scheduler.step(o, 749, x, generators[0])
-        as_tensor = scheduler.step(o, torch.tensor(749), x, generators[1])
-        pair = scheduler.step(o, 749, x, generators[2], return_dict=False)
-        assert isinstance(result, DDPMSchedulerOutput)
-        for other in (as_tensor.to_tuple(), pair):
-            assert torch.equal(other[0], result.prev_sample)
-            assert torch.equal(other[1], result.pred_original_sample)
-        assert result.prev_sample.shape == result.pred_original_sample.shape == SHAPE
-        assert result.prev_sample.dtype == result.pred_original_sample.dtype == dtype
-        assert scheduler.scale_model_input(x, 749) is x
+    output = output.abs()
+    expected = theirs.step(output, 400, sample, generator=seeded())
+    result = ours.step(output, 400, sample, generator=seeded())
+    assert torch.equal(result.prev_sample, expected.prev_sample)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_with_eta_1_is_ddpm_with_the_covariance_too():
+    sample, output = sample_and_output()
+    config = {"timestep_spacing": "trailing", "data_std": 0.5}
+    for t in (999, 799, 199):
+        results = [
+            ready(OCMScheduler, **config).step(output, t, sample, seeded()),
+            ready(OCMDDIMScheduler, **config).step(output, t, sample, 1.0, True, seeded()),
+        ]
+        torch.testing.assert_close(*(r.prev_sample for r in results), atol=1e-5, rtol=1e-5)
+
+
+# --- steps with a variance ---------------------------------------------------------------------
+
+
+def x0_from(prediction_type, x_t, output, alpha_bar):
+    return {
+        "epsilon": (x_t - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt(),
+        "sample": output,
+        "v_prediction": alpha_bar.sqrt() * x_t - (1 - alpha_bar).sqrt() * output,
+    }[prediction_type]
+
+
+@pytest.mark.parametrize("eta", [None, 0.0, 0.4, 1.0])
 @pytest.mark.parametrize("data_std", [None, 0.5])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
-def test_a_step_is_the_formula_of_the_paper(eta, data_std, prediction_type):
-    """In float64, from the betas, with x_s = mean + sqrt(lambda^2 + b^2 Var) z."""
-    scheduler = OCMScheduler(
-        num_train_timesteps=50,
-        prediction_type=prediction_type,
-        clip_sample=False,
-        eta=eta,
-        data_std=data_std,
-    )
-    scheduler.set_timesteps(timesteps=[49, 30, 12])
+@pytest.mark.parametrize("clip_sample", [False, True])
+@pytest.mark.parametrize("set_alpha_to_one", [False, True])
+def test_a_step_is_the_formula_of_the_paper(
+    eta, data_std, prediction_type, clip_sample, set_alpha_to_one
+):
+    """In float64, from the moments of q(x_s | x_t, x0), for DDPM (eta None) and DDIM."""
+    config = {"num_train_timesteps": 60, "prediction_type": prediction_type, "data_std": data_std}
+    config |= {"clip_sample": clip_sample, "timestep_spacing": "trailing"}
+    if eta is None:
+        if not set_alpha_to_one:
+            pytest.skip("DDPM has no such entry")
+        scheduler, options = OCMScheduler(**config), {}
+    else:
+        config["set_alpha_to_one"] = set_alpha_to_one
+        scheduler, options = OCMDDIMScheduler(**config), {"eta": eta}
+    scheduler.set_timesteps(5)
     x_t, stated = (tensor.double() for tensor in sample_and_output())
     output, ratio = stated.chunk(2, dim=1)
-    z = torch.randn(SHAPE, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    result = scheduler.step(stated, 30, x_t, variance_noise=z)
-
-    alphas = (1 - DDPMScheduler(num_train_timesteps=50).betas.double()).cumprod(0)
-    a_t, a_s = alphas[30], alphas[12]
-    x0 = {
-        "epsilon": (x_t - (1 - a_t).sqrt() * output) / a_t.sqrt(),
-        "sample": output,
-        "v_prediction": a_t.sqrt() * x_t - (1 - a_t).sqrt() * output,
-    }[prediction_type]
-    epsilon = (x_t - a_t.sqrt() * x0) / (1 - a_t).sqrt()
-    lam2 = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-    unit = (1 - a_t) / (a_t if data_std is None else a_t + (1 - a_t) / data_std**2)
-    weight = a_s.sqrt() - ((1 - a_s - lam2) * a_t / (1 - a_t)).sqrt()
-    variance = lam2 + weight**2 * (unit * ratio).clamp(min=0)
-    expected = a_s.sqrt() * x0 + (1 - a_s - lam2).sqrt() * epsilon + variance.sqrt() * z
-    torch.testing.assert_close(result.pred_original_sample, x0)
-    torch.testing.assert_close(result.prev_sample, expected)
-
-    last = scheduler.step(stated, 12, x_t, variance_noise=z).prev_sample
-    a_t = alphas[12]
-    x0 = {
-        "epsilon": (x_t - (1 - a_t).sqrt() * output) / a_t.sqrt(),
-        "sample": output,
-        "v_prediction": a_t.sqrt() * x_t - (1 - a_t).sqrt() * output,
-    }[prediction_type]
-    torch.testing.assert_close(last, x0)
-
-
-@pytest.mark.filterwarnings("ignore:model_output has the 3 channels")
-@pytest.mark.parametrize(
-    ("cls", "eta"), [(DDPMScheduler, 1.0), (DDIMScheduler, 1.0), (DDIMScheduler, 0.0)]
-)
-def test_without_a_variance_the_steps_are_those_of_diffusers(cls, eta):
-    """DDPM with its smaller variance, which DDIM with eta = 1 is too."""
-    theirs = cls(num_train_timesteps=100, timestep_spacing="leading")
-    ours = OCMScheduler.from_config(theirs.config, eta=eta, timestep_spacing="leading")
-    for scheduler in (ours, theirs):
-        scheduler.set_timesteps(10)
-    sample, output = sample_and_output(channels=3)
-    options = {} if cls is DDPMScheduler else {"eta": eta, "use_clipped_model_output": True}
-    with pytest.warns(UserWarning, match=r"3 channels.*states no variance.*ocm.attach"):
-        ours.step(output, ours.timesteps[0], sample)
-    for t in ours.timesteps:
-        generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-        result = ours.step(output, t, sample, generators[0])
-        expected = theirs.step(output, t, sample, generator=generators[1], **options)
-        for name in ("prev_sample", "pred_original_sample"):
-            torch.testing.assert_close(result[name], expected[name], atol=2e-5, rtol=1e-4)
+    z = torch.randn(SHAPE, generator=seeded(5), dtype=torch.float64)
+    alphas = DDPMScheduler(num_train_timesteps=60).alphas_cumprod.double()
+    one = alphas.new_ones(())
+    for t, s in ((47, 35), (11, -1)):
+        result = scheduler.step(stated, t, x_t, variance_noise=z, **options)
+        a_t = alphas[t]
+        a_s = alphas[s] if s >= 0 else one if set_alpha_to_one else alphas[0]
+        x0 = x0_from(prediction_type, x_t, output, a_t)
+        epsilon = (x_t - a_t.sqrt() * x0) / (1 - a_t).sqrt()
+        unit = (1 - a_t) / (a_t if data_std is None else a_t + (1 - a_t) / data_std**2)
+        variance = (unit * ratio).clamp(min=0)
+        if clip_sample:
+            x0, variance = x0.clamp(-1, 1), variance.clamp(max=1)
+        posterior = (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+        if eta is None:
+            lam2, weight = posterior, a_s.sqrt() * (1 - a_t / a_s) / (1 - a_t)
+            mean = weight * x0 + (a_t / a_s).sqrt() * (1 - a_s) / (1 - a_t) * x_t
+        else:
+            lam2 = eta**2 * posterior
+            mean = a_s.sqrt() * x0 + (1 - a_s - lam2).sqrt() * epsilon
+            # dx_s / dx0 at a given x_t, of which epsilon is a function
+            weight = a_s.sqrt() - (1 - a_s - lam2).sqrt() * (a_t / (1 - a_t)).sqrt()
+        expected = mean + (lam2 + weight**2 * variance).sqrt() * z
+        # The parents' tables are float32.
+        torch.testing.assert_close(result.pred_original_sample, x0, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(result.prev_sample, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_negative_variance_is_none_and_a_large_one_is_that_of_bounded_data():
-    scheduler = OCMScheduler(eta=0.0)
-    scheduler.set_timesteps(5)
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [3, 10])
+def test_gaussian_data_keep_their_variance(cls, spacing, steps):
+    """With the exact mean and covariance the second moment of the samples is that of the data."""
+    if cls is OCMDDIMScheduler and spacing == "linspace":
+        pytest.skip("diffusers takes t - N // K, which is not the next of these timesteps")
+    std = 0.5
+    config = {"prediction_type": "sample", "clip_sample": False, "data_std": std}
+    scheduler = ready(cls, steps, timestep_spacing=spacing, **config)
+    x = torch.randn(200_000, 1, generator=seeded(0))
+    first = scheduler.alphas_cumprod[scheduler.timesteps[0]]
+    x = x * (first * std**2 + 1 - first).sqrt()
+    generator = seeded(1)
+    for t in scheduler.timesteps:
+        alpha_bar = scheduler.alphas_cumprod[t]
+        mean = alpha_bar.sqrt() * std**2 / (alpha_bar * std**2 + 1 - alpha_bar) * x
+        x = scheduler.step(
+            torch.cat([mean, torch.ones_like(mean)], dim=1), t, x, generator=generator
+        ).prev_sample
+    # 5 standard errors of 200,000 draws; the step from t = 0 returns a mean, 4e-4 too narrow.
+    assert abs(x.std().item() - std) < 5 * std / math.sqrt(2 * len(x)) + 2e-4
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_negative_variance_is_none_and_a_large_one_is_that_of_bounded_data(cls):
     sample, output = sample_and_output()
-    z = torch.ones(SHAPE)
 
-    def noise(ratio):
+    def spread(ratio, **config):
+        scheduler = ready(cls, **config)
         stated = torch.cat([output[:, :3], torch.full(SHAPE, ratio)], dim=1)
         quiet = torch.cat([output[:, :3], torch.zeros(SHAPE)], dim=1)
-        with_noise = scheduler.step(stated, 999, sample, variance_noise=z).prev_sample
-        return with_noise - scheduler.step(quiet, 999, sample, variance_noise=z).prev_sample
+        results = [
+            scheduler.step(s, 800, sample, variance_noise=torch.ones(SHAPE)).prev_sample
+            - scheduler.step(s, 800, sample, variance_noise=torch.zeros(SHAPE)).prev_sample
+            for s in (stated, quiet)
+        ]
+        return (results[0] ** 2 - results[1] ** 2).clamp(min=0).sqrt()
 
-    assert not noise(-1.0).any()
-    b = ocm.ddim(scheduler.schedule, 750, 1000).mean_from_x0
-    torch.testing.assert_close(noise(1.0), torch.full(SHAPE, b))  # 2.5e4, were it not for the data
+    assert not spread(-1.0).any()
+    sampler = ocm.ddpm if cls is OCMScheduler else ocm.ddim
+    b = sampler(ocm.linear(), 601, 801).mean_from_x0
+    for limit, config in (
+        (1.0, {}),
+        (0.5, {"clip_sample_range": 0.5}),
+        (1.0, {"thresholding": True, "clip_sample": False}),
+    ):  # 600, were it not for the data
+        torch.testing.assert_close(
+            spread(1.0, **config), torch.full(SHAPE, b * limit), atol=1e-5, rtol=1e-4
+        )
 
 
-def test_the_last_noise_is_bounded_where_asked():
-    scheduler = OCMScheduler(max_last_noise=0.01)
-    scheduler.set_timesteps(5)
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("config", "last", "before"),
+    [
+        ({"timestep_spacing": "leading"}, 200, 400),
+        ({"timestep_spacing": "leading", "steps_offset": 1}, 201, 401),
+        ({"timestep_spacing": "trailing"}, 199, 399),
+    ],
+)
+def test_the_last_noise_is_bounded_where_asked(cls, config, last, before):
+    scheduler = ready(cls, max_last_noise=0.01, **config)
     sample, output = sample_and_output()
     zeros, z = torch.zeros(SHAPE), torch.ones(SHAPE)
-    for t, is_last in ((749, False), (250, True)):
+    for t, is_last in ((before, False), (last, True)):
         noise = (
             scheduler.step(output.abs(), t, sample, variance_noise=z).prev_sample
             - scheduler.step(output.abs(), t, sample, variance_noise=zeros).prev_sample
@@ -307,123 +378,292 @@ def test_the_last_noise_is_bounded_where_asked():
         assert bool((noise <= 0.01 + 1e-6).all()) == is_last
 
 
-def test_steps_are_those_of_the_generator_and_of_each_sample():
-    scheduler = OCMScheduler()
-    scheduler.set_timesteps(5)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_shapes_types_and_return_values(cls):
+    scheduler = ready(cls)
     sample, output = sample_and_output()
-    same = [stepped(scheduler, 749, seed=3).prev_sample for _ in range(2)]
-    assert torch.equal(*same)
-    assert not torch.equal(same[0], stepped(scheduler, 749, seed=4).prev_sample)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        x, o = sample.to(dtype), output.to(dtype)
+        result = scheduler.step(o, 400, x, generator=seeded())
+        as_tensor = scheduler.step(o, torch.tensor(400), x, generator=seeded())
+        pair = scheduler.step(o, 400, x, generator=seeded(), return_dict=False)
+        assert isinstance(result, OCMSchedulerOutput)
+        for other in (as_tensor.to_tuple(), pair):
+            assert len(other) == 2
+            assert torch.equal(other[0], result.prev_sample)
+            assert torch.equal(other[1], result.pred_original_sample)
+        assert result.prev_sample.shape == result.pred_original_sample.shape == SHAPE
+        assert result.prev_sample.dtype == result.pred_original_sample.dtype == dtype
+        z = torch.randn(SHAPE, generator=seeded(), dtype=dtype)
+        full = [tensor.float() if dtype.itemsize == 2 else tensor for tensor in (o, x, z)]
+        expected = scheduler.step(full[0], 400, full[1], variance_noise=full[2]).prev_sample
+        assert torch.equal(result.prev_sample, expected.to(dtype))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_steps_are_those_of_the_generator_and_of_each_sample(cls):
+    scheduler = ready(cls)
+    sample, output = sample_and_output()
+
+    def stepped(generator, rows=slice(None)):
+        return scheduler.step(output[rows], 400, sample[rows], generator=generator).prev_sample
+
+    assert torch.equal(stepped(seeded(3)), stepped(seeded(3)))
+    assert not torch.equal(stepped(seeded(3)), stepped(seeded(4)))
     torch.manual_seed(3)
-    assert torch.equal(scheduler.step(output, 749, sample).prev_sample, same[0])
-
-    def generators():
-        return [torch.Generator().manual_seed(i) for i in range(4)]
-
-    together = scheduler.step(output, 749, sample, generators()).prev_sample
-    for i, generator in enumerate(generators()):
-        alone = scheduler.step(output[i : i + 1], 749, sample[i : i + 1], generator).prev_sample
-        assert torch.equal(alone[0], together[i])
+    assert torch.equal(stepped(None), stepped(seeded(3)))
+    together = stepped([seeded(i) for i in range(4)])
+    for i in range(4):
+        assert torch.equal(stepped([seeded(i)], slice(i, i + 1))[0], together[i])
 
 
 def test_guidance_can_differentiate_the_predicted_sample():
-    scheduler = OCMScheduler(clip_sample=False)
-    scheduler.set_timesteps(5)
-    sample, output = sample_and_output()
-    sample.requires_grad_()
-    x0 = scheduler.step(output, 250, sample).pred_original_sample
-    (gradient,) = torch.autograd.grad(x0.sum(), sample)
-    expected = scheduler.schedule.alpha_bar[251].rsqrt().item()
-    torch.testing.assert_close(gradient, torch.full(SHAPE, expected))
+    for cls in CLASSES:
+        scheduler = ready(cls, clip_sample=False)
+        sample, output = sample_and_output()
+        sample.requires_grad_()
+        x0 = scheduler.step(output, 200, sample).pred_original_sample
+        (gradient,) = torch.autograd.grad(x0.sum(), sample)
+        expected = scheduler.alphas_cumprod[200].rsqrt().item()
+        torch.testing.assert_close(gradient, torch.full(SHAPE, expected))
 
 
+@pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"timestep": 748}, "timestep must be one of scheduler.timesteps, .*999.*got 748"),
-        ({"timestep": 749.5}, "timestep must be one of"),
-        ({"timestep": torch.tensor([749, 749])}, r"timestep must be one of .* got \[749, 749\]"),
         ({"model_output": torch.zeros(4, 5, 8, 8)}, r"model_output must have.*\(4, 5, 8, 8\)"),
         ({"model_output": torch.zeros(4, 6, 8, 1)}, r"model_output must have.*\(4, 6, 8, 1\)"),
         ({"variance_noise": torch.zeros(1)}, r"variance_noise must have the shape.*\(1,\)"),
+        ({"prev_sample": torch.zeros(1)}, r"prev_sample must have the shape.*\(1,\)"),
         (
             {"variance_noise": torch.zeros(SHAPE), "generator": torch.Generator()},
             "variance_noise must have .* no generator beside it, got .* and <torch",
         ),
     ],
 )
-def test_steps_that_make_no_sense_are_refused(change, message):
-    scheduler = OCMScheduler()
-    scheduler.set_timesteps(5)
+def test_steps_that_make_no_sense_are_refused(cls, change, message):
     sample, output = sample_and_output()
-    arguments = {"model_output": output, "timestep": 749, "sample": sample} | change
+    arguments = {"model_output": output, "timestep": 400, "sample": sample} | change
     with pytest.raises(ValueError, match=message):
-        scheduler.step(**arguments)
+        ready(cls).step(**arguments)
 
 
-def test_add_noise_and_velocity():
-    scheduler, theirs = OCMScheduler(), DDPMScheduler()
-    x0, noise = sample_and_output()[0], torch.randn(SHAPE)
-    for timesteps in (torch.tensor([0, 10, 500, 999]), torch.tensor([7])):
-        noisy = scheduler.add_noise(x0, noise, timesteps)
-        torch.testing.assert_close(noisy, theirs.add_noise(x0, noise, timesteps))
-        velocity = scheduler.get_velocity(x0, noise, timesteps)
-        torch.testing.assert_close(velocity, theirs.get_velocity(x0, noise, timesteps))
-    t = torch.tensor([999])
-    noisy = scheduler.add_noise(x0, noise, t)
-    expected = math.sqrt(scheduler.alphas_cumprod[999]) * x0
-    expected += math.sqrt(1 - scheduler.alphas_cumprod[999]) * noise
-    torch.testing.assert_close(noisy, expected)
+@pytest.mark.parametrize("channels", [3, 6])
+def test_a_ddpm_step_from_elsewhere_is_refused(channels):
+    sample, output = sample_and_output()
+    scheduler = ready(OCMScheduler, variance_type="learned_range")
+    with pytest.raises(ValueError, match=r"timestep must be one of .*800.*got 401"):
+        scheduler.step(output[:, :channels], 401, sample)
+
+
+def test_ddim_with_eta_1_starts_from_pure_noise():
+    """Without signal x_t says nothing: the mean is that of x0; diffusers rounds to nan."""
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "sample", "data_std": 1.0}
+    sample, output = sample_and_output()
+    for steps in (7, 10, 200):
+        scheduler = ready(OCMDDIMScheduler, steps, timestep_spacing="trailing", **config)
+        stated = torch.cat([output[:, :3], torch.zeros(SHAPE)], dim=1)
+        noise = torch.zeros(SHAPE)
+        result = scheduler.step(stated, 999, sample, eta=1.0, variance_noise=noise)
+        alpha_bar = scheduler.alphas_cumprod[999 - 1000 // steps]
+        expected = alpha_bar.sqrt() * output[:, :3].clamp(-1, 1)
+        torch.testing.assert_close(result.prev_sample, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.filterwarnings("ignore:model_output has the 3 channels")
+def test_without_signal_nothing_follows_from_epsilon(cls):
+    config = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    sample, output = sample_and_output()
+    for channels in (3, 6):
+        scheduler = ready(cls, **config)
+        with pytest.raises(ValueError, match=r"prediction_type.*999.*rescale_betas_zero_snr"):
+            scheduler.step(output[:, :channels], 999, sample)
+        result = scheduler.step(output[:, :channels], 799, sample)
+        assert bool(torch.isfinite(result.prev_sample).all())
+    with pytest.raises(ValueError, match=r"data_std must be a number .* rescale_betas_zero_snr"):
+        ready(cls, prediction_type="sample", **config).step(output, 999, sample)
+
+
+# --- log-density -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("t", [800, 200])
+def test_log_prob_is_that_of_a_normal_distribution(cls, t):
+    scheduler = ready(cls, data_std=0.5)
+    sample, output = (tensor.double() for tensor in sample_and_output())
+    output = output.abs() + 0.1
+
+    def at(value):
+        noise = torch.full(SHAPE, value, dtype=torch.float64)
+        return scheduler.step(output, t, sample, variance_noise=noise).prev_sample
+
+    normal_distribution = torch.distributions.Normal(at(0.0), at(1.0) - at(0.0))
+    result = scheduler.step(output, t, sample, generator=seeded(), return_log_prob=True)
+    expected = normal_distribution.log_prob(result.prev_sample).flatten(1).sum(1)
+    assert result.log_prob.shape == (4,)
+    torch.testing.assert_close(result.log_prob, expected, atol=1e-5, rtol=1e-5)
+    plain = scheduler.step(output, t, sample, generator=seeded())
+    assert torch.equal(plain.prev_sample, result.prev_sample)
+    assert plain.log_prob is None
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:model_output has the 3 channels")
+def test_log_prob_of_the_sample_that_was_returned(cls, channels, dtype):
+    """The same number later, at what was rounded to half precision, and the same gradient."""
+    scheduler, options = ready(cls, data_std=0.5), {}
+    if cls is OCMDDIMScheduler:
+        options["eta"] = 0.8
+    sample, output = sample_and_output()
+    sample, output = sample.to(dtype), (output.abs() + 0.1)[:, :channels].to(dtype)
+    output.requires_grad_()
+    drawn = scheduler.step(output, 400, sample, generator=seeded(), return_log_prob=True, **options)
+    given = drawn.prev_sample.detach()
+    again = scheduler.step(output, 400, sample, prev_sample=given, **options)
+    assert drawn.prev_sample.dtype == dtype
+    assert drawn.log_prob.dtype == again.log_prob.dtype == torch.float32
+    assert torch.equal(again.prev_sample, given)
+    assert torch.equal(again.log_prob, drawn.log_prob)
+    gradients = [torch.autograd.grad(one.log_prob.sum(), output)[0] for one in (drawn, again)]
+    assert torch.equal(*gradients)
+    assert bool(gradients[0].any())
+    three = scheduler.step(
+        output, 400, sample, generator=seeded(), return_log_prob=True, return_dict=False, **options
+    )
+    assert len(three) == 3
+    assert torch.equal(three[2], drawn.log_prob)
+
+
+VARIANCES = ["fixed_small", "fixed_small_log", "fixed_large", "learned", "learned_range"]
+
+
+@pytest.mark.parametrize("variance_type", VARIANCES)
+@pytest.mark.filterwarnings("ignore:model_output has the 3 channels")
+def test_log_prob_of_every_variance_of_diffusers(variance_type):
+    """Mean and standard deviation from two draws of diffusers' own, on known noise."""
+    theirs = ready(DDPMScheduler, variance_type=variance_type)
+    ours = ready(OCMScheduler, variance_type=variance_type)
+    sample, output = (tensor.double() for tensor in sample_and_output())
+    output = output.abs() + 0.1 if "learned" in variance_type else output[:, :3]
+    draws, noise = [], []
+    for seed in (0, 1):
+        draws.append(theirs.step(output, 400, sample, generator=seeded(seed)).prev_sample)
+        shape = SHAPE if "learned" in variance_type else output.shape
+        noise.append(torch.randn(shape, generator=seeded(seed), dtype=torch.float64))
+    std = (draws[0] - draws[1]) / (noise[0] - noise[1])
+    expected = torch.distributions.Normal(draws[0] - std * noise[0], std)
+    result = ours.step(output, 400, sample, generator=seeded(0), return_log_prob=True)
+    torch.testing.assert_close(
+        result.log_prob,
+        expected.log_prob(result.prev_sample).flatten(1).sum(1),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    given = ours.step(output, 400, sample, variance_noise=noise[0])
+    torch.testing.assert_close(given.prev_sample, draws[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_step_without_noise_has_no_density(cls):
+    scheduler = ready(cls)
+    sample, output = sample_and_output()
+    for t, stated in ((0, output), (400, output.clamp(max=0.0))):
+        if t == 400 and cls is OCMScheduler:
+            continue
+        with pytest.raises(ValueError, match="log_prob must be that of a step with noise"):
+            scheduler.step(stated, t, sample, return_log_prob=True)
+        with pytest.raises(ValueError, match="log_prob must be that of a step with noise"):
+            scheduler.step(stated, t, sample, prev_sample=sample)
 
 
 # --- the whole loop ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("eta", [None, 0.5])
 @pytest.mark.parametrize("positive", [False, True])
 def test_the_loop_is_that_of_ocm_sample_on_the_same_noise(unet, eta, positive):
     parameterisation = ocm.Parameterisation(data_std=0.5, positive=positive)
     model = ocm.attach(unet, parameterisation=parameterisation)
     torch.nn.init.normal_(model.head.conv.weight, std=0.3)
-    scheduler = model.scheduler(DDPMScheduler(), eta=eta, max_last_noise=0.05)
-    covariance = model.covariance(scheduler)
-    shape, seed = (2, 2, 8, 8), 11
+    covariance = model.covariance(DDPMScheduler())
+    shape, seed, levels = (2, 2, 8, 8), 11, [1, 201, 401, 601, 801, 1000]
+    if eta is None:
+        scheduler = model.scheduler(DDPMScheduler(), max_last_noise=0.05)
+        scheduler.set_timesteps(timesteps=[t - 1 for t in reversed(levels)])
+        sampler = ocm.ddpm
+    else:
+        # diffusers clips x0_hat and not epsilon; ocm.sample adds no noise in its last step.
+        config = {"clip_sample": False, "timestep_spacing": "trailing"}
+        scheduler = model.scheduler(DDIMScheduler(**config), eta=eta)
+        scheduler.set_timesteps(5)
+        levels, sampler = [200, 400, 600, 800, 1000], functools.partial(ocm.ddim, eta=eta)
     expected = ocm.sample(
         covariance.denoiser,
         covariance,
         shape,
-        6,
-        sampler=functools.partial(ocm.ddim, eta=eta),
+        levels,
+        sampler=sampler,
         seed=seed,
-        max_last_noise=0.05,
+        max_last_noise=0.05 if eta is None else None,
+        x0_range=(-1.0, 1.0) if eta is None else None,
     )
-    scheduler.set_timesteps(6)
     x = normal(shape, seed)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            z = normal(shape, seed, step=int(t) + 1)
+            z = normal(shape, seed, step=int(t) + 1) * (t != 199)
             x = scheduler.step(model(x, t).sample, t, x, variance_noise=z).prev_sample
-    torch.testing.assert_close(x, expected, atol=1e-4, rtol=1e-4)
+    # Their tables are float64, and those of diffusers float32.
+    torch.testing.assert_close(x, expected, atol=1e-3, rtol=1e-3)
 
 
-def test_an_unmodified_ddpm_pipeline_saves_loads_and_samples(unet, tmp_path, caplog):
+@pytest.mark.parametrize("theirs", OURS)
+def test_an_unmodified_ddpm_pipeline_saves_loads_and_samples(unet, theirs, tmp_path, caplog):
+    """With DDIM steps too, whose eta the configuration holds."""
     model = ocm.attach(unet, parameterisation=ocm.Parameterisation(data_std=0.5))
     torch.nn.init.normal_(model.head.conv.weight, std=0.3)
-    pipeline = DDPMPipeline(unet=model, scheduler=model.scheduler(DDPMScheduler(), eta=0.5))
+    options = {"eta": 0.5} if theirs is DDIMScheduler else {}
+    pipeline = DDPMPipeline(unet=model, scheduler=model.scheduler(theirs(), **options))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(tmp_path)
     loaded = DDPMPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert isinstance(loaded.unet, ocm.CovarianceModel)
-    assert isinstance(loaded.scheduler, OCMScheduler)
+    assert isinstance(loaded.scheduler, OURS[theirs])
     assert loaded.scheduler.config.data_std == 0.5
 
     def images(pipeline):
-        generator = torch.Generator().manual_seed(0)
-        return pipeline(2, generator, num_inference_steps=4, output_type="np").images
+        return pipeline(2, seeded(0), num_inference_steps=4, output_type="np").images
 
     # U-Nets of two channels make no pictures, but arrays.
     assert images(pipeline).shape == (2, 8, 8, 2)
     np.testing.assert_array_equal(images(loaded), images(pipeline))
     # diffusers notes the class, and nothing else.
     assert all("Expected types for unet" in record.message for record in caplog.records)
+    if options:
+        loaded.scheduler.register_to_config(eta=0.0)
+        assert not np.array_equal(images(loaded), images(pipeline))
+
+
+def test_a_ddim_pipeline_whose_scheduler_is_set_afterwards(unet, caplog):
+    model = ocm.attach(unet, parameterisation=ocm.Parameterisation(data_std=0.5))
+    ours = model.scheduler(DDIMScheduler())
+    pipeline = DDIMPipeline(model, ours)
+    assert type(pipeline.scheduler) is DDIMScheduler  # which the constructor made of it
+    assert "data_std" in caplog.text  # not without a word
+    pipeline.scheduler = ours
+    pipeline.set_progress_bar_config(disable=True)
+
+    def images(**options):
+        generators = [seeded(i) for i in range(2)]
+        options |= {"num_inference_steps": 4, "output_type": "np"}
+        return pipeline(2, generator=generators, **options).images
+
+    plain = images()
+    np.testing.assert_array_equal(plain, images())
+    for options in ({"eta": 1.0}, {"use_clipped_model_output": True}):
+        assert not np.array_equal(plain, images(**options))
