@@ -1,6 +1,7 @@
 """OCMScheduler and OCMDDIMScheduler: their parents' steps, their own formulas, and pipelines."""
 
 import functools
+import itertools
 import math
 import re
 import warnings
@@ -256,11 +257,13 @@ def x0_from(prediction_type, x_t, output, alpha_bar):
     }[prediction_type]
 
 
-@pytest.mark.parametrize("eta", [None, 0.0, 0.4, 1.0])
+@pytest.mark.parametrize(
+    ("eta", "set_alpha_to_one"),
+    [(None, True), *itertools.product([0.0, 0.4, 1.0], [False, True])],
+)
 @pytest.mark.parametrize("data_std", [None, 0.5])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
 @pytest.mark.parametrize("clip_sample", [False, True])
-@pytest.mark.parametrize("set_alpha_to_one", [False, True])
 def test_a_step_is_the_formula_of_the_paper(
     eta, data_std, prediction_type, clip_sample, set_alpha_to_one
 ):
@@ -268,8 +271,6 @@ def test_a_step_is_the_formula_of_the_paper(
     config = {"num_train_timesteps": 60, "prediction_type": prediction_type, "data_std": data_std}
     config |= {"clip_sample": clip_sample, "timestep_spacing": "trailing"}
     if eta is None:
-        if not set_alpha_to_one:
-            pytest.skip("DDPM has no such entry")
         scheduler, options = OCMScheduler(**config), {}
     else:
         config["set_alpha_to_one"] = set_alpha_to_one
@@ -305,13 +306,14 @@ def test_a_step_is_the_formula_of_the_paper(
         torch.testing.assert_close(result.prev_sample, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+# Not DDIM with linspace: diffusers takes t - N // K, which is not the next of these timesteps.
+@pytest.mark.parametrize(
+    ("cls", "spacing"),
+    [*itertools.product(CLASSES, ["leading", "trailing"]), (OCMScheduler, "linspace")],
+)
 @pytest.mark.parametrize("steps", [3, 10])
 def test_gaussian_data_keep_their_variance(cls, spacing, steps):
     """With the exact mean and covariance the second moment of the samples is that of the data."""
-    if cls is OCMDDIMScheduler and spacing == "linspace":
-        pytest.skip("diffusers takes t - N // K, which is not the next of these timesteps")
     std = 0.5
     config = {"prediction_type": "sample", "clip_sample": False, "data_std": std}
     scheduler = ready(cls, steps, timestep_spacing=spacing, **config)
