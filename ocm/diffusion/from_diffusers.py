@@ -38,13 +38,13 @@ def from_scheduler(scheduler: Any) -> Schedule:
 
     Args:
         scheduler: An object with ``config``, or the configuration itself, a mapping. One that
-            names no class is read as a ``DDPMScheduler``'s.
+            names no class must state its betas.
 
     Raises:
         ValueError: If the class is none of these, or its tables are not those of its path.
 
     Example:
-        >>> from_scheduler({"num_train_timesteps": 10, "beta_schedule": "linear"}).num_timesteps
+        >>> from_scheduler({"num_train_timesteps": 10, "trained_betas": [0.1] * 10}).num_timesteps
         10
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
         >>> from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0)).name
@@ -95,6 +95,14 @@ def rebuilt(scheduler: Any) -> Any:
             f"scheduler must be one of diffusers or its configuration, got {type(scheduler)}"
         )
     name = str(config.get("_class_name", "DDPMScheduler"))
+    if config is scheduler and "_class_name" not in config:
+        has_betas = {"beta_start", "beta_end"} <= config.keys() or config.get("trained_betas")
+        if not has_betas or config.get("snr_shift_scale", 1.0) != 1.0:  # CogVideoX
+            raise ValueError(
+                "scheduler must be one of diffusers, or a configuration that names its class or "
+                "states its betas and nothing that alters them, got one of "
+                f"{', '.join(config)}"
+            )
     if config is not scheduler:
         bases = type(scheduler).__mro__
         name = next((b.__name__ for b in bases if b.__module__.startswith("diffusers.")), name)

@@ -5,8 +5,8 @@ The step from sigma_t to sigma_s, with x0_hat = x_t - sigma_t v and lambda = noi
     x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Var[x0 | x_t]),
     a = sqrt(sigma_s^2 - lambda^2) / sigma_t,    b = (1 - sigma_s) - a (1 - sigma_t).
 
-noise = 0 is Euler's step of the ODE and the spread of x0 that it leaves out; noise = 1 is diffusers'
-``stochastic_sampling``. The second moments of x_s are right for any of them.
+noise = 0 is Euler's step of the ODE and the spread of x0 that it leaves out; noise = 1 is
+``stochastic_sampling`` of diffusers. The second moments of x_s are right for any of them.
 """
 
 from __future__ import annotations

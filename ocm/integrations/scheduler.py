@@ -8,7 +8,8 @@ replaced by its mean x0_hat; the spread of x0 adds b^2 Var[x0 | x_t] to the vari
 
     x_s ~ N(mean of the parent, lambda^2 I + b^2 Var[x0 | x_t]).
 
-As in ``DDPMScheduler``, every step adds noise but that from timestep 0.
+As in the parents, a step to the data adds noise in ``OCMScheduler``, unless it is from timestep 0,
+and none in ``OCMDDIMScheduler``, unless asked for.
 """
 
 from __future__ import annotations
@@ -289,6 +290,8 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
             for DDPM.
         data_std: As in :class:`OCMScheduler`.
         max_last_noise: As in :class:`OCMScheduler`.
+        noise_at_end: Whether a step to the data draws them from N(x0_hat, Var[x0 | x_t]). It is
+            as long as the others with "trailing".
 
     Raises:
         ValueError: If the prediction type is unknown, eta lies outside of [0, 1], ``data_std`` is
@@ -313,6 +316,7 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
         eta: float = 0.0,
         data_std: float | None = None,
         max_last_noise: float | None = None,
+        noise_at_end: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -393,11 +397,9 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
         from_x0 = math.sqrt(alpha_bar_s) * x0_hat
         mean = from_x0 + math.sqrt(share) * (x0_and_epsilon - from_x0)
         b = math.sqrt(alpha_bar_s) - math.sqrt(share * beta_bar_s * alpha_bar_t / beta_bar_t)
-        variance = (
-            mean.new_tensor(noise_variance)
-            if ratio is None
-            else self._variance(ratio, t, s, b, noise_variance)
-        )
+        variance: Tensor | None = mean.new_tensor(noise_variance)
+        if ratio is not None and (s >= 0 or self.config.noise_at_end):
+            variance = self._variance(ratio, t, s, b, noise_variance)
         return self._finish(
             GaussianStep(mean, variance, x0_hat),
             sample,
