@@ -5,6 +5,7 @@ Nothing is taken on trust: what a scheduler tabulates must be what its path says
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -109,7 +110,7 @@ def rebuilt(scheduler: Any) -> Any:
     kind: Any = getattr(diffusers, _EXTENDED.get(name, name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ConfigMixin)):
         raise ValueError(f"scheduler must be one of diffusers, got {name}")
-    known = kind._get_init_keys(kind)
+    known = inspect.signature(kind.__init__).parameters
     config = {key: value for key, value in config.items() if key in known}
     try:
         return kind(**config)

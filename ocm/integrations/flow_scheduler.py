@@ -162,7 +162,7 @@ class OCMFlowScheduler(CovarianceScheduler, FlowMatchEulerDiscreteScheduler):
         if s > 0 or self.config.noise_at_end:
             variance = torch.full_like(x_t, step.noise_variance)
             if ratio is not None:
-                unit = self._unit(timestep, torch.sigmoid(path.log_snr(t)).item())
+                unit = self._unit(float(timestep), torch.sigmoid(path.log_snr(t)).item())
                 stated = unit * full_precision(ratio).clamp(min=0.0)
                 variance = variance + step.mean_from_x0**2 * stated
         return self._finish(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -114,30 +114,14 @@ class CovarianceScheduler:
             ValueError: If the other scheduler is of another path, or its noise levels are not those
                 of its timesteps.
         """
-        other = rebuilt(config)
-        path = from_scheduler(other)
-        if path.name != cls._path:
-            raise ValueError(
-                f"scheduler must have the path {cls._path!r} of {cls.__name__}, got "
-                f"{type(other).__name__} of {path.name!r}"
-            )
         arguments = inspect.signature(cls.__init__).parameters
-        stated = dict(getattr(config, "config", config))
-        # A class without the entry does not clip. Only a scheduler of ocm has entries of its own.
-        entries = {"clip_sample": False, **other.config}
-        entries |= {name: value for name, value in stated.items() if name in arguments}
+        entries = cls._entries_of(config)
         for name in cls._other_levels:
-            if name in entries:
-                entries[name] = kwargs.pop(name, entries[name])
-            if entries.get(name):
+            if kwargs.pop(name, entries.pop(name, False)):
                 raise ValueError(
                     f"{name} must be False: its noise levels are not those of the timesteps, "
                     f"which {cls.__name__} takes; use from_config(scheduler, {name}=False)"
                 )
-        known = {"_class_name", "_use_default_values", *arguments}
-        for kind in cls._compatibles:
-            known |= inspect.signature(getattr(diffusers, kind).__init__).parameters.keys()
-        entries = {name: value for name, value in entries.items() if name in known}
         # What diffusers would drop, where that changes nothing.
         entries["_use_default_values"] = [
             name
@@ -146,6 +130,30 @@ class CovarianceScheduler:
         ]
         made, unused = super().from_config(entries, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
         return (made, unused) if return_unused_kwargs else made
+
+    @classmethod
+    def _entries_of(cls, config: Any) -> dict[str, Any]:
+        """Return the entries of a scheduler or configuration that mean something here."""
+        stated = getattr(config, "config", config)
+        if isinstance(config, cls) or (
+            isinstance(stated, Mapping) and stated.get("_class_name") == cls.__name__
+        ):
+            return dict(stated)
+        other = rebuilt(config)
+        path = from_scheduler(other)
+        if path.name != cls._path:
+            raise ValueError(
+                f"scheduler must have the path {cls._path!r} of {cls.__name__}, got "
+                f"{type(other).__name__} of {path.name!r}"
+            )
+        known = {"_use_default_values", *inspect.signature(cls.__init__).parameters}
+        # A class without the entry does not clip. Only a scheduler of ocm has entries of its own.
+        entries = {"clip_sample": False, **other.config}
+        entries |= {name: value for name, value in stated.items() if name in known}
+        for kind in cls._compatibles:
+            known |= inspect.signature(getattr(diffusers, kind).__init__).parameters.keys()
+        known |= set(cls._other_levels)
+        return {name: value for name, value in entries.items() if name in known}
 
     def _split(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the prediction and the ratio, None for a model that states no variance."""
@@ -168,7 +176,7 @@ class CovarianceScheduler:
             )
         return model_output[:, :channels], model_output[:, channels:]
 
-    def _unit(self, t: int, alpha_bar: float) -> float:
+    def _unit(self, t: float, alpha_bar: float) -> float:
         """Return the unit of the ratio, that of :meth:`ocm.Parameterisation.scale`."""
         data_std = self.parameterisation.data_std
         if alpha_bar == 0.0 and math.isinf(data_std):
