@@ -120,11 +120,11 @@ def unwrapped(backbone: Any) -> Any:
 
     Example:
         >>> layer = nn.Linear(1, 1)
-        >>> unwrapped(nn.DataParallel(layer)) is layer
+        >>> unwrapped(torch.compile(layer)) is layer
         True
     """
     while True:
-        if isinstance(backbone, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        if isinstance(backbone, nn.parallel.DistributedDataParallel):
             backbone = backbone.module
         elif hasattr(backbone, "_orig_mod"):  # of torch.compile
             backbone = backbone._orig_mod
