@@ -27,15 +27,23 @@ for learned covariances too. Where it is negative, samplers clip it at 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import hessdiag
-from ocm.diffusion.architectures import Architecture, architecture_of
+from ocm.diffusion.architectures import (
+    Architecture,
+    FunctionBackbone,
+    architecture_of,
+    device_of,
+    in_type_of,
+    unwrapped,
+)
 from ocm.diffusion.predictions import (
     PRECONDITIONED,
     Coefficients,
@@ -47,57 +55,94 @@ from ocm.diffusion.schedules import Schedule, full_precision, per_sample
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Class labels, and how strongly they guide; made by :meth:`Denoiser.condition`.
+    """What samples are conditioned on, and how strongly; made by :meth:`Denoiser.condition`.
 
     Attributes:
-        labels: Class of each sample, int64 of shape (B,).
+        labels: Class of each sample, int64 of shape (B,), or None.
         guidance_scale: w above; 1 is the plain conditional model.
-        null_label: The label that stands for no class; needed for a scale other than 1.
+        null_label: The label that stands for no class; labels with another scale need it.
+        tensors: Further keyword arguments of the backbone, by name: tensors of shape (B, ...) or
+            (1, ...), dictionaries of them, and what is none, which is passed on as it is.
+        null_tensors: Those that differ in the branch without a condition, needed with another
+            scale: the embedding of an empty text.
 
     Raises:
-        ValueError: If there is guidance and no null label.
+        ValueError: If there is guidance, and nothing that stands for no condition.
     """
 
-    labels: Tensor
+    labels: Tensor | None = None
     guidance_scale: float = 1.0
     null_label: int | None = None
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    null_tensors: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.is_guided and self.null_label is None:
+        if self.labels is None and not self.tensors:
+            raise ValueError("labels or tensors must be given: there is no condition without them")
+        unknown = sorted(set(self.null_tensors) - set(self.tensors))
+        if unknown:
+            raise ValueError(f"null_tensors must be named as tensors are, got {unknown}")
+        if self.is_guided and self.labels is not None and self.null_label is None:
             raise ValueError(
                 f"null_label must be given for guidance_scale = {self.guidance_scale}: the label "
                 "that the model was trained with for no class"
             )
+        if self.is_guided and self.tensors and not self.null_tensors:
+            raise ValueError(
+                f"null_tensors must be given for guidance_scale = {self.guidance_scale}: what "
+                "takes the place of tensors without a condition, the embedding of an empty text say"
+            )
 
     @property
     def is_guided(self) -> bool:
-        """Whether the backbone is evaluated without a class too."""
+        """Whether the backbone is evaluated without a condition too."""
         return self.guidance_scale != 1.0
 
-    def repeated(self, count: int) -> Tensor:
-        """Return the labels of ``count`` samples: of a batch, or of several copies of it.
+    def arguments(
+        self, like: Tensor, *, is_null: bool = False
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return labels and tensors for a batch ``like``, or for several copies of one.
+
+        Args:
+            like: What the backbone is shown; floating-point tensors take its type.
+            is_null: Whether it is the branch without a condition.
 
         Raises:
-            ValueError: If that is no multiple of the number of labels.
+            ValueError: If the batch is no multiple of the number of labels, or of rows of a tensor.
         """
-        # Products may lay probes out as further samples of the batch.
-        if len(self.labels) == 0 or count % len(self.labels):
-            raise ValueError(
-                "labels must be one for each sample of a batch, or of each of its copies, got "
-                f"{len(self.labels)} for {count} samples"
-            )
-        return self.labels.repeat(count // len(self.labels))
+        labels = self.labels
+        if is_null and labels is not None and self.null_label is not None:
+            labels = torch.full_like(labels, self.null_label)
+        tensors = {**self.tensors, **(self.null_tensors if is_null else {})}
+        arguments: tuple[Tensor | None, dict[str, Any]] = pytree.tree_map_only(
+            Tensor, lambda values: _repeated(values, like), (labels, tensors)
+        )
+        return arguments
+
+
+def _repeated(values: Tensor, like: Tensor) -> Tensor:
+    # Products may lay probes out as further samples of the batch.
+    if values.is_floating_point():
+        values = values.to(like.dtype)
+    if values.dim() == 0 or len(values) == len(like):
+        return values
+    if len(values) == 0 or len(like) % len(values):
+        raise ValueError(
+            "labels and tensors must be one for each sample of a batch, or of each of its copies, "
+            f"got {len(values)} for {len(like)} samples"
+        )
+    return values.repeat(len(like) // len(values), *[1] * (values.dim() - 1))
 
 
 def guided(both: Tensor, guidance_scale: float) -> Tensor:
-    """Return (1 - w) of the first half of a batch, without a class, plus w of the second, with one.
+    """Return (1 - w) of the first half of a batch, without a condition, plus w of the second.
 
     Example:
         >>> guided(torch.tensor([1.0, 2.0]), 3.0)
         tensor([4.])
     """
-    without_class, with_class = both.chunk(2)
-    return (1.0 - guidance_scale) * without_class + guidance_scale * with_class
+    without, conditional = both.chunk(2)
+    return (1.0 - guidance_scale) * without + guidance_scale * conditional
 
 
 class Branch(NamedTuple):
@@ -167,7 +212,10 @@ class Prediction:
     def features(self) -> Tensor:
         """The input of the backbone's last output layer, (B, channels, ...) or (B, tokens, width).
 
-        Under guidance that of the evaluation with a class.
+        Under guidance that of the evaluation with a condition.
+
+        Raises:
+            ValueError: If the backbone shows none.
         """
         return self.branches[-1][1].features
 
@@ -178,24 +226,24 @@ class Prediction:
 
     @property
     def branches(self) -> tuple[tuple[float, Branch], ...]:
-        """Weights and evaluations of which this is the sum: one, or two under guidance."""
+        """Weights and evaluations of which this is the sum: one, or two under guidance.
+
+        Raises:
+            ValueError: If the backbone shows no features.
+        """
         output, aux = self._evaluated
-        w = None if self.condition is None else self.condition.guidance_scale
-        weights = (1.0,) if len(aux) == 1 or w is None else (1.0 - w, w)
-        outputs = aux[1].chunk(2) if len(aux) > 1 else (output,)
+        features = self.denoiser.features_in(aux)
+        weights, outputs = [1.0], [output]
+        if self.condition is not None and "branches" in aux:
+            w = self.condition.guidance_scale
+            weights, outputs = [1.0 - w, w], [*aux["branches"].chunk(2)]
         return tuple(
             (
                 weight,
-                Branch(
-                    self.x_t,
-                    self.t,
-                    self.s,
-                    self.denoiser.x0_hat(self.x_t, self.t, branch),
-                    features,
-                ),
+                Branch(self.x_t, self.t, self.s, self.denoiser.x0_hat(self.x_t, self.t, out), part),
             )
-            for weight, branch, features in zip(
-                weights, outputs, aux[0].chunk(len(weights)), strict=True
+            for weight, out, part in zip(
+                weights, outputs, features.chunk(len(weights)), strict=True
             )
         )
 
@@ -239,13 +287,13 @@ class Prediction:
         return torch.zeros_like(one), one, data
 
     @property
-    def _evaluated(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _evaluated(self) -> tuple[Tensor, dict[str, Tensor]]:
         if "jacobian" in self._kept:
             return self.jacobian.output, self.jacobian.aux
         if "evaluated" not in self._kept:
             with torch.set_grad_enabled(self._records):
                 self._kept["evaluated"] = self.denoiser.evaluate(self.x_t, self.t, self.condition)
-        evaluated: tuple[Tensor, tuple[Tensor, ...]] = self._kept["evaluated"]
+        evaluated: tuple[Tensor, dict[str, Tensor]] = self._kept["evaluated"]
         return evaluated
 
 
@@ -257,8 +305,10 @@ class Denoiser:
     sampling, scoring or training a head.
 
     Attributes:
-        backbone: A ``UNet2DModel`` or ``DiTTransformer2DModel``, or any module with an
-            ``architecture``.
+        backbone: A model of diffusers that :mod:`ocm.diffusion.architectures` lists, compiled or
+            with adapters, distributed or offloaded as it may be; any module with an
+            ``architecture``; or a function (x_t, time) -> output, time what the schedule tells a
+            network, of shape (B,).
         schedule: The noise schedule.
         prediction_type: What the backbone predicts, of :mod:`ocm.diffusion.predictions`.
         architecture: How it is called and where its features are; None finds out by its class.
@@ -286,18 +336,23 @@ class Denoiser:
                 f"the noise says nothing about x0, got the path {self.schedule.name!r}; in a "
                 "scheduler of diffusers that is rescale_betas_zero_snr=True"
             )
+        if not isinstance(self.backbone, nn.Module):
+            if not callable(self.backbone):
+                kind = type(self.backbone).__name__
+                raise TypeError(f"backbone must be a module or a function, got {kind}")
+            object.__setattr__(self, "backbone", FunctionBackbone(self.backbone))
         if self.architecture is None:
             object.__setattr__(self, "architecture", architecture_of(self.backbone))
         try:
-            self.backbone.get_submodule(self._architecture.feature_layer)
+            self._architecture.listener(self.backbone)
         except AttributeError:
             raise ValueError(
                 f"backbone must have the submodule {self._architecture.feature_layer!r}, whose "
-                f"input a head reads; {type(self.backbone).__name__} has none"
+                f"input a head reads; {type(unwrapped(self.backbone)).__name__} has none"
             ) from None
-        config = getattr(self.backbone, "config", None)
+        config = getattr(unwrapped(self.backbone), "config", None)
         channels = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
-        if self._architecture.class_name == "UNet2DModel" and channels[0] != channels[1]:
+        if self._architecture.class_name.startswith("UNet2D") and channels[0] != channels[1]:
             raise ValueError(
                 "backbone must predict one value for every input channel and nothing else, got "
                 f"in_channels = {channels[0]}, out_channels = {channels[1]}"
@@ -314,29 +369,43 @@ class Denoiser:
         return self
 
     def condition(
-        self, labels: Tensor, guidance_scale: float = 1.0, null_label: int | None = None
+        self,
+        labels: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        null_label: int | None = None,
+        *,
+        tensors: Mapping[str, Any] | None = None,
+        null_tensors: Mapping[str, Any] | None = None,
     ) -> Condition:
-        """Return the condition of samples with class labels, guided if the scale is not 1.
+        """Return what samples are conditioned on, guided if the scale is not 1.
 
         Args:
-            labels: int64 of shape (B,), for the batch of a call.
+            labels: Class of each sample, int64 of shape (B,), for the batch of a call.
             guidance_scale: w, 1 for none.
             null_label: The label for no class; for ``DiTTransformer2DModel`` its number of
                 classes, which is the default there.
+            tensors: Further arguments of the backbone, such as ``encoder_hidden_states``
+                (:class:`Condition`).
+            null_tensors: Those of the branch without a condition that differ from ``tensors``.
 
         Raises:
             ValueError: If a label is none of the backbone's, on the CPU; or there is guidance and
-                no null label.
+                nothing that stands for no condition.
         """
         null_label = self.null_label if null_label is None else null_label
-        if self.num_classes is not None and labels.device.type == "cpu" and len(labels):
+        is_known = labels is not None and labels.device.type == "cpu" and len(labels) > 0
+        if labels is not None and is_known and self.num_classes is not None:
             highest = self.num_classes if null_label is None else max(self.num_classes, null_label)
             if int(labels.min()) < 0 or int(labels.max()) > highest:
                 raise ValueError(
                     f"labels must lie in 0 .. {self.num_classes - 1}, got {int(labels.min())} .. "
                     f"{int(labels.max())}"
                 )
-        return Condition(labels.to(self.device), guidance_scale, null_label)
+        device = self.device
+        labels, given, nulls = pytree.tree_map_only(
+            Tensor, lambda x: x.to(device), (labels, dict(tensors or {}), dict(null_tensors or {}))
+        )
+        return Condition(labels, guidance_scale, null_label, given, nulls)
 
     @property
     def takes_labels(self) -> bool:
@@ -346,18 +415,17 @@ class Denoiser:
     @property
     def num_classes(self) -> int | None:
         """How many classes the backbone is trained with, or None for none."""
-        return self._architecture.num_classes(self.backbone)
+        return self._architecture.num_classes(unwrapped(self.backbone))
 
     @property
     def null_label(self) -> int | None:
         """The label that the backbone was trained with for no class, or None."""
-        return self._architecture.null_label(self.backbone)
+        return self._architecture.null_label(unwrapped(self.backbone))
 
     @property
     def device(self) -> torch.device:
-        """Device of the backbone's parameters."""
-        device: torch.device = next(self.backbone.parameters()).device
-        return device
+        """Where the backbone is evaluated: the device of its weights, unless they are offloaded."""
+        return device_of(self.backbone)
 
     def predict(
         self,
@@ -374,7 +442,8 @@ class Denoiser:
             x_t: Shape (B, ...).
             t: One timestep in (0, N], or a tensor of shape (B,); whole on a discrete schedule.
             s: Where the reverse step goes; only :class:`ocm.ImprovedDDPM` looks at it.
-            condition: Labels and guidance (:meth:`condition`), for a backbone that takes them.
+            condition: Labels, tensors and guidance (:meth:`condition`), for a backbone that takes
+                them.
             sample_offset: Number of the first sample.
 
         Raises:
@@ -384,7 +453,7 @@ class Denoiser:
         """
         self.schedule.check(t)
         if condition is not None:
-            condition.repeated(len(x_t))
+            condition.arguments(x_t)  # raises where it does not fit
         records = torch.is_grad_enabled()
         return Prediction(self, x_t, t, s, condition, sample_offset, records)
 
@@ -410,24 +479,31 @@ class Denoiser:
         """
         module = self.backbone if backbone is None else backbone
 
-        def call(x: Tensor, level: Tensor, labels: Tensor | None) -> tuple[Tensor]:
-            return (self._architecture.call(module, x, level, labels),)
+        def call(*arguments: Any, **conditions: Any) -> tuple[Tensor, None]:
+            return self._architecture.call(module, *arguments, **conditions), None
 
         return self._evaluated(call, x_t, t, condition)[0]
 
     def evaluate(
         self, x_t: Tensor, t: float | Tensor, condition: Condition | None = None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the output, and features; under guidance the outputs of both branches too.
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the output, and "features" by name; under guidance both "branches" too.
 
-        Features and outputs of two branches lie one after the other, without a class first.
+        Features and outputs of two branches lie one after the other, without a condition first.
         """
 
-        def call(x: Tensor, level: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-            return self._architecture.call_with_features(self.backbone, x, level, labels)
+        def call(*arguments: Any, **conditions: Any) -> tuple[Tensor, Tensor | None]:
+            return self._architecture.call_with_features(self.backbone, *arguments, **conditions)
 
-        output, *rest = self._evaluated(call, x_t, t, condition)
-        return output, tuple(rest)
+        return self._evaluated(call, x_t, t, condition)
+
+    def features_in(self, aux: Mapping[str, Tensor]) -> Tensor:
+        """Return the features of an evaluation, from what it returned beside its output.
+
+        Raises:
+            ValueError: If the backbone shows none.
+        """
+        return self._architecture.required(aux.get("features"))
 
     def jacobian(
         self,
@@ -512,12 +588,12 @@ class Denoiser:
 
     def _evaluated(
         self,
-        call: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]],
+        call: Callable[..., tuple[Tensor, Tensor | None]],
         x_t: Tensor,
         t: float | Tensor,
         condition: Condition | None,
-    ) -> tuple[Tensor, ...]:
-        """Return the output, and what else ``call`` returns; both branches under guidance."""
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the output, and what goes with it by name; both branches under guidance."""
         self.schedule.check(t)
         x = self._input(x_t, t)
         time = self.schedule.time(torch.as_tensor(t, dtype=torch.float64))
@@ -526,25 +602,32 @@ class Denoiser:
         if time.dim() == 0:
             # Filled on the device, where a copy from the host could not be part of a CUDA graph.
             time = torch.full((len(x),), time.item(), dtype=time.dtype, device=x.device)
-        labels = None if condition is None else condition.repeated(len(x))
-        if condition is None or not condition.is_guided:
-            output, *rest = call(x, time, labels)
-            # Under autocast or in half precision, the output has another type than x_t.
-            return output.to(x_t.dtype), *rest
-        assert labels is not None
-        assert condition.null_label is not None  # checked by Condition
-        nulls = torch.full_like(labels, condition.null_label)
-        outputs, *rest = call(
-            torch.cat([x, x]), torch.cat([time, time]), torch.cat([nulls, labels])
-        )
-        outputs = outputs.to(x_t.dtype)
-        return guided(outputs, condition.guidance_scale), *rest, outputs
+        is_guided = condition is not None and condition.is_guided
+        arguments: tuple[Tensor | None, dict[str, Any]] = (None, {})
+        if condition is not None:
+            arguments = condition.arguments(x)
+            if is_guided:
+                nulls = condition.arguments(x, is_null=True)
+                arguments = pytree.tree_map(_one_after_the_other, nulls, arguments)
+                x, time = torch.cat([x, x]), torch.cat([time, time])
+        labels, tensors = arguments
+        output, features = call(x, time, labels, **tensors)
+        # Under autocast or in half precision, the output has another type than x_t.
+        output = output.to(x_t.dtype)
+        aux = {} if features is None else {"features": features}
+        if condition is not None and is_guided:
+            aux["branches"] = output
+            output = guided(output, condition.guidance_scale)
+        return output, aux
 
     def _input(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         """Return what the network is shown of x_t, in the type of its weights if that is half."""
         scale = self.coefficients(t).input_scale
         if self.prediction_type in PRECONDITIONED:
             x_t = per_sample(scale, x_t) * x_t
-        weights = (p.dtype for p in self.backbone.parameters() if p.is_floating_point())
-        dtype = next(weights, x_t.dtype)
-        return x_t.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x_t
+        return in_type_of(self.backbone, x_t)
+
+
+def _one_after_the_other(first: Any, second: Any) -> Any:
+    is_batch = isinstance(second, Tensor) and second.dim() > 0
+    return torch.cat([first, second]) if is_batch else second

@@ -8,6 +8,8 @@ the unit of its :class:`ocm.Parameterisation`, from the same pass through the ba
     pipeline = DDPMPipeline(unet=model, scheduler=scheduler)
     images = pipeline(num_inference_steps=10).images
 
+Text-to-image works alike, ``StableDiffusionPipeline(unet=model, scheduler=scheduler, ...)``: what
+it conditions on passes through, and guidance combines both halves of the output by its weights.
 ``from_pretrained`` of such a pipeline logs that it expected a ``UNet2DModel``, and works.
 """
 
@@ -28,14 +30,24 @@ from torch import Tensor, nn
 from ocm.checkpoints.weights import CheckpointError, load_weights
 from ocm.covariances.learned.heads import HEADS, make_head
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
-from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
-from ocm.diffusion.architectures import ARCHITECTURES, architecture_of
+from ocm.covariances.learned.parameterisation import Parameterisation
+from ocm.diffusion.architectures import (
+    Architecture,
+    architecture_of,
+    has_adapters,
+    in_type_of,
+    unwrapped,
+)
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of, rebuilt
 from ocm.diffusion.schedules import Schedule, linear
 from ocm.integrations.flow_scheduler import OCMFlowScheduler
 from ocm.integrations.gaussian_steps import CovarianceScheduler
 from ocm.integrations.scheduler import LEARNED, OCMDDIMScheduler, OCMScheduler
+
+# Bounded at every noise level; latents have a standard deviation near 1, images near this one, and
+# the order of magnitude is what matters.
+BOUNDED = Parameterisation(data_std=0.5, positive=True)
 
 
 class CovarianceModel(ModelMixin, ConfigMixin):
@@ -54,6 +66,8 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         positive: Of the same.
         backbone: The backbone itself, in place of one with random weights.
         head: The head itself.
+        has_own_architecture: Whether it is called in a way of its own, which is not saved.
+        architecture: That way.
 
     Raises:
         ValueError: If a class is not known.
@@ -61,8 +75,10 @@ class CovarianceModel(ModelMixin, ConfigMixin):
 
     __module__ = "ocm"  # where pipelines look for it, in a process that imports ocm alone
 
-    # Modules, which are saved as weights.
-    ignore_for_config = ["backbone", "head"]  # noqa: RUF012, as diffusers declares it
+    # Modules, which are saved as weights, and what is not saved.
+    ignore_for_config = ["backbone", "head", "architecture"]  # noqa: RUF012, as diffusers has it
+    # Loaded in half precision, a model keeps the digits of its variances.
+    _keep_in_fp32_modules = ["head"]  # noqa: RUF012
 
     @register_to_config
     def __init__(
@@ -73,26 +89,44 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         head_config: Mapping[str, Any],
         data_std: float | None = None,
         positive: bool = False,
+        has_own_architecture: bool = False,
         backbone: nn.Module | None = None,
         head: nn.Module | None = None,
+        architecture: Architecture | None = None,
     ) -> None:
         super().__init__()
-        if backbone_class not in ARCHITECTURES or head_class not in HEADS:
+        known: Any = getattr(diffusers, backbone_class, None)
+        if (backbone is None and known is None) or head_class not in HEADS:
             raise ValueError(
-                f"backbone_class must be one of {', '.join(ARCHITECTURES)} and head_class one of "
-                f"{', '.join(HEADS)}, got {backbone_class!r} and {head_class!r}"
+                f"backbone_class must be one of diffusers and head_class one of {', '.join(HEADS)},"
+                f" got {backbone_class!r} and {head_class!r}"
             )
         if backbone is None:
-            backbone = getattr(diffusers, backbone_class).from_config(dict(backbone_config))
+            backbone = known.from_config(dict(backbone_config))
         self.backbone: Any = backbone
         self.head: nn.Module = HEADS[head_class](**head_config) if head is None else head
+        self._given_architecture = architecture
 
     @property
     def config(self) -> Any:
         """The backbone's configuration, and this model's own."""
-        backbone = _public(self.backbone.config)
-        out_channels = {"out_channels": 2 * backbone["in_channels"]}
-        return FrozenDict(backbone | out_channels | dict(self._internal_dict))
+        config = _config_of(self.backbone)
+        if "in_channels" in config:
+            config["out_channels"] = 2 * config["in_channels"]
+        return FrozenDict(config | dict(self._internal_dict))
+
+    @property
+    def architecture(self) -> Architecture:
+        """How the backbone is called, and where the head reads.
+
+        Raises:
+            ValueError: If it is one of its own, and was not given to ``from_pretrained``.
+        """
+        if self._internal_dict["has_own_architecture"] and self._given_architecture is None:
+            raise ValueError(
+                "architecture must be given to from_pretrained, that of ocm.attach: it is not saved"
+            )
+        return self._given_architecture or architecture_of(self.backbone)
 
     @property
     def parameterisation(self) -> Parameterisation:
@@ -105,23 +139,25 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         timestep: int | Tensor,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        **conditions: Any,
     ) -> UNet2DOutput | tuple[Tensor]:
         """Return the prediction and the ratio of the variance, by one pass through the backbone.
 
         The head reads detached features: its gradients do not reach the backbone.
 
         Args:
-            sample: x_t, shape (B, C, ...).
-            timestep: diffusers' timestep t - 1 in 0 .. N-1: a number, or a tensor of shape (),
-                (1,) or (B,).
+            sample: x_t, shape (B, C, ...); a backbone in half precision is shown it in that.
+            timestep: diffusers' timestep, t - 1 of betas: a number, or a tensor of shape (), (1,)
+                or (B,).
             class_labels: Class of each sample, for a backbone that takes them.
             return_dict: Whether to return an output with ``sample``, shape (B, 2C, ...), rather
-                than a tuple.
+                than a tuple; both in the type of ``sample``.
+            conditions: What else the backbone takes, ``encoder_hidden_states`` say.
 
         Raises:
             ValueError: If the timesteps are neither one nor one for each sample.
         """
-        architecture = architecture_of(self.backbone)
+        architecture = self.architecture
         timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         if len(timesteps) not in (1, len(sample)):
             raise ValueError(
@@ -129,10 +165,14 @@ class CovarianceModel(ModelMixin, ConfigMixin):
                 f"{len(timesteps)}"
             )
         prediction, features = architecture.call_with_features(
-            self.backbone, sample, timesteps.expand(len(sample)), class_labels
+            self.backbone,
+            in_type_of(self.backbone, sample),
+            timesteps.expand(len(sample)),
+            class_labels,
+            **{name: value for name, value in conditions.items() if value is not None},
         )
-        ratio = self.parameterisation.ratio(self.head(features))
-        both = torch.cat([prediction, ratio.to(prediction)], dim=1)
+        ratio = self.parameterisation.ratio(self.head(architecture.required(features)))
+        both = torch.cat([prediction.to(sample), ratio.to(sample)], dim=1)
         return UNet2DOutput(both) if return_dict else (both,)
 
     def denoiser(self, schedule: Schedule | Any, prediction_type: str | None = None) -> Denoiser:
@@ -147,7 +187,9 @@ class CovarianceModel(ModelMixin, ConfigMixin):
             if prediction_type is None:
                 prediction_type = prediction_type_of(schedule)
             schedule = from_scheduler(schedule)
-        return Denoiser(self.backbone, schedule, prediction_type or "epsilon").freeze()
+        return Denoiser(
+            self.backbone, schedule, prediction_type or "epsilon", self.architecture
+        ).freeze()
 
     def covariance(
         self, schedule: Schedule | Any, prediction_type: str | None = None, **options: Any
@@ -198,11 +240,48 @@ class CovarianceModel(ModelMixin, ConfigMixin):
             )
         return made  # type: ignore[no-any-return]
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Save weights and configuration; the arguments are those of diffusers.
+
+        Of a compiled or distributed backbone the module inside is saved.
+
+        Raises:
+            ValueError: If the backbone has adapters that are not merged, or is of no class of
+                diffusers: it could not be loaded again.
+        """
+        called, backbone = self.backbone, unwrapped(self.backbone)
+        if has_adapters(backbone):
+            raise ValueError(
+                "backbone has adapters, with which it cannot be loaded again: merge them by "
+                "backbone.fuse_lora() and backbone.unload_lora(), or by merge_and_unload() of a "
+                "peft model, and save then; save_lora_adapter() saves them on their own"
+            )
+        kind = type(backbone)
+        if getattr(diffusers, kind.__name__, None) is not kind:
+            raise ValueError(
+                f"backbone must be of a class of diffusers to be loaded again, got {kind.__name__};"
+                " save its state_dict() and that of the head yourself"
+            )
+        self.backbone = backbone
+        try:
+            super().save_pretrained(save_directory, **options)
+        finally:
+            self.backbone = called
+
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        architecture: Architecture | None = None,
+        **options: Any,
     ) -> Any:
-        """Load a model that ``save_pretrained`` wrote; the arguments are those of diffusers.
+        """Load a model that ``save_pretrained`` wrote; the other arguments are those of diffusers.
+
+        Args:
+            pretrained_model_name_or_path: Where it is.
+            architecture: That which :func:`attach` was given, which is not saved.
+            options: Of diffusers.
 
         Raises:
             ValueError: If the file lacks a weight or has one too many, where diffusers would warn
@@ -218,6 +297,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
                     f"{pretrained_model_name_or_path} holds the weights of another model: "
                     f"{problem} {sorted(map(str, info[problem]))[:3]}"
                 )
+        model._given_architecture = architecture
         return (model, info) if wants_info else model
 
 
@@ -226,19 +306,23 @@ def attach(
     head: nn.Module | str | os.PathLike[str] | None = None,
     *,
     kind: str = "simple",
-    parameterisation: Parameterisation = PAPER,
+    parameterisation: Parameterisation = BOUNDED,
+    architecture: Architecture | None = None,
 ) -> CovarianceModel:
     """Return a diffusion model that states its covariance beside its prediction.
 
     Args:
-        model: ``UNet2DModel`` or ``DiTTransformer2DModel``, which becomes a part of what is
-            returned.
-        head: A trained head of :mod:`ocm.covariances.learned.heads`, moved to the device and dtype
-            of the model; or a safetensors file with its weights; or None for an untrained one,
-            which states the unit itself (ratio 1) until :func:`ocm.train_head` has seen it.
+        model: One of :mod:`ocm.diffusion.architectures`, which becomes a part of what is returned,
+            compiled or with adapters as it may be.
+        head: A trained head of :mod:`ocm.covariances.learned.heads`, moved to the device of the
+            model; or a safetensors file with its weights; or None for an untrained one,
+            which states the unit itself (ratio 1) until :func:`ocm.train_head` has seen it. Its
+            float32 stays, whatever the type of the model.
         kind: The kind of head, "simple" or "residual", where ``head`` is a file or None.
-        parameterisation: What the head's output means: that of its training. The
-            :class:`ocm.OCMScheduler` needs its ``data_std`` (:meth:`CovarianceModel.scheduler`).
+        parameterisation: What the head's output means: that of its training, for which the default
+            is a good choice. The :class:`ocm.OCMScheduler` needs its ``data_std``
+            (:meth:`CovarianceModel.scheduler`).
+        architecture: How the model is called, for one that is not listed; then with a ``head``.
 
     Returns:
         The model, in eval mode.
@@ -259,7 +343,8 @@ def attach(
         'epsilon'
     """
     # The denoiser checks the model; its schedule plays no part in it.
-    denoiser = Denoiser(model, linear())
+    denoiser = Denoiser(model, linear(), architecture=architecture)
+    model = denoiser.backbone
     if isinstance(head, nn.Module):
         chosen: Any = head
     else:
@@ -267,18 +352,21 @@ def attach(
         if head is not None:
             load_weights(chosen, Path(head))
     attached = CovarianceModel(
-        backbone_class=type(model).__name__,
-        backbone_config=_public(model.config),
+        backbone_class=type(unwrapped(model)).__name__,
+        backbone_config=_config_of(model),
         head_class=type(chosen).__name__,
         head_config=getattr(chosen, "config", {}),
         backbone=model,
-        head=chosen.to(device=denoiser.device, dtype=next(model.parameters()).dtype),
+        head=chosen.to(denoiser.device),
+        has_own_architecture=architecture is not None,
+        architecture=architecture,
         **parameterisation.to_json(),
     )
     evaluated: CovarianceModel = attached.eval()
     return evaluated
 
 
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a constructor takes of a configuration of diffusers."""
+def _config_of(backbone: Any) -> dict[str, Any]:
+    """Return what the constructor takes of the configuration of a model of diffusers."""
+    config: Mapping[str, Any] = getattr(unwrapped(backbone), "config", {})
     return {name: value for name, value in config.items() if not name.startswith("_")}

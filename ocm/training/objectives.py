@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ocm.covariances.learned.base import LearnedCovariance
+from ocm.diffusion.architectures import has_adapters
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import chosen, noisy
 from ocm.diffusion.predictions import target
@@ -66,6 +67,9 @@ def train_denoiser(
 ) -> list[float]:
     """Train the backbone to predict the noise, x0 or v, and freeze it.
 
+    Where some of its parameters require gradients and others do not, as with adapters on a frozen
+    model, those that do are trained; else all are.
+
     Args:
         denoiser: Its backbone is trained in place and left in eval mode, without gradients.
         images: Training data, shape (n, ...), in [-1, 1] for images.
@@ -82,6 +86,7 @@ def train_denoiser(
 
     Raises:
         FloatingPointError: If the loss is not finite.
+        ValueError: If the backbone has adapters, and no parameter requires gradients.
     """
 
     def loss(
@@ -97,7 +102,7 @@ def train_denoiser(
             backbone=module,
         )
 
-    denoiser.backbone.requires_grad_(True)
+    _choose_parameters(denoiser.backbone)
     losses = train(
         "denoiser",
         denoiser.backbone,
@@ -198,7 +203,7 @@ def _details(covariance: LearnedCovariance, images: Tensor | ImageSource) -> dic
         **plain,
         **covariance.parameterisation.to_json(),
         "probes": repr(getattr(covariance, "probes", None)),
-        "denoiser": _digest(covariance.denoiser.backbone.state_dict().values()),
+        "denoiser": _digest(_weights(covariance.denoiser.backbone)),
         **_told_apart_by(covariance.denoiser, images),
     }
 
@@ -211,6 +216,27 @@ def _told_apart_by(denoiser: Denoiser, images: Tensor | ImageSource) -> dict[str
         "schedule": _digest([denoiser.schedule.log_alpha_bar]),
         "images": _digest([some]),
     }
+
+
+def _choose_parameters(backbone: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in backbone.parameters()):
+        if has_adapters(backbone):
+            raise ValueError(
+                "denoiser must say which weights of a backbone with adapters are to be trained, "
+                "and none requires gradients: call requires_grad_() on those of the adapter"
+            )
+        backbone.requires_grad_(True)
+
+
+def _weights(backbone: nn.Module) -> list[Tensor]:
+    """Return the tensors of a state, those that accelerate holds elsewhere too."""
+    weights = backbone.state_dict()
+    if any(weight.is_meta for weight in weights.values()):
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+        stored = get_state_dict_offloaded_model(backbone)
+        return [stored[name] for name in weights]
+    return list(weights.values())
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

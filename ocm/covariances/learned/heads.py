@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ocm.diffusion.architectures import unwrapped
 from ocm.diffusion.denoiser import Denoiser
 
 
@@ -46,7 +47,7 @@ class CovarianceHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
-        features = _for_group_norm(features.to(self.conv.weight))
+        features = _for_group_norm(features.to(self.conv.weight.dtype))
         with _outside_autocast(features):
             o: Tensor = self.conv(functional.silu(self.norm(features)))
         return o
@@ -85,7 +86,7 @@ class ResidualHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
-        features = _for_group_norm(features.to(self.head.conv.weight))
+        features = _for_group_norm(features.to(self.head.conv.weight.dtype))
         with _outside_autocast(features):
             o: Tensor = self.head(features + self.second(self.first(features)))
         return o
@@ -130,7 +131,7 @@ class TokenHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from the tokens (B, n, width) of a square."""
-        tokens = tokens.to(self.out.weight)
+        tokens = tokens.to(self.out.weight.dtype)
         with _outside_autocast(tokens):
             if self.block is not None:
                 tokens = tokens + self.block(tokens)
@@ -175,16 +176,20 @@ def _token_head(dit: Any, residual: bool) -> nn.Module:
     return TokenHead(dit.inner_dim, dit.config.in_channels, dit.config.patch_size, residual)
 
 
+_IMAGE_HEADS = {
+    "simple": partial(_image_head, CovarianceHead),
+    "residual": partial(_image_head, ResidualHead),
+}
+_TOKEN_HEADS = {
+    "simple": partial(_token_head, residual=False),
+    "residual": partial(_token_head, residual=True),
+}
 # The kinds of heads that fit a backbone, by the class of the backbone.
 KINDS: dict[str, Mapping[str, Callable[[Any], nn.Module]]] = {
-    "UNet2DModel": {
-        "simple": partial(_image_head, CovarianceHead),
-        "residual": partial(_image_head, ResidualHead),
-    },
-    "DiTTransformer2DModel": {
-        "simple": partial(_token_head, residual=False),
-        "residual": partial(_token_head, residual=True),
-    },
+    "UNet2DModel": _IMAGE_HEADS,
+    "UNet2DConditionModel": _IMAGE_HEADS,
+    "DiTTransformer2DModel": _TOKEN_HEADS,
+    "PixArtTransformer2DModel": _TOKEN_HEADS,
 }
 
 
@@ -204,10 +209,11 @@ def make_head(denoiser: Denoiser, kind: str = "simple", *, seed: int = 0) -> nn.
     if name not in KINDS:
         raise ValueError(
             f"denoiser must have a backbone of {', '.join(KINDS)} for a head to be made, got "
-            f"{name}; make one that reads its features, and hand it to the covariance"
+            f"{name}; give a head that fits its features, ocm.CovarianceHead(in_channels, "
+            "out_channels, num_groups) or ocm.TokenHead(width, out_channels, patch_size) say"
         )
     if kind not in KINDS[name]:
         raise ValueError(f"kind must be one of {', '.join(KINDS[name])}, got {kind!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return KINDS[name][kind](denoiser.backbone).to(denoiser.device)
+        return KINDS[name][kind](unwrapped(denoiser.backbone)).to(denoiser.device)

@@ -86,7 +86,7 @@ class OptimalCovarianceMatching(Covariance):
         # By a plain loop: in reverse mode one evaluation, whose features the head reads.
         J = denoiser.jacobian(x_t, t, condition, mode=self.mode, batching="loop")
         products = J.products(v)
-        ratio = self.parameterisation.ratio((head or self.head)(J.aux[0]))
+        ratio = self.parameterisation.ratio((head or self.head)(denoiser.features_in(J.aux)))
 
         unit = self.parameterisation.scale(schedule, t, x_t)
         c, k = (number / unit for number in denoiser.covariance_coefficients(t, x_t))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DModel
 from safetensors.torch import load_file, save_file
+from small_backbone import ARCHITECTURE, small_backbone, small_head
 
 import ocm
 from ocm.integrations.attached import CovarianceModel
@@ -73,9 +74,6 @@ def test_the_output_is_the_prediction_and_the_variance_in_its_unit(name, kind):
     with torch.no_grad():
         output = model(x, t - 1, class_labels=labels).sample
     assert passes == [1]
-    assert not model.backbone.get_submodule(
-        "conv_norm_out" if name == "unet" else "norm_out"
-    )._forward_pre_hooks
 
     scheduler = DDPMScheduler()
     covariance = model.covariance(scheduler)
@@ -114,12 +112,17 @@ def test_saved_and_loaded_it_is_the_same_model(name, tmp_path, caplog):
     ]
     half = CovarianceModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
-    assert half(x.bfloat16(), 9, labels).sample.dtype == torch.bfloat16
+    assert half.backbone.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in half.head.parameters()} == {torch.float32}
+    for like in (x, x.bfloat16()):
+        stated = half(like, 9, labels).sample
+        assert stated.dtype == like.dtype
+        torch.testing.assert_close(stated.float(), model(x, 9, labels).sample, atol=0.1, rtol=0.1)
     assert not caplog.records
 
 
 def test_the_papers_unit_survives_json(tmp_path):
-    attached("unet").save_pretrained(tmp_path)
+    attached("unet", parameterisation=ocm.PAPER).save_pretrained(tmp_path)
     loaded, info = CovarianceModel.from_pretrained(tmp_path, output_loading_info=True)
     assert loaded.parameterisation == ocm.PAPER
     assert not info["missing_keys"]
@@ -143,6 +146,102 @@ def test_files_that_lack_weights_are_refused(tmp_path, change, message):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
         CovarianceModel.from_pretrained(tmp_path)
+
+
+def test_models_that_were_saved_before_keep_their_units(tmp_path):
+    """Without entries that are new, as the version before wrote them."""
+    attached("unet", parameterisation=ocm.PAPER).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["has_own_architecture"]
+    file.write_text(json.dumps(config))
+    assert CovarianceModel.from_pretrained(tmp_path).parameterisation == ocm.PAPER
+
+
+def test_its_variance_is_bounded_unless_it_is_told_otherwise():
+    model = ocm.attach(make_backbone("unet"))
+    assert model.parameterisation == ocm.Parameterisation(data_std=0.5, positive=True)
+    covariance = model.covariance(DDPMScheduler())
+    variance = covariance.at(covariance.denoiser.predict(inputs(), 1000)).diagonal()
+    torch.testing.assert_close(variance, torch.full_like(variance, 0.25), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_model_gets_a_head_in_float32(dtype):
+    model = ocm.attach(make_backbone("unet").to(dtype))
+    assert {parameter.dtype for parameter in model.head.parameters()} == {torch.float32}
+    assert model.dtype == dtype
+    assert model(inputs(), 999.5).sample.dtype == torch.float32
+    covariance = model.covariance(DDPMScheduler())
+    assert ocm.sample(covariance.denoiser, covariance, (2, 2, 4, 4), 3).isfinite().all()
+
+
+def test_compiled_it_is_one_graph():
+    torch.compiler.reset()
+    model = attached("unet")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for x in (inputs(), inputs() + 1):
+        torch.testing.assert_close(compiled(x, 9).sample, model(x, 9).sample)
+
+
+def test_a_compiled_backbone_is_saved_as_what_it_was(tmp_path):
+    torch.compiler.reset()
+    backbone = make_backbone("unet")
+    expected = ocm.attach(backbone)(inputs(), 9).sample
+    model = ocm.attach(torch.compile(backbone, backend="eager"))
+    called = model.backbone
+    assert model.config.in_channels == 2
+    torch.testing.assert_close(model(inputs(), 9).sample, expected)
+    model.save_pretrained(tmp_path)
+    assert model.backbone is called
+    loaded = CovarianceModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(inputs(), 9).sample, expected)
+
+
+def test_adapters_are_merged_before_a_model_is_saved(tmp_path):
+    backbone = make_backbone("unet")
+    layer = backbone.conv_in
+    backbone.conv_in = torch.nn.Sequential()  # as peft has it: a layer around another
+    backbone.conv_in.add_module("base_layer", layer)
+    model = ocm.attach(backbone)
+    model(inputs(), 9)
+    with pytest.raises(ValueError, match=r"fuse_lora\(\) and backbone.unload_lora\(\)"):
+        model.save_pretrained(tmp_path)
+    backbone.conv_in = layer
+    model.save_pretrained(tmp_path)
+    loaded = CovarianceModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(inputs(), 9).sample, model(inputs(), 9).sample)
+
+
+def _negated(backbone, x, time, labels):
+    return -backbone(x, time).sample
+
+
+def test_a_model_that_is_called_in_its_own_way(tmp_path):
+    """Some backbones of diffusers put out the negative of what others do."""
+    architecture = ocm.Architecture("Negated", "conv_norm_out", _negated)
+    backbone = make_backbone("unet")
+    head = ocm.make_head(ocm.Denoiser(backbone, ocm.linear()))
+    model = ocm.attach(backbone, head, architecture=architecture)
+    output = model(inputs(), 9).sample
+    torch.testing.assert_close(output[:, :2], -backbone(inputs(), 9).sample)
+    assert model.denoiser(ocm.linear()).architecture is architecture
+    with pytest.raises(ValueError, match="give a head that fits its features"):
+        ocm.attach(backbone, architecture=architecture)
+    model.save_pretrained(tmp_path)
+    loaded = CovarianceModel.from_pretrained(tmp_path, architecture=architecture)
+    assert torch.equal(loaded(inputs(), 9).sample, output)
+    with pytest.raises(ValueError, match="architecture must be given to from_pretrained"):
+        CovarianceModel.from_pretrained(tmp_path)(inputs(), 9)
+
+
+def test_a_model_of_ones_own_is_attached_and_not_saved(tmp_path):
+    model = ocm.attach(small_backbone(), small_head(), architecture=ARCHITECTURE)
+    assert model(inputs(), 9).sample.shape == (2, 4, 4, 4)
+    covariance = model.covariance(DDPMScheduler())
+    assert ocm.sample(covariance.denoiser, covariance, (2, 2, 4, 4), 2).isfinite().all()
+    with pytest.raises(ValueError, match="of a class of diffusers to be loaded again, got Small"):
+        model.save_pretrained(tmp_path)
 
 
 def test_what_pipelines_read():
