@@ -4,6 +4,7 @@ ocm.json                    what this is: schedule, data, learned covariances
 denoiser/                   the backbone, as diffusers' save_pretrained writes it
 heads/NAME.safetensors      the head of each learned covariance
 tables.json                 numbers by timestep: analytic variances, calibrations
+data_covariance.safetensors for paths without signal at N: the covariance of the data
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ocm.checkpoints.weights import CheckpointError, load_model, load_weights
 from ocm.covariances import Analytic, LearnedCovariance
@@ -31,6 +32,7 @@ from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
 from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas
 from ocm.diffusion.tables import Table
 
+_DATA_COVARIANCE = "data_covariance.safetensors"
 _FORMAT = {"format": "ocm-checkpoint", "version": 2}
 
 
@@ -103,6 +105,10 @@ def save(
         "num_calibration": checkpoint.num_calibration,
         "learned": {},
     }
+    (directory / _DATA_COVARIANCE).unlink(missing_ok=True)
+    if denoiser.data_covariance is not None:
+        values = torch.as_tensor(denoiser.data_covariance).contiguous()
+        save_file({"data_covariance": values}, directory / _DATA_COVARIANCE)
     for name, covariance in checkpoint.learned.items():
         head: Any = covariance.head
         save_file(head.state_dict(), directory / "heads" / f"{name}.safetensors")
@@ -152,7 +158,12 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     backbone = load_backbone(directory / "denoiser").to(device)
     with _naming_entries_of(file):
         schedule = _schedule(description["schedule"])
-        denoiser = Denoiser(backbone, schedule, description["prediction_type"]).freeze()
+        denoiser = Denoiser(
+            backbone,
+            schedule,
+            description["prediction_type"],
+            data_covariance=_data_covariance(directory),
+        ).freeze()
         channels, height, width = description["image_shape"]
         if channels != backbone.config.in_channels:
             raise ValueError(
@@ -197,6 +208,22 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         covariance.head.to(device).eval().requires_grad_(False)
     analytic = {name: Analytic(denoiser, table) for name, table in scaled.items()}
     return replace(checkpoint, analytic=analytic, calibrations=weights)
+
+
+def _data_covariance(directory: Path) -> Tensor | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = directory / _DATA_COVARIANCE
+    if not file.exists():
+        return None
+    try:
+        tensor: Tensor = load_file(file)["data_covariance"]
+    except (KeyError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{file} holds NaN or infinite values")
+    return tensor
 
 
 def load_denoiser(path: str | Path, device: torch.device | str = "cpu") -> Denoiser:

@@ -37,7 +37,7 @@ def sample(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps K.")] = 10,
     spacing: Annotated[
-        Literal["even", "quadratic", "optimal"],
+        Literal["even", "trailing", "leading", "quadratic", "optimal"],
         typer.Option(
             help="Which timesteps; the optimal ones by dynamic programming on the analytic "
             "variances that `ocm calibrate` fitted."
@@ -157,11 +157,17 @@ def sample(
 
 def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
     """Return the K timesteps of the option --spacing."""
-    from ocm.diffusion.timesteps import even_timesteps, optimal_timesteps, quadratic_timesteps
+    from ocm.diffusion import timesteps
 
     schedule = loaded.denoiser.schedule
-    if spacing != "optimal":
-        return (even_timesteps if spacing == "even" else quadratic_timesteps)(schedule, steps)
+    spacings = {
+        "even": timesteps.even_timesteps,
+        "trailing": timesteps.trailing_timesteps,
+        "leading": timesteps.leading_timesteps,
+        "quadratic": timesteps.quadratic_timesteps,
+    }
+    if spacing in spacings:
+        return spacings[spacing](schedule, steps)
     # From data, since near t = N the one from the score needs many images to be told from zero.
     if "analytic_data" not in loaded.analytic:
         raise ValueError(
@@ -169,7 +175,7 @@ def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
             "`ocm calibrate` fits them"
         )
     variances = loaded.analytic["analytic_data"].variances(loaded.x0_range)
-    return optimal_timesteps(schedule, variances, steps)
+    return timesteps.optimal_timesteps(schedule, variances, steps)
 
 
 def _gathered(images: Tensor, processes: int) -> Tensor:

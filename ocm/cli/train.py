@@ -73,13 +73,19 @@ def train(
         int, typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8.")
     ] = 32,
     schedule: Annotated[
-        Literal["linear", "cosine"],
-        typer.Option(help="Noise schedule of a new denoiser, N = 1000."),
+        Literal["linear", "cosine", "vp", "flow", "edm", "trigflow"],
+        typer.Option(
+            help="Path of a new denoiser, N = 1000: discrete noise schedules, vp in continuous "
+            "time, flow matching, EDM's or TrigFlow's."
+        ),
     ] = "cosine",
     prediction_type: Annotated[
-        Literal["epsilon", "sample", "v_prediction"],
-        typer.Option(help="What a new denoiser predicts; epsilon is the noise."),
-    ] = "epsilon",
+        Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm", "trigflow"] | None,
+        typer.Option(
+            help="What a new denoiser predicts. Default: that of the path's family; epsilon, the "
+            "noise, for linear, cosine and vp."
+        ),
+    ] = None,
     class_conditional: Annotated[
         bool,
         typer.Option(

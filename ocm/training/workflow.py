@@ -23,6 +23,10 @@ from ocm.training.settings import TrainingSettings
 from ocm.training.small_unet import small_unet
 
 _NUM_TIMESTEPS = 1000
+# What networks of a path predict, where that is not the noise.
+_USUAL = {"flow": "flow_prediction", "edm": "edm", "trigflow": "trigflow"}
+# Images that tell the variance of the data.
+_TELLING = 1000
 # Most images that are kept from training where no number is given.
 _MAX_HELD_BACK = 1000
 
@@ -34,8 +38,8 @@ class NewDenoiser:
     Attributes:
         training: Settings of its loop.
         width: Channels of the U-Net, a multiple of 8.
-        schedule: Name of the noise schedule, of 1000 timesteps.
-        prediction_type: What it predicts.
+        schedule: Name of the path, of 1000 timesteps.
+        prediction_type: What it predicts; None for what the path's family does.
         hold_out: Training images, the last ones, that nothing is trained on; None for a tenth, at
             most 1000.
         class_conditional: Whether it takes the classes of the images.
@@ -44,7 +48,7 @@ class NewDenoiser:
     training: TrainingSettings
     width: int = 32
     schedule: str = "cosine"
-    prediction_type: str = "epsilon"
+    prediction_type: str | None = None
     hold_out: int | None = None
     class_conditional: bool = False
 
@@ -133,7 +137,8 @@ def train_checkpoint(
             images.shape, width=start.width, seed=start.training.seed, num_classes=num_classes
         )
         schedule = SCHEDULES[start.schedule](_NUM_TIMESTEPS)
-        denoiser = Denoiser(unet.to(device), schedule, start.prediction_type)
+        kind = start.prediction_type or _USUAL.get(start.schedule, "epsilon")
+        denoiser = Denoiser(unet.to(device), schedule, kind)
         losses = train_denoiser(
             denoiser,
             shown.train,
@@ -153,10 +158,11 @@ def train_checkpoint(
         record["denoiser"] = asdict(start.training) | {
             "width": start.width,
             "schedule": start.schedule,
-            "prediction_type": start.prediction_type,
+            "prediction_type": kind,
             "num_classes": num_classes,
         }
         record["denoiser_loss"] = mean_of_last(losses)
+    base = replace(base, denoiser=_knowing_its_data(base.denoiser, shown))
     learned, head_losses = dict(base.learned), {}
     for name in dict.fromkeys(heads.names):
         learned[name] = _untrained(name, base.denoiser, images, heads)
@@ -181,11 +187,19 @@ def train_checkpoint(
     return replace(base, learned=learned, calibrations=tables), record
 
 
+def _knowing_its_data(denoiser: Denoiser, images: Images) -> Denoiser:
+    """Return the denoiser with variances of its data, where x_N does not tell them."""
+    N = denoiser.schedule.num_timesteps
+    if denoiser.data_covariance is not None or denoiser.schedule.has_signal(N):
+        return denoiser
+    return replace(denoiser, data_covariance=images.train[:_TELLING].var(dim=0))
+
+
 def _untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -> LearnedCovariance:
     """Return a learned covariance whose units are those of these images, but for the papers'."""
     units = PAPER
     if heads.parameterisation != "paper":
-        std = images.train[:1000].std().item()
+        std = images.train[:_TELLING].std().item()
         units = Parameterisation(round(std, 4), positive=heads.parameterisation == "positive")
     options: dict[str, Any] = {}
     if name == "ocm":

@@ -78,6 +78,38 @@ def test_train_from_scratch_and_on_a_denoiser_that_exists(invoke, tmp_path):
     assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"), [("flow", "flow_prediction"), ("edm", "edm"), ("trigflow", "trigflow")]
+)
+def test_a_model_of_another_path_from_training_to_scores(invoke, tmp_path, path, kind):
+    out, quiet = tmp_path / path, ("--device", "cpu", "--quiet")
+    steps = ("--denoiser-steps", 3, "--head-steps", 2, "--batch-size", 4)
+    answer = invoke("train", "--out", out, "--schedule", path, *steps, *quiet)
+    assert answer.exit_code == 0, answer.output
+    loaded = checkpoints.load(out)
+    schedule = loaded.denoiser.schedule
+    assert (schedule.name, loaded.denoiser.prediction_type) == (path, kind)
+    knows = loaded.denoiser.data_covariance is not None
+    assert knows == (path != "edm")  # whose x_N tells a little of x0
+    answer = invoke("calibrate", out, "--num-images", 8, "--steps", 3, *quiet)
+    assert answer.exit_code == 0, answer.output
+    for name in ("ocm", "hutchinson", "analytic"):
+        answer = invoke(
+            "sample", out, "--out", tmp_path / name, "--covariance", name, "--num-images", 2,
+            "--steps", 3, "--spacing", "trailing", *quiet,
+        )  # fmt: skip
+        assert answer.exit_code == 0, answer.output
+        timesteps = json.loads((tmp_path / name / "samples.json").read_text())["timesteps"]
+        assert timesteps == pytest.approx([1000 / 3, 2000 / 3, 1000])
+    answer = invoke(
+        "evaluate", out, "--out", tmp_path / "scores", "--covariance", "ocm", "--covariance",
+        "exact", "--steps", 3, "--num-images", 2, *quiet,
+    )  # fmt: skip
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "scores" / "evaluation.json").read_text())
+    assert record["nll_bits_per_dim"]["exact"]["3"] > 0
+
+
 @pytest.fixture(scope="module")
 def trained(invoke, tmp_path_factory):
     """A checkpoint with every head, none of which has learned much, and its calibration."""
