@@ -22,7 +22,10 @@ FLOORS = (
 ENTRANCES = {"ocm", "ocm.__main__"}
 PUBLIC = {module.__name__: set(module.__all__) for module in (hessdiag, hessdiag.kernels)}
 MOST_FILES = 12
-MOST_LINES = 9_500
+# What trains, stores, scores and commands is a rig around the method, and stays small.
+RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
+MOST_LINES_OF_THE_RIG = 4_800
+MOST_LINES = 12_100
 
 
 def sources_of(folder, package):
@@ -193,7 +196,10 @@ def test_folders_of_ocm_are_easy_to_survey():
 
 
 def test_ocm_stays_thin():
-    assert sum(len(text.splitlines()) for text in LAYER.values()) <= MOST_LINES
+    lines = {name: len(text.splitlines()) for name, text in LAYER.items()}
+    assert sum(lines.values()) <= MOST_LINES
+    rig = [count for name, count in lines.items() if f"{name}.".split(".")[1] in RIG]
+    assert sum(rig) <= MOST_LINES_OF_THE_RIG
 
 
 # The checks, on houses that are made up
