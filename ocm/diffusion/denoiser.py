@@ -469,7 +469,8 @@ class Denoiser:
 
         Args:
             x_t: As in :meth:`predict`.
-            t: As in :meth:`predict`.
+            t: As in :meth:`predict`; but a network that is shown x_t itself may also be asked
+                between the timesteps of a discrete schedule, as samplers of diffusers do.
             condition: As in :meth:`predict`.
             backbone: Called in place of the denoiser's own: the same, wrapped for training.
 
@@ -477,6 +478,7 @@ class Denoiser:
             TypeError: As :meth:`predict`.
             ValueError: As :meth:`predict`.
         """
+        self.schedule.check(t, between=self.prediction_type not in PRECONDITIONED)
         module = self.backbone if backbone is None else backbone
 
         def call(*arguments: Any, **conditions: Any) -> tuple[Tensor, None]:
@@ -491,6 +493,8 @@ class Denoiser:
 
         Features and outputs of two branches lie one after the other, without a condition first.
         """
+
+        self.schedule.check(t)
 
         def call(*arguments: Any, **conditions: Any) -> tuple[Tensor, Tensor | None]:
             return self._architecture.call_with_features(self.backbone, *arguments, **conditions)
@@ -594,11 +598,13 @@ class Denoiser:
         condition: Condition | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the output, and what goes with it by name; both branches under guidance."""
-        self.schedule.check(t)
         x = self._input(x_t, t)
         time = self.schedule.time(torch.as_tensor(t, dtype=torch.float64))
-        if time.is_floating_point():
+        is_between = torch.as_tensor(t).is_floating_point()
+        if self.schedule.is_continuous or is_between:
             time = time.to(full_precision(x_t[:0]).dtype)
+        else:
+            time = time.long()
         if time.dim() == 0:
             # Filled on the device, where a copy from the host could not be part of a CUDA graph.
             time = torch.full((len(x),), time.item(), dtype=time.dtype, device=x.device)
@@ -622,9 +628,8 @@ class Denoiser:
 
     def _input(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         """Return what the network is shown of x_t, in the type of its weights if that is half."""
-        scale = self.coefficients(t).input_scale
         if self.prediction_type in PRECONDITIONED:
-            x_t = per_sample(scale, x_t) * x_t
+            x_t = per_sample(self.coefficients(t).input_scale, x_t) * x_t
         return in_type_of(self.backbone, x_t)
 
 

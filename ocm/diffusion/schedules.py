@@ -150,10 +150,14 @@ class Schedule:
         """
         return per_sample(self.alpha(t), x0) * x0 + per_sample(self.sigma(t), x0) * noise
 
-    def check(self, t: float | Tensor) -> None:
+    def check(self, t: float | Tensor, *, between: bool = False) -> None:
         """Raise unless t are timesteps of noise: in (0, N], and whole on a discrete path.
 
         Tensors on a GPU are not looked at, since they would have to be waited for.
+
+        Args:
+            t: The timesteps.
+            between: Whether they may lie between those of a discrete path.
 
         Raises:
             TypeError: If t is neither a number nor a tensor, or not whole.
@@ -162,16 +166,15 @@ class Schedule:
         if isinstance(t, Tensor):
             if t.device.type != "cpu":
                 return
-            is_whole = not t.is_floating_point()
+            is_whole = not t.is_floating_point() or bool((t == t.round()).all())
             lowest, highest = (t.min().item(), t.max().item()) if t.numel() else (1, 1)
         elif isinstance(t, (int, float)):
-            is_whole, lowest, highest = isinstance(t, int), t, t
+            is_whole, lowest, highest = t == int(t), t, t
         else:
             raise TypeError(f"t must be a number or a tensor, got {type(t).__name__}")
-        if not (self.is_continuous or is_whole):
+        if not (self.is_continuous or is_whole or between):
             raise TypeError(
-                f"t must be an int or an int64 tensor on the discrete schedule {self.name!r}, got "
-                f"{t.dtype if isinstance(t, Tensor) else t}"
+                f"t must be whole on the discrete schedule {self.name!r}, got {lowest} .. {highest}"
             )
         if not (0 < lowest and highest <= self.num_timesteps):
             first = "(0," if self.is_continuous else "1 .."
@@ -216,7 +219,7 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
         alpha, sigma = (table.to(t.device)[t.long()] for table in tables)
         return alpha, sigma
 
-    return Schedule(name, len(betas), scales, lambda t: t.long() - 1, is_continuous=False)
+    return Schedule(name, len(betas), scales, lambda t: t - 1, is_continuous=False)
 
 
 def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:

@@ -113,7 +113,7 @@ def test_its_noising_is_its_own(name):
             ),
             "flow_prediction",
         ),
-        ({"prediction_type": "sample"}, "sample"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "sample"}, "sample"),
     ],
 )
 def test_prediction_types(scheduler, expected):
@@ -157,9 +157,14 @@ def test_tables_of_its_own_are_refused():
     ("given", "message"),
     [
         ({"_class_name": "VQDiffusionScheduler"}, "has no configuration of a VQDiffusionScheduler"),
-        ({"_class_name": "KarrasVeScheduler"}, "scheduler must be one of diffusers, got Karras"),
+        ({"_class_name": "KarrasVeScheduler"}, "scheduler must be one of .*got KarrasVeScheduler"),
         ({"_class_name": "MyScheduler"}, "scheduler must be one of diffusers, got MyScheduler"),
-        ({"beta_schedule": "spline"}, "no configuration of a DDPMScheduler"),
+        (
+            {"_class_name": "DDPMScheduler", "beta_schedule": "spline"},
+            "no configuration of a DDPMScheduler",
+        ),
+        ({"shift": 3.0}, "names its class or states its betas .*got one of shift"),
+        (diffusers.FlowMatchEulerDiscreteScheduler().config, "names its class or states its betas"),
         ("DDPMScheduler", "scheduler must be one of diffusers or its configuration"),
     ],
 )

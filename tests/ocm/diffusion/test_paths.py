@@ -253,8 +253,26 @@ def test_timesteps_outside_a_path(t, error, message):
 def test_a_discrete_schedule_has_whole_timesteps():
     denoiser = path_denoiser(gaussian(), "linear", "epsilon")
     for t in (2.5, torch.tensor([2.5, 3.0])):
-        with pytest.raises(TypeError, match="t must be an int or an int64 tensor on the discrete"):
+        with pytest.raises(TypeError, match=r"t must be whole on the discrete schedule .*2\.5"):
             denoiser.predict(torch.zeros(2, *SHAPE), t)
+
+
+def test_a_network_may_be_asked_between_the_timesteps_of_a_discrete_schedule():
+    """As solvers of diffusers do: it is told t - 1, whatever t is."""
+    told = []
+
+    def network(x, time):
+        told.append(time)
+        return x
+
+    denoiser = ocm.Denoiser(network, ocm.linear())
+    denoiser.output(torch.zeros(2, 3), torch.tensor([2.5, 3.0]))
+    denoiser.output(torch.zeros(2, 3), 7)
+    assert [time.tolist() for time in told] == [[1.5, 2.0], [6, 6]]
+    assert told[1].dtype == torch.int64
+    preconditioned = path_denoiser(gaussian(), "linear", "edm")
+    with pytest.raises(TypeError, match="t must be whole"):
+        preconditioned.output(torch.zeros(2, *SHAPE), torch.tensor([2.5, 3.0]))
 
 
 def test_draws_of_timesteps_are_told_apart():
