@@ -110,7 +110,7 @@ def rebuilt(scheduler: Any) -> Any:
     kind: Any = getattr(diffusers, _EXTENDED.get(name, name), None)
     if not (isinstance(kind, type) and issubclass(kind, diffusers.ConfigMixin)):
         raise ValueError(f"scheduler must be one of diffusers, got {name}")
-    known = inspect.signature(kind.__init__).parameters
+    known = inspect.signature(kind).parameters
     config = {key: value for key, value in config.items() if key in known}
     try:
         return kind(**config)
