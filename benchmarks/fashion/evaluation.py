@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import ocm
 from fashion.methods import (
     COVARIANCES,
     PROCESSES,
+    PRODUCTS,
     Method,
     covariance_of,
     draw,
@@ -29,6 +31,7 @@ from fashion.sizes import MODELS, SEED, TUNING_SEED, Size
 from fashion.training import Model, Splits, load_images, train_model, unfolded
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.noise import noisy_prediction
+from ocm.diffusion.tables import Table
 from ocm.diffusion.timesteps import even_timesteps, reverse_steps
 from ocm.evaluation import classifier
 from ocm.evaluation.distances import frechet_distance
@@ -110,7 +113,7 @@ def evaluate_model(path: str, work: Path, data: Path, size: Size) -> Row:
     parts = Parts(
         work / "parts",
         f"{path}-",
-        {"data": data_sizes(data), "losses": [training[n]["loss"] for n in ("denoiser", "head")]},
+        {"data": data_sizes(data), "denoiser_loss": training["denoiser"]["loss"]},
     )
     checkpoint = _fitted(model, images, size, parts)
     extractor = classifier_features(classifier.load(work / "classifier"))
@@ -118,7 +121,8 @@ def evaluate_model(path: str, work: Path, data: Path, size: Size) -> Row:
         "validation": unfolded(images.validation[-size.num_real :]),
         "test": unfolded(images.test[: size.num_real]),
     }
-    runs = Samples(checkpoint, extractor, compared, size, parts)
+    head = {"head_loss": training["head"]["loss"]}
+    runs = Samples(checkpoint, extractor, compared, size, parts, head)
     tried = runs.tried(path)
     best = chosen(tried)
     rows = runs.table(best)
@@ -127,8 +131,8 @@ def evaluate_model(path: str, work: Path, data: Path, size: Size) -> Row:
         "training": training,
         "tried": tried,
         "rows": rows,
-        "bits_per_dim": _likelihoods(checkpoint, images, size, parts),
-        "coloring": runs.coloring(best),
+        "bits_per_dim": _likelihoods(checkpoint, images, size, parts, head),
+        "with_products": runs.with_products(best),
         "seconds": parts.seconds(),
     }
 
@@ -139,9 +143,11 @@ def _fitted(model: Model, images: Splits, size: Size, parts: Parts) -> Checkpoin
     levels = [1, 5, 20, *range(50, 1001, 50)]
 
     def make() -> Row:
-        return ocm.fit_analytic(model.denoiser, x0, levels, seed=SEED).fractions.to_json()
+        # By the law of total variance: towards alpha = 0 the network's errors are not multiplied.
+        found = ocm.fit_analytic_from_data(model.denoiser, x0, levels, seed=SEED)
+        return found.fractions.to_json()
 
-    table = ocm.diffusion.tables.Table.from_json(parts.get("analytic", make, num_fit=size.num_fit))
+    table = Table.from_json(parts.get("analytic-from-data", make, num_fit=size.num_fit))
     return Checkpoint(
         model.denoiser,
         tuple(x0.shape[1:]),
@@ -165,8 +171,11 @@ class Samples:
         real: dict[str, Tensor],
         size: Size,
         parts: Parts,
+        head: Row,
     ) -> None:
         self.checkpoint, self.extractor, self.size, self.parts = checkpoint, extractor, size, parts
+        # What tells the samples of a covariance from those of another one of its name.
+        self.told_apart: dict[str, Row] = {"ocm": head, "analytic": {"num_fit": size.num_fit}}
         self.pixels = {name: images.flatten(1) for name, images in real.items()}
         self.features = {name: extractor(images) for name, images in real.items()}
 
@@ -206,17 +215,16 @@ class Samples:
                 ]
         return rows
 
-    def coloring(self, best: dict[str, Row]) -> list[Row]:
-        """Return the same with the coloring, and with the other covariances for as many samples.
+    def with_products(self, best: dict[str, Row]) -> list[Row]:
+        """Return the same with covariances of products, and with the others for as many samples.
 
-        The process is the one of ours that was best on validation images.
+        The processes are the two of ours that were best on validation images.
         """
         size, rows = self.size, []
-        first = _ours(best)[0]
-        for budget in size.coloring_budgets:
-            for covariance in COVARIANCES:
-                method = _as_chosen(first, covariance)
-                found = self._compared(method, budget, size.coloring_samples, SEED, "test")
+        for budget in size.product_budgets:
+            for setting, covariance in itertools.product(_ours(best)[:2], COVARIANCES):
+                method = _as_chosen(setting, covariance)
+                found = self._compared(method, budget, size.product_samples, SEED, "test")
                 rows += [
                     {"budget": budget, **row}
                     for row in found
@@ -226,14 +234,17 @@ class Samples:
 
     def _compared(self, method: Method, K: int, count: int, seed: int, against: str) -> list[Row]:
         """Return the rows of a method: one, or two of both ends."""
-        end = "-noise" if method.covariance == "coloring" and method.noise_at_end else ""
+        end = "-noise" if method.covariance in PRODUCTS and method.noise_at_end else ""
         words = [method.name, method.covariance or "none", method.spacing + end, f"K{K}"]
         slug = re.sub(r"[^\w.-]", "", "-".join(words).translate(_PLAIN))
         name = f"{against}-{slug}-{count}"
         size = self.size
         settings = {"classifier_steps": size.classifier_steps, "num_real": size.num_real}
         rows: list[Row] = self.parts.get(
-            name, lambda: self._measured(method, K, count, seed, against, name), **settings
+            name,
+            lambda: self._measured(method, K, count, seed, against, name),
+            **settings,
+            **self.told_apart.get(method.covariance, {}),
         )
         return rows
 
@@ -265,9 +276,7 @@ class Samples:
             ):
                 distances[what] = frechet_distance(real, features)
                 if against == "test":
-                    distances[f"{what}_standard_error"] = jackknife(
-                        real, features, self.size.blocks
-                    )
+                    distances[f"{what}_left_out"] = left_out(real, features, self.size.blocks)
             rows.append(
                 {
                     "method": method.name,
@@ -322,22 +331,21 @@ def _methods(best: dict[str, Row], *, all_of_ours: bool) -> list[Method]:
     ]
 
 
-def jackknife(real: Tensor, features: Tensor, blocks: int) -> float:
-    """Return the standard error of the Fréchet distance, by leaving out blocks of samples in turn.
+def left_out(real: Tensor, features: Tensor, blocks: int) -> list[float]:
+    """Return the Fréchet distances without one block of the samples, for each block in turn.
 
-    It is that of the samples drawn; the real ones are given.
+    Samples of the same number begin with the same noise, and are in the same block.
     """
     keep = torch.arange(len(features)) % blocks
-    values = torch.tensor(
-        [frechet_distance(real, features[keep != block]) for block in range(blocks)]
-    )
-    return float(((blocks - 1) * values.var(correction=0)).sqrt())
+    return [frechet_distance(real, features[keep != block]) for block in range(blocks)]
 
 
 # Likelihood
 
 
-def _likelihoods(checkpoint: Checkpoint, images: Splits, size: Size, parts: Parts) -> list[Row]:
+def _likelihoods(
+    checkpoint: Checkpoint, images: Splits, size: Size, parts: Parts, head: Row
+) -> list[Row]:
     denoiser = checkpoint.denoiser
     visits: dict[int, list[tuple[int, int]]] = {}
     for K in size.step_counts:
@@ -348,7 +356,7 @@ def _likelihoods(checkpoint: Checkpoint, images: Splits, size: Size, parts: Part
     settings: Row = {
         name: getattr(size, name)
         for name in ("step_counts", "num_scored", "num_calibration", "coloring_probes", "num_fit")
-    }
+    } | head
     totals: dict[tuple[str, int], Tensor] = {}
     for t in sorted(visits):
         made: Row = parts.get(

@@ -24,10 +24,11 @@ from ocm.diffusion.timesteps import (
     timesteps_at,
     trailing_timesteps,
 )
-from ocm.sampling.samplers import X0_RANGE, Sampler, renoised, reverse_step
+from ocm.sampling.samplers import X0_RANGE, Sampler, last_step_noise, renoised, reverse_step
 
 SHIFT = 2.0
-PROBES = 12
+# Jacobian products of a step, of the covariances that take some.
+PRODUCTS = {"coloring": 12, "lanczos": 3}
 # The processes of ours, by how much of the noise is new.
 PROCESSES: dict[str, Sampler] = {
     "λ = 0": ocm.ddim,
@@ -35,8 +36,16 @@ PROCESSES: dict[str, Sampler] = {
     "λ = 0.5 σ": partial(renoised, noise=0.5),
     "λ = σ": renoised,
 }
-COVARIANCES = ("analytic", "ocm", "coloring")
+COVARIANCES = ("analytic", "ocm", *PRODUCTS)
 _PEERS = {peer.name: peer for peer in PEERS}
+# Steps of ours without a covariance: others' samplers with x0_hat clipped, as ours have it.
+_CLIPPED = {
+    "Euler, clipped": ocm.ddim,
+    "stochastic_sampling, clipped": renoised,
+    "DDIM": ocm.ddim,
+    "DDPM, β̃": ocm.ddpm,
+    "DDPM, β": ocm.ddpm,
+}
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,15 @@ class Method:
 
     def products_of(self, K: int) -> int:
         """Return the Jacobian products of K steps."""
-        products = PROBES if self.covariance == "coloring" else 0
+        products = PRODUCTS.get(self.covariance, 0)
         return products * (K if self.noise_at_end else K - 1)
 
 
 def others(path: str) -> list[str]:
     """Return the names of the other samplers of a path."""
-    return list(_PEERS) if path == "flow" else ["DDIM", "DDPM, β̃", "DDPM, β", "DPM-Solver++"]
+    if path == "flow":
+        return [*_PEERS, *list(_CLIPPED)[:2]]
+    return [*list(_CLIPPED)[2:], "DPM-Solver++"]
 
 
 def spacings(path: str, name: str) -> tuple[str, ...]:
@@ -98,7 +109,7 @@ def draw(
 
     Args:
         checkpoint: The denoiser, with the heads and the analytic variance.
-        method: What to draw with; its ``noise_at_end`` says for which end coloring takes products.
+        method: What to draw with; its ``noise_at_end`` says for which end products are taken.
         K: Number of steps.
         count: Number of images.
         seed: Seed of the noise.
@@ -112,18 +123,23 @@ def draw(
     if method.name in _PEERS:
         return {False: _by_peer(denoiser, method.name, steps, shape, seed, first)}
     if not method.covariance:
-        sampler = ocm.ddim if method.name == "DDIM" else ocm.ddpm
         fixed = ocm.Beta(denoiser) if method.name == "DDPM, β" else ocm.BetaTilde(denoiser)
         return {
             False: ocm.sample(
-                denoiser, fixed, shape, steps, sampler=sampler, seed=seed, sample_offset=first
+                denoiser,
+                fixed,
+                shape,
+                steps,
+                sampler=_CLIPPED[method.name],
+                seed=seed,
+                sample_offset=first,
             )
         }
     return _by_ours(checkpoint, method, steps, shape, seed, first)
 
 
 def covariance_of(
-    checkpoint: Checkpoint, name: str, seed: int, probes: int = PROBES
+    checkpoint: Checkpoint, name: str, seed: int, probes: int = PRODUCTS["coloring"]
 ) -> ocm.Covariance:
     """Return the covariance of a name."""
     if name == "analytic":
@@ -132,6 +148,8 @@ def covariance_of(
         return checkpoint.learned["ocm"]
     if name == "beta":
         return ocm.Beta(checkpoint.denoiser)
+    if name == "lanczos":
+        return ocm.Lanczos(checkpoint.denoiser, PRODUCTS[name])
     return ocm.Hutchinson(checkpoint.denoiser, probes, seed, hessdiag.Coloring(probes))
 
 
@@ -144,19 +162,29 @@ def _by_ours(
     seed: int,
     first: int,
 ) -> dict[bool, Tensor]:
-    """Do what :func:`ocm.sample` does, with both of its ends."""
+    """Do what :func:`ocm.sample` does, with both of its ends.
+
+    Of even steps the last noisy one, to t = 1, is bounded as in Analytic-DPM: the network takes
+    hardly any of its noise away.
+    """
+    bound = last_step_noise(budget.LAST_NOISE_LEVELS) if method.spacing == "even" else None
     denoiser, sampler = checkpoint.denoiser, PROCESSES[method.name]
     covariance = covariance_of(checkpoint, method.covariance, seed)
     schedule, t = denoiser.schedule, steps[-1]
     x = normal(shape, seed, sample_offset=first) * math.hypot(schedule.alpha(t), schedule.sigma(t))
     for s, t in reverse_steps(steps):
         prediction = denoiser.predict(x, t, s=s, sample_offset=first)
-        needed = s > 0 or method.noise_at_end or method.covariance != "coloring"
+        needed = s > 0 or method.noise_at_end or method.covariance not in PRODUCTS
         stated = covariance.at(prediction) if needed else None
         step = sampler(schedule, s, t)
         ends = {
             noisy: reverse_step(
-                prediction, stated if noisy else None, step, seed=seed, x0_range=X0_RANGE
+                prediction,
+                stated if noisy else None,
+                step,
+                seed=seed,
+                x0_range=X0_RANGE,
+                max_noise_std=bound if s == steps[0] else None,
             )
             for noisy in ((True,) if s > 0 else (False, True) if needed else (False,))
         }

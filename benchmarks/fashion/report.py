@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fashion.methods import PROBES, SHIFT, Method
+from fashion.methods import PRODUCTS, SHIFT, Method
 from ocm.covariances.names import label
 from ocm.evaluation.environment import Row
 from ocm.evaluation.markdown import markdown_table, table_of_lines
 from ocm.evaluation.pictures import sample_rows
 
 NAMES = {"flow": "flow matching", "cosine": "variance preserving (cosine schedule)"}
+LEFT_OUT = "features_left_out"
 _CLAIMED = 10
 
 
@@ -30,7 +31,7 @@ def tables(record: Row) -> list[str]:
         f"{settings['num_real']} test images in {features['name']}, right on "
         f"{features['accuracy']:.1%} of them, and in pixels; ± the standard error of the samples, "
         f"by leaving out {settings['blocks']} blocks in turn. {settings['num_samples']} training "
-        f"images are at {floor['features']:.2f} and {floor['pixels']:.2f}.",
+        f"images are at {floor['features']:.3f} and {floor['pixels']:.2f}.",
         "Spacing, and whether noise is added at the end, were chosen for each line on validation "
         f"images, by {settings['tuning_samples']} samples of another seed, at "
         f"{settings['tuning_budget']} evaluations. The shifted spacing is the trailing one with a "
@@ -43,7 +44,7 @@ def tables(record: Row) -> list[str]:
             f"**{name[0].upper()}{name[1:]}**: Fréchet distance in features (in pixels) at E "
             "evaluations of the network, best first",
             _budgets(model["rows"]),
-            _coloring(model, settings),
+            _with_products(model, settings),
             "Bits/dim of "
             f"{model['bits_per_dim'][0]['num_images']} test images, even steps, calibrated on "
             f'{settings["num_calibration"]} validation images; "coloring" takes '
@@ -68,27 +69,38 @@ def verdict(model: Row, budget: int = _CLAIMED) -> str:
         next(row for row in rows if bool(row["covariance"]) == own) for own in (True, False)
     )
     difference = ours["features"] - others["features"]
-    error = (ours["features_standard_error"] ** 2 + others["features_standard_error"] ** 2) ** 0.5
+    # Samples of one number begin with the same noise: the same blocks are left out of both.
+    error = jackknife([a - b for a, b in zip(ours[LEFT_OUT], others[LEFT_OUT], strict=True)])
     word = "below" if difference < 0 else "above"
     size = "within" if abs(difference) < 2 * error else "more than"
     return (
         f"- {NAMES[model['path']]}, {budget} evaluations: the best of ours ({name_of(ours)}) is at "
-        f"{ours['features']:.2f}, the best of the others ({name_of(others)}) at "
-        f"{others['features']:.2f}: {word} by {abs(difference):.2f} ± {error:.2f}, {size} two "
+        f"{ours['features']:.3f}, the best of the others ({name_of(others)}) at "
+        f"{others['features']:.3f}: {word} by {abs(difference):.3f} ± {error:.3f}, {size} two "
         "standard errors of the difference."
     )
 
 
 def name_of(row: Mapping[str, Any]) -> str:
     """Return how a row's method is written."""
-    if not row["covariance"]:
-        return str(row["method"])
     covariance = row["covariance"]
-    return f"{row['method']}, {label(covariance) if covariance != 'coloring' else covariance}"
+    if not covariance:
+        return str(row["method"])
+    return f"{row['method']}, {covariance if covariance in PRODUCTS else label(covariance)}"
+
+
+def jackknife(values: Sequence[float]) -> float:
+    """Return the standard error of a figure from its values without each block of samples.
+
+    It is that of the samples drawn; the real ones are given.
+    """
+    mean = sum(values) / len(values)
+    squares = sum((value - mean) ** 2 for value in values)
+    return float(((len(values) - 1) / len(values) * squares) ** 0.5)
 
 
 def _cell(row: Row) -> str:
-    return f"{row['features']:.2f} ± {row['features_standard_error']:.2f} ({row['pixels']:.2f})"
+    return f"{row['features']:.3f} ± {jackknife(row[LEFT_OUT]):.3f} ({row['pixels']:.2f})"
 
 
 def _budgets(rows: Sequence[Row]) -> str:
@@ -113,7 +125,7 @@ def _budgets(rows: Sequence[Row]) -> str:
     return markdown_table(sorted_lines, columns | {f"E = {E}": ">" for E in budgets})
 
 
-def _coloring(model: Row, settings: Row) -> str:
+def _with_products(model: Row, settings: Row) -> str:
     rows = [
         {
             "sampler": name_of(row),
@@ -122,26 +134,29 @@ def _coloring(model: Row, settings: Row) -> str:
             "evaluations": row["evaluations"] + row["products"],
             "distance": _cell(row),
         }
-        for row in model["coloring"]
+        for row in model["with_products"]
     ]
-    first = model["coloring"][0]
-    method = Method(first["method"], "coloring", first["spacing"], first["noise_at_end"])
-    affordable = {
-        E: max(
-            (K for K in range(1, E + 1) if method.evaluations_of(K) + method.products_of(K) <= E),
-            default=0,
-        )
-        for E in sorted(settings["budgets"])
-    }
-    paid = ", ".join(f"{K} of {E}" for E, K in affordable.items())
+    first, paid = model["with_products"][0], []
+    for covariance in PRODUCTS:
+        method = Method(first["method"], covariance, first["spacing"], first["noise_at_end"])
+        for budget in sorted(settings["budgets"]):
+            K = max(
+                (
+                    K
+                    for K in range(1, budget + 1)
+                    if method.evaluations_of(K) + method.products_of(K) <= budget
+                ),
+                default=0,
+            )
+            paid.append(f"{K} of {covariance} within {budget}")
     table = markdown_table(
         rows, {"sampler": "", "K": "d", "products": "d", "evaluations": "d", "distance": ">"}
     )
+    names = " and ".join(f"{count} a step ({name})" for name, count in PRODUCTS.items())
     return (
-        f"With a coloring of {PROBES} products a step, {first['num_samples']} samples a line "
-        "(compare these with one another only). Products apart, K evaluations; a product counting "
-        f"as one, those of the column. Within a budget counted so it has this many steps: {paid}"
-        f"\n\n{table}"
+        f"With Jacobian products, {names}; {first['num_samples']} samples a line, to be compared "
+        "with one another only. Products apart, K evaluations; a product counting as one, those of "
+        f"the column. Steps that a budget counted so pays for: {', '.join(paid)}\n\n{table}"
     )
 
 
@@ -162,7 +177,7 @@ def _tried(rows: Sequence[Row]) -> str:
     spacings = list(dict.fromkeys(row["spacing"] for row in rows))
     for row in rows:
         line = lines.setdefault(name_of(row), {"sampler": name_of(row)})
-        cell = f"{row['features']:.2f}"
+        cell = f"{row['features']:.3f}"
         before = line.get(row["spacing"])
         line[row["spacing"]] = cell if before is None else f"{before} / {cell}"
     return markdown_table(list(lines.values()), {"sampler": ""} | dict.fromkeys(spacings, ">"))
@@ -208,7 +223,7 @@ def draw_distances(axis: Any, model: Row) -> None:
             axis.errorbar(
                 [row["budget"] for row in rows],
                 [row["features"] for row in rows],
-                [2 * row["features_standard_error"] for row in rows],
+                [2 * jackknife(row[LEFT_OUT]) for row in rows],
                 marker="o" if own else "s",
                 linestyle="-" if own else ":",
                 capsize=2,

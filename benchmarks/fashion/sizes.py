@@ -33,8 +33,8 @@ class Size:
         tuning_budget: Network evaluations of each.
         budgets: Network evaluations of the tables.
         num_samples: Samples for each cell of the tables.
-        coloring_samples: The same where a covariance takes products.
-        coloring_budgets: Network evaluations there, products apart.
+        product_samples: The same where a covariance takes products.
+        product_budgets: Network evaluations there, products apart.
         blocks: Blocks of samples, one of which is left out in turn for the standard error.
         batch_size: Samples drawn at a time.
         num_shown: Samples of a row of the picture.
@@ -59,8 +59,8 @@ class Size:
     tuning_budget: int
     budgets: tuple[int, ...]
     num_samples: int
-    coloring_samples: int
-    coloring_budgets: tuple[int, ...]
+    product_samples: int
+    product_budgets: tuple[int, ...]
     blocks: int
     batch_size: int
     num_shown: int
@@ -94,8 +94,8 @@ REDUCED = Size(
     tuning_budget=10,
     budgets=(10, 5, 20),
     num_samples=2000,
-    coloring_samples=500,
-    coloring_budgets=(10, 5),
+    product_samples=500,
+    product_budgets=(10, 5),
     blocks=10,
     batch_size=250,
     num_shown=16,
@@ -120,8 +120,8 @@ QUICK = replace(
     tuning_budget=3,
     budgets=(3,),
     num_samples=12,
-    coloring_samples=12,
-    coloring_budgets=(3,),
+    product_samples=12,
+    product_budgets=(3,),
     blocks=2,
     batch_size=12,
     num_shown=4,

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from cifar10.parts import as_json, say, write_json
@@ -24,6 +25,9 @@ from ocm.evaluation.environment import Row, environment
 from ocm.images import ArrowImages
 from ocm.training.loop import mean_of_last
 from ocm.training.small_unet import small_unet
+
+# Of the data that are left in x_t, for targets of OCM's head.
+_LEAST_ALPHA = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +85,24 @@ def unfolded(images: Tensor) -> Tensor:
     return pixel_shuffle(images, 2)
 
 
+@dataclass(frozen=True)
+class TrainedWithSignal(OptimalCovarianceMatching):
+    """OCM's head trained at timesteps up to a last one, and used beyond it.
+
+    Towards alpha = 0 the Jacobian of v or of a velocity is multiplied by up to 1 / alpha in the
+    targets, and with it the network's errors, which then are all that the loss sees.
+
+    Attributes:
+        last: The last timestep of training.
+    """
+
+    last: int = NUM_TIMESTEPS
+
+    def loss(self, x0: Tensor, t: Tensor, **options: Any) -> Tensor:
+        """Return the loss at timesteps that are at most the last one."""
+        return super().loss(x0, t.clamp(max=self.last), **options)
+
+
 @dataclass(frozen=True, eq=False)
 class Model:
     """A trained denoiser and OCM's covariance with its trained head."""
@@ -112,8 +134,15 @@ def train_model(path: str, work: Path, images: Splits, size: Size) -> tuple[Mode
     )
     units = ocm.Parameterisation(round(some.std().item(), 4), positive=True)
     head = ocm.make_head(denoiser, "residual", seed=SEED)
-    covariance = OptimalCovarianceMatching(denoiser, head, units)
-    record: Row = {"path": path, "prediction_type": MODELS[path]}
+    alpha = denoiser.schedule.alpha(torch.arange(NUM_TIMESTEPS + 1))
+    last = int((alpha >= _LEAST_ALPHA).nonzero().max())
+    covariance = TrainedWithSignal(denoiser, head, units, last=last)
+    record: Row = {
+        "path": path,
+        "prediction_type": MODELS[path],
+        "data_std": units.data_std,
+        "head_trained_up_to": last,
+    }
     for name, train, what, settings in (
         ("denoiser", ocm.train_denoiser, denoiser, size.denoiser),
         ("head", ocm.train_head, covariance, size.head),

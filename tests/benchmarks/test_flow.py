@@ -215,8 +215,9 @@ def test_the_standard_error_is_that_of_the_distance():
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(20_000, 1, generator=generator, dtype=torch.float64)
     drawn = 3 + torch.randn(4000, 1, generator=generator, dtype=torch.float64)
+    values = evaluation.left_out(real, drawn, 40)
     # From 40 blocks it is known to about a ninth.
-    assert evaluation.jackknife(real, drawn, 40) == pytest.approx(2 * 3 / 4000**0.5, rel=0.4)
+    assert report.jackknife(values) == pytest.approx(2 * 3 / 4000**0.5, rel=0.4)
 
 
 def test_settings_are_those_of_least_distance():
@@ -233,15 +234,16 @@ def test_settings_are_those_of_least_distance():
 
 
 def test_the_verdict_says_which_is_below():
-    row = {"budget": 10, "features_standard_error": 0.1, "pixels": 1.0}
+    row = {"budget": 10, "pixels": 1.0, "features_left_out": [2.0, 2.2, 1.8]}
+    other = row | {"features_left_out": [2.0, 2.1, 1.9]}
     model = {
         "path": "flow",
         "rows": [
-            row | {"method": "Euler", "covariance": "", "features": 2.0},
+            other | {"method": "Euler", "covariance": "", "features": 2.0},
             row | {"method": "λ = 0", "covariance": "ocm", "features": 3.0},
             row | {"method": "DDPM", "covariance": "ocm", "features": 2.1},
         ],
     }
     text = report.verdict(model)
-    assert "ours (DDPM, OCM head) is at 2.10" in text
-    assert "above by 0.10 ± 0.14, within two" in text
+    assert "ours (DDPM, OCM head) is at 2.100" in text
+    assert "above by 0.100 ± 0.115, within two" in text
