@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import re
 from collections.abc import Sequence
@@ -218,12 +217,12 @@ class Samples:
     def with_products(self, best: dict[str, Row]) -> list[Row]:
         """Return the same with covariances of products, and with the others for as many samples.
 
-        The processes are the two of ours that were best on validation images.
+        The process is the one of ours that was best on validation images.
         """
         size, rows = self.size, []
         for budget in size.product_budgets:
-            for setting, covariance in itertools.product(_ours(best)[:2], COVARIANCES):
-                method = _as_chosen(setting, covariance)
+            for covariance in COVARIANCES:
+                method = _as_chosen(_ours(best)[0], covariance)
                 found = self._compared(method, budget, size.product_samples, SEED, "test")
                 rows += [
                     {"budget": budget, **row}

@@ -247,3 +247,8 @@ def test_the_verdict_says_which_is_below():
     text = report.verdict(model)
     assert "ours (DDPM, OCM head) is at 2.100" in text
     assert "above by 0.100 ± 0.115, within two" in text
+    assert "first order" not in text
+    model["rows"].append(other | {"method": "Heun", "covariance": "", "features": 1.5})
+    text = report.verdict(model)
+    assert "(Heun) at 1.500: ours is above by 0.600" in text
+    assert "first order (Euler) is at 2.000: ours is above by 0.100" in text
