@@ -201,10 +201,10 @@ class Samples:
         return rows
 
     def table(self, best: dict[str, Row]) -> list[Row]:
-        """Return the rows of every method with its best setting, and of the best one of ours."""
+        """Return the rows of every method with its best setting; of the best at other budgets."""
         size, rows = self.size, []
         for budget in size.budgets:
-            for method in _methods(best, all_of_ours=budget == size.tuning_budget):
+            for method in _methods(best, every=budget == size.tuning_budget):
                 K = method.steps_within(budget)
                 found = self._compared(method, K, size.num_samples, SEED, "test")
                 rows += [
@@ -317,14 +317,16 @@ def _as_chosen(setting: Row, covariance: str) -> Method:
     return Method(setting["method"], covariance, setting["spacing"], setting["noise_at_end"])
 
 
-def _methods(best: dict[str, Row], *, all_of_ours: bool) -> list[Method]:
-    """Return the methods of a table: others, and all of ours or the best two processes alone."""
-    ours = _ours(best)
+def _methods(best: dict[str, Row], *, every: bool) -> list[Method]:
+    """Return the methods of a table: every one, or the best four of others and the best of ours."""
+    others = sorted(
+        (row for row in best.values() if not row["covariance"]), key=lambda row: row["features"]
+    )
     return [
-        *(_as_chosen(row, "") for row in best.values() if not row["covariance"]),
+        *(_as_chosen(row, "") for row in (others if every else others[:4])),
         *(
             _as_chosen(row, covariance)
-            for row in (ours if all_of_ours else ours[:2])
+            for row in _ours(best)[: None if every else 1]
             for covariance in ("analytic", "ocm")
         ),
     ]
