@@ -217,18 +217,19 @@ class Samples:
     def with_products(self, best: dict[str, Row]) -> list[Row]:
         """Return the same with covariances of products, and with the others for as many samples.
 
-        The process is the one of ours that was best on validation images.
+        The process is the one of ours that was best on validation images; the best two of the
+        others stand beside it.
         """
         size, rows = self.size, []
-        for budget in size.product_budgets:
-            for covariance in COVARIANCES:
-                method = _as_chosen(_ours(best)[0], covariance)
-                found = self._compared(method, budget, size.product_samples, SEED, "test")
-                rows += [
-                    {"budget": budget, **row}
-                    for row in found
-                    if row["noise_at_end"] == method.noise_at_end
-                ]
+        ours = [_as_chosen(_ours(best)[0], covariance) for covariance in COVARIANCES]
+        others = [_as_chosen(row, "") for row in _others(best)[:2]]
+        runs = [(m, m.steps_within(E)) for E in size.product_budgets for m in [*others, *ours]]
+        # The products paid for out of the budget; one step says nothing of its noise.
+        counted = [(m, m.steps_with_products_within(E)) for E in size.budgets for m in ours]
+        runs += [(m, K) for m, K in counted if m.covariance in PRODUCTS and K > 1]
+        for method, K in runs:
+            found = self._compared(method, K, size.product_samples, SEED, "test")
+            rows += [row for row in found if row["noise_at_end"] == method.noise_at_end]
         return rows
 
     def _compared(self, method: Method, K: int, count: int, seed: int, against: str) -> list[Row]:
@@ -313,17 +314,21 @@ def _ours(best: dict[str, Row]) -> list[Row]:
     )
 
 
+def _others(best: dict[str, Row]) -> list[Row]:
+    """Return the settings of others, best first."""
+    return sorted(
+        (row for row in best.values() if not row["covariance"]), key=lambda row: row["features"]
+    )
+
+
 def _as_chosen(setting: Row, covariance: str) -> Method:
     return Method(setting["method"], covariance, setting["spacing"], setting["noise_at_end"])
 
 
 def _methods(best: dict[str, Row], *, every: bool) -> list[Method]:
     """Return the methods of a table: every one, or the best four of others and the best of ours."""
-    others = sorted(
-        (row for row in best.values() if not row["covariance"]), key=lambda row: row["features"]
-    )
     return [
-        *(_as_chosen(row, "") for row in (others if every else others[:4])),
+        *(_as_chosen(row, "") for row in _others(best)[: None if every else 4]),
         *(
             _as_chosen(row, covariance)
             for row in _ours(best)[: None if every else 1]

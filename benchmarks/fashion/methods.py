@@ -77,6 +77,17 @@ class Method:
         products = PRODUCTS.get(self.covariance, 0)
         return products * (K if self.noise_at_end else K - 1)
 
+    def steps_with_products_within(self, evaluations: int) -> int:
+        """Return the most steps K whose evaluations fit, a product counting as one; 0 for none."""
+        return max(
+            (
+                K
+                for K in range(1, evaluations + 1)
+                if self.evaluations_of(K) + self.products_of(K) <= evaluations
+            ),
+            default=0,
+        )
+
 
 def others(path: str) -> list[str]:
     """Return the names of the other samplers of a path."""

@@ -164,21 +164,13 @@ def _with_products(model: Row, settings: Row) -> str:
             "evaluations": row["evaluations"] + row["products"],
             "distance": _cell(row),
         }
-        for row in model["with_products"]
+        for row in sorted(model["with_products"], key=lambda row: row["features"])
     ]
-    first, paid = model["with_products"][0], []
+    first, paid = next(row for row in model["with_products"] if row["covariance"]), []
     for covariance in PRODUCTS:
         method = Method(first["method"], covariance, first["spacing"], first["noise_at_end"])
-        for budget in sorted(settings["budgets"]):
-            K = max(
-                (
-                    K
-                    for K in range(1, budget + 1)
-                    if method.evaluations_of(K) + method.products_of(K) <= budget
-                ),
-                default=0,
-            )
-            paid.append(f"{K} of {covariance} within {budget}")
+        steps = {E: method.steps_with_products_within(E) for E in sorted(settings["budgets"])}
+        paid += [f"{K} of {covariance} within {E}" for E, K in steps.items()]
     table = markdown_table(
         rows, {"sampler": "", "K": "d", "products": "d", "evaluations": "d", "distance": ">"}
     )

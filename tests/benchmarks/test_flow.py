@@ -182,6 +182,8 @@ def test_products_of_the_coloring_are_counted():
     assert (without.products_of(10), without.evaluations_of(10)) == (9 * 12, 10)
     assert replace(without, noise_at_end=True).products_of(10) == 10 * 12
     assert replace(without, covariance="ocm").products_of(10) == 0
+    # 2 + 12 and 3 + 24 evaluations.
+    assert [without.steps_with_products_within(E) for E in (10, 14, 26, 27)] == [1, 2, 2, 3]
 
 
 def test_folding_is_undone_and_keeps_every_pixel():
