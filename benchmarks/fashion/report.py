@@ -36,7 +36,14 @@ def tables(record: Row) -> list[str]:
         "Spacing, and whether noise is added at the end, were chosen for each line on validation "
         f"images, by {settings['tuning_samples']} samples of another seed, at "
         f"{settings['tuning_budget']} evaluations. The shifted spacing is the trailing one with a "
-        f"shift of {SHIFT:g}.",
+        f"shift of {SHIFT:g}; of ours the even one bounds the last noisy step, to t = 1. At other "
+        "numbers of evaluations the best four of the others and the best process of ours are "
+        "drawn. OCM's heads are trained up to t = "
+        + ", ".join(
+            f"{model['training']['head_trained_up_to']} ({NAMES[model['path']]})"
+            for model in record["models"]
+        )
+        + " and used beyond.",
         *(verdict(model, settings["tuning_budget"]) for model in record["models"]),
     ]
     for model in record["models"]:
