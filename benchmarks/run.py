@@ -23,6 +23,7 @@ from records import report
 
 ALL = "all"
 _DATA = Path("../shared/data/cifar10")
+_FASHION_MNIST = Path("../shared/data/fashion_mnist")
 # The files of CIFAR-10 that the suite cifar10 reads.
 _CIFAR10_FILES = ("train.parquet", "test.parquet")
 
@@ -32,7 +33,9 @@ def main() -> None:
     arguments = _parser().parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit(f"error: --device {arguments.device} needs a CUDA device, and there is none")
-    setting = Setting(torch.device(arguments.device), arguments.quick, arguments.data)
+    setting = Setting(
+        torch.device(arguments.device), arguments.quick, arguments.data, arguments.fashion_mnist
+    )
     names, left_out = chosen(arguments.suite or [ALL], arguments.data)
     failed: dict[str, str] = {}
     for name in names:
@@ -100,6 +103,8 @@ def command(name: str, arguments: argparse.Namespace) -> str:
         words.append("--quick")
     if arguments.data != _DATA:
         words += ["--data", str(arguments.data)]
+    if arguments.fashion_mnist != _FASHION_MNIST:
+        words += ["--fashion-mnist", str(arguments.fashion_mnist)]
     return shlex.join(words)
 
 
@@ -129,6 +134,13 @@ def _parser() -> argparse.ArgumentParser:
         default=_DATA,
         help="directory with train.parquet and test.parquet of CIFAR-10 (default: %(default)s); "
         "where it is absent estimators trains on digits, and cifar10 is left out",
+    )
+    parser.add_argument(
+        "--fashion-mnist",
+        type=Path,
+        default=_FASHION_MNIST,
+        help="the same of Fashion-MNIST (default: %(default)s); where it is absent flow computes "
+        "its moments alone",
     )
     return parser
 

@@ -23,11 +23,13 @@ class Setting:
         device: Where to measure.
         quick: Fewer rounds and sizes.
         data: Directory of CIFAR-10, for the suites that train on images.
+        fashion_mnist: Directory of Fashion-MNIST, for the suite that trains on it.
     """
 
     device: torch.device
     quick: bool
     data: Path
+    fashion_mnist: Path = Path("../shared/data/fashion_mnist")
 
 
 @dataclass(frozen=True)

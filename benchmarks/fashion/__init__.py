@@ -1,0 +1,1 @@
+"""Two models of the same network on Fashion-MNIST, a flow and a variance-preserving one."""
