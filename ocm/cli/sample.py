@@ -37,12 +37,13 @@ def sample(
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps K.")] = 10,
     spacing: Annotated[
-        Literal["even", "trailing", "leading", "quadratic", "optimal"],
+        Literal["even", "trailing", "leading", "quadratic", "optimal"] | None,
         typer.Option(
             help="Which timesteps; the optimal ones by dynamic programming on the analytic "
-            "variances that `ocm calibrate` fitted."
+            "variances that `ocm calibrate` fitted. Default: trailing, but even with --calibrated, "
+            "as `ocm calibrate` fits them."
         ),
-    ] = "even",
+    ] = None,
     label: Annotated[
         list[int] | None,
         typer.Option(min=0, help="Class label; several take turns. For models with classes."),
@@ -92,6 +93,7 @@ def sample(
     loaded = model_at(checkpoint, place)
     if vae is not None and loaded.x0_range is not None:
         raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
+    spacing = spacing or ("even" if calibrated else "trailing")
     timesteps = _timesteps(loaded, spacing, steps)
     name = covariance.value + (CALIBRATED if calibrated else "")
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

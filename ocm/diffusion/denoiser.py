@@ -493,7 +493,6 @@ class Denoiser:
 
         Features and outputs of two branches lie one after the other, without a condition first.
         """
-
         self.schedule.check(t)
 
         def call(*arguments: Any, **conditions: Any) -> tuple[Tensor, Tensor | None]:

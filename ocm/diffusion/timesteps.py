@@ -1,7 +1,10 @@
 """Which noise levels a few-step process visits.
 
 A trajectory is an increasing list of timesteps t_1 < ... < t_K, most often up to N. Whoever takes
-``steps`` takes one of these, or the number K of evenly spaced ones.
+``steps`` takes one of these, or the number K of evenly spaced ones, whose last step starts at t = 1
+and adds no noise worth the name: moments come out right, and bounds need it. Images of few steps
+look better with trailing ones, which spend no step there, though their last step, to x0_hat,
+loses variance; ``ocm sample`` takes them.
 
 ===============================  ================================================================
 :func:`even_timesteps`           from 1 to N

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -75,30 +74,27 @@ def regression_loss(
     t: Tensor,
     network_error: float = 0.0,
 ) -> Tensor:
-    """Return the mean of w_t (ratio - target / c_t)^2, with the weight of :func:`loss_weight`."""
-    scale = parameterisation.scale(denoiser.schedule, t, target)
-    weight = loss_weight(parameterisation, denoiser, t, network_error).to(target)
+    """Return the mean of w_t (ratio - target / c_t)^2 for a target that holds x0_hat.
+
+    w_t is that of :func:`loss_weight`. x0_hat errs by about sigma, times p where that is above 1.
+    """
+    schedule = denoiser.schedule
+    scale = parameterisation.scale(schedule, t, target)
+    size = schedule.sigma(t) * denoiser.coefficients(t).p.clamp(min=1.0)
+    amplification = size**2 / parameterisation.scale(schedule, t)
+    weight = loss_weight(amplification, network_error).to(target)
     weight = weight.reshape(-1, *[1] * (target.dim() - 1))
     return (weight * (ratio - target / scale).square()).mean()
 
 
-def loss_weight(
-    parameterisation: Parameterisation, denoiser: Denoiser, t: Tensor, network_error: float
-) -> Tensor:
-    """Return 1 / (1 + (network_error (A_t - 1))^2), float64 of the shape of t.
+def loss_weight(amplification: Tensor, network_error: float) -> Tensor:
+    """Return 1 / (1 + (network_error (A_t - 1))^2), of the shape of A_t.
 
-    With Cov[x0 | x_t] = c I + k J, A_t = c / c_t multiplies a relative error of the network's
-    Jacobian when c_t is the unit. Where it makes the error larger than the variance itself, the
-    target says little, and without the weight it would say it loudest. It is large near t = N for
-    a network that predicts the noise, or the velocity of a flow; in the papers' units A_t = 1, and
-    so is the weight. It is for targets that hold the network's output or its Jacobian.
+    A_t multiplies the network's error in a target whose unit is c_t. Where it makes the error
+    larger than the variance itself, the target says little, and without the weight it would say it
+    loudest. For a network that predicts the noise A_t = sigma^2 / (alpha^2 c_t) of all targets,
+    which is 1 in the papers' units, and so is the weight; below 1 nothing is amplified.
     """
-    t = t.cpu()
     if network_error == 0.0:
-        return torch.ones_like(t, dtype=torch.float64)
-    p = denoiser.coefficients(t).p
-    alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
-    c_over_unit = sigma**2 / alpha * p / parameterisation.scale(denoiser.schedule, t)
-    # Not a number where alpha = 0 and p = 0: there c, and so A_t, stays finite.
-    excess = (c_over_unit - 1.0).clamp(min=0.0).nan_to_num(nan=0.0, posinf=math.inf)
-    return 1.0 / (1.0 + (network_error * excess) ** 2)
+        return torch.ones_like(amplification)
+    return 1.0 / (1.0 + (network_error * (amplification - 1.0).clamp(min=0.0)) ** 2)

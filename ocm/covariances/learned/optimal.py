@@ -90,7 +90,10 @@ class OptimalCovarianceMatching(Covariance):
 
         unit = self.parameterisation.scale(schedule, t, x_t)
         c, k = (number / unit for number in denoiser.covariance_coefficients(t, x_t))
-        w = loss_weight(self.parameterisation, denoiser, t, self.network_error).to(x_t)
+        # The two terms of p + q J are of size 1, or p where that is more, and so are their errors.
+        largest = denoiser.coefficients(t).p.clamp(min=1.0) / schedule.alpha(t)
+        amplification = schedule.sigma(t) ** 2 * largest / self.parameterisation.scale(schedule, t)
+        w = loss_weight(amplification, self.network_error).to(x_t)
         if self.probes.is_signs:
             return ocm_loss(
                 ratio,

@@ -182,8 +182,10 @@ def test_sample_with_other_covariances_and_timesteps(trained, invoke, tmp_path, 
     assert len(record["timesteps"]) == 3
     if "quadratic" in arguments:
         assert record["timesteps"] == [1, 251, 1000]
-    elif "optimal" not in arguments:
+    elif "--calibrated" in arguments:  # as they were calibrated
         assert record["timesteps"] == [1, 500, 1000]
+    elif "optimal" not in arguments:
+        assert record["timesteps"] == [333, 667, 1000]
 
 
 def test_two_processes_share_the_samples_out(trained, tmp_path):
@@ -296,7 +298,8 @@ def test_the_head_of_an_attached_pipeline_is_that_of_ocm(pipelines, invoke, tmp_
     answer = invoke("sample", attached, "--steps", 3, "--num-images", 2, *sizes)
     assert answer.exit_code == 0, answer.output
     covariance = model.covariance(ocm.cosine(), "v_prediction")
-    expected = ocm.sample(covariance.denoiser, covariance, (2, 1, 8, 8), 3)
+    timesteps = ocm.trailing_timesteps(covariance.denoiser.schedule, 3)
+    expected = ocm.sample(covariance.denoiser, covariance, (2, 1, 8, 8), timesteps)
     drawn = load_file(tmp_path / "samples.safetensors")["images"]
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)
 

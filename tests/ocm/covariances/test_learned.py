@@ -4,6 +4,7 @@ Nothing here calls the package for a formula: betas are accumulated again, and a
 convolution whose output is set by hand.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -15,6 +16,7 @@ import hessdiag
 import ocm
 from hessdiag.kernels import rademacher
 from ocm.covariances import NPR, SN, ImprovedDDPM, OptimalCovarianceMatching
+from ocm.covariances.names import LEARNED
 from ocm.diffusion.noise import noisy
 
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
@@ -242,14 +244,35 @@ def test_iddpm_at_the_lowest_timestep_of_a_batch(denoiser):
     assert torch.isfinite(both).all()
 
 
-def test_only_what_holds_the_predicted_noise_is_weighted_down(unet):
-    """For a network that predicts x0, and for SN's target, every noise level counts the same."""
-    from ocm.covariances.learned.base import loss_weight
+@pytest.mark.parametrize(
+    ("name", "weighted"),
+    [
+        ("ocm", {"epsilon": 1e-3, "sample": 0.2, "v_prediction": 0.2}),
+        ("npr", {"epsilon": 1e-3, "sample": 1.0, "v_prediction": 1.0}),
+        ("sn", {"epsilon": 1.0, "sample": 1.0, "v_prediction": 1.0}),
+    ],
+)
+def test_a_target_counts_less_where_it_amplifies_the_networks_error(unet, name, weighted):
+    """p + q J enters OCM's target times sigma^2 / alpha, x0_hat NPR's squared, and SN's not at all.
 
-    t = torch.tensor([10, 1000])
-    for prediction_type, expected in (("epsilon", 1e-3), ("sample", 1.0), ("v_prediction", 1.0)):
+    Of the loss at t = N the most is left that is named here; at t = 10 and in the papers' units,
+    for a network that predicts the noise, all of it.
+    """
+    x0 = torch.rand(8, 2, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def part(prediction_type, t, units):
+        losses = []
         denoiser = ocm.Denoiser(unet, ocm.linear(), prediction_type)
-        weight = loss_weight(PRECONDITIONED, denoiser, t, 0.02)
-        assert weight[0] == pytest.approx(1.0, abs=1e-3)
-        assert weight[1] <= expected
-        assert loss_weight(ocm.PAPER, denoiser, t, 0.02).tolist() == [1.0, 1.0]
+        for error in (0.02, 0.0):
+            covariance = LEARNED[name](denoiser, ocm.make_head(denoiser), units)
+            if name != "sn":
+                covariance = dataclasses.replace(covariance, network_error=error)
+            times = torch.full((8,), t)
+            losses.append(covariance.loss(x0, times, seed=0, sample_offset=0).item())
+        return losses[0] / losses[1]
+
+    for prediction_type, most in weighted.items():
+        found = part(prediction_type, 1000, PRECONDITIONED)
+        assert found == pytest.approx(1.0, abs=0.02) if most == 1.0 else found <= most
+        assert part(prediction_type, 10, PRECONDITIONED) == pytest.approx(1.0, abs=0.02)
+    assert part("epsilon", 1000, ocm.PAPER) == pytest.approx(1.0, abs=1e-6)
