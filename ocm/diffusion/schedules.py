@@ -124,7 +124,7 @@ class Schedule:
         return bool(self.alpha(t) > 0)
 
     def timestep_of(self, log_snr: Tensor) -> Tensor:
-        """Return the t of a continuous path where log SNR is this, float64, by bisection.
+        """Return the t of a continuous path where log SNR is this, float64.
 
         Below and above what the path reaches it is N and 0.
 
@@ -132,12 +132,19 @@ class Schedule:
             >>> flow().timestep_of(torch.tensor([0.0]))    # as much noise as data
             tensor([500.], dtype=torch.float64)
         """
-        low = torch.zeros_like(log_snr, dtype=torch.float64)
+        return self.timestep_where(lambda t: -self.log_snr(t), -log_snr)
+
+    def timestep_where(self, rising: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+        """Return the t of a continuous path where a function that rises with t takes a value.
+
+        Float64 of the shape of ``value``, by bisection to the last bit; 0 and N beyond its range.
+        """
+        low = torch.zeros_like(value, dtype=torch.float64)
         high = torch.full_like(low, self.num_timesteps)
-        for _ in range(64):  # to the last bit
+        for _ in range(64):
             middle = (low + high) / 2
-            is_cleaner = self.log_snr(middle) > log_snr
-            low, high = torch.where(is_cleaner, middle, low), torch.where(is_cleaner, high, middle)
+            is_below = rising(middle) < value
+            low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
         return high
 
     def diffuse(self, x0: Tensor, t: float | Tensor, noise: Tensor) -> Tensor:

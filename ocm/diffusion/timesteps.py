@@ -141,12 +141,7 @@ def timesteps_at(schedule: Schedule, sigmas: Sequence[float] | Tensor) -> list[f
     most = schedule.sigma(N).item()
     if not len(wanted) or not bool((wanted > 0).all()) or wanted[-1] > most * (1 + 1e-6):
         raise ValueError(f"sigmas must lie in (0, {most:.6g}], got {list(sigmas)}")
-    low, high = torch.zeros_like(wanted), torch.full_like(wanted, N)
-    for _ in range(64):  # to the last bit
-        middle = (low + high) / 2
-        is_below = schedule.sigma(middle) < wanted
-        low, high = torch.where(is_below, middle, low), torch.where(is_below, high, middle)
-    timesteps: list[float] = high.tolist()
+    timesteps: list[float] = schedule.timestep_where(schedule.sigma, wanted).tolist()
     return timesteps
 
 

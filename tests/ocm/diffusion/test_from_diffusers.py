@@ -63,11 +63,9 @@ def test_a_scheduler_is_known_or_refused(name):
             from_scheduler(scheduler)
 
 
-@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize("name", [name for name in BETAS if made(name) is not None])
 def test_its_alpha_bar_is_that_of_its_own_table(name):
     scheduler = made(name)
-    if scheduler is None:
-        pytest.skip("diffusers of another version has no such scheduler")
     schedule = from_scheduler(scheduler)
     for t in (1, 500, 991):
         alpha_bar = scheduler.alphas_cumprod[t - 1].double().item()
