@@ -28,7 +28,7 @@ help: ## Show this list
 demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (8 minutes with set-up)
 	$(BIN)/python examples/demo.py --out runs/demo
 
-test: $(VENV)/.installed-test ## Run the tests (8 minutes with set-up; GPU tests where there is a GPU)
+test: $(VENV)/.installed-test ## Run the tests (15 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
 soak: $(VENV)/.installed-test ## The tests that take many minutes: every input of PyTorch's operators (6 minutes)

@@ -16,8 +16,14 @@ from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler
 WITH_BETAS = [
     *("DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
     *("DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
-    *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
-    *("LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "TCDScheduler", "UnCLIPScheduler"),
+    *(
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "TCDScheduler",
+        "UnCLIPScheduler",
+    ),
     "UniPCMultistepScheduler",
 ]
 OTHERS = [
