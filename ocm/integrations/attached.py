@@ -230,6 +230,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         given: dict[str, Any] = {"data_std": self._internal_dict["data_std"]}
         if theirs.config.get("variance_type") in LEARNED:
             given["variance_type"] = "fixed_small"
+        made: CovarianceScheduler
         made, unused = fitting.from_config(
             scheduler, return_unused_kwargs=True, **(given | options)
         )
@@ -238,7 +239,7 @@ class CovarianceModel(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"options must be arguments of {fitting.__name__}, got {', '.join(unknown)}"
             )
-        return made  # type: ignore[no-any-return]
+        return made
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Save weights and configuration; the arguments are those of diffusers.

@@ -26,7 +26,7 @@ from ocm.diffusion.from_diffusers import from_scheduler, rebuilt
 
 
 @dataclass
-class OCMSchedulerOutput(BaseOutput):  # type: ignore[misc]
+class OCMSchedulerOutput(BaseOutput):
     """What a step returns.
 
     Attributes:
@@ -68,14 +68,14 @@ def log_density(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     return -0.5 * terms.flatten(1).sum(1)
 
 
-def takes_arguments_of(parent: type) -> Callable[[Any], Any]:
+def takes_arguments_of(parent: Any) -> Callable[[Any], Any]:
     """Give an ``__init__`` the parent's arguments, of any version, and its own keyword-only ones.
 
     diffusers reads from its signature what the configuration holds.
     """
 
     def decorate(init: Any) -> Any:
-        inherited = inspect.signature(parent.__init__).parameters  # type: ignore[misc]
+        inherited = inspect.signature(parent.__init__).parameters
         own = inspect.signature(init).parameters.values()
         keywords = [one for one in own if one.kind is one.KEYWORD_ONLY]
         init.__signature__ = inspect.Signature([*inherited.values(), *keywords])
@@ -128,7 +128,8 @@ class CovarianceScheduler:
             for name in entries.get("_use_default_values", ())
             if name in arguments and entries.get(name) == arguments[name].default
         ]
-        made, unused = super().from_config(entries, return_unused_kwargs=True, **kwargs)  # type: ignore[misc]
+        parents: Any = super()  # of diffusers, behind this one
+        made, unused = parents.from_config(entries, return_unused_kwargs=True, **kwargs)
         return (made, unused) if return_unused_kwargs else made
 
     @classmethod
@@ -181,8 +182,8 @@ class CovarianceScheduler:
         data_std = self.parameterisation.data_std
         if alpha_bar == 0.0 and math.isinf(data_std):
             raise ValueError(
-                f"data_std must be a number where no signal is left, at timestep {t} of "
-                "rescale_betas_zero_snr=True: the papers' unit is infinite there, got None"
+                f"data_std must be a number where no signal is left, at timestep {t} of a flow or "
+                "of rescale_betas_zero_snr=True: the papers' unit is infinite there, got None"
             )
         return (1.0 - alpha_bar) / (alpha_bar + (1.0 - alpha_bar) / data_std**2)
 
