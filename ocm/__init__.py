@@ -34,7 +34,7 @@ from ocm.covariances import (
 from ocm.covariances.learned.heads import CovarianceHead, ResidualHead, TokenHead, make_head
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance
-from ocm.diffusion.architectures import Architecture
+from ocm.diffusion.backbones.architecture import Architecture
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
 from ocm.diffusion.schedules import Schedule, cosine, edm, flow, from_betas, linear, trigflow, vp

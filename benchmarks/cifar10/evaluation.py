@@ -32,7 +32,8 @@ from ocm.checkpoints.catalogue import build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.covariances.names import CALIBRATED
 from ocm.data import Images
-from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.tables import Table
 from ocm.evaluation import classifier
 from ocm.evaluation.environment import Row, environment

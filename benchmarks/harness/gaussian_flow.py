@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import ocm
-from ocm.diffusion.architectures import Architecture
+from ocm.diffusion.backbones.architecture import Architecture
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.tables import Table
 from ocm.diffusion.timesteps import reverse_steps

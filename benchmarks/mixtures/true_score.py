@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtures.mixture import Components, Mixture, Posterior
-from ocm.diffusion.architectures import Architecture
+from ocm.diffusion.backbones.architecture import Architecture
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.predictions import check_prediction_type
 from ocm.diffusion.schedules import Schedule

@@ -25,7 +25,7 @@ from ocm.covariances import Analytic, LearnedCovariance
 from ocm.covariances.learned.heads import KINDS
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.architectures import ARCHITECTURES
+from ocm.diffusion.backbones.families import ARCHITECTURES
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of

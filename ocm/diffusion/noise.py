@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hessdiag.kernels import normal
 from ocm.diffusion import draws
-from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
 
 # Standard normal numbers exceed it with probability 1/10.

@@ -31,13 +31,9 @@ from ocm.checkpoints.weights import CheckpointError, load_weights
 from ocm.covariances.learned.heads import HEADS, make_head
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.parameterisation import Parameterisation
-from ocm.diffusion.architectures import (
-    Architecture,
-    architecture_of,
-    has_adapters,
-    in_type_of,
-    unwrapped,
-)
+from ocm.diffusion.backbones.architecture import Architecture
+from ocm.diffusion.backbones.families import architecture_of
+from ocm.diffusion.backbones.wrappers import has_adapters, in_type_of, unwrapped
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of, rebuilt
 from ocm.diffusion.schedules import Schedule, linear
@@ -313,8 +309,8 @@ def attach(
     """Return a diffusion model that states its covariance beside its prediction.
 
     Args:
-        model: One of :mod:`ocm.diffusion.architectures`, which becomes a part of what is returned,
-            compiled or with adapters as it may be.
+        model: One of :mod:`ocm.diffusion.backbones.families`, which becomes a part of what is
+            returned, compiled or with adapters as it may be.
         head: A trained head of :mod:`ocm.covariances.learned.heads`, moved to the device of the
             model; or a safetensors file with its weights; or None for an untrained one,
             which states the unit itself (ratio 1) until :func:`ocm.train_head` has seen it. Its

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ocm.diffusion.checks import check_positive_int
-from ocm.diffusion.denoiser import Condition, Denoiser
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser
 from ocm.sampling.any_sigma import mean_of_x0, sigmas
 
 

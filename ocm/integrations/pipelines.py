@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ocm.diffusion.denoiser import guided
+from ocm.diffusion.conditions import guided
 from ocm.integrations.attached import CovarianceModel
 from ocm.integrations.gaussian_steps import CovarianceScheduler
 from ocm.integrations.latents import decode

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import PosteriorCovariance
-from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.predictions import coefficients
 from ocm.diffusion.schedules import Schedule, per_sample
 from ocm.sampling.samplers import X0_RANGE

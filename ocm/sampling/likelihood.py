@@ -31,7 +31,8 @@ from torch import Tensor
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import SpectralCovariance, spectral
 from ocm.diffusion.checks import check_finite
-from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.divergences import discretised_gaussian_log_prob, gaussian_step_kl
 from ocm.diffusion.noise import noisy_prediction
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of

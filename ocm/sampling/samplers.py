@@ -29,7 +29,8 @@ from ocm.covariances.operators import (
     variance_bound,
 )
 from ocm.diffusion import draws
-from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 

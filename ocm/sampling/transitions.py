@@ -23,7 +23,8 @@ from hessdiag.kernels import normal
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import PosteriorCovariance, spectral
 from ocm.diffusion import draws
-from ocm.diffusion.denoiser import Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import full_precision
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 from ocm.sampling.samplers import X0_RANGE, ReverseStep, Sampler, ddpm, starting_noise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ocm.covariances.learned.base import LearnedCovariance
-from ocm.diffusion.architectures import has_adapters
+from ocm.diffusion.backbones.wrappers import has_adapters
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import chosen, noisy
 from ocm.diffusion.predictions import target

@@ -11,7 +11,7 @@ from harness import budget
 import ocm
 from hessdiag.kernels import normal
 from ocm.checkpoints.checkpoint import Checkpoint
-from ocm.diffusion.architectures import UNET
+from ocm.diffusion.backbones.families import UNET
 from ocm.diffusion.tables import Table
 from ocm.evaluation.features import FeatureExtractor
 from ocm.training.small_unet import small_unet

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from ocm.diffusion.architectures import UNET
+from ocm.diffusion.backbones.families import UNET
 from ocm.diffusion.denoiser import Denoiser
 
 

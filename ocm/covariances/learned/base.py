@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from ocm.covariances.base import Covariance
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Branch, Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ocm.diffusion.architectures import unwrapped
+from ocm.diffusion.backbones.wrappers import unwrapped
 from ocm.diffusion.denoiser import Denoiser
 
 

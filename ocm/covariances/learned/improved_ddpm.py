@@ -12,7 +12,8 @@ from torch.nn import functional
 from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Branch, Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 from ocm.diffusion.divergences import gaussian_step_kl
 from ocm.diffusion.noise import noisy
 from ocm.diffusion.schedules import full_precision, per_sample

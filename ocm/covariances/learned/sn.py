@@ -11,7 +11,8 @@ from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.base import regression_loss, scaled_ratio
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Branch, Condition, Denoiser, Prediction
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 from ocm.diffusion.noise import noisy
 
 

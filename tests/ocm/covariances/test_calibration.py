@@ -168,7 +168,7 @@ def classes():
     """A network with two classes, that predicts x0 = 0.2 or -0.3 by the class."""
     from types import SimpleNamespace
 
-    from ocm.diffusion.architectures import Architecture
+    from ocm.diffusion.backbones.architecture import Architecture
 
     class TwoClasses(torch.nn.Module):
         def __init__(self):

@@ -11,7 +11,8 @@ from diffusers import UNet2DModel
 from torch import nn
 
 import ocm
-from ocm.diffusion.architectures import UNET, device_of, has_adapters, unwrapped
+from ocm.diffusion.backbones.families import UNET
+from ocm.diffusion.backbones.wrappers import device_of, has_adapters, unwrapped
 
 SHAPE = (2, 2, 4, 4)
 

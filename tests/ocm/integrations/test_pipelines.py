@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import ocm
 from hessdiag.kernels import normal
-from ocm.diffusion.denoiser import guided
+from ocm.diffusion.conditions import guided
 from ocm.integrations.latents import decode, encode, load_autoencoder
 from ocm.integrations.pipelines import OCMDiTPipeline
 

@@ -1,0 +1,75 @@
+"""What a backbone may be wrapped in, and where and in which type it computes."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def unwrapped(backbone: Any) -> Any:
+    """Return the module inside of ``torch.compile``, DistributedDataParallel or peft's model.
+
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> unwrapped(torch.compile(layer)) is layer
+        True
+    """
+    while True:
+        if isinstance(backbone, nn.parallel.DistributedDataParallel):
+            backbone = backbone.module
+        elif hasattr(backbone, "_orig_mod"):  # of torch.compile
+            backbone = backbone._orig_mod
+        elif hasattr(backbone, "get_base_model"):  # of peft
+            backbone = backbone.get_base_model()
+        else:
+            return backbone
+
+
+def device_of(backbone: nn.Module) -> torch.device:
+    """Return where a backbone computes: where hooks take its weights, if it is offloaded.
+
+    Example:
+        >>> device_of(nn.Identity())
+        device(type='cpu')
+    """
+    module = unwrapped(backbone)
+    device = _device_of_hook(module)
+    if device is None and hasattr(module, "_diffusers_hook"):  # its own offloading, by groups
+        device = module.device
+    if device is None:
+        first = next(chain(module.parameters(), module.buffers()), None)
+        device = torch.device("cpu") if first is None else first.device
+    if device.type == "meta":
+        device = next(filter(None, map(_device_of_hook, module.modules())), device)
+    return device
+
+
+def _device_of_hook(module: nn.Module) -> torch.device | None:
+    hook = getattr(module, "_hf_hook", None)
+    devices = (getattr(part, "execution_device", None) for part in getattr(hook, "hooks", [hook]))
+    return next((torch.device(device) for device in devices if device is not None), None)
+
+
+def in_type_of(backbone: nn.Module, x: Tensor) -> Tensor:
+    """Return x in the type of the backbone's weights, if that is half precision.
+
+    Example:
+        >>> in_type_of(nn.Linear(1, 1).bfloat16(), torch.zeros(1)).dtype
+        torch.bfloat16
+    """
+    weights = (p.dtype for p in backbone.parameters() if p.is_floating_point())
+    dtype = next(weights, x.dtype)
+    return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
+
+
+def has_adapters(backbone: nn.Module) -> bool:
+    """Return whether peft's layers (LoRA and its kin) stand in place of some of its own.
+
+    Example:
+        >>> has_adapters(nn.Linear(1, 1))
+        False
+    """
+    return any("base_layer" in module._modules for module in backbone.modules())

@@ -1,0 +1,109 @@
+"""What samples are conditioned on, and classifier-free guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """What samples are conditioned on, and how strongly; made by :meth:`Denoiser.condition`.
+
+    Attributes:
+        labels: Class of each sample, int64 of shape (B,), or None.
+        guidance_scale: w above; 1 is the plain conditional model.
+        null_label: The label that stands for no class; labels with another scale need it.
+        tensors: Further keyword arguments of the backbone, by name: tensors of shape (B, ...) or
+            (1, ...), dictionaries of them, and what is none, which is passed on as it is.
+        null_tensors: Those that differ in the branch without a condition, needed with another
+            scale: the embedding of an empty text.
+
+    Raises:
+        ValueError: If there is guidance, and nothing that stands for no condition.
+    """
+
+    labels: Tensor | None = None
+    guidance_scale: float = 1.0
+    null_label: int | None = None
+    tensors: Mapping[str, Any] = field(default_factory=dict)
+    null_tensors: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.labels is None and not self.tensors:
+            raise ValueError("labels or tensors must be given: there is no condition without them")
+        unknown = sorted(set(self.null_tensors) - set(self.tensors))
+        if unknown:
+            raise ValueError(f"null_tensors must be named as tensors are, got {unknown}")
+        if self.is_guided and self.labels is not None and self.null_label is None:
+            raise ValueError(
+                f"null_label must be given for guidance_scale = {self.guidance_scale}: the label "
+                "that the model was trained with for no class"
+            )
+        if self.is_guided and self.tensors and not self.null_tensors:
+            raise ValueError(
+                f"null_tensors must be given for guidance_scale = {self.guidance_scale}: what "
+                "takes the place of tensors without a condition, the embedding of an empty text say"
+            )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the backbone is evaluated without a condition too."""
+        return self.guidance_scale != 1.0
+
+    def arguments(
+        self, like: Tensor, *, is_null: bool = False
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Return labels and tensors for a batch ``like``, or for several copies of one.
+
+        Args:
+            like: What the backbone is shown; floating-point tensors take its type.
+            is_null: Whether it is the branch without a condition.
+
+        Raises:
+            ValueError: If the batch is no multiple of the number of labels, or of rows of a tensor.
+        """
+        labels = self.labels
+        if is_null and labels is not None and self.null_label is not None:
+            labels = torch.full_like(labels, self.null_label)
+        tensors = {**self.tensors, **(self.null_tensors if is_null else {})}
+        arguments: tuple[Tensor | None, dict[str, Any]] = pytree.tree_map_only(
+            Tensor, lambda values: _repeated(values, like), (labels, tensors)
+        )
+        return arguments
+
+
+def _repeated(values: Tensor, like: Tensor) -> Tensor:
+    # Products may lay probes out as further samples of the batch.
+    if values.is_floating_point():
+        values = values.to(like.dtype)
+    if values.dim() == 0 or len(values) == len(like):
+        return values
+    if len(values) == 0 or len(like) % len(values):
+        raise ValueError(
+            "labels and tensors must be one for each sample of a batch, or of each of its copies, "
+            f"got {len(values)} for {len(like)} samples"
+        )
+    return values.repeat(len(like) // len(values), *[1] * (values.dim() - 1))
+
+
+def guided(both: Tensor, guidance_scale: float) -> Tensor:
+    """Return (1 - w) of the first half of a batch, without a condition, plus w of the second.
+
+    Example:
+        >>> guided(torch.tensor([1.0, 2.0]), 3.0)
+        tensor([4.])
+    """
+    without, conditional = both.chunk(2)
+    return (1.0 - guidance_scale) * without + guidance_scale * conditional
+
+
+def one_after_the_other(first: Any, second: Any) -> Any:
+    """Return two tensors as one batch, and what is none as it is."""
+    is_batch = isinstance(second, Tensor) and second.dim() > 0
+    return torch.cat([first, second]) if is_batch else second
