@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ocm.checkpoints.weights import CheckpointError, load_model, load_weights
 from ocm.covariances import Analytic, LearnedCovariance
-from ocm.covariances.learned.heads import KINDS
+from ocm.covariances.learned.heads import kinds_of
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.names import LEARNED
 from ocm.diffusion.backbones.families import ARCHITECTURES
@@ -175,7 +175,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         learned = {
             name: LEARNED[name](
                 denoiser,
-                _head(name, entry, backbone),
+                _head(name, entry, denoiser),
                 Parameterisation.from_json(entry["parameterisation"]),
             )
             for name, entry in description["learned"].items()
@@ -302,10 +302,10 @@ def _schedule(entry: dict[str, Any]) -> Schedule:
     return SCHEDULES[entry["name"]](entry["num_timesteps"], **entry.get("options", {}))
 
 
-def _head(name: str, entry: dict[str, Any], backbone: nn.Module) -> nn.Module:
-    """Return the head of an entry, if it is one that the backbone's architecture would make."""
+def _head(name: str, entry: dict[str, Any], denoiser: Denoiser) -> nn.Module:
+    """Return the head of an entry, if it is one that the denoiser's architecture would make."""
     wanted = entry["head"], entry["config"]
-    fitting = [make(backbone) for make in KINDS[type(backbone).__name__].values()]
+    fitting = [make(denoiser) for make in kinds_of(denoiser).values()]
     made = [(type(head).__name__, vars(head)["config"]) for head in fitting]
     if wanted not in made:
         raise ValueError(

@@ -6,6 +6,7 @@ covariance                         states                                       
 :class:`Beta`, :class:`BetaTilde`  the two variances of DDPM                       0
 :class:`Analytic`                  one number for each timestep                    0
 :class:`ImprovedDDPM`              a head, trained by the variational bound        0
+:class:`VarianceChannels`          what a backbone learned beside its prediction   0
 :class:`NPR`, :class:`SN`          heads that regress errors and noise             0
 :class:`OptimalCovarianceMatching` a head that regresses the Hessian's diagonal    0
 :class:`Hutchinson`                the diagonal from M probes of any design        M
@@ -38,7 +39,7 @@ from ocm.covariances.fixed import Beta, BetaTilde
 from ocm.covariances.hutchinson import Hutchinson
 from ocm.covariances.lanczos import Lanczos, LanczosCovariance
 from ocm.covariances.learned.base import LearnedCovariance
-from ocm.covariances.learned.improved_ddpm import ImprovedDDPM
+from ocm.covariances.learned.improved_ddpm import ImprovedDDPM, VarianceChannels
 from ocm.covariances.learned.npr import NPR
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.sn import SN
@@ -61,6 +62,7 @@ __all__ = [
     "LanczosCovariance",
     "LearnedCovariance",
     "OptimalCovarianceMatching",
+    "VarianceChannels",
     "calibrate",
     "fit_analytic",
     "fit_analytic_from_data",

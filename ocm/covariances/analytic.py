@@ -83,7 +83,11 @@ def fit_analytic(
         seed: Seed of the noise.
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If the denoiser's output is no posterior mean.
     """
+    denoiser.check_states_a_mean()
     schedule = denoiser.schedule
 
     def variance(t: float) -> float:
@@ -127,8 +131,9 @@ def fit_analytic_from_data(
 
     mu and Var[x0] are the mean of each dimension and the mean variance over dimensions. The
     result is bounded to [0, ((high - low) / 2)^2] for data in ``x0_range``, and x0_hat clipped to
-    it. The arguments are those of :func:`fit_analytic`.
+    it. The arguments and errors are those of :func:`fit_analytic`.
     """
+    denoiser.check_states_a_mean()
     mean = x0.double().mean(dim=0)
     data_variance = (x0.double() - mean).square().mean().item()
     bound = torch.inf if x0_range is None else variance_bound(x0_range)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+# Labels, and other arguments of a backbone by name.
+Arguments = tuple[Tensor | None, dict[str, Any]]
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -56,26 +59,48 @@ class Condition:
         """Whether the backbone is evaluated without a condition too."""
         return self.guidance_scale != 1.0
 
-    def arguments(
-        self, like: Tensor, *, is_null: bool = False
-    ) -> tuple[Tensor | None, dict[str, Any]]:
-        """Return labels and tensors for a batch ``like``, or for several copies of one.
+    def arguments(self, like: Tensor) -> list[Arguments]:
+        """Return labels and tensors of each evaluation, that without a condition first.
 
         Args:
-            like: What the backbone is shown; floating-point tensors take its type.
-            is_null: Whether it is the branch without a condition.
+            like: What the backbone is shown, a batch or several copies of one; floating-point
+                tensors take its type.
 
         Raises:
             ValueError: If the batch is no multiple of the number of labels, or of rows of a tensor.
         """
-        labels = self.labels
-        if is_null and labels is not None and self.null_label is not None:
-            labels = torch.full_like(labels, self.null_label)
-        tensors = {**self.tensors, **(self.null_tensors if is_null else {})}
-        arguments: tuple[Tensor | None, dict[str, Any]] = pytree.tree_map_only(
-            Tensor, lambda values: _repeated(values, like), (labels, tensors)
+        given: list[Arguments] = [(self.labels, dict(self.tensors))]
+        if self.is_guided:
+            null = self.labels
+            if null is not None and self.null_label is not None:
+                null = torch.full_like(null, self.null_label)
+            given.insert(0, (null, {**self.tensors, **self.null_tensors}))
+        repeated: list[Arguments] = pytree.tree_map_only(
+            Tensor, lambda values: _repeated(values, like), given
         )
-        return arguments
+        return repeated
+
+
+def joined(branches: list[Arguments]) -> Arguments | None:
+    """Return the arguments of a batch of all branches; None where their shapes differ.
+
+    Texts of two lengths, say, are then evaluated one after the other.
+    """
+    leaves = [pytree.tree_leaves(branch) for branch in branches]
+    if any(map(_differ, leaves[0], leaves[-1])):
+        return None
+    together: Arguments = pytree.tree_map(_one_after_the_other, branches[0], branches[-1])
+    return together
+
+
+def _differ(first: Any, second: Any) -> bool:
+    both = isinstance(first, Tensor) and isinstance(second, Tensor)
+    return both and first.shape[1:] != second.shape[1:]
+
+
+def _one_after_the_other(first: Any, second: Any) -> Any:
+    is_batch = isinstance(second, Tensor) and second.dim() > 0
+    return torch.cat([first, second]) if is_batch else second
 
 
 def _repeated(values: Tensor, like: Tensor) -> Tensor:
@@ -101,9 +126,3 @@ def guided(both: Tensor, guidance_scale: float) -> Tensor:
     """
     without, conditional = both.chunk(2)
     return (1.0 - guidance_scale) * without + guidance_scale * conditional
-
-
-def one_after_the_other(first: Any, second: Any) -> Any:
-    """Return two tensors as one batch, and what is none as it is."""
-    is_batch = isinstance(second, Tensor) and second.dim() > 0
-    return torch.cat([first, second]) if is_batch else second

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,9 @@ from torch.utils import _pytree as pytree
 
 import hessdiag
 from ocm.diffusion.backbones.architecture import Architecture, FunctionBackbone
-from ocm.diffusion.backbones.families import architecture_of
-from ocm.diffusion.backbones.wrappers import device_of, in_type_of, unwrapped
-from ocm.diffusion.conditions import Condition, guided, one_after_the_other
+from ocm.diffusion.backbones.families import ARCHITECTURES, architecture_of, is_distilled
+from ocm.diffusion.backbones.wrappers import class_of, device_of, in_type_of, unwrapped
+from ocm.diffusion.conditions import Arguments, Condition, guided, joined
 from ocm.diffusion.predictions import (
     PRECONDITIONED,
     Coefficients,
@@ -49,22 +49,48 @@ from ocm.diffusion.predictions import (
 from ocm.diffusion.schedules import Schedule, full_precision, per_sample
 
 
-class Branch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Branch:
     """One of the evaluations that make up a prediction: the only one, or one of a guidance.
 
     Attributes:
+        denoiser: Whose evaluation it is.
         x_t: Shape (B, ...).
         t: One timestep in (0, N], or a tensor of shape (B,); whole on a discrete schedule.
         s: Where the reverse step goes, or None.
         x0_hat: Mean of x0 given x_t, not clipped.
-        features: The input of the backbone's last output layer.
     """
 
+    denoiser: Denoiser
     x_t: Tensor
     t: float | Tensor
     s: float | None
     x0_hat: Tensor
-    features: Tensor
+    _aux: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def features(self) -> Tensor:
+        """The input of the backbone's last output layer.
+
+        Raises:
+            ValueError: If the backbone shows none.
+        """
+        return self.denoiser.features_in(self._aux)
+
+    @property
+    def further_channels(self) -> Tensor:
+        """What the backbone puts out beside its prediction, of the shape of x_t.
+
+        Raises:
+            ValueError: If that is nothing.
+        """
+        if "further_channels" not in self._aux:
+            channels = self.x_t.shape[1]
+            raise ValueError(
+                "backbone must put out a variance beside its prediction, as those of I-DDPM do "
+                f"(learned_sigma): {2 * channels} channels, got {channels}"
+            )
+        return self._aux["further_channels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +140,9 @@ class Prediction:
 
     @property
     def features(self) -> Tensor:
-        """The input of the backbone's last output layer, (B, channels, ...) or (B, tokens, width).
+        """The input of the backbone's last output layer, (B, channels, ...) or (B, *grid, width).
 
+        A grid is that of the patches for which tokens stand.
         Under guidance that of the evaluation with a condition.
 
         Raises:
@@ -130,25 +157,27 @@ class Prediction:
 
     @property
     def branches(self) -> tuple[tuple[float, Branch], ...]:
-        """Weights and evaluations of which this is the sum: one, or two under guidance.
-
-        Raises:
-            ValueError: If the backbone shows no features.
-        """
+        """Weights and evaluations of which this is the sum: one, or two under guidance."""
         output, aux = self._evaluated
-        features = self.denoiser.features_in(aux)
-        weights, outputs = [1.0], [output]
+        weights, outputs, parts = [1.0], [output], [aux]
         if self.condition is not None and "branches" in aux:
             w = self.condition.guidance_scale
             weights, outputs = [1.0 - w, w], [*aux["branches"].chunk(2)]
+            halves = {name: values.chunk(2) for name, values in aux.items()}
+            parts = [{name: both[i] for name, both in halves.items()} for i in range(2)]
         return tuple(
             (
                 weight,
-                Branch(self.x_t, self.t, self.s, self.denoiser.x0_hat(self.x_t, self.t, out), part),
+                Branch(
+                    self.denoiser,
+                    self.x_t,
+                    self.t,
+                    self.s,
+                    self.denoiser.x0_hat(self.x_t, self.t, out),
+                    part,
+                ),
             )
-            for weight, out, part in zip(
-                weights, outputs, features.chunk(len(weights)), strict=True
-            )
+            for weight, out, part in zip(weights, outputs, parts, strict=True)
         )
 
     @property
@@ -182,8 +211,10 @@ class Prediction:
         Where x_t holds no signal J is the covariance of the data, c = 0 and k = 1.
 
         Raises:
-            ValueError: If it holds none, and the denoiser was given no ``data_covariance``.
+            ValueError: If it holds none, and the denoiser was given no ``data_covariance``; or the
+                output is no posterior mean, since guidance is embedded in the backbone.
         """
+        self.denoiser.check_states_a_mean()
         if isinstance(self.t, Tensor) or self.denoiser.schedule.has_signal(self.t):
             return *self.denoiser.covariance_coefficients(self.t, self.x_t), self.jacobian
         one = per_sample(torch.tensor(1.0), full_precision(self.x_t[:0]))
@@ -254,18 +285,32 @@ class Denoiser:
                 f"backbone must have the submodule {self._architecture.feature_layer!r}, whose "
                 f"input a head reads; {type(unwrapped(self.backbone)).__name__} has none"
             ) from None
-        config = getattr(unwrapped(self.backbone), "config", None)
-        channels = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
-        if self._architecture.class_name.startswith("UNet2D") and channels[0] != channels[1]:
-            raise ValueError(
-                "backbone must predict one value for every input channel and nothing else, got "
-                f"in_channels = {channels[0]}, out_channels = {channels[1]}"
-            )
+        if self._architecture.class_name in ARCHITECTURES and not self._architecture.is_packed:
+            config = unwrapped(self.backbone).config
+            given, made = config.in_channels, config.out_channels or config.in_channels
+            if made not in (given, 2 * given):
+                raise ValueError(
+                    "backbone must predict one value for every input channel, and at most a "
+                    f"variance beside it, got in_channels = {given}, out_channels = {made}"
+                )
 
     @property
     def _architecture(self) -> Architecture:
         assert self.architecture is not None  # set in __post_init__
         return self.architecture
+
+    def check_states_a_mean(self) -> None:
+        """Raise unless the output is that of a posterior mean, whose Jacobian is a covariance.
+
+        Raises:
+            ValueError: If guidance is embedded in the backbone.
+        """
+        if is_distilled(self.backbone):
+            raise ValueError(
+                "backbone must predict a posterior mean for its Jacobian to be a covariance, and "
+                f"{class_of(self.backbone).__name__} with guidance_embeds = True was distilled from"
+                " a guided model; ocm.NPR learns its squared errors on data"
+            )
 
     def freeze(self) -> Denoiser:
         """Put the backbone in eval mode, switch off its gradients, and return the denoiser."""
@@ -511,19 +556,28 @@ class Denoiser:
         if time.dim() == 0:
             # Filled on the device, where a copy from the host could not be part of a CUDA graph.
             time = torch.full((len(x),), time.item(), dtype=time.dtype, device=x.device)
-        is_guided = condition is not None and condition.is_guided
-        arguments: tuple[Tensor | None, dict[str, Any]] = (None, {})
-        if condition is not None:
-            arguments = condition.arguments(x)
-            if is_guided:
-                nulls = condition.arguments(x, is_null=True)
-                arguments = pytree.tree_map(one_after_the_other, nulls, arguments)
-                x, time = torch.cat([x, x]), torch.cat([time, time])
-        labels, tensors = arguments
-        output, features = call(x, time, labels, **tensors)
+        branches: list[Arguments] = [(None, {})] if condition is None else condition.arguments(x)
+        together = joined(branches)
+        if together is not None and len(branches) > 1:
+            x, time, branches = torch.cat([x, x]), torch.cat([time, time]), [together]
+        called = [call(x, time, labels, **tensors) for labels, tensors in branches]
+        outputs, features = zip(*called, strict=True)
         # Under autocast or in half precision, the output has another type than x_t.
-        output = output.to(x_t.dtype)
-        aux = {} if features is None else {"features": features}
+        output = torch.cat(outputs).to(x_t.dtype) if len(outputs) > 1 else outputs[0].to(x_t.dtype)
+        aux = {}
+        if features[0] is not None:
+            aux["features"] = torch.cat(features) if len(features) > 1 else features[0]
+        channels = x_t.shape[1]
+        is_guided = condition is not None and condition.is_guided
+        shapes = [(len(x_t) * (1 + is_guided), n * channels, *x_t.shape[2:]) for n in (1, 2)]
+        if output.shape not in shapes:
+            raise ValueError(
+                "backbone must put out the shape of x_t, or twice its channels with a variance, "
+                f"got {tuple(output.shape)} for {tuple(x_t.shape)}"
+            )
+        if output.shape[1] > channels:
+            aux["further_channels"] = output[:, channels:].detach()
+            output = output[:, :channels]
         if condition is not None and is_guided:
             aux["branches"] = output
             output = guided(output, condition.guidance_scale)

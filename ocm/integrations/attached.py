@@ -1,16 +1,21 @@
 """One line that turns a denoiser into one with a covariance: ``model = ocm.attach(unet)``.
 
-The model that :func:`attach` returns is one of diffusers: pipelines save, load and move it. Its
-output has twice the channels of x_t: what the backbone predicts, and the ratio of Var[x0 | x_t] to
-the unit of its :class:`ocm.Parameterisation`, from the same pass through the backbone.
+The model that :func:`attach` returns is one of diffusers: pipelines save, load and move it, and
+call it as they call its backbone. Its output is twice as long as x_t in dimension 1: what the
+backbone predicts, and the ratio of Var[x0 | x_t] to the unit of its :class:`ocm.Parameterisation`,
+from the same pass through the backbone. For images and videos these are twice the channels; for
+the tokens of Flux, Qwen-Image and LTX-Video twice the tokens, laid out alike in both halves.
 
     scheduler = model.scheduler(pipeline.scheduler)
     pipeline = DDPMPipeline(unet=model, scheduler=scheduler)
     images = pipeline(num_inference_steps=10).images
 
-Text-to-image works alike, ``StableDiffusionPipeline(unet=model, scheduler=scheduler, ...)``: what
-it conditions on passes through, and guidance combines both halves of the output by its weights.
-``from_pretrained`` of such a pipeline logs that it expected a ``UNet2DModel``, and works.
+Text-to-image and video work alike, ``StableDiffusion3Pipeline(transformer=model,
+scheduler=scheduler, ...)``: what they condition on passes through, and guidance combines both
+halves of the output by its weights. ``guidance_rescale`` must stay at 0, since it would mix the
+halves; Qwen-Image's guidance rescales every token, the prediction's as it always does, and the
+variance's by their own norm. ``from_pretrained`` of such a pipeline logs that it expected another
+class of model, and works.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
@@ -31,9 +37,15 @@ from ocm.checkpoints.weights import CheckpointError, load_weights
 from ocm.covariances.learned.heads import HEADS, make_head
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.parameterisation import Parameterisation
-from ocm.diffusion.backbones.architecture import Architecture
+from ocm.diffusion.backbones.architecture import Architecture, grid_of, packed
 from ocm.diffusion.backbones.families import architecture_of
-from ocm.diffusion.backbones.wrappers import has_adapters, in_type_of, unwrapped
+from ocm.diffusion.backbones.wrappers import (
+    class_of,
+    has_adapters,
+    in_type_of,
+    is_sharded,
+    unwrapped,
+)
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of, rebuilt
 from ocm.diffusion.schedules import Schedule, linear
@@ -46,12 +58,12 @@ from ocm.integrations.scheduler import LEARNED, OCMDDIMScheduler, OCMScheduler
 BOUNDED = Parameterisation(data_std=0.5, positive=True)
 
 
-class CovarianceModel(ModelMixin, ConfigMixin):
+class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
     """A diffusers backbone with a covariance head; made by :func:`attach` or ``from_pretrained``.
 
     ``config`` holds the backbone's entries too, as pipelines read them, except that
-    ``out_channels`` is the 2C of this model. The model is saved as one file of weights and one of
-    configuration.
+    ``out_channels`` is that of the prediction alone: pipelines drop a variance that is told there.
+    The model is saved as one file of weights and one of configuration.
 
     Args:
         backbone_class: Name of the backbone's class in diffusers.
@@ -102,13 +114,14 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         self.backbone: Any = backbone
         self.head: nn.Module = HEADS[head_class](**head_config) if head is None else head
         self._given_architecture = architecture
+        self._keep_in_fp32_modules = _kept_in_float32(class_of(backbone))
 
     @property
     def config(self) -> Any:
         """The backbone's configuration, and this model's own."""
         config = _config_of(self.backbone)
-        if "in_channels" in config:
-            config["out_channels"] = 2 * config["in_channels"]
+        if config.get("out_channels") == 2 * config.get("in_channels", 0):
+            config["out_channels"] = config["in_channels"]
         return FrozenDict(config | dict(self._internal_dict))
 
     @property
@@ -131,10 +144,12 @@ class CovarianceModel(ModelMixin, ConfigMixin):
 
     def forward(
         self,
-        sample: Tensor,
-        timestep: int | Tensor,
+        sample: Tensor | None = None,
+        timestep: float | Tensor | None = None,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
+        *,
+        hidden_states: Tensor | None = None,
         **conditions: Any,
     ) -> UNet2DOutput | tuple[Tensor]:
         """Return the prediction and the ratio of the variance, by one pass through the backbone.
@@ -142,33 +157,54 @@ class CovarianceModel(ModelMixin, ConfigMixin):
         The head reads detached features: its gradients do not reach the backbone.
 
         Args:
-            sample: x_t, shape (B, C, ...); a backbone in half precision is shown it in that.
-            timestep: diffusers' timestep, t - 1 of betas: a number, or a tensor of shape (), (1,)
-                or (B,).
+            sample: x_t as the backbone takes it, shape (B, C, ...) or tokens (B, n, C); a backbone
+                in half precision is shown it in that.
+            timestep: What the backbone is told of the time: a number, or a tensor of shape (), (1,)
+                or (B,), or of one for each token.
             class_labels: Class of each sample, for a backbone that takes them.
-            return_dict: Whether to return an output with ``sample``, shape (B, 2C, ...), rather
-                than a tuple; both in the type of ``sample``.
+            return_dict: Whether to return an output with ``sample``, twice as long as x_t in
+                dimension 1, rather than a tuple; both in the type of ``sample``.
+            hidden_states: x_t by the name that transformers have for it.
             conditions: What else the backbone takes, ``encoder_hidden_states`` say.
 
         Raises:
-            ValueError: If the timesteps are neither one nor one for each sample.
+            ValueError: If x_t or the timestep is missing, or timesteps are neither one nor one for
+                each sample.
         """
-        architecture = self.architecture
-        timesteps = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        if len(timesteps) not in (1, len(sample)):
-            raise ValueError(
-                f"timestep must be one, or one for each of {len(sample)} samples, got "
-                f"{len(timesteps)}"
-            )
-        prediction, features = architecture.call_with_features(
-            self.backbone,
-            in_type_of(self.backbone, sample),
-            timesteps.expand(len(sample)),
-            class_labels,
-            **{name: value for name, value in conditions.items() if value is not None},
-        )
-        ratio = self.parameterisation.ratio(self.head(architecture.required(features)))
-        both = torch.cat([prediction.to(sample), ratio.to(sample)], dim=1)
+        x_t = hidden_states if sample is None else sample
+        if x_t is None or timestep is None:
+            raise ValueError("sample (or hidden_states) and timestep must be given")
+        times = torch.as_tensor(timestep, device=x_t.device)
+        if times.dim() < 2:
+            times = times.reshape(-1)
+            if len(times) not in (1, len(x_t)):
+                raise ValueError(
+                    f"timestep must be one, or one for each of {len(x_t)} samples, got {len(times)}"
+                )
+            times = times.expand(len(x_t))
+        architecture, shown = self.architecture, in_type_of(self.backbone, x_t)
+
+        def call() -> Tensor:
+            if self._given_architecture is not None:
+                given = {name: value for name, value in conditions.items() if value is not None}
+                return architecture.call(self.backbone, shown, times, class_labels, **given)
+            labels = {} if class_labels is None else {"class_labels": class_labels}
+            output: Tensor = self.backbone(
+                shown, timestep=times, return_dict=False, **labels, **conditions
+            )[0]
+            return output
+
+        prediction, heard = architecture.heard(self.backbone, call)
+        features, patch = architecture.required(heard), architecture.patch(unwrapped(self.backbone))
+        is_packed = architecture.is_packed and self._given_architecture is None
+        if patch is not None:
+            grid = (x_t.shape[1], *[1] * (len(patch) - 1))  # for a head that sees tokens alone
+            features = features.unflatten(1, grid if is_packed else grid_of(x_t.shape, patch))
+        ratio = self.parameterisation.ratio(self.head(features))
+        if is_packed and patch is not None:
+            ratio = packed(ratio, patch)
+        # Without the variance that the backbone may state itself.
+        both = torch.cat([prediction[:, : x_t.shape[1]].to(x_t), ratio.to(x_t)], dim=1)
         return UNet2DOutput(both) if return_dict else (both,)
 
     def denoiser(self, schedule: Schedule | Any, prediction_type: str | None = None) -> Denoiser:
@@ -247,13 +283,18 @@ class CovarianceModel(ModelMixin, ConfigMixin):
                 diffusers: it could not be loaded again.
         """
         called, backbone = self.backbone, unwrapped(self.backbone)
+        if is_sharded(backbone):
+            raise ValueError(
+                "backbone must be whole to be saved, and fully_shard has spread it over processes: "
+                "save model.head.state_dict(), and attach the head to a whole backbone"
+            )
         if has_adapters(backbone):
             raise ValueError(
                 "backbone has adapters, with which it cannot be loaded again: merge them by "
                 "backbone.fuse_lora() and backbone.unload_lora(), or by merge_and_unload() of a "
                 "peft model, and save then; save_lora_adapter() saves them on their own"
             )
-        kind = type(backbone)
+        kind = class_of(backbone)
         if getattr(diffusers, kind.__name__, None) is not kind:
             raise ValueError(
                 f"backbone must be of a class of diffusers to be loaded again, got {kind.__name__};"
@@ -285,9 +326,15 @@ class CovarianceModel(ModelMixin, ConfigMixin):
                 and leave random weights.
         """
         wants_info = options.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
+        name = cls.load_config(pretrained_model_name_or_path, **options).get("backbone_class", "")
+        kept = _kept_in_float32(getattr(diffusers, name, cls))
+        # diffusers asks the class, and this one does not know its backbone's.
+        kind: Any = type(cls.__name__, (cls,), {"_keep_in_fp32_modules": kept})
+        parent: Any = super(CovarianceModel, kind)
+        model, info = parent.from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **options
         )
+        model.__class__ = cls
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info[problem]:
                 raise CheckpointError(
@@ -349,7 +396,7 @@ def attach(
         if head is not None:
             load_weights(chosen, Path(head))
     attached = CovarianceModel(
-        backbone_class=type(unwrapped(model)).__name__,
+        backbone_class=class_of(model).__name__,
         backbone_config=_config_of(model),
         head_class=type(chosen).__name__,
         head_config=getattr(chosen, "config", {}),
@@ -367,3 +414,9 @@ def _config_of(backbone: Any) -> dict[str, Any]:
     """Return what the constructor takes of the configuration of a model of diffusers."""
     config: Mapping[str, Any] = getattr(unwrapped(backbone), "config", {})
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _kept_in_float32(backbone_class: Any) -> list[str]:
+    """Return the modules that a model of diffusers keeps in float32, and the head."""
+    kept = getattr(backbone_class, "_keep_in_fp32_modules", None) or []
+    return list(dict.fromkeys(["head", *kept]))

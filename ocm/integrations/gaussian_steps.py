@@ -1,7 +1,7 @@
 """What the schedulers share whose steps draw x_s with the variance that a model states.
 
-Their models put out twice the channels of x_t: the prediction, and the ratio of Var[x0 | x_t] to
-the unit of :class:`ocm.Parameterisation`. A step draws x_s ~ N(mean, variance), its log-density
+What their models put out is twice as long as x_t in dimension 1: the prediction, and the ratio of
+Var[x0 | x_t] to the unit of :class:`ocm.Parameterisation`. A step draws x_s ~ N(mean, variance), its log-density
 can be had beside it, and a scheduler is made of another one of diffusers only if the two have the
 same noise levels.
 """
@@ -165,14 +165,14 @@ class CovarianceScheduler:
                 warnings.warn(
                     f"model_output has the {channels} channels of the sample and states no "
                     "variance: the steps are those of diffusers. ocm.attach(model) gives a model "
-                    "one, and ocm.OCMDiTPipeline keeps that of a DiT",
+                    "one",
                     UserWarning,
                     stacklevel=3,
                 )
             return model_output, None
         if model_output.shape != (len(sample), 2 * channels, *sample.shape[2:]):
             raise ValueError(
-                "model_output must have the shape of sample or twice its channels, got "
+                "model_output must have the shape of sample, or be twice as long in dimension 1, got "
                 f"{tuple(model_output.shape)} for {tuple(sample.shape)}"
             )
         return model_output[:, :channels], model_output[:, channels:]

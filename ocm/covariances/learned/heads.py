@@ -8,7 +8,8 @@ computes in the type of its weights whatever autocast says: towards t = N a vari
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ocm.diffusion.backbones.architecture import unpacked
+from ocm.diffusion.backbones.families import ARCHITECTURES
 from ocm.diffusion.backbones.wrappers import unwrapped
 from ocm.diffusion.denoiser import Denoiser
 
@@ -98,25 +101,32 @@ class TokenHead(nn.Module):
     Args:
         width: Channels of a token.
         out_channels: Channels of x_t.
-        patch_size: Side of the patch that a token stands for.
+        patch_size: Sides of the patch that a token stands for; one number for a square.
         residual: Whether a block of two linear layers stands first.
 
     Example:
         >>> import torch
-        >>> TokenHead(24, 4, 2)(torch.randn(2, 16, 24)).shape    # 4x4 patches of 2x2 pixels
-        torch.Size([2, 4, 8, 8])
+        >>> TokenHead(24, 4, 2)(torch.randn(2, 4, 6, 24)).shape    # 4x6 patches of 2x2 pixels
+        torch.Size([2, 4, 8, 12])
+        >>> TokenHead(24, 4, (1, 2, 2))(torch.randn(2, 3, 4, 6, 24)).shape    # of 3 frames
+        torch.Size([2, 4, 3, 8, 12])
     """
 
     def __init__(
-        self, width: int, out_channels: int, patch_size: int, residual: bool = False
+        self,
+        width: int,
+        out_channels: int,
+        patch_size: int | Sequence[int],
+        residual: bool = False,
     ) -> None:
         super().__init__()
         self.config: dict[str, Any] = {
             "width": width,
             "out_channels": out_channels,
-            "patch_size": patch_size,
+            "patch_size": patch_size if isinstance(patch_size, int) else list(patch_size),
             "residual": residual,
         }
+        self._patch = (patch_size,) * 2 if isinstance(patch_size, int) else tuple(patch_size)
         self.block = (
             nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
@@ -125,22 +135,20 @@ class TokenHead(nn.Module):
             else None
         )
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, patch_size**2 * out_channels)
+        self.out = nn.Linear(width, math.prod(self._patch) * out_channels)
         _start_at_zero(self.out)
-        self._patch_size, self._out_channels = patch_size, out_channels
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return o, of shape (B, out_channels, H, W), from the tokens (B, n, width) of a square."""
+        """Return o, of shape (B, out_channels, ...), from the tokens (B, *grid, width)."""
         tokens = tokens.to(self.out.weight.dtype)
         with _outside_autocast(tokens):
             if self.block is not None:
                 tokens = tokens + self.block(tokens)
             patches = self.out(functional.silu(self.norm(tokens)))
-        side, p = round(tokens.shape[1] ** 0.5), self._patch_size
-        o = patches.reshape(len(tokens), side, side, p, p, self._out_channels)
-        o = o.permute(0, 5, 1, 3, 2, 4)
-        image: Tensor = o.reshape(len(tokens), self._out_channels, side * p, side * p)
-        return image
+        # Channels come last within a patch, as in the transformers themselves.
+        patches = patches.unflatten(-1, (math.prod(self._patch), -1)).transpose(-1, -2)
+        grid = tuple(tokens.shape[1:-1])
+        return unpacked(patches.flatten(-2).flatten(1, len(grid)), grid, self._patch)
 
 
 def _outside_autocast(features: Tensor) -> torch.autocast:
@@ -167,30 +175,45 @@ HEADS: dict[str, type[nn.Module]] = {
 }
 
 
-def _image_head(head: type[nn.Module], unet: Any) -> nn.Module:
+def _image_head(head: type[nn.Module], denoiser: Denoiser) -> nn.Module:
+    unet = unwrapped(denoiser.backbone)
     norm = unet.conv_norm_out
     return head(norm.num_channels, unet.config.in_channels, norm.num_groups)
 
 
-def _token_head(dit: Any, residual: bool) -> nn.Module:
-    return TokenHead(dit.inner_dim, dit.config.in_channels, dit.config.patch_size, residual)
+def _token_head(residual: bool, denoiser: Denoiser) -> nn.Module:
+    model, architecture = unwrapped(denoiser.backbone), denoiser.architecture
+    assert architecture is not None  # set by the denoiser
+    patch = architecture.patch(model) or ()
+    # One number for a square, as it was before there were others.
+    sides: int | Sequence[int] = patch[0] if patch == patch[:1] * 2 else patch
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    return TokenHead(width, architecture.channels(model), sides, residual)
 
 
 _IMAGE_HEADS = {
     "simple": partial(_image_head, CovarianceHead),
     "residual": partial(_image_head, ResidualHead),
 }
-_TOKEN_HEADS = {
-    "simple": partial(_token_head, residual=False),
-    "residual": partial(_token_head, residual=True),
-}
-# The kinds of heads that fit a backbone, by the class of the backbone.
-KINDS: dict[str, Mapping[str, Callable[[Any], nn.Module]]] = {
-    "UNet2DModel": _IMAGE_HEADS,
-    "UNet2DConditionModel": _IMAGE_HEADS,
-    "DiTTransformer2DModel": _TOKEN_HEADS,
-    "PixArtTransformer2DModel": _TOKEN_HEADS,
-}
+_TOKEN_HEADS = {"simple": partial(_token_head, False), "residual": partial(_token_head, True)}
+
+
+def kinds_of(denoiser: Denoiser) -> Mapping[str, Callable[[Denoiser], nn.Module]]:
+    """Return what makes the heads that fit a denoiser's features, by kind.
+
+    Raises:
+        ValueError: If none is known for its architecture.
+    """
+    architecture = denoiser.architecture
+    assert architecture is not None  # set by the denoiser
+    if architecture not in ARCHITECTURES.values():
+        raise ValueError(
+            f"denoiser must have a backbone of {', '.join(ARCHITECTURES)} for a head to be made, "
+            f"got {architecture.class_name}; give a head that fits its features, "
+            "ocm.CovarianceHead(in_channels, out_channels, num_groups) or ocm.TokenHead(width, out_channels, patch_size) say"
+        )
+    takes_tokens = architecture.patch(unwrapped(denoiser.backbone)) is not None
+    return _TOKEN_HEADS if takes_tokens else _IMAGE_HEADS
 
 
 def make_head(denoiser: Denoiser, kind: str = "simple", *, seed: int = 0) -> nn.Module:
@@ -204,16 +227,9 @@ def make_head(denoiser: Denoiser, kind: str = "simple", *, seed: int = 0) -> nn.
     Raises:
         ValueError: If no head is known for the denoiser's architecture, or none of that kind.
     """
-    assert denoiser.architecture is not None  # set by the denoiser
-    name = denoiser.architecture.class_name
-    if name not in KINDS:
-        raise ValueError(
-            f"denoiser must have a backbone of {', '.join(KINDS)} for a head to be made, got "
-            f"{name}; give a head that fits its features, ocm.CovarianceHead(in_channels, "
-            "out_channels, num_groups) or ocm.TokenHead(width, out_channels, patch_size) say"
-        )
-    if kind not in KINDS[name]:
-        raise ValueError(f"kind must be one of {', '.join(KINDS[name])}, got {kind!r}")
+    kinds = kinds_of(denoiser)
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {', '.join(kinds)}, got {kind!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return KINDS[name][kind](unwrapped(denoiser.backbone)).to(denoiser.device)
+        return kinds[kind](denoiser).to(denoiser.device)

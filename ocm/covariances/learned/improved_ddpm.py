@@ -16,7 +16,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 from ocm.diffusion.divergences import gaussian_step_kl
 from ocm.diffusion.noise import noisy
-from ocm.diffusion.schedules import full_precision, per_sample
+from ocm.diffusion.schedules import Schedule, full_precision, per_sample
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,11 @@ class ImprovedDDPM(Covariance):
         return from_branches(prediction.by(self.denoiser), variance)
 
     def _variance(self, place: Branch | Prediction, output: Tensor) -> Tensor:
-        schedule, s, t, x_t = self.denoiser.schedule, place.s, place.t, place.x_t
+        schedule = self.denoiser.schedule
         if math.isfinite(self.parameterisation.data_std):
-            unit = self.parameterisation.scale(schedule, t, x_t)
+            unit = self.parameterisation.scale(schedule, place.t, place.x_t)
             return unit * self.parameterisation.ratio(output)
-        fraction = (1.0 + full_precision(output)) / 2.0
-        before = t - 1 if s is None else s
-        log_snr = schedule.log_snr(t)
-        limit = per_sample(torch.sigmoid(-log_snr), x_t) * fraction
-        if not isinstance(before, Tensor) and before == 0:
-            return limit
-        log_snr_before = schedule.log_snr(before)
-        log_beta_bar, log_beta_bar_before = (
-            functional.logsigmoid(-value) for value in (log_snr, log_snr_before)
-        )
-        step_log = per_sample(log_beta_bar - log_beta_bar_before, x_t)
-        snr_difference = per_sample(log_snr_before.exp() - log_snr.exp(), x_t)
-        variance = torch.expm1(fraction * step_log) / snr_difference
-        return torch.where(torch.isfinite(snr_difference), variance, limit)
+        return _interpolated(schedule, place, output)
 
     def loss(
         self,
@@ -108,3 +95,53 @@ class ImprovedDDPM(Covariance):
         floor = -0.99 / snr_difference
         kl = gaussian_step_kl(squared_error, torch.maximum(variance, floor), snr_difference)
         return schedule.num_timesteps * kl.mean()
+
+
+@dataclass(frozen=True)
+class VarianceChannels(Covariance):
+    """The variance that a backbone learned beside its prediction, as I-DDPM's did.
+
+    Checkpoints of DiT, PixArt and ADM have 2C channels, the last C of which are the o of
+    :class:`ImprovedDDPM` (``learned_range`` in diffusers): a baseline that costs nothing.
+
+    Attributes:
+        denoiser: Whose backbone has them.
+
+    Raises:
+        ValueError: By ``at``, if it has none.
+    """
+
+    denoiser: Denoiser
+
+    @property
+    def depends_on_s(self) -> bool:
+        """True."""
+        return True
+
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the variance of each dimension, for the step to the prediction's s."""
+        schedule = self.denoiser.schedule
+
+        def variance(branch: Branch) -> Tensor:
+            return _interpolated(schedule, branch, branch.further_channels)
+
+        return from_branches(prediction.by(self.denoiser), variance)
+
+
+def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor) -> Tensor:
+    """Return Var[x0 | x_t] of the variance between beta_tilde and beta with fraction (1 + o) / 2."""
+    s, t, x_t = place.s, place.t, place.x_t
+    fraction = (1.0 + full_precision(output)) / 2.0
+    before = t - 1 if s is None else s
+    log_snr = schedule.log_snr(t)
+    limit = per_sample(torch.sigmoid(-log_snr), x_t) * fraction
+    if not isinstance(before, Tensor) and before == 0:
+        return limit
+    log_snr_before = schedule.log_snr(before)
+    log_beta_bar, log_beta_bar_before = (
+        functional.logsigmoid(-value) for value in (log_snr, log_snr_before)
+    )
+    step_log = per_sample(log_beta_bar - log_beta_bar_before, x_t)
+    snr_difference = per_sample(log_snr_before.exp() - log_snr.exp(), x_t)
+    variance = torch.expm1(fraction * step_log) / snr_difference
+    return torch.where(torch.isfinite(snr_difference), variance, limit)

@@ -68,9 +68,11 @@ class OptimalCovarianceMatching(Covariance):
         """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
 
         Raises:
-            ValueError: If ``num_probes`` is no multiple of the design's block.
+            ValueError: If ``num_probes`` is no multiple of the design's block, or the output is no
+                posterior mean.
         """
         denoiser, schedule = self.denoiser, self.denoiser.schedule
+        denoiser.check_states_a_mean()
         if not schedule.has_signal(schedule.num_timesteps):
             # Where nothing is left of x0, the Jacobian is no target.
             t = t.clamp(max=schedule.num_timesteps - 1)

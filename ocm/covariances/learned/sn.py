@@ -55,6 +55,7 @@ class SN(Covariance):
         head: nn.Module | None = None,
     ) -> Tensor:
         """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`."""
+        self.denoiser.check_states_a_mean()
         schedule = self.denoiser.schedule
         x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
         with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def unwrapped(backbone: Any) -> Any:
@@ -26,6 +27,29 @@ def unwrapped(backbone: Any) -> Any:
             backbone = backbone.get_base_model()
         else:
             return backbone
+
+
+def is_sharded(backbone: Any) -> bool:
+    """Return whether ``fully_shard`` has spread its weights over processes.
+
+    Example:
+        >>> is_sharded(nn.Linear(1, 1))
+        False
+    """
+    return any(isinstance(module, FSDPModule) for module in unwrapped(backbone).modules())
+
+
+def class_of(backbone: Any) -> type:
+    """Return the class of the module inside, as it was before ``fully_shard`` made it another.
+
+    Example:
+        >>> class_of(torch.compile(nn.Linear(1, 1))).__name__
+        'Linear'
+    """
+    kind = type(unwrapped(backbone))
+    if issubclass(kind, FSDPModule):
+        return next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
+    return kind
 
 
 def device_of(backbone: nn.Module) -> torch.device:
@@ -54,15 +78,19 @@ def _device_of_hook(module: nn.Module) -> torch.device | None:
 
 
 def in_type_of(backbone: nn.Module, x: Tensor) -> Tensor:
-    """Return x in the type of the backbone's weights, if that is half precision.
+    """Return x in the type in which the backbone computes, if that is half precision.
 
     Example:
         >>> in_type_of(nn.Linear(1, 1).bfloat16(), torch.zeros(1)).dtype
         torch.bfloat16
     """
-    weights = (p.dtype for p in backbone.parameters() if p.is_floating_point())
-    dtype = next(weights, x.dtype)
-    return x.to(dtype) if dtype in (torch.float16, torch.bfloat16) else x
+    # Models of diffusers know it, where some of their weights stay in float32 or are stored in 8
+    # bits.
+    stated = getattr(unwrapped(backbone), "dtype", None)
+    if not isinstance(stated, torch.dtype):
+        weights = (p.dtype for p in backbone.parameters() if p.is_floating_point())
+        stated = next(weights, x.dtype)
+    return x.to(stated) if stated in (torch.float16, torch.bfloat16) else x
 
 
 def has_adapters(backbone: nn.Module) -> bool:

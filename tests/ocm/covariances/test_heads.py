@@ -8,7 +8,7 @@ from ocm.covariances.learned.heads import CovarianceHead, ResidualHead, TokenHea
 MAKERS = {
     "simple": (lambda: CovarianceHead(16, 3, 4), (2, 16, 4, 4)),
     "residual": (lambda: ResidualHead(16, 3, 4), (2, 16, 4, 4)),
-    "tokens": (lambda: TokenHead(16, 3, 2, residual=True), (2, 9, 16)),
+    "tokens": (lambda: TokenHead(16, 3, 2, residual=True), (2, 3, 4, 16)),
 }
 
 

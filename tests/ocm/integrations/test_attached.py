@@ -248,7 +248,7 @@ def test_what_pipelines_read():
     model = attached("unet")
     assert model.config.in_channels == 2
     assert model.config.sample_size == 4
-    assert model.config.out_channels == 4
+    assert model.config.out_channels == 2
     assert model.dtype == torch.float32
     assert model.device == torch.device("cpu")
     assert attached("dit").config.num_embeds_ada_norm == 5

@@ -184,7 +184,7 @@ def test_arguments_that_it_cannot_do():
         scheduler.step(stated, t, x)
     with pytest.raises(ValueError, match="per_token_timesteps must be None"):
         scheduler.step(stated, t, x, per_token_timesteps=torch.ones(2, 1))
-    with pytest.raises(ValueError, match="must have the shape of sample or twice its channels"):
+    with pytest.raises(ValueError, match="must have the shape of sample, or be twice as long"):
         scheduler.step(torch.zeros(2, 5, 4, 4), t, x)
     from diffusers import DDPMScheduler
 

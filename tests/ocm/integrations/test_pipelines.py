@@ -191,12 +191,18 @@ def test_a_generator_for_each_image_makes_it_independent_of_the_batch():
     assert (together[1:] - alone).norm() < 1e-3 * alone.norm()
 
 
-def test_diffusers_own_dit_pipeline_drops_the_variance_and_is_told(tmp_path):
-    ours = make_pipeline()
+@pytest.mark.parametrize("learned_sigma", [False, True])
+def test_diffusers_own_dit_pipeline_hands_the_variance_on(learned_sigma):
+    """It guides the prediction alone, and its scheduler gets no generator."""
+    ours = make_pipeline(learned_sigma=learned_sigma)
     theirs = DiTPipeline(ours.transformer, ours.vae, ours.scheduler)
-    theirs.set_progress_bar_config(disable=True)
-    with pytest.warns(UserWarning, match="states no variance.*ocm.OCMDiTPipeline"):
-        theirs([1], guidance_scale=1.0, num_inference_steps=2, output_type="np")
+    images = []
+    for pipeline in (ours, theirs):
+        pipeline.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)
+        options = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 1.0}
+        images.append(pipeline([1], **options).images)
+    np.testing.assert_allclose(images[0], images[1], atol=1e-5)
 
 
 def test_arguments_that_make_no_sense_are_refused():

@@ -73,7 +73,7 @@ def test_attached_it_states_prediction_and_variance_for_each_text(make, tmp_path
     denoiser = covariance.denoiser
     condition = denoiser.condition(tensors={"encoder_hidden_states": text})
     with torch.no_grad():
-        output = model(x, 299, encoder_hidden_states=text, timestep_cond=None).sample
+        output = model(x, 299, encoder_hidden_states=text).sample
         alone = model.backbone(
             x, timestep=torch.tensor([299, 299]), encoder_hidden_states=text
         ).sample
@@ -108,7 +108,7 @@ def test_as_a_denoiser_it_is_guided_and_differentiated(make):
         torch.testing.assert_close(what.at(both).diagonal(), expected, atol=1e-3, rtol=1e-3)
     images = ocm.sample(denoiser, covariance, x.shape, 3, condition=both.condition, x0_range=None)
     assert images.isfinite().all()
-    with pytest.raises(ValueError, match="needs the embedding of a text for each sample"):
+    with pytest.raises(ValueError, match="needs encoder_hidden_states for each sample"):
         denoiser.predict(x, 300).output  # noqa: B018
 
 

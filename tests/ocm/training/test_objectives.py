@@ -183,19 +183,19 @@ def test_settings_out_of_range(changes, message):
         ocm.TrainingSettings(**changes)
 
 
-def test_a_backbone_that_predicts_a_variance_too_is_refused():
+def test_a_backbone_that_predicts_something_else_is_refused():
     from diffusers import UNet2DModel
 
     unet = UNet2DModel(
         sample_size=4,
         in_channels=1,
-        out_channels=2,
+        out_channels=3,
         block_out_channels=(8,),
         down_block_types=("DownBlock2D",),
         up_block_types=("UpBlock2D",),
         norm_num_groups=4,
     )
-    with pytest.raises(ValueError, match="in_channels = 1, out_channels = 2"):
+    with pytest.raises(ValueError, match="in_channels = 1, out_channels = 3"):
         ocm.Denoiser(unet, ocm.linear())
 
 
