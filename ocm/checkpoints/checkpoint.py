@@ -25,7 +25,7 @@ from ocm.covariances import Analytic, LearnedCovariance
 from ocm.covariances.learned.heads import kinds_of
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.backbones.families import ARCHITECTURES
+from ocm.diffusion.backbones.families import ARCHITECTURES, architecture_of
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
@@ -165,11 +165,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             data_covariance=_data_covariance(directory),
         ).freeze()
         channels, height, width = description["image_shape"]
-        if channels != backbone.config.in_channels:
-            raise ValueError(
-                f"image_shape has {channels} channels, the denoiser beside it "
-                f"{backbone.config.in_channels}"
-            )
+        if channels != (known := architecture_of(backbone).channels(backbone)):
+            raise ValueError(f"image_shape has {channels} channels, the denoiser beside it {known}")
         check_positive_int("levels", description["levels"])
         bounds = description["x0_range"]
         learned = {

@@ -11,6 +11,7 @@ noise = 0 is Euler's step of the ODE and the spread of x0 that it leaves out; no
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -82,6 +83,8 @@ class OCMFlowScheduler(CovarianceScheduler, FlowMatchEulerDiscreteScheduler):
         self.parameterisation = Parameterisation(math.inf if data_std is None else data_std)
         self._flow = flow(self.config.num_train_timesteps)
 
+    # Pipelines look for ``sigmas`` among its arguments.
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """Set ``timesteps`` and ``sigmas``, as ``FlowMatchEulerDiscreteScheduler`` does."""
         self._has_warned = False

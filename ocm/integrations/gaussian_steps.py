@@ -1,9 +1,9 @@
 """What the schedulers share whose steps draw x_s with the variance that a model states.
 
 What their models put out is twice as long as x_t in dimension 1: the prediction, and the ratio of
-Var[x0 | x_t] to the unit of :class:`ocm.Parameterisation`. A step draws x_s ~ N(mean, variance), its log-density
-can be had beside it, and a scheduler is made of another one of diffusers only if the two have the
-same noise levels.
+Var[x0 | x_t] to the unit of :class:`ocm.Parameterisation`. A step draws x_s ~ N(mean, variance),
+its log-density can be had beside it, and a scheduler is made of another one of diffusers only if
+the two have the same noise levels.
 """
 
 from __future__ import annotations
@@ -151,6 +151,8 @@ class CovarianceScheduler:
         # A class without the entry does not clip. Only a scheduler of ocm has entries of its own.
         entries = {"clip_sample": False, **other.config}
         entries |= {name: value for name, value in stated.items() if name in known}
+        if "flow_shift" in other.config:  # as solvers of several paths call it
+            entries["shift"] = other.config.flow_shift
         for kind in cls._compatibles:
             known |= inspect.signature(getattr(diffusers, kind).__init__).parameters.keys()
         known |= set(cls._other_levels)
@@ -172,8 +174,8 @@ class CovarianceScheduler:
             return model_output, None
         if model_output.shape != (len(sample), 2 * channels, *sample.shape[2:]):
             raise ValueError(
-                "model_output must have the shape of sample, or be twice as long in dimension 1, got "
-                f"{tuple(model_output.shape)} for {tuple(sample.shape)}"
+                "model_output must have the shape of sample, or be twice as long in dimension 1, "
+                f"got {tuple(model_output.shape)} for {tuple(sample.shape)}"
             )
         return model_output[:, :channels], model_output[:, channels:]
 

@@ -1,8 +1,8 @@
 """A small model of every family of diffusers, and x0_hat as the family's pipeline computes it.
 
-``FAMILIES`` has, by the class of the backbone: how a small one is made, the shape of x_t, its path,
-what it predicts, its conditions, and ``native``: its output by the calls of its pipeline, with the
-pipeline's own packing. So what :mod:`ocm` computes can be held against a second way of computing it.
+``FAMILIES`` has, by the class of the backbone: how a small one is made, the shape of x_t, its
+path, what it predicts, its conditions, and ``native``: its output by the calls of its pipeline,
+with the pipeline's own packing. So there is a second way of computing what :mod:`ocm` computes.
 """
 
 from collections.abc import Callable

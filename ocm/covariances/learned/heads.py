@@ -210,7 +210,8 @@ def kinds_of(denoiser: Denoiser) -> Mapping[str, Callable[[Denoiser], nn.Module]
         raise ValueError(
             f"denoiser must have a backbone of {', '.join(ARCHITECTURES)} for a head to be made, "
             f"got {architecture.class_name}; give a head that fits its features, "
-            "ocm.CovarianceHead(in_channels, out_channels, num_groups) or ocm.TokenHead(width, out_channels, patch_size) say"
+            "ocm.CovarianceHead(in_channels, out_channels, num_groups) or "
+            "ocm.TokenHead(width, out_channels, patch_size) say"
         )
     takes_tokens = architecture.patch(unwrapped(denoiser.backbone)) is not None
     return _TOKEN_HEADS if takes_tokens else _IMAGE_HEADS

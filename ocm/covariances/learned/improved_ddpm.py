@@ -129,7 +129,7 @@ class VarianceChannels(Covariance):
 
 
 def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor) -> Tensor:
-    """Return Var[x0 | x_t] of the variance between beta_tilde and beta with fraction (1 + o) / 2."""
+    """Return Var[x0 | x_t] of the step's variance beta^v beta_tilde^(1 - v), v = (1 + o) / 2."""
     s, t, x_t = place.s, place.t, place.x_t
     fraction = (1.0 + full_precision(output)) / 2.0
     before = t - 1 if s is None else s

@@ -20,7 +20,7 @@ from ocm.diffusion.backbones.architecture import (
     packed,
     unpacked,
 )
-from ocm.diffusion.backbones.wrappers import class_of, unwrapped
+from ocm.diffusion.backbones.wrappers import class_of, is_sharded, unwrapped
 
 _TEXT = ("encoder_hidden_states",)
 _POOLED = (*_TEXT, "pooled_projections")
@@ -47,6 +47,11 @@ def _call_dit(dit: Any, x_t: Tensor, time: Tensor, labels: Tensor | None) -> Ten
     if x_t.shape[-1] != x_t.shape[-2]:
         raise ValueError(
             f"x_t must be square for DiTTransformer2DModel, got the shape {tuple(x_t.shape)}"
+        )
+    if is_sharded(unwrapped(dit).transformer_blocks):
+        raise ValueError(
+            "DiTTransformer2DModel must be sharded as a whole, by fully_shard(dit): it looks into "
+            "its first block from outside"
         )
     return _call_unet(dit, x_t, time, labels)
 
