@@ -89,12 +89,13 @@ def _of(found: Mapping[str, Any], name: str, missing: str) -> Any:
 def available(checkpoint: Checkpoint) -> list[str]:
     """Return the names whose covariance this checkpoint can state, in the order of the table.
 
-    Left out are heads that were not trained, and blocks over a single channel, which are the exact
-    diagonal.
+    Left out are heads that were not trained, blocks over a single channel, which are the exact
+    diagonal, and variance channels that a backbone has not got.
     """
+    own = set() if checkpoint.denoiser.states_variance else {"variance_channels"}
     untrained = set(named("learned")) - set(checkpoint.learned)
     single = {"blocks"} if checkpoint.image_shape[0] == 1 else set()
-    return [name for name in NAMES if name not in untrained | single]
+    return [name for name in NAMES if name not in untrained | single | own]
 
 
 def affordable(checkpoint: Checkpoint) -> list[str]:

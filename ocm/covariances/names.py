@@ -14,7 +14,7 @@ from ocm.covariances.fixed import Beta, BetaTilde
 from ocm.covariances.hutchinson import Hutchinson
 from ocm.covariances.lanczos import Lanczos
 from ocm.covariances.learned.base import LearnedCovariance
-from ocm.covariances.learned.improved_ddpm import ImprovedDDPM
+from ocm.covariances.learned.improved_ddpm import ImprovedDDPM, VarianceChannels
 from ocm.covariances.learned.npr import NPR
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.sn import SN
@@ -50,6 +50,7 @@ NAMES: dict[str, Entry] = {
     "analytic": Entry("analytic", "#56B4E9", "D", "fitted", fit_analytic),
     "analytic_data": Entry("analytic, from data", "#56B4E9", "d", "fitted", fit_analytic_from_data),
     "iddpm": Entry("I-DDPM head", "#882255", "P", "learned", ImprovedDDPM),
+    "variance_channels": Entry("learned range", "#882255", "X", "fixed", VarianceChannels),
     "npr": Entry("NPR head", "#D55E00", "<", "learned", NPR),
     "sn": Entry("SN head", "#999933", ">", "learned", SN),
     "ocm": Entry("OCM head", "#0072B2", "o", "learned", OptimalCovarianceMatching),

@@ -362,6 +362,13 @@ class Denoiser:
         return self.num_classes is not None
 
     @property
+    def states_variance(self) -> bool:
+        """Whether the backbone puts out a variance beside its prediction, by its configuration."""
+        config = getattr(unwrapped(self.backbone), "config", None)
+        given, made = (getattr(config, f"{side}_channels", None) for side in ("in", "out"))
+        return bool(given and made == 2 * given)
+
+    @property
     def num_classes(self) -> int | None:
         """How many classes the backbone is trained with, or None for none."""
         return self._architecture.num_classes(unwrapped(self.backbone))

@@ -147,7 +147,8 @@ def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
     )  # fmt: skip
     assert answer.exit_code == 0, answer.output
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    densities = set(NAMES) - {"blocks", "lanczos"}  # one channel, and no density
+    # One channel, no density, and a backbone that states none.
+    densities = set(NAMES) - {"blocks", "lanczos", "variance_channels"}
     rows = densities | {f"{name}_calibrated" for name in densities}
     assert set(record["nll_bits_per_dim"]) == rows
     for sampler in ("ddpm", "ddim"):

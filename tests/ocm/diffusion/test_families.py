@@ -15,7 +15,8 @@ from families import FAMILIES, TEXT, WIDTH
 import hessdiag
 import ocm
 from hessdiag.kernels import seed_tensor
-from ocm.checkpoints import load_denoiser
+from ocm.checkpoints import Checkpoint, load_denoiser
+from ocm.checkpoints.catalogue import available, build_covariance
 from ocm.diffusion import draws
 from ocm.diffusion.backbones.architecture import packed, unpacked
 
@@ -294,6 +295,16 @@ def test_variance_channels_are_those_of_diffusers_learned_range(guidance_scale):
         expected = (1 - guidance_scale) * theirs(nothing) + guidance_scale * expected
     ours = covariance.at(prediction).diagonal().double()
     assert relative(ours, expected) < 1e-3  # a small difference of float32 tables
+
+
+def test_by_name_a_checkpoint_has_it_where_its_backbone_does():
+    for name, has in (("PixArtTransformer2DModel", True), ("SD3Transformer2DModel", False)):
+        denoiser = FAMILIES[name].denoiser(FAMILIES[name].make())
+        checkpoint = Checkpoint(denoiser, FAMILIES[name].shape, 256, "")
+        assert denoiser.states_variance is has
+        assert ("variance_channels" in available(checkpoint)) is has
+    made = build_covariance("variance_channels", checkpoint)
+    assert isinstance(made, ocm.VarianceChannels)
 
 
 def test_a_backbone_without_a_variance_of_its_own_is_told():

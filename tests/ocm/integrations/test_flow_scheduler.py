@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 
 import ocm
 from ocm import OCMFlowScheduler
@@ -190,3 +196,15 @@ def test_arguments_that_it_cannot_do():
 
     with pytest.raises(ValueError, match="must have the path 'flow' of OCMFlowScheduler"):
         OCMFlowScheduler.from_config(DDPMScheduler())
+
+
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
+def test_the_shift_of_solvers_of_several_paths_is_kept(kind):
+    """They call it flow_shift: Wan's pipelines come with such a one."""
+    options = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    scheduler = ocm.OCMFlowScheduler.from_config(kind(**options))
+    like = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert scheduler.config.shift == 3.0
+    scheduler.set_timesteps(5)
+    like.set_timesteps(5)
+    torch.testing.assert_close(scheduler.sigmas, like.sigmas)
