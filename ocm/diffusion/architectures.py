@@ -257,9 +257,11 @@ def architecture_of(backbone: nn.Module) -> Architecture:
         ValueError: backbone must be one of UNet2DModel, ..., got Linear; ...
     """
     backbone = unwrapped(backbone)
-    name = type(backbone).__name__
     if isinstance(backbone, FunctionBackbone):
         return FUNCTION
+    # fully_shard gives a module a class of its own, derived from what it was.
+    names = [kind.__name__ for kind in type(backbone).__mro__]
+    name = next((name for name in names if name in ARCHITECTURES), names[0])
     if name not in ARCHITECTURES:
         raise ValueError(
             f"backbone must be one of {', '.join(ARCHITECTURES)}, got {name}; for another pass "
