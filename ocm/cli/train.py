@@ -40,6 +40,21 @@ def train(
     label_column: Annotated[
         str | None, typer.Option(help="Column of integer labels. Default: the one of classes.")
     ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of texts, which the encoders of the pipeline --denoiser turn into what it "
+            "is conditioned on."
+        ),
+    ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Their embeddings instead: a safetensors file of tensors by the names of the "
+            "denoiser's arguments, a row for each row of the train split as its files have them, "
+            "and null.NAME of shape (1, ...) without a text."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most images of each split, after shuffling.")
     ] = None,
@@ -148,7 +163,7 @@ def train(
     """
     from ocm import checkpoints
     from ocm import data as datasets
-    from ocm.cli.inputs import encoded, existing
+    from ocm.cli.inputs import conditioned, encoded, existing
     from ocm.evaluation.environment import environment
     from ocm.training.settings import TrainingSettings
     from ocm.training.workflow import NewDenoiser, NewHeads, train_checkpoint
@@ -190,14 +205,20 @@ def train(
                 f"--{name.replace('_', '-')} {context.params[name]} is for a new denoiser; leave "
                 "it out with --denoiser"
             )
+    if denoiser is None and (caption_column or conditions):
+        raise ValueError("--caption-column and --conditions are for a --denoiser that takes texts")
+    if caption_column and conditions:
+        raise ValueError("--caption-column and --conditions must not both be given")
     images = datasets.load(
         data,
         image_size=image_size,
         image_column=image_column,
         label_column=label_column,
+        caption_column=caption_column,
         limit=limit,
         progress=not quiet,
     )
+    images = conditioned(images, conditions, denoiser, place)
     if vae is not None:
         images = encoded(images, vae, place)
     start: NewDenoiser | Checkpoint
@@ -222,6 +243,8 @@ def train(
         return
     if denoiser is not None:
         record["denoiser"] = str(denoiser)
+    if conditions is not None:
+        record["conditions"] = str(conditions)
     if vae is not None:
         trained = replace(trained, x0_range=None)
     checkpoints.save(trained, out)

@@ -114,7 +114,7 @@ def encode_texts(
         nulls = {k: v for k, v in encoded([""], is_null=True).items() if k.startswith(_NULL)}
     else:
         nulls = {_NULL + name: value for name, value in encoded([""]).items()}
-    joined = {}
+    joined: dict[str, Tensor] = {}
     for name in batches[0]:
         parts = [*(batch[name] for batch in batches), nulls[_NULL + name]]
         longest = max(part.shape[1] for part in parts)

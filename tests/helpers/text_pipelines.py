@@ -54,16 +54,23 @@ def heads(**options):
 
 
 def unet():
-    return diffusers.UNet2DConditionModel(
+    """One whose output depends on the text about as much as on the image."""
+    model = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
         norm_num_groups=4, cross_attention_dim=WIDTH, attention_head_dim=4,
     )  # fmt: skip
+    random_weights(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".attn2." in name:
+                parameter.mul_(8)
+    return model
 
 
 def stable_diffusion(model=None, scheduler=None):
     return diffusers.StableDiffusionPipeline(
-        vae=None, text_encoder=clip(), tokenizer=tokenizer(), unet=model or random_weights(unet()),
+        vae=None, text_encoder=clip(), tokenizer=tokenizer(), unet=model or unet(),
         scheduler=scheduler or diffusers.DDPMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
