@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,37 @@ def is_sharded(tensor: Tensor) -> bool:
     """
     # A DTensor, whose module takes a second to import.
     return hasattr(tensor, "full_tensor")
+
+
+def shard(backbone: nn.Module, device: torch.device | str | None = None) -> None:
+    """Spread the weights of a model of diffusers over the processes, as ``fully_shard`` does.
+
+    Each holds its part on its device, and a block is whole while it is computed: those blocks that
+    diffusers itself would not split over devices.
+
+    Args:
+        backbone: The model, changed in place; on the CPU it may be larger than a device.
+        device: As in :func:`join`.
+
+    Raises:
+        ValueError: If there is one process.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    processes = join(device)
+    if processes.count == 1:
+        raise ValueError(
+            "a backbone is sharded over several processes, and there is one: start them by "
+            "torchrun --nproc-per-node N"
+        )
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    names = getattr(backbone, "_no_split_modules", None) or ()
+    # Inner blocks before those that hold them.
+    for module in reversed(list(backbone.modules())[1:]):
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh)
+    fully_shard(backbone, mesh=mesh)
 
 
 def join(device: torch.device | str | None) -> Processes:

@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.fsdp import fully_shard
 
 import ocm
+from ocm.training.processes import shard
 
 WIDTH = 8
 SETTINGS = ocm.TrainingSettings(
@@ -72,17 +73,24 @@ def train_sharded(connection, rank, port, directory):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo")
-    unet = make_unet()
-    count = sum(p.numel() for p in unet.parameters())
-    unet = sharded(unet)
-    held = sum(p.to_local().numel() for p in unet.parameters())
-    found = train_heads(unet)
-    restored = train_heads(unet, directory)
-    denoiser = ocm.Denoiser(unet, ocm.cosine())
-    unet.requires_grad_(True)
+    whole = sum(p.numel() for p in make_unet().parameters())
+    by_hand, by_us = sharded(make_unet()), make_unet()
+    shard(by_us, "cpu")
+    parts = [
+        sum(p.to_local().numel() for p in unet.parameters()) / whole for unet in (by_hand, by_us)
+    ]
+    results = {
+        "parts": parts,
+        "sharded": train_heads(by_hand),
+        "restored": train_heads(by_us, directory),
+        "shard": train_heads(by_us),
+        "copied": train_heads(torch.nn.parallel.DistributedDataParallel(make_unet())),
+    }
+    denoiser = ocm.Denoiser(by_us, ocm.cosine())
+    by_us.requires_grad_(True)
     try:
         ocm.train_denoiser(denoiser, random(4, 2, 4, 4, seed=1), SETTINGS, progress=False)
     except ValueError as error:
-        connection.send((held / count, found, restored, str(error)))
+        connection.send(results | {"error": str(error)})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

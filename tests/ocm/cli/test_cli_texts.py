@@ -1,6 +1,9 @@
 """Text-to-image models on the command line: heads from captions, samples of prompts."""
 
 import json
+import socket
+import subprocess
+import sys
 
 import pytest
 import text_pipelines
@@ -73,6 +76,12 @@ def trained(folder, pipelines, tmp_path_factory):
     answer = train(folder, pipelines[0], out, "--caption-column", "text", *HEADS)
     assert answer.exit_code == 0, answer.output
     return out
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def weights(checkpoint):
@@ -184,3 +193,30 @@ def test_what_does_not_fit_is_one_sentence(folder, pipelines, embeddings, traine
     ):
         answer = invoke(*arguments, *out, *QUIET)
         assert message in str(answer.exception), arguments
+
+
+def test_two_processes_train_on_a_sharded_denoiser(
+    folder, pipelines, embeddings, trained, tmp_path
+):
+    """Each with a part of it; the checkpoint holds all of it, and the head of one process."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+        str(free_port()), "-m", "ocm", "train", "--data", folder, "--denoiser", pipelines[0],
+        "--head-steps", "4", "--batch-size", "8", "--hold-out", "2", "--out", out, "--conditions",
+        embeddings, *HEADS, "--shard", *QUIET,
+    ]  # fmt: skip
+    subprocess.run([str(part) for part in command], check=True, timeout=300)
+    torch.testing.assert_close(weights(out), weights(trained), rtol=1e-3, atol=1e-5)
+    one, two = (
+        json.loads((path / "train.json").read_text())["head_loss"] for path in (trained, out)
+    )
+    assert two == pytest.approx(one, rel=1e-4)
+    name = "denoiser/diffusion_pytorch_model.safetensors"
+    expected, whole = load_file(trained / name), load_file(out / name)
+    assert expected.keys() == whole.keys()
+    assert all(torch.equal(whole[key], value) for key, value in expected.items())
+    answer = train(folder, pipelines[0], tmp_path / "b", "--conditions", embeddings, "--shard")
+    assert "over several processes, and there is one" in str(answer.exception)
+    answer = invoke("train", "--data", folder, "--shard", "--out", tmp_path / "c")
+    assert "--shard is for a --denoiser" in str(answer.exception)
