@@ -21,8 +21,28 @@ from ocm.diffusion.checks import check_positive_int
 from ocm.images import ArrowImages, arrow_images
 
 _MAX_HELD_OUT = 10_000
+_TEXT_TYPES = ("string", "large_string")
 # A split without "train" in its name that may serve as the held-out one, best first.
 _TEST_SPLITS = ("test", "validation", "valid", "val")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Some rows of a tensor, in another order, without a copy of it: it may be memory-mapped.
+
+    Example:
+        >>> Rows(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([2, 0]))[torch.tensor([1, 0])]
+        tensor([1., 4.])
+    """
+
+    tensor: Tensor
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.tensor[self.rows[index]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +60,10 @@ class Images:
         test_labels: Classes of the held-out images, or None.
         num_classes: Number of classes, or None without labels.
         options: Arguments of :func:`load`, but for ``image_size``, that give the same again.
+        train_captions: Texts of the training images, or None.
+        train_conditions: What a network is told of the training images, by the names of its
+            arguments: the embeddings of their texts.
+        null_conditions: What it is told without a text, of shape (1, ...).
     """
 
     name: str
@@ -50,6 +74,9 @@ class Images:
     test_labels: Tensor | None = None
     num_classes: int | None = None
     options: Mapping[str, str | int] = field(default_factory=dict)
+    train_captions: tuple[str, ...] | None = None
+    train_conditions: Mapping[str, Rows] = field(default_factory=dict)
+    null_conditions: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -64,11 +91,19 @@ class Images:
             >>> len(digits().first(100).train_labels)
             100
         """
-        labels = None if self.train_labels is None else self.train_labels[:count]
-        if isinstance(self.train, ArrowImages):
-            train = replace(self.train, rows=self.train.rows[:count])
-            return replace(self, train=train, train_labels=labels)
-        return replace(self, train=self.train[:count], train_labels=labels)
+        train = self.train
+        if isinstance(train, ArrowImages):
+            train = replace(train, rows=train.rows[:count])
+        else:
+            train = train[:count]
+        conditions = self.train_conditions.items()
+        return replace(
+            self,
+            train=train,
+            train_labels=None if self.train_labels is None else self.train_labels[:count],
+            train_captions=None if self.train_captions is None else self.train_captions[:count],
+            train_conditions={k: replace(own, rows=own.rows[:count]) for k, own in conditions},
+        )
 
 
 def digits(limit: int | None = None) -> Images:
@@ -108,6 +143,7 @@ def load(
     image_size: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    caption_column: str | None = None,
     limit: int | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
@@ -130,6 +166,8 @@ def load(
             that holds images.
         label_column: Column of integer labels; by default ``label`` or ``labels``, or the only
             column of classes, or none.
+        caption_column: Column of texts, of ``metadata.jsonl`` in a folder of images say; by default
+            none is read.
         limit: At most this many images of each split, after shuffling.
         cache_dir: Where ``datasets`` keeps its files; by default its own cache.
         progress: Whether to show progress bars.
@@ -153,11 +191,11 @@ def load(
     if limit is not None:
         check_positive_int("limit", limit)
     if name == "digits":
-        if image_size not in (None, 8) or {image_column, label_column} != {None}:
+        if image_size not in (None, 8) or {image_column, label_column, caption_column} != {None}:
             raise ValueError(
                 "data 'digits' must be given without columns, and with no image_size but 8, got "
-                f"image_column {image_column!r}, label_column {label_column!r}, image_size "
-                f"{image_size}"
+                f"image_column {image_column!r}, label_column {label_column!r}, caption_column "
+                f"{caption_column!r}, image_size {image_size}"
             )
         return digits(limit)
     import datasets
@@ -167,6 +205,9 @@ def load(
         features = splits["train"].features
         images_from = _image_column(name, features, image_column)
         labels_from = _label_column(name, features, label_column)
+        texts = [c for c, f in features.items() if getattr(f, "dtype", None) in _TEXT_TYPES]
+        rule = f"caption_column must be a column of texts of data {name!r}"
+        captions_from = caption_column and _column(rule, caption_column, texts, [], [])
         rows = {split: _order(len(dataset)) for split, dataset in splits.items()}
         if "test" not in splits:
             if len(rows["train"]) < 2:
@@ -191,7 +232,12 @@ def load(
         )
     labels = {split: _labels(splits[split], labels_from, images[split]) for split in images}
     known = [int(values.max()) + 1 for values in labels.values() if values is not None]
-    given = {"image_column": image_column, "label_column": label_column, "limit": limit}
+    given = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "caption_column": caption_column,
+        "limit": limit,
+    }
     return Images(
         name,
         train=images["train"],
@@ -201,6 +247,7 @@ def load(
         test_labels=labels["test"],
         num_classes=getattr(features[labels_from], "num_classes", max(known)) if known else None,
         options={option: value for option, value in given.items() if value is not None},
+        train_captions=_captions(splits["train"], captions_from, images["train"]),
     )
 
 
@@ -328,6 +375,18 @@ def _column(
     if wanted not in found:
         raise ValueError(f"{rule} ({', '.join(found) or 'it has none'}), got {wanted!r}")
     return wanted
+
+
+def _captions(dataset: Any, column: str | None, images: ArrowImages) -> tuple[str, ...] | None:
+    if column is None:
+        return None
+    values = dataset.data.column(column).take(images.rows.numpy())
+    if values.null_count:
+        raise ValueError(
+            f"caption_column must name a text of each image, got {column!r}, which misses "
+            f"{values.null_count} of {len(images)} in the {images.name}"
+        )
+    return tuple(values.to_pylist())
 
 
 def _labels(dataset: Any, column: str | None, images: ArrowImages) -> Tensor | None:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -132,7 +133,7 @@ def _child(path: str, cache: str, num_steps: str, batch_size: str) -> None:
     ended: list[float] = []
 
     def loss(
-        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+        module: nn.Module, x0: Tensor, t: Tensor, rows: Mapping[str, Tensor], sample_offset: int
     ) -> Tensor:
         value: Tensor = (module(x0) - x0).square().mean()
         if not ended:
@@ -142,7 +143,7 @@ def _child(path: str, cache: str, num_steps: str, batch_size: str) -> None:
     images = data.load(path, cache_dir=cache)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 1))
     settings = TrainingSettings(int(num_steps), int(batch_size), seed=SEED)
-    labels = images.train_labels
+    labels = {} if images.train_labels is None else {"labels": images.train_labels}
     train("network", network, loss, images.train, labels, 1, settings, device="cpu", progress=False)
     first_step, cpu_seconds = ended
     print(

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
+    from torch import Tensor
 
     from ocm.checkpoints.checkpoint import Checkpoint
     from ocm.data import Images
+    from ocm.diffusion.denoiser import Denoiser
 
 
 def model_at(
@@ -52,6 +56,67 @@ def model_at(
     )
 
 
+def conditions_of(
+    file: Path | None, texts: Sequence[str] | None, encoders: Path | None, place: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the conditions in a file, or of texts by the encoders of a pipeline, and null ones."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from ocm.checkpoints import is_pipeline
+    from ocm.integrations.texts import encode_by, without_null
+
+    if file is not None:
+        try:
+            return without_null(load_file(file))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"--conditions {file} cannot be read: {error}") from error
+    if texts is None:
+        return {}, {}
+    if encoders is None or not is_pipeline(encoders):
+        raise ValueError(
+            f"texts need a pipeline with text encoders, which {encoders} is not; give their "
+            "embeddings by --conditions"
+        )
+    return without_null(encode_by(encoders, texts, place))
+
+
+def conditioned(
+    images: Images, file: Path | None, encoders: Path | None, place: torch.device
+) -> Images:
+    """Return the data set with conditions: those of a file, or of the captions."""
+    import torch
+
+    from ocm.data import Rows
+    from ocm.images import ArrowImages
+
+    values, nulls = conditions_of(file, images.train_captions, encoders, place)
+    count, rows = len(images.train), torch.arange(len(images.train))
+    if file is not None and isinstance(images.train, ArrowImages):
+        count, rows = len(images.train.dataset), images.train.rows
+    for name, value in values.items():
+        if len(value) != count:
+            raise ValueError(
+                f"--conditions must have a row for each of {count} rows of the train split of "
+                f"{images.name}, in the order of its files, got {len(value)} of {name!r}"
+            )
+    conditions = {name: Rows(value, rows) for name, value in values.items()}
+    return replace(images, train_conditions=conditions, null_conditions=nulls)
+
+
+def check_conditions(denoiser: Denoiser, conditions: object) -> None:
+    """Raise unless there are conditions for a denoiser that takes texts, and for no other."""
+    from ocm.integrations.texts import takes_texts
+
+    if takes_texts(denoiser) and not conditions:
+        raise ValueError(
+            "the denoiser takes texts, and none were given: name their column by --caption-column "
+            "(ocm train) or themselves by --prompt (ocm sample), or give a file of --conditions"
+        )
+    if conditions and not takes_texts(denoiser):
+        raise ValueError("texts and --conditions are for a denoiser that takes texts, got another")
+
+
 def existing(path: Path, images: Images, hold_out: int | None, place: torch.device) -> Checkpoint:
     """Return the checkpoint at ``path``, or one of a pipeline's denoiser, for these images."""
     from ocm import checkpoints
@@ -66,6 +131,7 @@ def existing(path: Path, images: Images, hold_out: int | None, place: torch.devi
         )
     if base.denoiser.takes_labels and images.train_labels is None:
         raise ValueError(f"--denoiser takes class labels, and --data {images.name} has none")
+    check_conditions(base.denoiser, images.train_conditions)
     kept = base.num_calibration if hold_out is None else hold_out
     if kept > base.num_calibration:
         raise ValueError(
@@ -101,7 +167,13 @@ def images_for(
 ) -> Images:
     """Return the data set of a checkpoint, or another of the same shape."""
     from ocm import data as datasets
+    from ocm.integrations.texts import takes_texts
 
+    if takes_texts(loaded.denoiser):
+        raise ValueError(
+            "the denoiser takes texts: it is trained by `ocm train` and sampled by `ocm sample`, "
+            "and neither calibrated nor evaluated here"
+        )
     if not (data or loaded.data):
         raise ValueError("--data must be given: a pipeline does not say what it was trained on")
     if loaded.x0_range is None and vae is None:

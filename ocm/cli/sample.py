@@ -48,6 +48,20 @@ def sample(
         list[int] | None,
         typer.Option(min=0, help="Class label; several take turns. For models with classes."),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text; several take turns. For models that take texts."),
+    ] = None,
+    encoders: Annotated[
+        Path | None,
+        typer.Option(help="Pipeline whose text encoders read --prompt. Default: the model's own."),
+    ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Embeddings instead, as `ocm train --conditions` reads them; rows take turns."
+        ),
+    ] = None,
     guidance: Annotated[
         float, typer.Option(help="Scale w of classifier-free guidance; 1 for none.")
     ] = 1.0,
@@ -79,7 +93,7 @@ def sample(
     from safetensors.torch import save_file
 
     from ocm.checkpoints.catalogue import CovarianceSettings
-    from ocm.cli.inputs import model_at
+    from ocm.cli.inputs import check_conditions, conditions_of, model_at
     from ocm.covariances.names import CALIBRATED
     from ocm.evaluation.environment import environment
     from ocm.evaluation.pictures import sample_rows
@@ -93,6 +107,8 @@ def sample(
     loaded = model_at(checkpoint, place)
     if vae is not None and loaded.x0_range is not None:
         raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
+    texts, no_text = conditions_of(conditions, prompt, encoders or checkpoint, place)
+    check_conditions(loaded.denoiser, texts)
     spacing = spacing or ("even" if calibrated else "trailing")
     timesteps = _timesteps(loaded, spacing, steps)
     name = covariance.value + (CALIBRATED if calibrated else "")
@@ -107,6 +123,8 @@ def sample(
         sampler=samplers.ddpm if sampler == "ddpm" else partial(samplers.ddim, eta=eta or 0.0),
         settings=CovarianceSettings(num_probes, lanczos_probes, seed),
         labels=label,
+        conditions=texts,
+        null_conditions=no_text,
         guidance_scale=guidance,
         seed=seed,
         first=first,
@@ -131,6 +149,8 @@ def sample(
         "timesteps": timesteps,
         "num_images": num_images,
         "labels": label,
+        "prompts": prompt,
+        "conditions": None if conditions is None else str(conditions),
         "guidance_scale": guidance,
         "last_noise": last_noise,
         "num_probes": num_probes,

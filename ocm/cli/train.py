@@ -40,6 +40,21 @@ def train(
     label_column: Annotated[
         str | None, typer.Option(help="Column of integer labels. Default: the one of classes.")
     ] = None,
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of texts, which the encoders of the pipeline --denoiser turn into what it "
+            "is conditioned on."
+        ),
+    ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Their embeddings instead: a safetensors file of tensors by the names of the "
+            "denoiser's arguments, a row for each row of the train split as its files have them, "
+            "and null.NAME of shape (1, ...) without a text."
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Most images of each split, after shuffling.")
     ] = None,
@@ -54,6 +69,14 @@ def train(
             "heads are trained; the heads of a checkpoint are kept too."
         ),
     ] = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard",
+            help="Spread the weights of --denoiser over the processes, for one that is too large "
+            "for a device.",
+        ),
+    ] = False,
     head: Annotated[
         list[options.HeadName] | None,
         typer.Option(help="Covariance whose head is trained; may be given several times."),
@@ -144,12 +167,16 @@ def train(
     """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
 
     A training that was interrupted goes on where it was when the same command is given again,
-    without --overwrite. On several processes: `torchrun -m ocm train ...`, or accelerate launch.
+    without --overwrite. On several processes: `torchrun --nproc-per-node N -m ocm train ...`, or
+    accelerate launch.
     """
+    import torch
+
     from ocm import checkpoints
     from ocm import data as datasets
-    from ocm.cli.inputs import encoded, existing
+    from ocm.cli.inputs import conditioned, encoded, existing, model_at
     from ocm.evaluation.environment import environment
+    from ocm.training import processes
     from ocm.training.settings import TrainingSettings
     from ocm.training.workflow import NewDenoiser, NewHeads, train_checkpoint
 
@@ -190,21 +217,31 @@ def train(
                 f"--{name.replace('_', '-')} {context.params[name]} is for a new denoiser; leave "
                 "it out with --denoiser"
             )
+    if denoiser is None and (caption_column or conditions):
+        raise ValueError("--caption-column and --conditions are for a --denoiser that takes texts")
+    if denoiser is None and shard:
+        raise ValueError("--shard is for a --denoiser, which is frozen")
+    if caption_column and conditions:
+        raise ValueError("--caption-column and --conditions must not both be given")
     images = datasets.load(
         data,
         image_size=image_size,
         image_column=image_column,
         label_column=label_column,
+        caption_column=caption_column,
         limit=limit,
         progress=not quiet,
     )
+    images = conditioned(images, conditions, denoiser, place)
     if vae is not None:
         images = encoded(images, vae, place)
     start: NewDenoiser | Checkpoint
     if denoiser is None:
         start = NewDenoiser(settings, width, schedule, prediction_type, hold_out, class_conditional)
     else:
-        start = existing(denoiser, images, hold_out, place)
+        start = existing(denoiser, images, hold_out, torch.device("cpu") if shard else place)
+        if shard:
+            processes.shard(start.denoiser.backbone, place)
     try:
         trained, record = train_checkpoint(
             images,
@@ -222,6 +259,11 @@ def train(
         return
     if denoiser is not None:
         record["denoiser"] = str(denoiser)
+    if denoiser is not None and shard:  # it has not changed, and here is a part of it
+        whole = model_at(denoiser, torch.device("cpu"), images.shape[1:]).denoiser.backbone
+        trained = replace(trained, denoiser=replace(trained.denoiser, backbone=whole))
+    if conditions is not None:
+        record["conditions"] = str(conditions)
     if vae is not None:
         trained = replace(trained, x0_range=None)
     checkpoints.save(trained, out)

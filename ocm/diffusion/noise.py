@@ -6,6 +6,9 @@ training, ``sample_offset`` counts the samples that were seen before.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,55 @@ def noisy(
         x0.shape, seed, step=draws.TRAINING, sample_offset=sample_offset, device=x0.device
     ).to(x0)
     return schedule.diffuse(x0, t, noise), noise
+
+
+def condition_of(
+    denoiser: Denoiser,
+    rows: Mapping[str, Tensor],
+    nulls: Mapping[str, Tensor] | None = None,
+    guidance_scale: float = 1.0,
+) -> Condition | None:
+    """Return the condition of a batch from its rows by name, or None without any.
+
+    Args:
+        denoiser: The denoiser.
+        rows: "labels", and arguments of the backbone, of shape (b, ...); a name with a dot is an
+            entry of a dictionary: "added_cond_kwargs.text_embeds".
+        nulls: What takes their place without a condition, of shape (1, ...), by name.
+        guidance_scale: As in :meth:`ocm.Denoiser.condition`.
+
+    Example:
+        >>> from ocm.diffusion.schedules import linear
+        >>> denoiser = Denoiser(lambda x, time: x, linear())
+        >>> condition_of(denoiser, {"text": torch.ones(2), "sizes.height": torch.ones(2)}).tensors
+        {'text': tensor([1., 1.]), 'sizes': {'height': tensor([1., 1.])}}
+    """
+    if not rows:
+        return None
+    nulls = nulls or {}
+    null_label = int(nulls["labels"]) if "labels" in nulls else None
+    branches = [
+        _by_argument({name: x for name, x in branch.items() if name != "labels"})
+        for branch in (rows, {**rows, **nulls} if nulls.keys() - {"labels"} else {})
+    ]
+    return denoiser.condition(
+        rows.get("labels"),
+        guidance_scale,
+        null_label,
+        tensors=branches[0],
+        null_tensors=branches[1],
+    )
+
+
+def _by_argument(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        argument, _, entry = name.partition(".")
+        if entry:
+            arguments.setdefault(argument, {})[entry] = value
+        else:
+            arguments[argument] = value
+    return arguments
 
 
 def labelled(denoiser: Denoiser, labels: Tensor | None, first: int, count: int) -> Condition | None:

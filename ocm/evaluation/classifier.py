@@ -9,7 +9,7 @@ compare methods with one another only.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -145,10 +145,9 @@ def train_classifier(
         )
 
     def loss(
-        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+        module: nn.Module, x0: Tensor, t: Tensor, rows: Mapping[str, Tensor], sample_offset: int
     ) -> Tensor:
-        assert labels is not None
-        return functional.cross_entropy(module(x0), labels)
+        return functional.cross_entropy(module(x0), rows["labels"])
 
     settings = TrainingSettings(
         num_steps,
@@ -161,7 +160,7 @@ def train_classifier(
     )
     # One timestep, which the loss does not look at.
     train(
-        "classifier", classifier, loss, images, labels, 1, settings, device=device,
+        "classifier", classifier, loss, images, {"labels": labels}, 1, settings, device=device,
         progress=progress,
     )  # fmt: skip
     return classifier.eval().requires_grad_(False)

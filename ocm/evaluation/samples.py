@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.diffusion.noise import condition_of
 from ocm.evaluation.distances import (
     frechet_distance,
     maximum_mean_discrepancy,
@@ -63,6 +64,8 @@ def draw(
     sampler: Sampler,
     settings: CovarianceSettings | None = None,
     labels: Sequence[int] | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
+    null_conditions: Mapping[str, Tensor] | None = None,
     guidance_scale: float = 1.0,
     seed: int = 0,
     first: int = 0,
@@ -80,6 +83,8 @@ def draw(
         sampler: Reverse process.
         settings: For covariances that take products.
         labels: Classes that the samples take in turns, for a denoiser with classes.
+        conditions: Further arguments of the backbone by name, whose rows they take in turns.
+        null_conditions: Those of no condition, of shape (1, ...), for guidance.
         guidance_scale: Of classifier-free guidance; 1 for none.
         seed: Seed of the noise.
         first: Number of the first sample.
@@ -92,27 +97,26 @@ def draw(
         ValueError: If labels are given for a denoiser without classes, or not for one with them.
     """
     takes_labels = checkpoint.denoiser.takes_labels
-    if takes_labels != bool(labels) or (guidance_scale != 1.0 and not labels):
+    if takes_labels != bool(labels) or (guidance_scale != 1.0 and not (labels or conditions)):
         raise ValueError(
             f"labels must be given for a denoiser with classes and for no other, got {labels} for "
             f"one {'with' if takes_labels else 'without'} classes; guidance_scale must be 1 "
-            f"without labels, got {guidance_scale}"
+            f"without labels or texts, got {guidance_scale}"
         )
+    rows = {**(conditions or {}), **({"labels": torch.tensor(labels)} if labels else {})}
     denoiser, batches = checkpoint.denoiser, []
     covariance = build_covariance(name, checkpoint, settings)
     for offset in range(first, first + num_images, batch_size):
         count = min(batch_size, first + num_images - offset)
-        condition = None
-        if labels:
-            turns = torch.tensor([labels[i % len(labels)] for i in range(offset, offset + count)])
-            condition = denoiser.condition(turns, guidance_scale)
+        numbers = torch.arange(offset, offset + count)
+        turns = {name: values[numbers % len(values)] for name, values in rows.items()}
         samples = sample(
             denoiser,
             covariance,
             (count, *checkpoint.image_shape),
             steps,
             sampler=sampler,
-            condition=condition,
+            condition=condition_of(denoiser, turns, null_conditions, guidance_scale),
             seed=seed,
             sample_offset=offset,
             x0_range=checkpoint.x0_range,

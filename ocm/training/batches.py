@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,13 +23,20 @@ _LEAST = 1e-3
 
 
 class ImageSource(Protocol):
-    """Images that are read as they are needed; a tensor of shape (n, C, ...) is one too."""
+    """Images that are read as they are needed; a tensor of shape (n, C, ...) is one too.
+
+    What they are conditioned on may lie in such a source too, as rows of one shape.
+    """
 
     def __len__(self) -> int:
         """Return the number of images."""
 
     def __getitem__(self, indices: Tensor, /) -> Tensor:
         """Return the images of ``indices``, int64 of shape (b,), as (b, C, ...) in [-1, 1]."""
+
+
+Conditions = Mapping[str, Tensor | ImageSource]
+"""What images are conditioned on, by name: "labels", and arguments of the backbone."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ class MicroBatch(NamedTuple):
 
     x0: Tensor
     t: Tensor
-    labels: Tensor | None
+    conditions: Mapping[str, Tensor]
     sample_offset: int
 
 
@@ -84,7 +92,7 @@ class MicroBatches(Dataset[MicroBatch]):
     """The micro-batches, by number, of process ``rank`` among ``num_processes``."""
 
     images: Tensor | ImageSource
-    labels: Tensor | None
+    conditions: Conditions
     num_timesteps: int
     settings: TrainingSettings
     rank: int = 0
@@ -110,8 +118,8 @@ class MicroBatches(Dataset[MicroBatch]):
                 )
             flips = batch.flips[own].to(x0.device)[:, None, None, None]
             x0 = torch.where(flips, x0.flip(-1), x0)
-        labels = None if self.labels is None else self.labels[picked.to(self.labels.device)]
-        return MicroBatch(x0, batch.timesteps[own], labels, step * settings.batch_size + first)
+        conditions = {name: rows_at(rows, picked) for name, rows in self.conditions.items()}
+        return MicroBatch(x0, batch.timesteps[own], conditions, step * settings.batch_size + first)
 
     def from_step(self, step: int) -> DataLoader[MicroBatch]:
         """Return a loader of all micro-batches from this step on, in order."""
@@ -128,18 +136,30 @@ class MicroBatches(Dataset[MicroBatch]):
         )
 
 
-def check_data(images: Tensor | ImageSource, labels: Tensor | None) -> None:
-    """Raise unless images and labels can be trained on."""
+def rows_at(rows: Tensor | ImageSource, indices: Tensor) -> Tensor:
+    """Return what a tensor, on whatever device, or a source holds at ``indices``."""
+    return rows[indices.to(rows.device) if isinstance(rows, Tensor) else indices]
+
+
+def check_data(images: Tensor | ImageSource, conditions: Conditions) -> None:
+    """Raise unless images and their conditions can be trained on."""
     count = len(images)
     if count == 0:
         raise ValueError("images must hold at least one image, got none")
     if isinstance(images, Tensor) and not images.is_floating_point():
         raise ValueError(f"images must be floating-point numbers in [-1, 1], got {images.dtype}")
-    if labels is not None and (labels.dtype != torch.int64 or labels.shape != (count,)):
-        raise ValueError(
-            f"labels must be int64 of shape ({count},), one for each image, got {labels.dtype} of "
-            f"shape {tuple(labels.shape)}"
-        )
+    for name, rows in conditions.items():
+        if name == "labels" and isinstance(rows, Tensor):
+            if rows.dtype != torch.int64 or rows.shape != (count,):
+                raise ValueError(
+                    f"labels must be int64 of shape ({count},), one for each image, got "
+                    f"{rows.dtype} of shape {tuple(rows.shape)}"
+                )
+        elif len(rows) != count:
+            raise ValueError(
+                f"conditions must have a row for each of {count} images, got {len(rows)} of "
+                f"{name!r}"
+            )
 
 
 def derived_seed(*parts: object) -> int:

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed, nn
 
+from ocm.diffusion.backbones.wrappers import is_part
 from ocm.diffusion.checks import check_positive_int
 from ocm.training.batches import (
+    Conditions,
     ImageSource,
     MicroBatch,
     MicroBatches,
@@ -42,12 +44,13 @@ from ocm.training.state import (
 if TYPE_CHECKING:
     from diffusers.training_utils import EMAModel
 
-LossFunction = Callable[[nn.Module, Tensor, Tensor, Tensor | None, int], Tensor]
-"""``loss(module, x0, t, labels, sample_offset)``: the mean over a (micro-)batch.
+LossFunction = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor], int], Tensor]
+"""``loss(module, x0, t, conditions, sample_offset)``: the mean over a (micro-)batch.
 
 ``module`` is the one to call: the module in training, inside DistributedDataParallel where there
-are several processes. ``x0`` has shape (b, ...), ``t`` and ``labels`` are int64 of shape (b,), and
-``sample_offset`` is the number of samples that training has seen before these.
+are several processes. ``x0`` has shape (b, ...), ``t`` is int64 of shape (b,), ``conditions`` holds
+the b rows that belong to ``x0``, and ``sample_offset`` is the number of samples that training has
+seen before these.
 """
 
 
@@ -56,7 +59,7 @@ def train(
     module: nn.Module,
     loss: LossFunction,
     images: Tensor | ImageSource,
-    labels: Tensor | None,
+    conditions: Conditions,
     num_timesteps: int,
     settings: TrainingSettings,
     *,
@@ -82,7 +85,8 @@ def train(
         loss: The mean loss of a micro-batch. Its global random numbers, such as those of dropout,
             are seeded anew in each step; the caller's are left as they were.
         images: Training images in [-1, 1], shape (n, C, ...), or a source of them.
-        labels: Classes of the images, int64 of shape (n,), or None.
+        conditions: What the images are conditioned on, by name: tensors of shape (n, ...), memory-
+            mapped as they may be, or sources of their rows; "labels" are int64 of shape (n,).
         num_timesteps: Timesteps N of the diffusion.
         settings: Length, batch size, learning rate, seed and so on.
         is_continuous: Whether timesteps are any numbers in (0, N].
@@ -105,22 +109,23 @@ def train(
         TrainingStateError: A ValueError, if the state in ``directory`` is damaged, or was written
             with other settings or another module; it names the file and the entry.
         TypeError: If the images have no length.
-        ValueError: If the data or the settings do not fit each other or the device.
+        ValueError: If the data or the settings do not fit each other or the device, or the module
+            in training is sharded.
 
     Example:
         >>> line = nn.Linear(1, 1)
         >>> images = torch.linspace(-1, 1, 64)[:, None]
-        >>> def loss(module, x0, t, labels, sample_offset):
+        >>> def loss(module, x0, t, conditions, sample_offset):
         ...     return (module(x0) - 3 * x0).square().mean()
         >>> settings = TrainingSettings(num_steps=200, learning_rate=0.1)
-        >>> losses = train("line", line, loss, images, None, 1000, settings, progress=False)
+        >>> losses = train("line", line, loss, images, {}, 1000, settings, progress=False)
         >>> abs(line.weight.item() - 3) < 0.1
         True
     """
     from tqdm import tqdm
 
     check_positive_int("num_timesteps", num_timesteps)
-    check_data(images, labels)
+    check_data(images, conditions)
     path = None if directory is None else Path(directory)
     if tensorboard:
         if path is None:
@@ -135,7 +140,7 @@ def train(
         # Neither changes a number.
         **asdict(replace(settings, checkpoint_every=1, num_workers=0)),
         "num_images": len(images),
-        "labels": labels is not None,
+        "labels": "labels" in conditions,
         "num_timesteps": num_timesteps,
         **({"is_continuous": True} if is_continuous else {}),
     }
@@ -147,7 +152,7 @@ def train(
         rate_of_step = _rate_of_step(settings)
         batches = MicroBatches(
             images,
-            labels,
+            conditions,
             num_timesteps,
             settings,
             processes.rank,
@@ -248,6 +253,11 @@ def _prepare(
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError(f"no parameter of the {name} requires a gradient: nothing to train")
+    if any(map(is_part, parameters)):
+        raise ValueError(
+            f"the {name} in training must be whole in every process, and fully_shard has sharded "
+            "it; only the frozen backbone of a head may be sharded"
+        )
     # Before the average is made: it gives all processes the main one's weights.
     called = nn.parallel.DistributedDataParallel(module) if processes.count > 1 else module
     average = EMAModel(parameters, decay=settings.ema_decay)
@@ -296,13 +306,13 @@ def _backward(
     training.parts.optimizer.zero_grad()
     total = torch.zeros((), device=device)
     for part in range(parts):
-        x0, t, labels, sample_offset = next(batches)
-        y = None if labels is None else labels.to(device)
+        x0, t, rows, sample_offset = next(batches)
+        conditions = {name: values.to(device) for name, values in rows.items()}
         with contextlib.ExitStack() as stack:
             if isinstance(called, nn.parallel.DistributedDataParallel) and part < parts - 1:
                 stack.enter_context(called.no_sync())  # The last gradient has the sum.
             with torch.autocast(device.type, dtype, enabled=settings.mixed_precision != "no"):
-                value = loss(called, x0.to(device), t.to(device), y, sample_offset)
+                value = loss(called, x0.to(device), t.to(device), conditions, sample_offset)
             training.parts.scaler.scale(value / parts).backward()
         total += value.detach().float()
     if processes.count > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ocm.covariances.learned.base import LearnedCovariance
-from ocm.diffusion.backbones.wrappers import has_adapters
+from ocm.diffusion.backbones.wrappers import has_adapters, is_part
 from ocm.diffusion.denoiser import Denoiser
-from ocm.diffusion.noise import chosen, noisy
+from ocm.diffusion.noise import chosen, condition_of, noisy
 from ocm.diffusion.predictions import target
 from ocm.diffusion.schedules import per_sample
-from ocm.training.batches import ImageSource
+from ocm.training.batches import Conditions, ImageSource, rows_at
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
 
@@ -30,6 +30,7 @@ def denoising_loss(
     seed: int,
     sample_offset: int,
     labels: Tensor | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
     backbone: nn.Module | None = None,
 ) -> Tensor:
     """Return the mean of (target - output(x_t, t))^2 (Ho, Jain and Abbeel, 2020).
@@ -43,11 +44,12 @@ def denoising_loss(
         seed: Seed of the noise.
         sample_offset: Number of samples that training has seen before these.
         labels: Class labels, for a backbone that takes them.
+        conditions: Its further arguments by name, of shape (B, ...).
         backbone: Called in place of the denoiser's own: the same, wrapped for training.
     """
     schedule = denoiser.schedule
     x_t, noise = noisy(schedule, x0, t, seed, sample_offset)
-    condition = None if labels is None else denoiser.condition(labels)
+    condition = condition_of(denoiser, _by_name(labels, conditions))
     output = denoiser.output(x_t, t, condition=condition, backbone=backbone)
     alpha, sigma = (per_sample(scale, x0) for scale in (schedule.alpha(t), schedule.sigma(t)))
     wanted = target(denoiser.prediction_type, alpha, sigma, x0, noise, schedule.data_std)
@@ -60,6 +62,8 @@ def train_denoiser(
     settings: TrainingSettings,
     *,
     labels: Tensor | None = None,
+    conditions: Conditions | None = None,
+    null_conditions: Mapping[str, Tensor] | None = None,
     directory: Path | None = None,
     resume: bool = True,
     tensorboard: bool = False,
@@ -75,6 +79,13 @@ def train_denoiser(
         images: Training data, shape (n, ...), in [-1, 1] for images.
         settings: Length, batch size, learning rate and seed.
         labels: Class of each image, for a backbone that takes them.
+        conditions: Further arguments of the backbone by name, such as ``encoder_hidden_states``:
+            a row for each image, in a tensor of shape (n, ...), which may be memory-mapped, or
+            expanded where all rows are one. A name with a dot is an entry of a dictionary:
+            "added_cond_kwargs.text_embeds".
+        null_conditions: Those of no condition, shape (1, ...), the embedding of an empty text say:
+            a tenth of the samples take them. "labels" may be among them; a network that drops
+            labels by itself, as ``DiTTransformer2DModel`` does, needs none.
         directory: Where the state is written, and read again after an interruption; None for
             nowhere.
         resume: Whether to go on from a state in ``directory``; if not, it is removed.
@@ -86,11 +97,14 @@ def train_denoiser(
 
     Raises:
         FloatingPointError: If the loss is not finite.
-        ValueError: If the backbone has adapters, and no parameter requires gradients.
+        ValueError: If the backbone has adapters, and no parameter requires gradients; or conditions
+            do not fit the images or each other.
     """
+    given = _by_name(labels, conditions)
+    nulls = _checked(null_conditions or {}, given, denoiser)
 
     def loss(
-        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+        module: nn.Module, x0: Tensor, t: Tensor, rows: Mapping[str, Tensor], sample_offset: int
     ) -> Tensor:
         return denoising_loss(
             denoiser,
@@ -98,7 +112,7 @@ def train_denoiser(
             t,
             seed=settings.seed,
             sample_offset=sample_offset,
-            labels=labels,
+            conditions=_partly_null(rows, nulls, settings.seed, sample_offset),
             backbone=module,
         )
 
@@ -108,14 +122,14 @@ def train_denoiser(
         denoiser.backbone,
         loss,
         images,
-        labels,
+        given,
         denoiser.schedule.num_timesteps,
         settings,
         is_continuous=denoiser.schedule.is_continuous,
         device=denoiser.device,
         directory=directory,
         resume=resume,
-        details=None if directory is None else _told_apart_by(denoiser, images),
+        details=None if directory is None else _told_apart_by(denoiser, images, given, nulls),
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -129,6 +143,8 @@ def train_head(
     settings: TrainingSettings,
     *,
     labels: Tensor | None = None,
+    conditions: Conditions | None = None,
+    null_conditions: Mapping[str, Tensor] | None = None,
     name: str = "head",
     directory: Path | None = None,
     resume: bool = True,
@@ -137,8 +153,21 @@ def train_head(
 ) -> list[float]:
     """Train the head of a covariance by its own loss, on the frozen denoiser.
 
-    For a denoiser with classes and a label for none, a tenth of the labels are that one: guidance
-    reads the head in both branches.
+    A tenth of the samples take what stands for no condition, where there is such a thing, labels
+    and all else alike: guidance reads the head in both branches.
+
+    On several processes (``torchrun --nproc-per-node 8 script.py``) each takes a share of every
+    batch, and the gradients of the head are averaged. The backbone may be sharded over them by
+    ``torch.distributed.fsdp.fully_shard``, its blocks first and then itself, before it becomes a
+    denoiser:
+
+        torch.distributed.init_process_group()
+        for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
+            fully_shard(block)
+        fully_shard(unet)
+        denoiser = ocm.Denoiser(unet, schedule)
+
+    The head is that of one process, to the rounding of sums.
 
     Args:
         covariance: Its head is trained in place and left in eval mode, without gradients; its
@@ -146,6 +175,9 @@ def train_head(
         images: Training data, shape (n, ...), in [-1, 1] for images.
         settings: Length, batch size, learning rate and seed.
         labels: Class of each image, for a backbone that takes them.
+        conditions: As in :func:`train_denoiser`.
+        null_conditions: As in :func:`train_denoiser`; that of labels is the denoiser's own by
+            default.
         name: What the progress bar calls it.
         directory: As in :func:`train_denoiser`.
         resume: As in :func:`train_denoiser`.
@@ -157,20 +189,26 @@ def train_head(
 
     Raises:
         FloatingPointError: If the loss is not finite.
+        ValueError: If conditions do not fit the images or each other.
     """
     denoiser = covariance.denoiser
+    given = _by_name(labels, conditions)
+    none: dict[str, Tensor] = {}
+    if "labels" in given and denoiser.null_label is not None:
+        none["labels"] = torch.tensor([denoiser.null_label])
+    nulls = _checked(none | dict(null_conditions or {}), given, denoiser)
 
     def loss(
-        module: nn.Module, x0: Tensor, t: Tensor, labels: Tensor | None, sample_offset: int
+        module: nn.Module, x0: Tensor, t: Tensor, rows: Mapping[str, Tensor], sample_offset: int
     ) -> Tensor:
-        condition = None
-        if labels is not None:
-            if denoiser.null_label is not None:
-                few = chosen(len(labels), settings.seed, sample_offset, labels.device)
-                labels = torch.where(few, denoiser.null_label, labels)
-            condition = denoiser.condition(labels)
+        rows = _partly_null(rows, nulls, settings.seed, sample_offset)
         return covariance.loss(
-            x0, t, seed=settings.seed, sample_offset=sample_offset, condition=condition, head=module
+            x0,
+            t,
+            seed=settings.seed,
+            sample_offset=sample_offset,
+            condition=condition_of(denoiser, rows),
+            head=module,
         )
 
     denoiser.freeze()
@@ -180,14 +218,14 @@ def train_head(
         covariance.head,
         loss,
         images,
-        labels,
+        given,
         denoiser.schedule.num_timesteps,
         settings,
         is_continuous=denoiser.schedule.is_continuous,
         device=denoiser.device,
         directory=directory,
         resume=resume,
-        details=None if directory is None else _details(covariance, images),
+        details=None if directory is None else _details(covariance, images, given, nulls),
         tensorboard=tensorboard,
         progress=progress,
     )
@@ -195,7 +233,44 @@ def train_head(
     return losses
 
 
-def _details(covariance: LearnedCovariance, images: Tensor | ImageSource) -> dict[str, Any]:
+def _by_name(labels: Tensor | None, conditions: Conditions | None) -> dict[str, Any]:
+    return {**(conditions or {}), **({} if labels is None else {"labels": labels})}
+
+
+def _checked(
+    nulls: Mapping[str, Tensor], conditions: Conditions, denoiser: Denoiser
+) -> dict[str, Tensor]:
+    """Return what stands for no condition, on the denoiser's device, if it fits."""
+    first = torch.tensor([0])
+    for name, null in nulls.items():
+        found = tuple(rows_at(conditions[name], first).shape) if name in conditions else None
+        if found != tuple(null.shape):
+            raise ValueError(
+                f"null_conditions must be named as conditions are, and have the shape of a row of "
+                f"them, {found or 'none'} for {name!r}, got {tuple(null.shape)}"
+            )
+    return {name: null.to(denoiser.device) for name, null in nulls.items()}
+
+
+def _partly_null(
+    rows: Mapping[str, Tensor], nulls: Mapping[str, Tensor], seed: int, sample_offset: int
+) -> dict[str, Tensor]:
+    """Return the rows, those of a tenth of the samples replaced."""
+    replaced = dict(rows)
+    for name, null in nulls.items():
+        values = rows[name]
+        few = chosen(len(values), seed, sample_offset, values.device)
+        few = few.reshape(-1, *[1] * (values.dim() - 1))
+        replaced[name] = torch.where(few, null.to(values), values)
+    return replaced
+
+
+def _details(
+    covariance: LearnedCovariance,
+    images: Tensor | ImageSource,
+    conditions: Conditions,
+    nulls: Mapping[str, Tensor],
+) -> dict[str, Any]:
     """Return what tells one training of a head from another beside its settings."""
     plain = {k: v for k, v in vars(covariance).items() if isinstance(v, (str, int, float))}
     return {
@@ -204,17 +279,25 @@ def _details(covariance: LearnedCovariance, images: Tensor | ImageSource) -> dic
         **covariance.parameterisation.to_json(),
         "probes": repr(getattr(covariance, "probes", None)),
         "denoiser": _digest(_weights(covariance.denoiser.backbone)),
-        **_told_apart_by(covariance.denoiser, images),
+        **_told_apart_by(covariance.denoiser, images, conditions, nulls),
     }
 
 
-def _told_apart_by(denoiser: Denoiser, images: Tensor | ImageSource) -> dict[str, str]:
+def _told_apart_by(
+    denoiser: Denoiser,
+    images: Tensor | ImageSource,
+    conditions: Conditions,
+    nulls: Mapping[str, Tensor],
+) -> dict[str, str]:
     """Return what tells one training from another beside its settings, as digests."""
-    some = images[torch.arange(0, len(images), max(1, len(images) // 64))]
+    some = torch.arange(0, len(images), max(1, len(images) // 64))
+    rows = {name: rows_at(conditions[name], some) for name in sorted(conditions)}
+    rows |= {f"null.{name}": nulls[name] for name in sorted(nulls)}
     return {
         "prediction_type": denoiser.prediction_type,
         "schedule": _digest([denoiser.schedule.log_alpha_bar]),
-        "images": _digest([some]),
+        "images": _digest([images[some]]),
+        **{f"conditions.{name}": _digest([values]) for name, values in rows.items()},
     }
 
 
@@ -239,10 +322,13 @@ def _weights(backbone: nn.Module) -> list[Tensor]:
     return list(weights.values())
 
 
-def _digest(tensors: Iterable[Tensor]) -> str:
+def _digest(tensors: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
+        values = tensor.detach()
+        if is_part(values):  # all processes are here
+            values = values.full_tensor()
         # Flat, since a tensor of no dimensions cannot be viewed as bytes.
-        flat = tensor.detach().cpu().reshape(-1)
+        flat = values.cpu().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

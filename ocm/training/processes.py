@@ -10,7 +10,9 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+
+from ocm.diffusion.backbones.wrappers import class_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,39 @@ class Processes:
         """Wait until all processes are here."""
         if self.count > 1:
             distributed.barrier()
+
+
+def shard(backbone: nn.Module, device: torch.device | str | None = None) -> None:
+    """Spread the weights of a model of diffusers over the processes, as ``fully_shard`` does.
+
+    Each holds its part on its device, and a block is whole while it is computed: those blocks that
+    diffusers itself would not split over devices.
+
+    Args:
+        backbone: The model, changed in place; on the CPU it may be larger than a device.
+        device: As in :func:`join`.
+
+    Raises:
+        ValueError: If there is one process.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    processes = join(device)
+    if processes.count == 1:
+        raise ValueError(
+            "a backbone is sharded over several processes, and there is one: start them by "
+            "torchrun --nproc-per-node N"
+        )
+    mesh = init_device_mesh(processes.device.type, (processes.count,))
+    names = getattr(backbone, "_no_split_modules", None) or ()
+    if class_of(backbone).__name__ == "DiTTransformer2DModel":  # it looks into its first block
+        names = ()
+    # Inner blocks before those that hold them.
+    for module in reversed(list(backbone.modules())[1:]):
+        if type(module).__name__ in names:
+            fully_shard(module, mesh=mesh)
+    fully_shard(backbone, mesh=mesh)
 
 
 def join(device: torch.device | str | None) -> Processes:

@@ -171,6 +171,8 @@ def train_checkpoint(
             shown.train,
             heads.training,
             labels=shown.train_labels if base.denoiser.takes_labels else None,
+            conditions=shown.train_conditions,
+            null_conditions=shown.null_conditions,
             name=f"{name} head",
             directory=out / "training" / name,
             **loop,

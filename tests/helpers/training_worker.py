@@ -54,7 +54,7 @@ def make_network(*, noisy, seed=0, width=16):
 def make_data():
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(20, 1, 2, 2, generator=generator) * 2 - 1
-    return images, torch.randint(0, 3, (20,), generator=generator)
+    return images, {"labels": torch.randint(0, 3, (20,), generator=generator)}
 
 
 def noise_of(samples):
@@ -62,9 +62,9 @@ def noise_of(samples):
     return torch.sin(samples[:, None].double() * torch.arange(1, 5)).float()
 
 
-def loss(module, x0, t, labels, sample_offset):
+def loss(module, x0, t, conditions, sample_offset):
     noise = noise_of(sample_offset + torch.arange(len(x0))).to(x0.device)
-    return (module(x0 + noise.view(x0.shape), t, labels) - noise).square().mean()
+    return (module(x0 + noise.view(x0.shape), t, conditions["labels"]) - noise).square().mean()
 
 
 def trained(settings=SETTINGS, *, noisy=False, seed=0, loss=loss, **options):
@@ -98,10 +98,10 @@ def state_of(directory):
 
 
 def stopping_at(step, settings=SETTINGS):
-    def stopping(module, x0, t, labels, sample_offset):
+    def stopping(module, x0, t, conditions, sample_offset):
         if sample_offset == step * settings.batch_size:
             raise StoppedError
-        return loss(module, x0, t, labels, sample_offset)
+        return loss(module, x0, t, conditions, sample_offset)
 
     return stopping
 
@@ -119,12 +119,12 @@ def train_and_report(connection, settings, directory, stay):
     torch.set_num_threads(1)
     sent = []
 
-    def reporting(module, x0, t, labels, sample_offset):
+    def reporting(module, x0, t, conditions, sample_offset):
         sent.append(sample_offset // settings.batch_size)
         connection.send(sent[-1])
         if stay is not None and len(sent) > stay:
             time.sleep(3600)
-        return loss(module, x0, t, labels, sample_offset)
+        return loss(module, x0, t, conditions, sample_offset)
 
     losses, module = trained(settings, noisy=True, loss=reporting, directory=directory)
     connection.send((losses, {k: v.numpy() for k, v in module.state_dict().items()}))
@@ -144,8 +144,8 @@ def train_in_process(connection, rank, port, settings, options):
     )
     fail_in = options.pop("fail_in", None)
 
-    def failing(module, x0, t, labels, sample_offset):
-        value = loss(module, x0, t, labels, sample_offset)
+    def failing(module, x0, t, conditions, sample_offset):
+        value = loss(module, x0, t, conditions, sample_offset)
         return value * float("nan") if rank == fail_in and sample_offset >= 24 else value
 
     try:

@@ -1,6 +1,8 @@
 """Images are read as PIL reads them, whatever they come in, and odd ones end in a clear error."""
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -461,3 +463,48 @@ def test_cifar_10_small_and_from_one_file(cache):
     assert images.shape == (3, 8, 8)
     assert (len(images.train), len(images.test)) == (30, 30)
     assert not torch.equal(images.train[:], images.test[:])
+
+
+# Captions
+
+
+def test_captions_stay_with_their_images(tmp_path, cache):
+    """Of a folder with metadata, and of a table, whatever the order and the limit."""
+    pixels = random_pixels(30, 2, 2)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": f"image {i}"}) for i in range(30)]
+    save_images(tmp_path / "folder" / "train", pixels)
+    (tmp_path / "folder" / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    write_parquet(tmp_path / "a.parquet", pixels, text=[f"image {i}" for i in range(30)])
+    for name in ("folder", "a.parquet"):
+        source, options = str(tmp_path / name), {"cache_dir": cache, "limit": 20}
+        images = data.load(source, caption_column="text", **options)
+        assert len(images.train_captions) == len(images.train) == 20
+        for image, caption in zip(as_bytes(images.train), images.train_captions, strict=True):
+            index = int(caption.removeprefix("image "))
+            assert torch.equal(image[0], torch.from_numpy(pixels[index]))
+        assert images.first(3).train_captions == images.train_captions[:3]
+        assert images.options == {"caption_column": "text", "limit": 20}
+        assert data.load(source, **options).train_captions is None
+
+
+@pytest.mark.parametrize(
+    ("texts", "column", "message"),
+    [
+        (["a", "b", None, "c"], "text", r"which misses 1 of \d in the train split"),
+        ([1, 2, 3, 4], "text", r"a column of texts of data .* \(it has none\), got 'text'"),
+        (["a", "b", "c", "d"], "txt", r"\(text\), got 'txt'"),
+    ],
+)
+def test_columns_that_are_no_captions(tmp_path, cache, texts, column, message):
+    for split in ("train", "test"):
+        write_parquet(tmp_path / f"{split}.parquet", random_pixels(4, 2, 2), text=texts)
+    with pytest.raises(ValueError, match=message):
+        data.load(str(tmp_path), caption_column=column, cache_dir=cache)
+
+
+def test_the_first_images_keep_their_conditions():
+    digits = data.digits(5)
+    rows = data.Rows(torch.arange(9.0), torch.tensor([8, 1, 3, 0, 2]))
+    kept = replace(digits, train_conditions={"text": rows}).first(2).train_conditions["text"]
+    assert len(kept) == 2
+    assert kept[torch.tensor([1, 0])].tolist() == [1, 8]

@@ -20,7 +20,7 @@ from ocm.diffusion.backbones.architecture import (
     packed,
     unpacked,
 )
-from ocm.diffusion.backbones.wrappers import class_of, is_sharded, unwrapped
+from ocm.diffusion.backbones.wrappers import class_of, unwrapped
 
 _TEXT = ("encoder_hidden_states",)
 _POOLED = (*_TEXT, "pooled_projections")
@@ -48,7 +48,8 @@ def _call_dit(dit: Any, x_t: Tensor, time: Tensor, labels: Tensor | None) -> Ten
         raise ValueError(
             f"x_t must be square for DiTTransformer2DModel, got the shape {tuple(x_t.shape)}"
         )
-    if is_sharded(unwrapped(dit).transformer_blocks):
+    first_block = unwrapped(dit).transformer_blocks[0]
+    if type(first_block) is not class_of(first_block):
         raise ValueError(
             "DiTTransformer2DModel must be sharded as a whole, by fully_shard(dit): it looks into "
             "its first block from outside"

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 
 def unwrapped(backbone: Any) -> Any:
@@ -29,14 +28,25 @@ def unwrapped(backbone: Any) -> Any:
             return backbone
 
 
-def is_sharded(backbone: Any) -> bool:
+def is_part(tensor: Tensor) -> bool:
+    """Return whether each process holds a part of a tensor, as ``fully_shard`` leaves it.
+
+    Example:
+        >>> is_part(torch.zeros(1))
+        False
+    """
+    # A DTensor, whose module takes a second to import.
+    return hasattr(tensor, "full_tensor")
+
+
+def is_sharded(module: nn.Module) -> bool:
     """Return whether ``fully_shard`` has spread its weights over processes.
 
     Example:
         >>> is_sharded(nn.Linear(1, 1))
         False
     """
-    return any(isinstance(module, FSDPModule) for module in unwrapped(backbone).modules())
+    return any(map(is_part, module.parameters()))
 
 
 def class_of(backbone: Any) -> type:
@@ -47,9 +57,8 @@ def class_of(backbone: Any) -> type:
         'Linear'
     """
     kind = type(unwrapped(backbone))
-    if issubclass(kind, FSDPModule):
-        return next(base for base in kind.__mro__[1:] if not issubclass(base, FSDPModule))
-    return kind
+    bases = [base.__name__ for base in kind.__mro__]
+    return kind.__mro__[2] if bases[1:2] == ["FSDPModule"] else kind
 
 
 def device_of(backbone: nn.Module) -> torch.device:

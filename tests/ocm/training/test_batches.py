@@ -45,20 +45,21 @@ def test_batches_are_a_function_of_the_seed_and_the_step():
 @pytest.mark.parametrize("parts", [1, 2])
 def test_workers_read_the_same_batches_in_the_same_order(parts):
     """Of which a training of more than 0 workers that starts late takes the rest."""
-    images, labels = make_data()
+    images, conditions = make_data()
 
     def taken(workers, step):
         settings = dataclasses.replace(
             SETTINGS, num_workers=workers, gradient_accumulation_steps=parts
         )
-        return list(MicroBatches(images, labels, NUM_TIMESTEPS, settings).from_step(step))
+        return list(MicroBatches(images, conditions, NUM_TIMESTEPS, settings).from_step(step))
 
     alone, late = taken(0, 0), taken(2, 37)
     assert len(alone) == 40 * parts
     assert len(late) == 3 * parts
     for one, other in zip(alone[37 * parts :], late, strict=True):
         assert one.sample_offset == other.sample_offset
-        for mine, theirs in zip(one[:3], other[:3], strict=True):
+        assert equal(one.conditions, other.conditions)
+        for mine, theirs in zip(one[:2], other[:2], strict=True):
             assert torch.equal(mine, theirs)
 
 
@@ -103,12 +104,12 @@ def test_flips_reverse_the_images_that_were_drawn_for_it():
     settings = dataclasses.replace(SETTINGS, num_steps=1)
     seen = []
 
-    def watch(module, x0, t, labels, sample_offset):
+    def watch(module, x0, t, conditions, sample_offset):
         seen.append(x0)
         return module(x0).mean()
 
     module = nn.Conv2d(1, 1, 1)
-    train("network", module, watch, images, None, 10, settings, device="cpu", progress=False)
+    train("network", module, watch, images, {}, 10, settings, device="cpu", progress=False)
     batch = batch_of_step(0, settings, 10, 10)
     assert 0 < batch.flips.sum() < len(batch.flips)
     for x, index, flip in zip(seen[0], batch.indices, batch.flips, strict=True):
@@ -117,7 +118,7 @@ def test_flips_reverse_the_images_that_were_drawn_for_it():
 
 
 def test_a_source_of_images_trains_as_a_tensor_does():
-    images, labels = make_data()
+    images, conditions = make_data()
 
     class Source:
         def __len__(self):
@@ -128,26 +129,27 @@ def test_a_source_of_images_trains_as_a_tensor_does():
 
     module = make_network(noisy=False)
     losses = train(
-        "network", module, loss, Source(), labels, NUM_TIMESTEPS, SETTINGS, device="cpu",
+        "network", module, loss, Source(), conditions, NUM_TIMESTEPS, SETTINGS, device="cpu",
         progress=False,
     )  # fmt: skip
     assert losses == trained()[0]
 
 
 @pytest.mark.parametrize(
-    ("images", "labels", "changes", "message"),
+    ("images", "conditions", "changes", "message"),
     [
-        (torch.zeros(0, 1, 2, 2), None, {}, "images must hold at least one image"),
-        (torch.zeros(3, 1).long(), None, {}, "must be floating-point .* torch.int64"),
-        (torch.zeros(3, 1), torch.zeros(3), {}, "must be int64 .* got torch.float"),
-        (torch.zeros(3, 1), torch.zeros(2).long(), {}, r"shape \(3,\), .* \(2,\)"),
-        (torch.zeros(3, 4), None, {"horizontal_flip": True}, r"got \(8, 4\)"),
+        (torch.zeros(0, 1, 2, 2), {}, {}, "images must hold at least one image"),
+        (torch.zeros(3, 1).long(), {}, {}, "must be floating-point .* torch.int64"),
+        (torch.zeros(3, 1), {"labels": torch.zeros(3)}, {}, "must be int64 .* got torch.float"),
+        (torch.zeros(3, 1), {"labels": torch.zeros(2).long()}, {}, r"shape \(3,\), .* \(2,\)"),
+        (torch.zeros(3, 1), {"text": torch.zeros(1, 5)}, {}, "each of 3 images, got 1 of 'text'"),
+        (torch.zeros(3, 4), {}, {"horizontal_flip": True}, r"got \(8, 4\)"),
     ],
 )
-def test_data_and_settings_that_do_not_fit(images, labels, changes, message):
+def test_data_and_settings_that_do_not_fit(images, conditions, changes, message):
     settings = TrainingSettings(num_steps=1, batch_size=8, **changes)
     with pytest.raises(ValueError, match=message):
         train(
-            "network", nn.Linear(4, 4), loss, images, labels, 10, settings, device="cpu",
+            "network", nn.Linear(4, 4), loss, images, conditions, 10, settings, device="cpu",
             progress=False,
         )  # fmt: skip

@@ -65,7 +65,8 @@ def test_training_is_adamw_with_a_warmup_a_cosine_and_an_average():
     )  # fmt: skip
     losses, module = trained(settings)
 
-    images, labels = make_data()
+    images, conditions = make_data()
+    labels = conditions["labels"]
     expected = make_network(noisy=False).double()
     weights = list(expected.parameters())
     first, second = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights]
@@ -130,9 +131,9 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(monkeypatch):
 def test_bfloat16_trains_float32_weights_and_leaves_no_mark():
     kinds = set()
 
-    def watch(module, x0, t, labels, sample_offset):
-        kinds.add(module(x0, t, labels).dtype)
-        return loss(module, x0, t, labels, sample_offset)
+    def watch(module, x0, t, conditions, sample_offset):
+        kinds.add(module(x0, t, conditions["labels"]).dtype)
+        return loss(module, x0, t, conditions, sample_offset)
 
     losses, module = trained(dataclasses.replace(SETTINGS, mixed_precision="bf16"), loss=watch)
     assert kinds == {torch.bfloat16}

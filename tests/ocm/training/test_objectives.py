@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
+from safetensors.torch import load_file, save_file
 
 import hessdiag
 import ocm
 from ocm.covariances.names import LEARNED
-from ocm.diffusion.noise import noisy
+from ocm.diffusion.noise import chosen, noisy
 from ocm.diffusion.predictions import PREDICTION_TYPES
+from ocm.training.batches import batch_of_step
 from ocm.training.objectives import train_denoiser, train_head
 from ocm.training.small_unet import small_unet
 
@@ -224,3 +226,143 @@ def test_a_denoiser_learns_what_it_predicts(prediction_type):
     with torch.no_grad():
         x0_hat = denoiser.predict(x_t, 300).x0_hat
     assert (x0_hat - image).square().mean() < 0.1
+
+
+# Conditions
+
+
+class Told(torch.nn.Module):
+    """A backbone that keeps what it is told of each sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Conv2d(1, 4, 1)
+        self.last = torch.nn.Conv2d(4, 1, 1)
+        self.weight = torch.nn.Linear(3, 4)
+        self.told = []
+
+    def forward(self, x, labels, text, sizes):
+        self.told += zip(labels.tolist(), text.tolist(), sizes["height"].tolist(), strict=True)
+        h = self.first(x) + self.weight(text)[:, :, None, None] * labels[:, None, None, None]
+        return self.last(h.sin() * sizes["height"][:, None, None, None])
+
+
+ARCHITECTURE = ocm.Architecture(
+    "Told",
+    "last",
+    lambda net, x, time, labels, **given: net(x, labels, **given),
+    null_label=lambda net: 7,
+)
+# What image i is conditioned on: label i % 5, text (i, i + 1/2, 0) and height i + 1.
+TEXTS = torch.stack([torch.arange(40.0), torch.arange(40.0) + 0.5, torch.zeros(40)], dim=1)
+CONDITIONS = {"text": TEXTS / 40, "sizes.height": torch.arange(40) + 1.0}
+LABELS = torch.arange(40) % 5
+NULLS = {"text": torch.full((1, 3), -1.0), "sizes.height": torch.tensor([-1.0])}
+
+
+def told_denoiser():
+    return ocm.Denoiser(Told(), ocm.cosine(), architecture=ARCHITECTURE)
+
+
+def images_told():
+    return torch.linspace(-1, 1, 40)[:, None, None, None].expand(40, 1, 2, 2)
+
+
+def train_told_head(denoiser, num_steps=3, conditions=CONDITIONS, **options):
+    covariance = ocm.NPR(denoiser, ocm.CovarianceHead(4, 1, 2), ocm.Parameterisation(0.5))
+    settings = ocm.TrainingSettings(num_steps, batch_size=100, seed=3, num_workers=1)
+    given = {"labels": LABELS, "conditions": conditions, "null_conditions": NULLS, **options}
+    losses = train_head(covariance, images_told(), settings, progress=False, **given)
+    return losses, covariance.head.conv.weight.detach().clone()
+
+
+def test_the_same_tenth_of_the_samples_has_no_condition_of_any_kind():
+    denoiser = told_denoiser()
+    train_told_head(denoiser)
+    settings = ocm.TrainingSettings(3, batch_size=100, seed=3)
+    indices = torch.cat([batch_of_step(s, settings, 40, 1000).indices for s in range(3)])
+    few = chosen(300, 3, 0, torch.device("cpu"))
+    assert 15 < few.sum() < 50
+    assert len(denoiser.backbone.told) == 300
+    for told, index, none in zip(denoiser.backbone.told, indices.tolist(), few, strict=True):
+        own = (index % 5, CONDITIONS["text"][index].tolist(), index + 1.0)
+        assert told == ((7, [-1.0, -1.0, -1.0], -1.0) if none else own)
+
+
+def test_a_denoiser_is_trained_with_conditions_and_without():
+    denoiser = told_denoiser()
+    settings = ocm.TrainingSettings(1, batch_size=100, seed=3)
+    given = {"labels": LABELS, "conditions": CONDITIONS}
+    few = chosen(100, 3, 0, torch.device("cpu")).tolist()
+    for nulls in ({}, NULLS, NULLS | {"labels": torch.tensor([6])}):
+        denoiser.backbone.told.clear()
+        train_denoiser(
+            denoiser, images_told(), settings, **given, null_conditions=nulls, progress=False
+        )
+        heights = [height for *_, height in denoiser.backbone.told]
+        labels = [label for label, *_ in denoiser.backbone.told]
+        assert [height == -1 for height in heights] == [none and bool(nulls) for none in few]
+        assert [label == 6 for label in labels] == [none and "labels" in nulls for none in few]
+
+
+def test_a_head_with_conditions_goes_on_to_the_same_bits_and_only_with_them(tmp_path, monkeypatch):
+    expected = train_told_head(told_denoiser())
+    loss = ocm.NPR.loss
+
+    def stopping(self, *arguments, sample_offset, **options):
+        if sample_offset == 200:
+            raise KeyboardInterrupt
+        return loss(self, *arguments, sample_offset=sample_offset, **options)
+
+    every = ocm.TrainingSettings(3, batch_size=100, seed=3, checkpoint_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocm, "TrainingSettings", lambda *_, **__: every)
+        patch.setattr(ocm.NPR, "loss", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train_told_head(told_denoiser(), directory=tmp_path)
+    other = CONDITIONS | {"text": CONDITIONS["text"] + 1}
+    for changed, name in (
+        ({"conditions": other}, r"conditions\.text"),
+        ({"labels": LABELS.flip(0)}, r"conditions\.labels"),
+        ({"null_conditions": NULLS | {"text": torch.zeros(1, 3)}}, r"conditions\.null\.text"),
+        ({"null_conditions": {}}, r"conditions\.null"),
+    ):
+        with pytest.raises(ValueError, match=f"is of another training: {name}.* was"):
+            train_told_head(told_denoiser(), directory=tmp_path, **changed)
+    losses, weight = train_told_head(told_denoiser(), directory=tmp_path)
+    assert losses == expected[0]
+    assert torch.equal(weight, expected[1])
+
+
+def test_conditions_on_the_disk_train_as_those_in_memory(tmp_path):
+    expected = train_told_head(told_denoiser())
+    save_file(CONDITIONS, tmp_path / "conditions.safetensors")
+    mapped = load_file(tmp_path / "conditions.safetensors")
+    assert train_told_head(told_denoiser(), conditions=mapped)[0] == expected[0]
+
+    class Source:
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, indices):
+            return self.rows[indices]
+
+    sources = {name: Source(rows) for name, rows in CONDITIONS.items()}
+    assert train_told_head(told_denoiser(), conditions=sources)[0] == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"null_conditions": {"txt": torch.zeros(1, 3)}}, r"none for 'txt', got \(1, 3\)"),
+        ({"null_conditions": {"text": torch.zeros(3)}}, r"\(1, 3\) for 'text', got \(3,\)"),
+        ({"conditions": {"text": torch.zeros(3, 3)}}, "each of 40 images, got 3 of 'text'"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        train_told_head(told_denoiser(), **{"null_conditions": {}, **options})

@@ -181,7 +181,7 @@ def test_a_module_with_state_that_is_no_tensor_is_refused(tmp_path):
 
     with pytest.raises(TypeError, match="_extra_state of Counting is a dict"):
         train(
-            "network", Counting(1, 1, 1), lambda m, x, *_: m(x).mean(), make_data()[0], None, 10,
+            "network", Counting(1, 1, 1), lambda m, x, *_: m(x).mean(), make_data()[0], {}, 10,
             TrainingSettings(num_steps=1), device="cpu", directory=tmp_path, progress=False,
         )  # fmt: skip
 
@@ -207,7 +207,7 @@ def test_a_state_of_other_settings_is_refused(tmp_path, name, old, new):
 def test_a_state_of_another_module_or_other_data_is_refused(tmp_path):
     stopped_at(1, dataclasses.replace(SETTINGS, checkpoint_every=1), tmp_path)
     options = {"device": "cpu", "progress": False, "directory": tmp_path}
-    images, labels = make_data()
+    images, conditions = make_data()
     module = make_network(noisy=False, width=17)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     message = (
@@ -215,17 +215,18 @@ def test_a_state_of_another_module_or_other_data_is_refused(tmp_path):
         r"shape \(16, 8\) there, and torch\.float32 of shape \(17, 8\) here"
     )
     with pytest.raises(TrainingStateError, match=message):
-        train("network", module, loss, images, labels, NUM_TIMESTEPS, SETTINGS, **options)
+        train("network", module, loss, images, conditions, NUM_TIMESTEPS, SETTINGS, **options)
     assert equal(module.state_dict(), before)
     module = make_network(noisy=False)
     module.first.requires_grad_(False)
     with pytest.raises(TrainingStateError, match=r"average/first\.bias is .* absent here"):
-        train("network", module, loss, images, labels, NUM_TIMESTEPS, SETTINGS, **options)
+        train("network", module, loss, images, conditions, NUM_TIMESTEPS, SETTINGS, **options)
     module.first.requires_grad_(True)
+    fewer = {"labels": conditions["labels"][1:]}
     with pytest.raises(TrainingStateError, match="num_images was 20, now it is 19"):
-        train("network", module, loss, images[1:], labels[1:], NUM_TIMESTEPS, SETTINGS, **options)
+        train("network", module, loss, images[1:], fewer, NUM_TIMESTEPS, SETTINGS, **options)
     with pytest.raises(TrainingStateError, match="name was 'network', now it is 'head'"):
-        train("head", module, loss, images, labels, NUM_TIMESTEPS, SETTINGS, **options)
+        train("head", module, loss, images, conditions, NUM_TIMESTEPS, SETTINGS, **options)
     with pytest.raises(TrainingStateError, match="num_probes was None, now it is 2"):
         trained(directory=tmp_path, details={"num_probes": 2})
     with pytest.raises(TrainingStateError, match=r"module/middle\.mean is absent there"):
