@@ -28,6 +28,7 @@ def model_at(
     it.
     """
     from ocm import checkpoints
+    from ocm.diffusion.backbones.families import architecture_of
 
     if not checkpoints.is_pipeline(path):
         return checkpoints.load(path, place)
@@ -41,14 +42,22 @@ def model_at(
         denoiser = learned["ocm"].denoiser
     else:
         denoiser = checkpoints.load_denoiser(path, place)
-    config = denoiser.backbone.config
-    size = config.sample_size if size is None else size
+    backbone, architecture = denoiser.backbone, architecture_of(denoiser.backbone)
+    if len(architecture.patch(backbone) or (1, 1)) > 2:
+        raise ValueError(
+            f"{path} is a pipeline of videos, which the commands do not read: ocm.sample and "
+            "ocm.train_head take their latents"
+        )
+    size = getattr(backbone.config, "sample_size", None) if size is None else size
     if size is None:
-        raise ValueError(f"{folder / 'config.json'} must state sample_size, got null")
+        raise ValueError(
+            f"{folder / 'config.json'} must state sample_size, and does not: only `ocm train`, whose "
+            "images have a size, takes such a pipeline; its checkpoint is sampled"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return checkpoints.Checkpoint(
         denoiser,
-        (config.in_channels, height, width),
+        (architecture.channels(backbone), height, width),
         levels=256,
         data="",
         learned=learned,
