@@ -51,8 +51,8 @@ def model_at(
     size = getattr(backbone.config, "sample_size", None) if size is None else size
     if size is None:
         raise ValueError(
-            f"{folder / 'config.json'} must state sample_size, and does not: only `ocm train`, whose "
-            "images have a size, takes such a pipeline; its checkpoint is sampled"
+            f"{folder / 'config.json'} must state sample_size, and does not: only `ocm train`, "
+            "whose images have a size, takes such a pipeline; its checkpoint is sampled"
         )
     height, width = (size, size) if isinstance(size, int) else size
     return checkpoints.Checkpoint(
