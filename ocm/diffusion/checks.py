@@ -46,3 +46,14 @@ def check_finite(name: str, x: object) -> None:
         raise ValueError(
             f"{name} must be finite, got {infinite} NaN or infinite of {x.numel()} values"
         )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether each process holds a part of a tensor, as ``fully_shard`` leaves it.
+
+    Example:
+        >>> is_sharded(torch.zeros(1))
+        False
+    """
+    # A DTensor, whose module takes a second to import.
+    return hasattr(tensor, "full_tensor")

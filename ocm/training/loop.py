@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed, nn
 
-from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.checks import check_positive_int, is_sharded
 from ocm.training.batches import (
     Conditions,
     ImageSource,
@@ -28,7 +28,7 @@ from ocm.training.batches import (
     check_data,
     derived_seed,
 )
-from ocm.training.processes import Processes, is_sharded, join
+from ocm.training.processes import Processes, join
 from ocm.training.settings import TrainingSettings
 from ocm.training.state import (
     Parts,

@@ -13,13 +13,13 @@ from torch.nn import functional
 
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.diffusion.architectures import has_adapters
+from ocm.diffusion.checks import is_sharded
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import chosen, condition_of, noisy
 from ocm.diffusion.predictions import target
 from ocm.diffusion.schedules import per_sample
 from ocm.training.batches import Conditions, ImageSource, rows_at
 from ocm.training.loop import train
-from ocm.training.processes import is_sharded
 from ocm.training.settings import TrainingSettings
 
 

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,6 @@ class Processes:
         """Wait until all processes are here."""
         if self.count > 1:
             distributed.barrier()
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether each process holds a part of a tensor, as ``fully_shard`` leaves it.
-
-    Example:
-        >>> is_sharded(torch.zeros(1))
-        False
-    """
-    # A DTensor, whose module takes a second to import.
-    return hasattr(tensor, "full_tensor")
 
 
 def shard(backbone: nn.Module, device: torch.device | str | None = None) -> None:
