@@ -26,6 +26,7 @@ from ocm.covariances.learned.heads import kinds_of
 from ocm.covariances.learned.parameterisation import Parameterisation
 from ocm.covariances.names import LEARNED
 from ocm.diffusion.backbones.families import ARCHITECTURES, architecture_of
+from ocm.diffusion.backbones.wrappers import is_sharded
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
@@ -83,10 +84,18 @@ def save(
             trained before belong to the weights before.
         max_shard_size: Most bytes of a file of the denoiser's weights, as ``save_pretrained`` of
             diffusers takes it; by default small enough to be carried one by one.
+
+    Raises:
+        ValueError: If ``fully_shard`` has spread the denoiser over processes.
     """
     from safetensors.torch import save_file
 
     directory, denoiser = Path(path), checkpoint.denoiser
+    if is_sharded(denoiser.backbone):
+        raise ValueError(
+            "the denoiser must be whole to be written, and fully_shard has spread it over "
+            "processes: load it again, and replace it in the checkpoint by that"
+        )
     (directory / "heads").mkdir(parents=True, exist_ok=True)
     backbone = denoiser.backbone if dtype is None else copy.deepcopy(denoiser.backbone).to(dtype)
     # save_pretrained would leave the index of an earlier one, or its single file, beside its own.

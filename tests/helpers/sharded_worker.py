@@ -8,6 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch.distributed.fsdp import fully_shard
 
 import ocm
+from ocm import checkpoints
 from ocm.training.processes import shard
 
 WIDTH = 8
@@ -88,9 +89,16 @@ def train_sharded(connection, rank, port, directory):
     }
     denoiser = ocm.Denoiser(by_us, ocm.cosine())
     by_us.requires_grad_(True)
-    try:
-        ocm.train_denoiser(denoiser, random(4, 2, 4, 4, seed=1), SETTINGS, progress=False)
-    except ValueError as error:
-        connection.send(results | {"error": str(error)})
+    checkpoint = checkpoints.Checkpoint(denoiser, (2, 4, 4), levels=256, data="")
+    for name, act in {
+        "training": lambda: ocm.train_denoiser(denoiser, random(4, 2, 4, 4, seed=1), SETTINGS),
+        "writing": lambda: checkpoints.save(checkpoint, Path(directory) / "checkpoint"),
+        "attached": lambda: ocm.attach(by_us).save_pretrained(Path(directory) / "attached"),
+    }.items():
+        try:
+            act()
+        except ValueError as error:
+            results[name] = str(error)
+    connection.send(results)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -1,10 +1,12 @@
 """Text-to-image pipelines of diffusers with tiny random models, and tokens of one letter."""
 
 import string
+from types import SimpleNamespace
 
 import diffusers
 import torch
 import transformers
+from diffusers.pipelines.wan import pipeline_wan
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -138,6 +140,8 @@ def wan():
         patch_size=(1, 2, 2), in_channels=4, out_channels=4, text_dim=WIDTH, freq_dim=8,
         ffn_dim=8, num_attention_heads=2, attention_head_dim=8, num_layers=1,
     )  # fmt: skip
+    # diffusers 0.35 calls it, installed or not.
+    vars(pipeline_wan).setdefault("ftfy", SimpleNamespace(fix_text=str))
     return diffusers.WanPipeline(tokenizer(), t5(), None, FLOW(), model)
 
 

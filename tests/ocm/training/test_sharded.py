@@ -72,9 +72,11 @@ def test_the_state_of_a_whole_backbone_is_that_of_a_sharded_one(one_process, two
     assert [results["restored"] for results in two_processes] == [one_process[1]] * 2
 
 
-def test_a_sharded_denoiser_is_not_trained_itself(two_processes):
+def test_a_sharded_denoiser_is_neither_trained_nor_written(two_processes):
     for results in two_processes:
-        assert "denoiser in training must be whole in every process" in results["error"]
+        assert "denoiser in training must be whole in every process" in results["training"]
+        assert "denoiser must be whole to be written" in results["writing"]
+        assert "backbone must be whole to be saved" in results["attached"]
 
 
 def test_conditions_and_accumulation_split_a_batch_alike(one_process):
