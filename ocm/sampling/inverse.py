@@ -10,15 +10,16 @@ and they differ by C and by the u that weighs r:
 method                             C          u
 =================================  =========  ==================================================
 MMPS (Rozet et al., 2024)          products   (A C A^T + noise_std^2 I)^-1 r
-TMPD (Boys et al., 2023)           products   the same, with the diagonal of C in the inverse
-PiGDM (Song et al., 2023)          products   the same, with beta_bar I in the inverse
+TMPD (Boys et al., 2023)           products   r / (row sums of A C A^T + noise_std^2)
+PiGDM (Song et al., 2023)          products   as MMPS, with beta_bar I for C in the inverse
 DiffPIR (Zhu et al., 2023)         r^2 I      (A C A^T + noise_std^2 I)^-1 r
 DPS (Chung et al., 2023)           products   r / |r| times a length that is chosen by hand
 =================================  =========  ==================================================
 
 "Products" are those with the Jacobian of the network, of :class:`ocm.Lanczos` or :class:`ocm.Full`:
 for (alpha / sigma^2) C A^T u is the gradient of u^T A x0_hat for x_t, which the papers write. So
-DPS goes the way of the first of MMPS's conjugate gradients, which knows its length.
+DPS goes the way of the first of MMPS's conjugate gradients, which knows its length. Where C is
+diagonal in both places nothing but A is left to solve for.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +50,7 @@ def posterior_mean_given_measurement(
     adjoint: Callable[[Tensor], Tensor] | None = None,
     *,
     noise_std: float | Tensor,
-    weighting: PosteriorCovariance | float | None = None,
+    weighting: PosteriorCovariance | Literal["row_sums"] | float | None = None,
     tolerance: float | None = 1e-4,
     max_iterations: int = 200,
 ) -> Tensor:
@@ -68,8 +70,9 @@ def posterior_mean_given_measurement(
         operator: A, from the shape of ``mean`` to that of ``measurement``.
         adjoint: A^T; None takes it by reverse-mode differentiation.
         noise_std: Standard deviation of the noise, a number or a tensor that broadcasts to y.
-        weighting: A covariance that takes the place of C in the equation of u, in PiGDM's and
-            TMPD's way; or a number z, for u = z r / |r| of DPS; None for C.
+        weighting: What weighs r: None for C; "row_sums" for TMPD; a number z for DPS, of
+            u = z r / |r|; or a covariance that takes the place of C in the equation of u, as in
+            PiGDM. One with smaller eigenvalues than C, such as its diagonal, overshoots.
         tolerance: Norm of the residual of u, relative to that of y - A x0_hat, for each sample.
             None takes ``max_iterations`` as they are: where C is a network's that errs, one or two
             are better than the solution, which amplifies its errors.
@@ -79,8 +82,8 @@ def posterior_mean_given_measurement(
         Shape of ``mean``. A UserWarning says where ``max_iterations`` were not enough.
 
     Raises:
-        ValueError: If A(0) is not 0, shapes do not fit, ``noise_std`` is negative, or C is not
-            positive semi-definite.
+        ValueError: If A(0) is not 0, shapes do not fit, ``noise_std`` is negative, C is not
+            positive semi-definite, or ``weighting`` is another name.
         TypeError: If ``max_iterations`` is no int.
 
     Example:
@@ -107,10 +110,16 @@ def posterior_mean_given_measurement(
             "operator must be linear, and it maps 0 to values up to "
             f"{at_zero.abs().max().item():.3g}: take its offset off the measurement"
         )
+    noise_variance = noise_std**2
+    if isinstance(weighting, str) and weighting != "row_sums":
+        raise ValueError(f"weighting must be 'row_sums' if it is a name, got {weighting!r}")
     if isinstance(weighting, (int, float)):
         u = weighting * residual * _dot(residual, residual).clamp(min=1e-30).rsqrt()
+    elif isinstance(weighting, str):
+        sums = operator(covariance.multiply(transposed(torch.ones_like(residual))))
+        u = residual / (sums.clamp(min=0.0) + noise_variance)
     else:
-        inner, noise_variance = covariance if weighting is None else weighting, noise_std**2
+        inner = covariance if weighting is None else weighting
         u = _conjugate_gradients(
             lambda u: operator(inner.multiply(transposed(u))) + noise_variance * u,
             residual,
@@ -131,7 +140,7 @@ def sample_given_measurement(
     noise_std: float | Tensor,
     shape: Sequence[int],
     steps: int | Sequence[float],
-    weighting: Covariance | float | None = None,
+    weighting: Covariance | Literal["row_sums"] | float | None = None,
     draw_x0: bool = True,
     sampler: Sampler = ddpm,
     condition: Condition | None = None,
@@ -162,8 +171,8 @@ def sample_given_measurement(
         noise_std: Standard deviation of the noise, a number or a tensor that broadcasts to y.
         shape: (B, ...).
         steps: As in :func:`ocm.sample`.
-        weighting: A covariance that takes the place of C where the misfit is weighed, Beta for
-            PiGDM; or the length of DPS's steps, in x_s; None for C.
+        weighting: What weighs the misfit: None for C; "row_sums" for TMPD; a number for DPS, the
+            length of its steps in x_s; or a covariance, :class:`ocm.Beta` for PiGDM.
         draw_x0: Whether x0 is drawn from its distribution given x_t and y, at the last step too,
             or is the mean.
         sampler: As in :func:`ocm.sample`.
@@ -182,8 +191,7 @@ def sample_given_measurement(
         ValueError: As :func:`ocm.sample` and :func:`posterior_mean_given_measurement`; or for draws
             by DPS, whose steps have no covariance.
     """
-    by_length = isinstance(weighting, (int, float))
-    if by_length and draw_x0:
+    if isinstance(weighting, (int, float)) and draw_x0:
         raise ValueError(
             f"draw_x0 must be False for steps of a length, got weighting = {weighting}: no "
             "covariance of x0 given x_t and y belongs to them"
@@ -201,10 +209,12 @@ def sample_given_measurement(
         # First: the covariance may keep the graph of the evaluation.
         C = covariance.at(prediction).bounded(x0_range)
         a, b, noise_variance = sampler(schedule, s, t)
-        weighs: PosteriorCovariance | float | None = None
+        weighs: PosteriorCovariance | Literal["row_sums"] | float | None
         if isinstance(weighting, (int, float)):  # x_s moves by that times -d|r|/dx_t
             weighs = weighting * (schedule.alpha(t) / schedule.sigma(t) ** 2).item() / b
-        elif weighting is not None:
+        elif weighting is None or isinstance(weighting, str):
+            weighs = weighting
+        else:
             weighs = weighting.at(prediction).bounded(x0_range)
         x0, y, level = prediction.x0_hat, measurement, draws.of_level(t)
         x0 = x0 if x0_range is None else x0.clamp(*x0_range)

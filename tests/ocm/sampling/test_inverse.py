@@ -111,7 +111,7 @@ def step_without_noise(**options):
 def test_the_steps_of_the_papers_are_a_gradient_away(which):
     """x0_hat + sigma^2 / alpha times the gradient for x_t of u^T A x0_hat, u solved densely."""
     data, denoiser, *_ = problem()
-    weighting = {"MMPS": None, "TMPD": ocm.Exact(denoiser), "PiGDM": ocm.Beta(denoiser)}[which]
+    weighting = {"MMPS": None, "TMPD": "row_sums", "PiGDM": ocm.Beta(denoiser)}[which]
     found, x, denoiser, A, y = step_without_noise(weighting=weighting)
     alpha, sigma = 0.4, 0.6
     x.requires_grad_()
@@ -120,11 +120,13 @@ def test_the_steps_of_the_papers_are_a_gradient_away(which):
     _, C = data.posterior(x.flatten(1), *scales)
     inner = {
         "MMPS": C,
-        "TMPD": torch.diag_embed(C.diagonal(dim1=1, dim2=2)),
+        "TMPD": C,
         "PiGDM": sigma**2 / (alpha**2 + sigma**2) * torch.eye(C.shape[-1]).expand_as(C).double(),
     }[which]
     r = y - x0_hat.flatten(1) @ A.T
     M = A @ inner @ A.T + NOISE_STD**2 * torch.eye(3)
+    if which == "TMPD":
+        M = torch.diag_embed((A @ C @ A.T).sum(2) + NOISE_STD**2)
     u = torch.linalg.solve(M, r[..., None])[..., 0].detach()
     (gradient,) = torch.autograd.grad((u * (x0_hat.flatten(1) @ A.T)).sum(), x)
     expected = x0_hat + sigma**2 / alpha * gradient
