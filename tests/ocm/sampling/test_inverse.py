@@ -145,6 +145,8 @@ def test_a_number_takes_the_steps_of_dps():
     )
     with pytest.raises(ValueError, match=r"draw_x0 must be False .* got weighting = 0.7"):
         step_without_noise(weighting=0.7, draw_x0=True)
+    with pytest.raises(ValueError, match="weighting must be 'row_sums' if it is a name"):
+        step_without_noise(weighting="rows")
 
 
 def test_without_a_tolerance_the_iterations_are_those_asked_for():
