@@ -51,7 +51,7 @@ from ocm.diffusion.timesteps import (
 )
 from ocm.integrations.k_diffusion import KDiffusionDenoiser
 from ocm.sampling.any_sigma import x0_given
-from ocm.sampling.inverse import posterior_mean_given_measurement
+from ocm.sampling.inverse import posterior_mean_given_measurement, sample_given_measurement
 from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
 from ocm.sampling.samplers import capture, ddim, ddpm, renoised, sample
 from ocm.sampling.transitions import (
@@ -135,6 +135,7 @@ __all__ = [
     "quantise",
     "renoised",
     "sample",
+    "sample_given_measurement",
     "sample_trajectory",
     "shifted",
     "timesteps_at",

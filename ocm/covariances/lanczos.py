@@ -86,7 +86,9 @@ class LanczosCovariance:
         return self._quadrature(lambda values: values).reshape(self.like.shape)
 
     def multiply(self, v: Tensor) -> Tensor:
-        """Return C v."""
+        """Return C v, of C itself by one product."""
+        if not self.transforms:
+            return self.products(v[None])[0]
         return self._apply(lambda values: values, v)
 
     def solve(self, v: Tensor) -> Tensor:

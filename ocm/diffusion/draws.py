@@ -8,6 +8,8 @@ numbered apart: those of timestep t start at ``probe_offset = of_level(t) * M``.
 =====================  =====================================================================
 0                      x_N, from which sampling starts
 of_level(t)            the noise of a sampler's step from t; of x_t in scores, at t
+X0 + of_level(t)       of x0 given x_t, where a sampler draws it
+MEASUREMENT + the same of a measurement, beside it
 FITTING + of_level(t)  of x_t, on which analytic variances and calibrations are fitted
 CLASSES                which training samples are shown without their class
 MIXTURE                points of a mixture of Gaussians
@@ -20,6 +22,8 @@ from __future__ import annotations
 
 START = 0
 _FRACTIONS = 1024
+X0 = 2**29
+MEASUREMENT = 2**30
 FITTING = 2**31
 CLASSES = 2**32 - 4
 ENCODER = 2**32 - 3

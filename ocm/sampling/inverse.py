@@ -1,15 +1,45 @@
-"""x0 given x_t and a linear measurement of it, by any covariance: a step of an inverse problem."""
+"""x0 given x_t and a linear measurement of it, by any covariance, and samplers made of it.
+
+With y = A x0 + noise_std n, r = y - A x0_hat and x0 given x_t of covariance C, every method has
+
+    E[x0 | x_t, y] = x0_hat + C A^T u,
+
+and they differ by C and by the u that weighs r:
+
+=================================  =========  ==================================================
+method                             C          u
+=================================  =========  ==================================================
+MMPS (Rozet et al., 2024)          products   (A C A^T + noise_std^2 I)^-1 r
+TMPD (Boys et al., 2023)           products   r / (row sums of A C A^T + noise_std^2)
+PiGDM (Song et al., 2023)          products   as MMPS, with beta_bar I for C in the inverse
+DiffPIR (Zhu et al., 2023)         r^2 I      (A C A^T + noise_std^2 I)^-1 r
+DPS (Chung et al., 2023)           products   r / |r| times a length that is chosen by hand
+=================================  =========  ==================================================
+
+"Products" are those with the Jacobian of the network, of :class:`ocm.Lanczos` or :class:`ocm.Full`:
+for (alpha / sigma^2) C A^T u is the gradient of u^T A x0_hat for x_t, which the papers write. So
+DPS goes the way of the first of MMPS's conjugate gradients, which knows its length. Where C is
+diagonal in both places nothing but A is left to solve for.
+"""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hessdiag.kernels import normal
+from ocm.covariances.base import Covariance
 from ocm.covariances.operators import PosteriorCovariance
+from ocm.diffusion import draws
 from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.denoiser import Condition, Denoiser
+from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.samplers import X0_RANGE, Sampler, ddpm, starting_noise
 
 
 def posterior_mean_given_measurement(
@@ -20,15 +50,18 @@ def posterior_mean_given_measurement(
     adjoint: Callable[[Tensor], Tensor] | None = None,
     *,
     noise_std: float | Tensor,
-    tolerance: float = 1e-4,
+    weighting: PosteriorCovariance | Literal["row_sums"] | float | None = None,
+    tolerance: float | None = 1e-4,
     max_iterations: int = 200,
 ) -> Tensor:
     """Return E[x0 | x_t, y] for y = A x0 + noise_std n and x0 given x_t ~ N(x0_hat, C).
 
     x0_hat + C A^T u, (A C A^T + noise_std^2 I) u = y - A x0_hat, with u by conjugate gradients,
-    so that any linear A and any covariance will do. The step of PiGDM (Song et al., 2023) and
-    DiffPIR (Zhu et al., 2023) with C = r^2 I, and of TMPD (Boys et al., 2023) with the covariance
-    of x0.
+    so that any linear A and any covariance will do. The table above says whose step it is.
+
+    A draw takes no more than the mean: the same function of a draw of x0 given x_t in the place of
+    x0_hat, and of y with new noise, has mean E[x0 | x_t, y] and covariance Cov[x0 | x_t, y]
+    (:func:`sample_given_measurement` does so).
 
     Args:
         mean: x0_hat, shape (B, ...).
@@ -37,15 +70,20 @@ def posterior_mean_given_measurement(
         operator: A, from the shape of ``mean`` to that of ``measurement``.
         adjoint: A^T; None takes it by reverse-mode differentiation.
         noise_std: Standard deviation of the noise, a number or a tensor that broadcasts to y.
+        weighting: What weighs r: None for C; "row_sums" for TMPD; a number z for DPS, of
+            u = z r / |r|; or a covariance that takes the place of C in the equation of u, as in
+            PiGDM. One with smaller eigenvalues than C, such as its diagonal, overshoots.
         tolerance: Norm of the residual of u, relative to that of y - A x0_hat, for each sample.
+            None takes ``max_iterations`` as they are: where C is a network's that errs, one or two
+            are better than the solution, which amplifies its errors.
         max_iterations: Of conjugate gradients, each one A, one A^T and one product with C.
 
     Returns:
         Shape of ``mean``. A UserWarning says where ``max_iterations`` were not enough.
 
     Raises:
-        ValueError: If A(0) is not 0, shapes do not fit, ``noise_std`` is negative, or C is not
-            positive semi-definite.
+        ValueError: If A(0) is not 0, shapes do not fit, ``noise_std`` is negative, C is not
+            positive semi-definite, or ``weighting`` is another name.
         TypeError: If ``max_iterations`` is no int.
 
     Example:
@@ -73,14 +111,129 @@ def posterior_mean_given_measurement(
             f"{at_zero.abs().max().item():.3g}: take its offset off the measurement"
         )
     noise_variance = noise_std**2
+    if isinstance(weighting, str) and weighting != "row_sums":
+        raise ValueError(f"weighting must be 'row_sums' if it is a name, got {weighting!r}")
+    if isinstance(weighting, (int, float)):
+        u = weighting * residual * _dot(residual, residual).clamp(min=1e-30).rsqrt()
+    elif isinstance(weighting, str):
+        sums = operator(covariance.multiply(transposed(torch.ones_like(residual))))
+        u = residual / (sums.clamp(min=0.0) + noise_variance)
+    else:
+        inner = covariance if weighting is None else weighting
+        u = _conjugate_gradients(
+            lambda u: operator(inner.multiply(transposed(u))) + noise_variance * u,
+            residual,
+            tolerance,
+            max_iterations,
+        )
+    return mean + covariance.multiply(transposed(u))
 
-    def spread(u: Tensor) -> Tensor:
-        return covariance.multiply(transposed(u))
 
-    u = _conjugate_gradients(
-        lambda u: operator(spread(u)) + noise_variance * u, residual, tolerance, max_iterations
-    )
-    return mean + spread(u)
+@torch.no_grad()
+def sample_given_measurement(
+    denoiser: Denoiser,
+    covariance: Covariance,
+    measurement: Tensor,
+    operator: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor] | None = None,
+    *,
+    noise_std: float | Tensor,
+    shape: Sequence[int],
+    steps: int | Sequence[float],
+    weighting: Covariance | Literal["row_sums"] | float | None = None,
+    draw_x0: bool = True,
+    sampler: Sampler = ddpm,
+    condition: Condition | None = None,
+    seed: int | Tensor = 0,
+    sample_offset: int = 0,
+    x0_range: tuple[float, float] | None = X0_RANGE,
+    tolerance: float | None = 1e-4,
+    max_iterations: int = 200,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw samples of x0 given y = A x0 + noise_std n, from any denoiser and covariance.
+
+    :func:`ocm.sample` with E[x0 | x_t, y] and Cov[x0 | x_t, y] in the place of x0_hat and C,
+
+        x_s ~ N(a x_t + b E[x0 | x_t, y], lambda^2 I + b^2 Cov[x0 | x_t, y]),
+
+    which is q(x_s | x_t, y) for Gaussian data, in any number of steps. Of the papers' methods the
+    covariance of the step is lambda^2 I; ``draw_x0=False`` is that. Their samples spread less than
+    the truth is uncertain, the more so the fewer the steps.
+
+    Args:
+        denoiser: The frozen denoiser.
+        covariance: States C. :class:`ocm.Lanczos` takes k products wherever C is applied, which is
+            ``max_iterations`` + 1 times a step, and once more for a draw.
+        measurement: y, shape (B, ...); repeated for several draws of x0 given the same.
+        operator: A, from ``shape`` to that of ``measurement``.
+        adjoint: A^T; None takes it by reverse-mode differentiation.
+        noise_std: Standard deviation of the noise, a number or a tensor that broadcasts to y.
+        shape: (B, ...).
+        steps: As in :func:`ocm.sample`.
+        weighting: What weighs the misfit: None for C; "row_sums" for TMPD; a number for DPS, the
+            length of its steps in x_s; or a covariance, :class:`ocm.Beta` for PiGDM.
+        draw_x0: Whether x0 is drawn from its distribution given x_t and y, at the last step too,
+            or is the mean.
+        sampler: As in :func:`ocm.sample`.
+        condition: As in :func:`ocm.sample`.
+        seed: Seed of the noise.
+        sample_offset: Number of the first sample.
+        x0_range: Where x0_hat is clipped to, and what bounds C; None for data without bounds.
+        tolerance: As in :func:`posterior_mean_given_measurement`; None for a network that errs.
+        max_iterations: As in :func:`posterior_mean_given_measurement`.
+        dtype: Type of the samples.
+
+    Returns:
+        x_0, shape ``shape``.
+
+    Raises:
+        ValueError: As :func:`ocm.sample` and :func:`posterior_mean_given_measurement`; or for draws
+            by DPS, whose steps have no covariance.
+    """
+    if isinstance(weighting, (int, float)) and draw_x0:
+        raise ValueError(
+            f"draw_x0 must be False for steps of a length, got weighting = {weighting}: no "
+            "covariance of x0 given x_t and y belongs to them"
+        )
+    schedule, timesteps = denoiser.schedule, timesteps_of(denoiser.schedule, steps)
+    x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
+
+    def z(like: Tensor, draw: int) -> Tensor:
+        return normal(
+            like.shape, seed, step=draw, sample_offset=sample_offset, device=like.device
+        ).to(like)
+
+    for s, t in reverse_steps(timesteps):
+        prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
+        # First: the covariance may keep the graph of the evaluation.
+        C = covariance.at(prediction).bounded(x0_range)
+        a, b, noise_variance = sampler(schedule, s, t)
+        weighs: PosteriorCovariance | Literal["row_sums"] | float | None
+        if isinstance(weighting, (int, float)):  # x_s moves by that times -d|r|/dx_t
+            weighs = weighting * (schedule.alpha(t) / schedule.sigma(t) ** 2).item() / b
+        elif weighting is None or isinstance(weighting, str):
+            weighs = weighting
+        else:
+            weighs = weighting.at(prediction).bounded(x0_range)
+        x0, y, level = prediction.x0_hat, measurement, draws.of_level(t)
+        x0 = x0 if x0_range is None else x0.clamp(*x0_range)
+        if draw_x0:
+            x0 = x0 + C.noise(z(x0, draws.X0 + level))
+            y = y - noise_std * z(y, draws.MEASUREMENT + level)
+        x0 = posterior_mean_given_measurement(
+            x0,
+            C,
+            y,
+            operator,
+            adjoint,
+            noise_std=noise_std,
+            weighting=weighs,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+        )
+        x = (a * x + b * x0 + math.sqrt(noise_variance) * z(x, level)).to(dtype)
+    return x
 
 
 def _transposed(operator: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[Tensor], Tensor]:
@@ -89,23 +242,27 @@ def _transposed(operator: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[T
     return lambda u: pull(u)[0]
 
 
+def _dot(v: Tensor, w: Tensor) -> Tensor:
+    """Return the inner product of each sample, of shape (B, 1, ...)."""
+    return (v * w).flatten(1).sum(dim=1).reshape(-1, *[1] * (v.dim() - 1))
+
+
 def _conjugate_gradients(
-    multiply: Callable[[Tensor], Tensor], b: Tensor, tolerance: float, max_iterations: int
+    multiply: Callable[[Tensor], Tensor],
+    b: Tensor,
+    tolerance: float | None,
+    max_iterations: int,
 ) -> Tensor:
     """Return u of ``multiply(u)`` = b for each sample of a batch."""
-
-    def dot(v: Tensor, w: Tensor) -> Tensor:
-        return (v * w).flatten(1).sum(dim=1).reshape(-1, *[1] * (b.dim() - 1))
-
     u, r, p = torch.zeros_like(b), b, b
-    squared = dot(r, r)
-    enough = tolerance**2 * squared
+    squared = _dot(r, r)
+    enough = 0.0 * squared if tolerance is None else tolerance**2 * squared
     for _ in range(max_iterations):
         searching = squared > enough
         if not bool(searching.any()):
             return u
         product = multiply(p)
-        curvature = dot(p, product)
+        curvature = _dot(p, product)
         if bool((searching & (curvature <= 0)).any()):
             raise ValueError(
                 "covariance must be positive semi-definite, and A C A^T + noise_std^2 I positive: "
@@ -116,10 +273,10 @@ def _conjugate_gradients(
         step = torch.where(searching, squared / curvature, 0.0)
         u = u + step * p
         r = r - step * product
-        previous, squared = squared, torch.where(searching, dot(r, r), squared)
+        previous, squared = squared, torch.where(searching, _dot(r, r), squared)
         p = torch.where(searching, r + squared / previous * p, p)
-    if bool((squared > enough).any()):
-        reached = (squared / dot(b, b)).max().sqrt().item()
+    if tolerance is not None and bool((squared > enough).any()):
+        reached = (squared / _dot(b, b)).max().sqrt().item()
         warnings.warn(
             f"conjugate gradients reached a relative residual of {reached:.2g} in {max_iterations} "
             f"iterations, not {tolerance:.2g}: raise max_iterations, or noise_std",
