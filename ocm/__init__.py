@@ -49,6 +49,7 @@ from ocm.diffusion.timesteps import (
     trailing_timesteps,
 )
 from ocm.integrations.k_diffusion import KDiffusionDenoiser
+from ocm.integrations.uncertainty import UncertaintyMap, uncertainty
 from ocm.sampling.any_sigma import x0_given
 from ocm.sampling.inverse import posterior_mean_given_measurement
 from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
@@ -107,6 +108,7 @@ __all__ = [
     "TrainingSettings",
     "Trajectory",
     "Transition",
+    "UncertaintyMap",
     "attach",
     "bits_per_dim",
     "calibrate",
@@ -142,6 +144,7 @@ __all__ = [
     "trajectory_log_prob",
     "transition",
     "trigflow",
+    "uncertainty",
     "vp",
     "x0_given",
 ]

@@ -9,6 +9,7 @@ numbered apart: those of timestep t start at ``probe_offset = of_level(t) * M``.
 0                      x_N, from which sampling starts
 of_level(t)            the noise of a sampler's step from t; of x_t in scores, at t
 FITTING + of_level(t)  of x_t, on which analytic variances and calibrations are fitted
+DECODED + k            the k-th draw of x0 that a decoder of latents shows
 CLASSES                which training samples are shown without their class
 MIXTURE                points of a mixture of Gaussians
 ENCODER                latents, around the means of an autoencoder
@@ -21,6 +22,7 @@ from __future__ import annotations
 START = 0
 _FRACTIONS = 1024
 FITTING = 2**31
+DECODED = 2**30
 CLASSES = 2**32 - 4
 ENCODER = 2**32 - 3
 MIXTURE = 2**32 - 2
