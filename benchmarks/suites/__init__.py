@@ -25,6 +25,7 @@ SUITES = {
     "data": "memory and time to the first step of training on image files",
     "mixtures": "every covariance on mixtures, with the true score and a learned one",
     "flow": "few steps on any path: exact moments, and samples and bits/dim of Fashion-MNIST",
+    "uncertainty": "uncertainty maps against errors of held-out images, by covariance",
     "digits": "every covariance on scikit-learn's digits: likelihood, samples, diagonal and full",
     "cifar10": "covariances on CIFAR-10: likelihood, samples, and equal numbers of evaluations",
 }

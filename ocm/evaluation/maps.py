@@ -1,8 +1,8 @@
 """Uncertainty maps as pictures, and whether they may be believed.
 
-    ocm.evaluation.maps.draw_maps([ocm.uncertainty(model, t, image=images) for t in (200, 500)], path)
-    rows = ocm.evaluation.maps.reliability(model, held_out, [50, 200, 500, 800])
-    ocm.evaluation.maps.draw_reliability({"OCM head": rows}, path)
+ocm.evaluation.maps.draw_maps([ocm.uncertainty(model, t, image=images) for t in (200, 500)], path)
+rows = ocm.evaluation.maps.reliability(model, held_out, [50, 200, 500, 800])
+ocm.evaluation.maps.draw_reliability({"OCM head": rows}, path)
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Condition
-from ocm.evaluation.pictures import pyplot, save_figure, style
+from ocm.evaluation.pictures import pyplot, save_figure
 from ocm.evaluation.scores import Estimate, estimate
 from ocm.integrations.uncertainty import UncertaintyMap, uncertainty
+
+_MARKERS = "osD^v<>P"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Reliability:
         standardised_error: Mean of (x0 - x0_hat)^2 / std^2: 1 for honest maps, above 1 for those
             that are too sure. With its standard error over images.
         within_two: Share of errors within two standard deviations, 0.954 for Gaussian ones.
-        correlation: Spearman's, of std and \\|x0 - x0_hat\\| over all dimensions: what a map tells.
+        correlation: Spearman's, of std and the absolute error of all dimensions: what a map tells.
             None where std is the same everywhere. Even the true std stays far below 1.
         log_density: Mean log N(x0; x0_hat, std^2) of a dimension, a proper score: of two maps the
             better one has the higher. Minus infinity where an error is taken for impossible.
@@ -64,7 +67,7 @@ def reliability(
 
     Args:
         model: As :func:`ocm.uncertainty` takes it.
-        images: Held-out images, shape (n, C, ...). Some dozens are enough, since every pixel counts.
+        images: Held-out images, shape (n, C, ...); some dozens are enough, as every pixel counts.
         timesteps: Noise levels.
         conditions: That of each batch.
         batch_size: Images at a time.
@@ -84,9 +87,8 @@ def reliability(
         for k, first in enumerate(range(0, len(images), batch_size)):
             batch = images[first : first + batch_size]
             condition = None if conditions is None else conditions[k]
-            found = uncertainty(
-                model, t, image=batch, condition=condition, seed=seed, sample_offset=first, **options
-            )
+            given: dict[str, Any] = {"image": batch, "condition": condition, "seed": seed}
+            found = uncertainty(model, t, sample_offset=first, **given, **options)
             assert found.x0 is not None  # the image is given
             stds.append(found.std.double().cpu())
             errors.append((found.x0 - found.mean).double().cpu())
@@ -108,6 +110,7 @@ def compared(t: float, std: Tensor, error: Tensor, num_bins: int = 10) -> Reliab
     std, error = std.double().flatten(1), error.double().flatten(1)
     standardised = torch.where(error == 0, 0.0, (error / std).square())
     log_density = -0.5 * standardised - std.log() - 0.5 * math.log(2 * math.pi)
+    log_density = torch.where(standardised.isinf(), -math.inf, log_density)
     by_std = std.flatten().argsort()
     bins = by_std.tensor_split(num_bins)
     return Reliability(
@@ -129,7 +132,8 @@ def _spearman(a: Tensor, b: Tensor) -> float | None:
 def _ranks(values: Tensor) -> Tensor:
     """Return ranks, float64; equal values share their mean rank."""
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2.0)[place].double()
+    middle: Tensor = counts.cumsum(0) - (counts.double() - 1) / 2
+    return middle[place]
 
 
 def draw_reliability(
@@ -141,7 +145,7 @@ def draw_reliability(
     """Draw standardised errors by noise level, and predicted against observed errors.
 
     Args:
-        rows: Name and results of :func:`reliability`; names of covariances have their own colours.
+        rows: Name and results of :func:`reliability`; each has a colour of its own.
         path: Where the PNG goes.
         title: Stands above.
     """
@@ -156,10 +160,8 @@ def draw_reliability(
     first.set_title("Standardised error: 1 is right,\nabove it a map is too sure", fontsize=10)
     own = pyplot().rcParams["axes.prop_cycle"].by_key()["color"]
     for k, (name, found) in enumerate(rows.items()):
-        known = style(name)
-        look: dict[str, Any] = {"color": own[k % len(own)], "marker": "o", "label": name}
-        if known is not None:
-            look |= {"color": known[0], "marker": known[1]}
+        marker = _MARKERS[k % len(_MARKERS)]
+        look: dict[str, Any] = {"color": own[k % len(own)], "marker": marker, "label": name}
         finite = [row for row in found if row.standardised_error.mean < math.inf]
         errors = [2 * (row.standardised_error.standard_error or 0.0) for row in finite]
         means = [row.standardised_error.mean for row in finite]
@@ -170,19 +172,33 @@ def draw_reliability(
     for axis, t in zip(others, levels, strict=True):
         low = min(min(row.observed) for found in rows.values() for row in found if row.t == t)
         high = max(max(row.observed) for found in rows.values() for row in found if row.t == t)
-        ends = [0.5 * max(low, 1e-3 * high), 1.5 * high]
+        ends = [0.6 * max(low, 1e-3 * high), 1.5 * high]
         axis.plot(ends, ends, color="black", linewidth=1)
-        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
-        axis.set(xlabel="predicted std, by bins", title=f"t = {t:g}")
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends, xlabel="predicted std, by bins")
+        for along in (axis.xaxis, axis.yaxis):
+            _plain_ticks(along, ends)
+        axis.set_title(f"t = {t:g}", fontsize=10)
         axis.set_aspect("equal")
     if others:
         others[0].set_ylabel("root mean square error of the bin")
+    _plain_ticks(first.yaxis, first.get_ylim())
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     handles, labels = first.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(title, fontsize=10)
     save_figure(figure, path)
+
+
+def _plain_ticks(along: Any, ends: Sequence[float]) -> None:
+    """Label a logarithmic axis by plain numbers: 1, 2 and 5, or powers of ten if it is long."""
+    from matplotlib.ticker import NullLocator
+
+    digits = (1, 2, 5) if ends[1] < 100 * ends[0] else (1,)
+    ticks = [digit * 10.0**power for power in range(-6, 7) for digit in digits]
+    ticks = [tick for tick in ticks if ends[0] <= tick <= ends[1]]
+    along.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    along.set_minor_locator(NullLocator())
 
 
 def draw_maps(
@@ -216,13 +232,13 @@ def draw_maps(
     figure.suptitle(title, fontsize=10)
     for part, found in zip(figure.subfigures(*parts, squeeze=False).flat, maps, strict=True):
         axes = part.subplots(rows, columns, squeeze=False)
-        part.suptitle(f"t = {found.t:g}", fontsize=9)
+        raised = f", {found.raised:.0%} of the variances raised" if found.raised >= 0.005 else ""
+        part.suptitle(f"t = {found.t:g}{raised}", fontsize=9)
         values = _scalars(found)
-        cells = torch.cat([v.flatten() for v in values])
-        # The largest errors of all would leave the maps dark.
-        highest = cells.quantile(0.995).item() if len(cells) < 2**24 else cells.max().item()
+        # The scale is that of the map; errors go beyond, and a few pixels of a map would darken it.
+        highest = float(np.quantile(values[0].numpy(), 0.995))
         for k in range(count):
-            shown = [*(_frame(x, k) for x in (found.x_t, found.mean)), *(_frame(v, k) for v in values)]
+            shown = [_frame(x, k) for x in (found.x_t, found.mean, *values)]
             for kind, (name, pixels) in enumerate(zip(kinds, shown, strict=True)):
                 row, column = (kind, k) if is_video else (k, kind)
                 axis = axes[row, column]

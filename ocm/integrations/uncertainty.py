@@ -48,7 +48,7 @@ class UncertaintyMap:
 
     Attributes:
         t: The noise level.
-        x_t: The noisy images or latents, shape (B, C, ...); decoded, if the model is one of latents.
+        x_t: The noisy images, shape (B, C, ...); those of a model of latents are decoded.
         mean: Mean of x0, of the same shape.
         std: Standard deviation of x0, in the units of ``mean``.
         x0: What was noised, where that is known; of latents the image that they decode to.
@@ -146,12 +146,11 @@ def uncertainty(
         return found
 
     def normals(k: int) -> Tensor:
-        z = normal(
-            noisy.shape, seed, step=draws.DECODED + k, sample_offset=sample_offset, device=mean.device
-        )
+        places: dict[str, Any] = {"sample_offset": sample_offset, "device": mean.device}
+        z = normal(noisy.shape, seed, step=draws.DECODED + k, **places)
         return posterior.noise(z.to(mean))
 
-    spread = _std_of_draws if way == "draws" else _std_by_products
+    spread = std_of_draws if way == "draws" else std_by_products
     of_images = partial(decode, vae)
     return UncertaintyMap(
         t,
@@ -176,9 +175,9 @@ def _parts(model: Any, covariance: Covariance | None) -> tuple[Denoiser, Covaria
     scheduler = getattr(model, "scheduler", None)
     if backbone is None or scheduler is None or getattr(model, "transformer_2", None) is not None:
         raise TypeError(
-            "model must be a denoiser, a covariance, or a pipeline with one unet or transformer and "
-            f"a scheduler, got {type(model).__name__}; of any other make an ocm.Denoiser, and of "
-            "ocm.attach(...) its covariance(scheduler)"
+            "model must be a denoiser, a covariance, or a pipeline with one unet or transformer "
+            f"and a scheduler, got {type(model).__name__}; of any other make an ocm.Denoiser, and "
+            "of ocm.attach(...) its covariance(scheduler)"
         )
     vae = getattr(model, "vae", None)
     if hasattr(backbone, "covariance"):  # ocm.attach
@@ -206,9 +205,7 @@ def _by_products(denoiser: Denoiser, x_t: Tensor, seed: int) -> Covariance:
     return Hutchinson(denoiser, _NUM_PROBES, seed, design, floor=None)
 
 
-def _positive(
-    stated: PosteriorCovariance, shape: torch.Size
-) -> tuple[PosteriorCovariance, float]:
+def _positive(stated: PosteriorCovariance, shape: torch.Size) -> tuple[PosteriorCovariance, float]:
     """Return the covariance without negative variances, and the share of them."""
     variance = stated.diagonal()
     raised = (variance < 0.0).float().mean().item()
@@ -217,7 +214,7 @@ def _positive(
     return stated, raised
 
 
-def _std_of_draws(
+def std_of_draws(
     vae: Any, mean: Tensor, normals: Callable[[int], Tensor], num_draws: int
 ) -> Tensor:
     """Return the standard deviation of decoded draws; sums are of differences from the mean's."""
@@ -230,11 +227,12 @@ def _std_of_draws(
     return variance.clamp(min=0.0).sqrt()
 
 
-def _std_by_products(
+def std_by_products(
     vae: Any, mean: Tensor, normals: Callable[[int], Tensor], num_draws: int
 ) -> Tensor:
     """Return the root of the mean square of J C^(1/2) z."""
-    J = hessdiag.Jacobian(partial(decoded, vae), mean, mode="jvp", batching="loop", rectangular=True)
+    decoder = partial(decoded, vae)
+    J = hessdiag.Jacobian(decoder, mean, mode="jvp", batching="loop", rectangular=True)
     squares = sum(J.products(normals(k)[None])[0].square() for k in range(num_draws))
     assert isinstance(squares, Tensor)
     return (squares / num_draws).sqrt()

@@ -1,4 +1,4 @@
-"""Uncertainty maps: closed forms on Gaussian data, linear decoders, and brute force on small ones."""
+"""Uncertainty maps: closed forms on Gaussian data, linear decoders, brute force on others."""
 
 from types import SimpleNamespace
 
@@ -222,7 +222,7 @@ def latent_pipeline(vae, t=300):
 
 
 @pytest.mark.parametrize("way", ["draws", "products"])
-def test_a_linear_decoder_gives_the_diagonal_of_J_C_JT(way):
+def test_a_linear_decoder_gives_the_diagonal_in_closed_form(way):
     vae, J = linear_vae()
     M = 300
     found = ocm.uncertainty(latent_pipeline(vae), 300, x_t=seeded(2, *LATENT), way=way, num_draws=M)
