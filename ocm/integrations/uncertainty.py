@@ -35,6 +35,7 @@ from ocm.diffusion.checks import check_finite, check_positive_int
 from ocm.diffusion.denoiser import Condition, Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
 from ocm.diffusion.noise import noisy_prediction
+from ocm.diffusion.schedules import full_precision
 from ocm.integrations.latents import decode, decoded, encode
 from ocm.sampling.samplers import X0_RANGE
 
@@ -151,13 +152,16 @@ def uncertainty(
         return posterior.noise(z.to(mean))
 
     spread = std_of_draws if way == "draws" else std_by_products
-    of_images = partial(decode, vae)
+
+    def image_of(latents: Tensor) -> Tensor:
+        return full_precision(decode(vae, latents))
+
     return UncertaintyMap(
         t,
-        of_images(noisy),
-        of_images(mean),
+        image_of(noisy),
+        image_of(mean),
         spread(vae, mean, normals, num_draws),
-        None if x0 is None else of_images(x0),
+        None if x0 is None else image_of(x0),
         raised,
         found,
     )
@@ -218,10 +222,10 @@ def std_of_draws(
     vae: Any, mean: Tensor, normals: Callable[[int], Tensor], num_draws: int
 ) -> Tensor:
     """Return the standard deviation of decoded draws; sums are of differences from the mean's."""
-    centre = decode(vae, mean)
+    centre = full_precision(decode(vae, mean))
     total, squares = torch.zeros_like(centre), torch.zeros_like(centre)
     for k in range(num_draws):
-        difference = decode(vae, mean + normals(k)) - centre
+        difference = full_precision(decode(vae, mean + normals(k))) - centre
         total, squares = total + difference, squares + difference.square()
     variance = (squares - total.square() / num_draws) / (num_draws - 1)
     return variance.clamp(min=0.0).sqrt()
@@ -233,6 +237,8 @@ def std_by_products(
     """Return the root of the mean square of J C^(1/2) z."""
     decoder = partial(decoded, vae)
     J = hessdiag.Jacobian(decoder, mean, mode="jvp", batching="loop", rectangular=True)
-    squares = sum(J.products(normals(k)[None])[0].square() for k in range(num_draws))
-    assert isinstance(squares, Tensor)
-    return (squares / num_draws).sqrt()
+    mean_square = full_precision(mean.new_zeros(()))
+    for k in range(num_draws):
+        product = full_precision(J.products(normals(k)[None])[0])
+        mean_square = mean_square + product.square() / num_draws
+    return mean_square.sqrt()

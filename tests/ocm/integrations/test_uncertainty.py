@@ -246,6 +246,16 @@ def test_the_draws_of_one_image_do_not_depend_on_the_batch():
     assert together.x_t.shape == together.std.shape == images.shape
 
 
+def test_sums_over_draws_keep_their_digits_in_half_precision():
+    images = seeded(1, 3, 8, 8).clamp(-1, 1)
+    full, half = (
+        ocm.uncertainty(latent_pipeline(make_vae().to(dtype)), 300, image=images, num_draws=16)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert half.std.dtype == half.mean.dtype == torch.float32
+    assert relative(half.std, full.std) < 0.05
+
+
 def test_the_latents_of_a_video_are_decoded():
     vae = make_wan_vae()
     videos = seeded(1, 3, 5, 16, 16).clamp(-1, 1)  # two frames of 2x2 latents
