@@ -227,8 +227,10 @@ def draw_maps(
     count = min(most, maps[0].x_t.shape[2] if is_video else len(maps[0].x_t))
     rows, columns = (len(kinds), count) if is_video else (count, len(kinds))
     parts = (len(maps), 1) if is_video else (1, len(maps))
-    size = (1.2 * columns * parts[1] + 0.9, 1.2 * rows * parts[0] + 0.9 * parts[0])
+    width, height = 1.2 * columns * parts[1], (1.05 if is_video else 1.2) * rows * parts[0]
+    size = (width + 0.9, height + (0.4 if is_video else 0.9) * parts[0])
     figure = pyplot().figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     figure.suptitle(title, fontsize=10)
     for part, found in zip(figure.subfigures(*parts, squeeze=False).flat, maps, strict=True):
         axes = part.subplots(rows, columns, squeeze=False)
