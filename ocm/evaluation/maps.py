@@ -230,7 +230,7 @@ def draw_maps(
     width, height = 1.2 * columns * parts[1], (1.05 if is_video else 1.2) * rows * parts[0]
     size = (width + 0.9, height + (0.4 if is_video else 0.9) * parts[0])
     figure = pyplot().figure(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.03, wspace=0.01, hspace=0.01)
     figure.suptitle(title, fontsize=10)
     for part, found in zip(figure.subfigures(*parts, squeeze=False).flat, maps, strict=True):
         axes = part.subplots(rows, columns, squeeze=False)
