@@ -50,6 +50,7 @@ from ocm.diffusion.timesteps import (
     trailing_timesteps,
 )
 from ocm.integrations.k_diffusion import KDiffusionDenoiser
+from ocm.integrations.uncertainty import UncertaintyMap, uncertainty
 from ocm.sampling.any_sigma import x0_given
 from ocm.sampling.inverse import posterior_mean_given_measurement, sample_given_measurement
 from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
@@ -108,6 +109,7 @@ __all__ = [
     "TrainingSettings",
     "Trajectory",
     "Transition",
+    "UncertaintyMap",
     "VarianceChannels",
     "attach",
     "bits_per_dim",
@@ -145,6 +147,7 @@ __all__ = [
     "trajectory_log_prob",
     "transition",
     "trigflow",
+    "uncertainty",
     "vp",
     "x0_given",
 ]

@@ -33,11 +33,13 @@ class TrainedUNet:
 
     Attributes:
         denoiser: Frozen, in eval mode.
-        test_images: In [-1, 1], shape (n, C, H, W).
+        train_images: What it was trained on.
+        test_images: Held-out ones, in [-1, 1], shape (n, C, H, W).
         description: Data and training, for the record.
     """
 
     denoiser: Denoiser
+    train_images: Tensor
     test_images: Tensor
     description: str
 
@@ -53,8 +55,8 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
     """
     if (data / "train.parquet").exists():
         name = f"cifar10-{SIZE}x{SIZE}"
-        train = _cifar10(data / "train.parquet", _NUM_TRAIN)
-        test = _cifar10(data / "test.parquet", _NUM_TEST)
+        train = cifar10_images(data / "train.parquet", _NUM_TRAIN)
+        test = cifar10_images(data / "test.parquet", _NUM_TEST)
     else:
         print(f"no train.parquet in {data}: the U-Net is trained on digits")
         name, images = "digits", digits()
@@ -79,17 +81,23 @@ def trained_unet(data: Path, cache: Path, device: torch.device, *, quick: bool) 
         f"{name}, {len(train)} images, cosine schedule, {settings.num_steps} steps of "
         f"{settings.batch_size} images"
     )
-    return TrainedUNet(denoiser.freeze(), test, description)
+    return TrainedUNet(denoiser.freeze(), train, test, description)
 
 
-def _cifar10(file: Path, count: int) -> Tensor:
-    """Return images spread over the file, which is sorted by class, at 16x16 by 2x2 means."""
+def cifar10_images(file: Path, count: int, first: int = 0) -> Tensor:
+    """Return images spread over the file, which is sorted by class, at 16x16 by 2x2 means.
+
+    Args:
+        file: Parquet file with a column of images.
+        count: Number of images.
+        first: The first of them; other ones are other images where it is below their distance.
+    """
     from datasets import Image, disable_progress_bars, load_dataset
 
     disable_progress_bars()
 
     rows = load_dataset("parquet", data_files=str(file), split="train")
-    rows = rows.select(range(0, len(rows), len(rows) // count)).cast_column("image", Image())
+    rows = rows.select(range(first, len(rows), len(rows) // count)).cast_column("image", Image())
     pixels = np.stack([np.asarray(image.convert("RGB")) for image in rows["image"]])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
     return torch.nn.functional.avg_pool2d(images[:count], images.shape[-1] // SIZE)

@@ -11,6 +11,7 @@ of_level(t)            the noise of a sampler's step from t; of x_t in scores, a
 X0 + of_level(t)       of x0 given x_t, where a sampler draws it
 MEASUREMENT + the same of a measurement, beside it
 FITTING + of_level(t)  of x_t, on which analytic variances and calibrations are fitted
+DECODED + k            the k-th draw of x0 that a decoder of latents shows
 CLASSES                which training samples are shown without their class
 MIXTURE                points of a mixture of Gaussians
 ENCODER                latents, around the means of an autoencoder
@@ -25,6 +26,7 @@ _FRACTIONS = 1024
 X0 = 2**29
 MEASUREMENT = 2**30
 FITTING = 2**31
+DECODED = 2**30
 CLASSES = 2**32 - 4
 ENCODER = 2**32 - 3
 MIXTURE = 2**32 - 2

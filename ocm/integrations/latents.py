@@ -1,9 +1,11 @@
-"""Images as the latents of an ``AutoencoderKL``, and back.
+"""Images or videos as the latents of an autoencoder, and back.
 
-A latent diffusion model is trained on z = (encode(x) - shift) scaling, with the autoencoder's
-``scaling_factor`` and ``shift_factor`` (0 where it has none), so that z has a variance near 1.
-Everything of this package then works on z as on images, with ``x0_range=None`` (``clip_sample``
-off in a scheduler), since latents have no bounds:
+A latent diffusion model is trained on z = (encode(x) - mean) scaling / std, so that z has a
+variance near 1, by the autoencoder's configuration: its ``scaling_factor``, and for mean and std of
+each channel ``latents_mean`` and ``latents_std``, or ``shift_factor`` and 1. These are the formulas
+of diffusers' pipelines of Stable Diffusion, Flux, Wan, Qwen-Image, LTX and Mochi. Everything of
+this package then works on z as on images, with ``x0_range=None`` (``clip_sample`` off in a
+scheduler), since latents have no bounds:
 
     vae = ocm.integrations.latents.load_autoencoder("path/to/vae")
     z = ocm.integrations.latents.encode(vae, images)
@@ -53,8 +55,9 @@ def encode(
     """Return the scaled latents of images.
 
     Args:
-        vae: An ``AutoencoderKL``.
-        images: Shape (n, C, H, W), in [-1, 1]; those on the disk are read a batch at a time.
+        vae: An ``AutoencoderKL``, or one of videos, ``AutoencoderKLWan`` say.
+        images: Shape (n, C, H, W), in [-1, 1]; those on the disk are read a batch at a time. Videos
+            are of shape (n, C, F, H, W).
         seed: Seed of the encoder's noise, which follows the random-number contract: the latents
             of an image do not depend on the batch.
         sample_offset: Number of the first image.
@@ -66,10 +69,10 @@ def encode(
 
     Raises:
         TypeError: If ``batch_size`` is no int.
-        ValueError: If it is not positive, or the autoencoder normalises its latents by tables.
+        ValueError: If it is not positive, or the autoencoder's configuration does not say how its
+            latents are scaled.
     """
     check_positive_int("batch_size", batch_size)
-    scale, shift = _factors(vae)
     latents = []
     for first in range(0, len(images), batch_size):
         batch = images[first : first + batch_size]
@@ -79,6 +82,7 @@ def encode(
             offset = sample_offset + first
             noise = normal(z.shape, seed, step=draws.ENCODER, sample_offset=offset, device=z.device)
             z = z + posterior.std * noise.to(z)
+        scale, shift = _factors(vae, z)
         # A convolution may leave them channels last.
         latents.append(((z - shift) * scale).to(batch.device).contiguous())
     return torch.cat(latents)
@@ -98,18 +102,42 @@ def decode(vae: Any, latents: Tensor, *, batch_size: int = 32) -> Tensor:
         ValueError: As :func:`encode`.
     """
     check_positive_int("batch_size", batch_size)
-    scale, shift = _factors(vae)
-    batches = (z.to(device=vae.device, dtype=vae.dtype) for z in latents.split(batch_size))
-    images = [vae.decode(z / scale + shift).sample.to(latents.device) for z in batches]
-    return torch.cat(images).contiguous()
+    parts = [decoded(vae, z).to(latents.device) for z in latents.split(batch_size)]
+    return torch.cat(parts).contiguous()
 
 
-def _factors(vae: Any) -> tuple[float, float]:
-    """Return scaling and shift."""
-    config = vae.config
-    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+def decoded(vae: Any, latents: Tensor) -> Tensor:
+    """Return what :func:`decode` does of one batch, on the autoencoder's device, differentiable."""
+    z = latents.to(device=vae.device, dtype=vae.dtype)
+    scale, shift = _factors(vae, z)
+    # Some of LTX's decoders are told how noisy their latents are: not at all.
+    takes_time = vae.config.get("timestep_conditioning")
+    time = {"temb": z.new_zeros(len(z))} if takes_time else {}
+    images: Tensor = vae.decode(z / scale + shift, **time).sample
+    return images
+
+
+def _factors(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scaling / std and mean, which broadcast to z."""
+    config, channels = vae.config, z.shape[1]
+    # LTX's autoencoders have them as buffers.
+    tables: list[Any] = [
+        config[name] if name in config else getattr(vae, name, None)
+        for name in ("latents_mean", "latents_std")
+    ]
+    scaling = config.get("scaling_factor")
+    if tables == [None, None]:
+        tables = [[config.get("shift_factor") or 0.0] * channels, [1.0] * channels]
+    elif scaling is None:
+        scaling = 1.0
+    if scaling is None or any(table is None or len(table) != channels for table in tables):
         raise ValueError(
-            "vae must scale its latents by scaling_factor and shift_factor alone, and its "
-            "configuration has latents_mean and latents_std: normalise the latents yourself"
+            "vae must have a scaling_factor in its configuration, or latents_mean and latents_std "
+            f"with a number for each of {channels} channels, got {scaling}, {tables[0]} and "
+            f"{tables[1]}"
         )
-    return float(config.scaling_factor), float(config.get("shift_factor") or 0.0)
+    mean, std = (
+        torch.as_tensor(table, dtype=z.dtype, device=z.device).reshape(-1, *[1] * (z.dim() - 2))
+        for table in tables
+    )
+    return scaling / std, mean

@@ -37,7 +37,8 @@ from ocm.covariances.base import Covariance
 from ocm.covariances.operators import PosteriorCovariance
 from ocm.diffusion import draws
 from ocm.diffusion.checks import check_positive_int
-from ocm.diffusion.denoiser import Condition, Denoiser
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 from ocm.sampling.samplers import X0_RANGE, Sampler, ddpm, starting_noise
 

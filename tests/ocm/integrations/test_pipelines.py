@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
@@ -14,6 +13,7 @@ from diffusers import (
     UNet2DModel,
 )
 from safetensors.torch import load_file, save_file
+from small_autoencoders import make_vae
 
 import ocm
 from hessdiag.kernels import normal
@@ -41,22 +41,6 @@ def make_dit(learned_sigma=False):
         for parameter in dit.parameters():
             parameter.normal_(std=0.2)
     return dit.eval()
-
-
-def make_vae(**options):
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.4,
-        **options,
-    ).eval()
 
 
 def make_pipeline(learned_sigma=False, vae=None, **options):
@@ -264,11 +248,18 @@ def test_autoencoders_that_cannot_be_read_are_refused(tmp_path):
         ValueError, match=r"(?s)holds no AutoencoderKL that fits: .*post_quant_conv"
     ):
         load_autoencoder(tmp_path)
+    vae = make_vae()
     file.write_bytes(b"no safetensors")
     with pytest.raises(ValueError, match="holds no AutoencoderKL that fits"):
         load_autoencoder(tmp_path)
-    vae = make_vae(latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
-    with pytest.raises(ValueError, match=r"vae must scale its latents.*latents_mean"):
+    for tables in (
+        {"latents_mean": (0.0,) * 3, "latents_std": (1.0,) * 4},
+        {"latents_std": (1.0,) * 4},
+    ):
+        with pytest.raises(ValueError, match=r"a number for each of 4 channels"):
+            decode(make_vae(**tables), torch.zeros(1, 4, 4, 4))
+    vae.register_to_config(scaling_factor=None)
+    with pytest.raises(ValueError, match=r"vae must have a scaling_factor .* got None"):
         decode(vae, torch.zeros(1, 4, 4, 4))
     with pytest.raises(ValueError, match="batch_size must be"):
         encode(make_vae(), torch.zeros(1, 3, 8, 8), batch_size=0)
