@@ -528,10 +528,15 @@ def report(record: Row) -> str:
         "against the exact posterior of x0 given y, which has a mean error of 0 and a variance "
         f"ratio of 1: error of their mean, in standard deviations of each dimension (that many "
         f"draws leave {found['floor']:.3f}), / their variance over the true one. DPS has the "
-        "length of steps whose mean errs least here.",
+        "length of steps whose mean errs least here. A has entries of both signs, so that sums of "
+        "rows, TMPD's, may be near 0 where the variance is not.",
         _by_steps(
             found["rows"],
-            lambda row: f"{row['mean_error']:.3f} / {row['variance_ratio']:.2f}",
+            lambda row: (
+                f"{row['mean_error']:.3f} / {row['variance_ratio']:.2f}"
+                if row["mean_error"] < _DIVERGED
+                else "diverged"
+            ),
         ),
     ]
     if record["fashion"] is None:
