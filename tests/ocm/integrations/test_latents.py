@@ -50,7 +50,13 @@ def test_latents_of_wan_are_decoded_as_its_pipeline_does():
         freq_dim=8, ffn_dim=16, num_layers=1, cross_attn_norm=True, rope_max_seq_len=32,
     )  # fmt: skip
     vae = make_wan_vae()
-    pipeline = WanPipeline(None, None, vae, FlowMatchEulerDiscreteScheduler(), transformer)
+    pipeline = WanPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+    )
     prompt = {"prompt_embeds": seeded(1, 4, 8), "negative_prompt_embeds": seeded(1, 4, 8)}
     latents, video = outputs_of(pipeline, **prompt)
     ours = (decode(vae, latents) + 1) / 2
@@ -65,7 +71,13 @@ def test_latents_of_ltx_are_decoded_as_its_pipeline_does(timestep_conditioning):
         cross_attention_dim=16, num_layers=1, caption_channels=8,
     )  # fmt: skip
     vae = make_ltx_vae(timestep_conditioning=timestep_conditioning)
-    pipeline = LTXPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
+    pipeline = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        transformer=transformer,
+    )
     mask = torch.ones(1, 4, dtype=torch.long)
     prompt = {
         "prompt_embeds": seeded(1, 4, 8),

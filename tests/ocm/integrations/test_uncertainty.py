@@ -234,6 +234,7 @@ def test_a_linear_decoder_gives_the_diagonal_in_closed_form(way):
     assert 0.6 < standardised.square().mean() < 1.6
     torch.testing.assert_close(found.mean, decode(vae, found.latent.mean))
     assert (found.latent.std - variance**0.5).abs().max() < 1e-4
+    assert found.latent.mean.abs().max() > 1.5  # latents have no bounds
 
 
 def test_the_draws_of_one_image_do_not_depend_on_the_batch():
