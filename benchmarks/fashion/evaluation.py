@@ -144,9 +144,9 @@ def _fitted(model: Model, images: Splits, size: Size, parts: Parts) -> Checkpoin
     def make() -> Row:
         # By the law of total variance: towards alpha = 0 the network's errors are not multiplied.
         found = ocm.fit_analytic_from_data(model.denoiser, x0, levels, seed=SEED)
-        return found.fractions.to_json()
+        return found.scaled_variances.to_json()
 
-    table = Table.from_json(parts.get("analytic-from-data", make, num_fit=size.num_fit))
+    table = Table.from_json(parts.get("scaled-variances-from-data", make, num_fit=size.num_fit))
     return Checkpoint(
         model.denoiser,
         tuple(x0.shape[1:]),

@@ -95,11 +95,13 @@ class Hutchinson(Covariance):
         if share > _MANY or variance.is_cuda:
             self._looked.append(True)
         if share > _MANY:
+            is_colored = isinstance(self.probes, hessdiag.Coloring)
+            other = "" if is_colored else "or a coloring, probes=hessdiag.Coloring(48), "
             warnings.warn(
                 f"{share:.0%} of the variances that num_probes = {self.num_probes} estimate at "
                 f"t = {prediction.timestep} are not positive, and were raised to the floor. More "
-                "probes or a coloring (probes=hessdiag.Coloring(48), num_probes=48) estimate them "
-                "better; where the network itself errs, ocm.calibrate fits them to data",
+                f"probes {other}estimate them better; where the network itself errs, "
+                "ocm.calibrate fits them to data",
                 UserWarning,
                 stacklevel=_caller(),
             )

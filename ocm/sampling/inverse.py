@@ -71,10 +71,10 @@ def posterior_mean_given_measurement(
         operator: A, from the shape of ``mean`` to that of ``measurement``.
         adjoint: A^T; None takes it by reverse-mode differentiation.
         noise_std: Standard deviation of the noise, a number or a tensor that broadcasts to y.
-        weighting: What weighs r: None for C; "row_sums" for TMPD, which needs an A C A^T without
-            negative entries and counts sums below 0 as 0; a number z for DPS, of u = z r / |r|; or
-            a covariance that takes the place of C in the equation of u, as in PiGDM. One with
-            smaller eigenvalues than C, such as its diagonal, overshoots.
+        weighting: What weighs r: None for C; "row_sums" for TMPD, which stands for an A C A^T
+            without negative entries: sums below 0 count by their size; a number z for DPS, of
+            u = z r / |r|; or a covariance that takes the place of C in the equation of u, as in
+            PiGDM. One with smaller eigenvalues than C, such as its diagonal, overshoots.
         tolerance: Norm of the residual of u, relative to that of y - A x0_hat, for each sample.
             None takes ``max_iterations`` as they are: where C is a network's that errs, one or two
             are better than the solution, which amplifies its errors.
@@ -119,7 +119,7 @@ def posterior_mean_given_measurement(
         u = weighting * residual * _dot(residual, residual).clamp(min=1e-30).rsqrt()
     elif isinstance(weighting, str):
         sums = operator(covariance.multiply(transposed(torch.ones_like(residual))))
-        u = residual / (sums.clamp(min=0.0) + noise_variance)
+        u = residual / (sums.abs() + noise_variance)
     else:
         inner = covariance if weighting is None else weighting
         u = _conjugate_gradients(

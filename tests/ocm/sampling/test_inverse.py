@@ -7,6 +7,7 @@ import torch
 from path_denoiser import SHAPE, gaussian, path_denoiser
 
 import ocm
+from ocm.covariances.operators import full
 
 NOISE_STD = 0.2
 COUNT = 4000
@@ -178,3 +179,13 @@ def test_products_of_lanczos_itself_take_one_product():
     torch.testing.assert_close(C.multiply(v), v @ A)
     assert len(calls) == 1
     torch.testing.assert_close(C.bounded(None).multiply(v), v @ A)
+
+
+def test_row_sums_below_zero_count_by_their_size():
+    matrix = torch.tensor([[[1.0, -3.0], [-3.0, 10.0]]])
+    C, y = full(matrix, torch.Size([1, 2])), torch.tensor([[1.0, 2.0]])
+    found = ocm.posterior_mean_given_measurement(
+        torch.zeros(1, 2), C, y, lambda x: x, noise_std=1.0, weighting="row_sums"
+    )
+    u = torch.tensor([1 / (2 + 1), 2 / (7 + 1)])
+    torch.testing.assert_close(found[0], matrix[0] @ u)
