@@ -13,6 +13,7 @@ from torch import nn
 import ocm
 from ocm.diffusion.backbones.families import UNET
 from ocm.diffusion.backbones.wrappers import device_of, has_adapters, unwrapped
+from ocm.diffusion.noise import condition_of
 
 SHAPE = (2, 2, 4, 4)
 
@@ -392,6 +393,23 @@ def test_tensors_condition_each_sample_in_both_branches_and_for_every_probe(batc
     v = torch.randn(3, *SHAPE)
     J = denoiser.jacobian(x_t(), 400, condition, batching=batching)
     torch.testing.assert_close(J.products(v), v * weight * x_t().cos())
+
+
+def test_conditions_by_name_are_those_of_a_nested_dictionary():
+    """A null branch changes what is given for it, and leaves the other entries as they are."""
+    denoiser, w = conditioned(), 3.0
+    text, scale = text_of(1), torch.tensor([1.0, -2.0])
+    rows = {"text": text, "extra.scale": scale, "extra.unused": scale, "labels": torch.ones(2)}
+    nulls = {"extra.scale": torch.tensor([5.0]), "labels": torch.tensor([9])}
+    condition = condition_of(denoiser, rows, nulls, w)
+    assert condition.null_label == 9
+    branches = zip(condition.arguments(x_t()), (torch.full((2,), 5.0), scale), strict=True)
+    for is_given, ((labels, given), expected) in enumerate(branches):
+        assert labels.tolist() == ([1, 1] if is_given else [9, 9])
+        assert torch.equal(given["text"], text)
+        assert torch.equal(given["extra"]["scale"], expected)
+        assert torch.equal(given["extra"]["unused"], scale)
+    assert condition_of(denoiser, {}) is None
 
 
 @pytest.mark.parametrize(
