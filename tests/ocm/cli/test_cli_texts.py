@@ -220,3 +220,19 @@ def test_two_processes_train_on_a_sharded_denoiser(
     assert "over several processes, and there is one" in str(answer.exception)
     answer = invoke("train", "--data", folder, "--shard", "--out", tmp_path / "c")
     assert "--shard is for a --denoiser" in str(answer.exception)
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_transformers_are_trained_on_captions_and_sampled_with_guidance(name, folder, tmp_path):
+    """Tokens that are packed, and a backbone that learned a variance of its own."""
+    pipeline = getattr(text_pipelines, name)()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    out = tmp_path / "trained"
+    answer = train(folder, tmp_path / "pipeline", out, "--caption-column", "text", *HEADS)
+    assert answer.exit_code == 0, answer.output
+    loaded = checkpoints.load(out)
+    assert type(loaded.denoiser.backbone) is type(pipeline.transformer)
+    assert set(loaded.learned) == {"ocm", "npr"}
+    assert loaded.image_shape == (1, 8, 8)
+    encoders = ("--encoders", tmp_path / "pipeline", "--prompt", "dark", "--guidance", 2)
+    assert drawn(out, tmp_path / "drawn", *encoders, "--covariance", "npr").isfinite().all()
