@@ -110,7 +110,7 @@ def _adapted(denoiser: ocm.Denoiser) -> Any:
 
     path = denoiser.schedule
 
-    class OfOurs(Denoiser):  # type: ignore[misc, unused-ignore]
+    class OfOurs(Denoiser):
         def schedule(self, t: Tensor) -> tuple[Tensor, Tensor]:
             return path.alpha(t.item()), path.sigma(t.item())
 

@@ -54,6 +54,15 @@ class Condition:
                 "takes the place of tensors without a condition, the embedding of an empty text say"
             )
 
+        masks = {name for name in self.tensors if name.endswith(("attention_mask", "states_mask"))}
+        if self.is_guided and "encoder_hidden_states" in self.null_tensors:
+            missing = sorted(masks - set(self.null_tensors))
+            if missing:
+                raise ValueError(
+                    f"null_tensors must have {missing[0]} too, that of the empty text: the one in "
+                    "tensors belongs to another text"
+                )
+
     @property
     def is_guided(self) -> bool:
         """Whether the backbone is evaluated without a condition too."""
@@ -74,11 +83,33 @@ class Condition:
             null = self.labels
             if null is not None and self.null_label is not None:
                 null = torch.full_like(null, self.null_label)
-            given.insert(0, (null, {**self.tensors, **self.null_tensors}))
+            given.insert(0, (null, _merged(self.tensors, self.null_tensors)))
         repeated: list[Arguments] = pytree.tree_map_only(
             Tensor, lambda values: _repeated(values, like), given
         )
         return repeated
+
+
+def check_rows(condition: Condition, count: int) -> None:
+    """Raise unless labels and tensors are one for each of ``count`` samples, or one for all.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    for values in pytree.tree_leaves((condition.labels, condition.tensors)):
+        if isinstance(values, Tensor) and values.dim() and len(values) not in (1, count):
+            raise ValueError(
+                f"labels and tensors must be one for each of {count} samples, got {len(values)}"
+            )
+
+
+def _merged(given: Mapping[str, Any], nulls: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is given, replaced by the null values, in nested dictionaries too."""
+    merged = {**given, **nulls}
+    for name, value in nulls.items():
+        if isinstance(value, Mapping) and isinstance(given.get(name), Mapping):
+            merged[name] = _merged(given[name], value)
+    return merged
 
 
 def joined(branches: list[Arguments]) -> Arguments | None:
@@ -94,8 +125,10 @@ def joined(branches: list[Arguments]) -> Arguments | None:
 
 
 def _differ(first: Any, second: Any) -> bool:
-    both = isinstance(first, Tensor) and isinstance(second, Tensor)
-    return both and first.shape[1:] != second.shape[1:]
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and first.dim() == second.dim() > 0:
+        return first.shape[1:] != second.shape[1:]
+    both_same = first is second or (type(first) is type(second) and bool(first == second))
+    return not both_same
 
 
 def _one_after_the_other(first: Any, second: Any) -> Any:

@@ -39,7 +39,7 @@ import hessdiag
 from ocm.diffusion.backbones.architecture import Architecture, FunctionBackbone
 from ocm.diffusion.backbones.families import ARCHITECTURES, architecture_of, is_distilled
 from ocm.diffusion.backbones.wrappers import class_of, device_of, in_type_of, unwrapped
-from ocm.diffusion.conditions import Arguments, Condition, guided, joined
+from ocm.diffusion.conditions import Arguments, Condition, check_rows, guided, joined
 from ocm.diffusion.predictions import (
     PRECONDITIONED,
     Coefficients,
@@ -198,7 +198,12 @@ class Prediction:
     def by(self, denoiser: Denoiser) -> Prediction:
         """Return what ``denoiser`` predicts in the same place: this, if it is the same one."""
         own = self.denoiser
-        if denoiser.backbone is own.backbone and denoiser.schedule is own.schedule:
+        if (
+            denoiser.backbone is own.backbone
+            and denoiser.schedule is own.schedule
+            and denoiser.prediction_type == own.prediction_type
+            and denoiser.architecture == own.architecture
+        ):
             return self
         return denoiser.predict(
             self.x_t, self.t, s=self.s, condition=self.condition, sample_offset=self.sample_offset
@@ -285,9 +290,11 @@ class Denoiser:
                 f"backbone must have the submodule {self._architecture.feature_layer!r}, whose "
                 f"input a head reads; {type(unwrapped(self.backbone)).__name__} has none"
             ) from None
-        if self._architecture.class_name in ARCHITECTURES and not self._architecture.is_packed:
+        if self._architecture.class_name in ARCHITECTURES:
             config = unwrapped(self.backbone).config
             given, made = config.in_channels, config.out_channels or config.in_channels
+            if self._architecture.is_packed and config.out_channels:
+                made *= config.patch_size**2
             if made not in (given, 2 * given):
                 raise ValueError(
                     "backbone must predict one value for every input channel, and at most a "
@@ -409,7 +416,7 @@ class Denoiser:
         """
         self.schedule.check(t)
         if condition is not None:
-            condition.arguments(x_t)  # raises where it does not fit
+            check_rows(condition, len(x_t))
         records = torch.is_grad_enabled()
         return Prediction(self, x_t, t, s, condition, sample_offset, records)
 

@@ -20,6 +20,7 @@ class of model, and works.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,9 +147,9 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
         self,
         sample: Tensor | None = None,
         timestep: float | Tensor | None = None,
+        *further: Any,
         class_labels: Tensor | None = None,
         return_dict: bool = True,
-        *,
         hidden_states: Tensor | None = None,
         **conditions: Any,
     ) -> UNet2DOutput | tuple[Tensor]:
@@ -161,6 +162,7 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
                 in half precision is shown it in that.
             timestep: What the backbone is told of the time: a number, or a tensor of shape (), (1,)
                 or (B,), or of one for each token.
+            further: What the backbone takes third, by place: class labels, or a text's embedding.
             class_labels: Class of each sample, for a backbone that takes them.
             return_dict: Whether to return an output with ``sample``, twice as long as x_t in
                 dimension 1, rather than a tuple; both in the type of ``sample``.
@@ -169,7 +171,8 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
 
         Raises:
             ValueError: If x_t or the timestep is missing, or timesteps are neither one nor one for
-                each sample.
+                each sample; or they are one for each of LTX-Video's tokens, by whose pipelines both
+                halves of the output would be mixed.
         """
         x_t = hidden_states if sample is None else sample
         if x_t is None or timestep is None:
@@ -183,20 +186,27 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
                 )
             times = times.expand(len(x_t))
         architecture, shown = self.architecture, in_type_of(self.backbone, x_t)
+        is_packed = architecture.is_packed and self._given_architecture is None
+        if is_packed and times.dim() > 1:
+            raise ValueError(
+                "timestep must be one for each sample, got one for each token: pipelines that "
+                "start from an image take the output of LTX-Video apart, and its variance with it"
+            )
 
         def call() -> Tensor:
             if self._given_architecture is not None:
                 given = {name: value for name, value in conditions.items() if value is not None}
-                return architecture.call(self.backbone, shown, times, class_labels, **given)
-            labels = {} if class_labels is None else {"class_labels": class_labels}
-            output: Tensor = self.backbone(
-                shown, timestep=times, return_dict=False, **labels, **conditions
-            )[0]
-            return output
+                labels = further[0] if further else class_labels
+                return architecture.call(self.backbone, shown, times, labels, **given)
+            given = conditions if class_labels is None else {"class_labels": class_labels}
+            given = {**given, **conditions, "return_dict": False}
+            if further:
+                return _first(self.backbone(shown, times, *further, **given))
+            # By name, since some take the text second.
+            return _first(self.backbone(shown, timestep=times, **given))
 
         prediction, heard = architecture.heard(self.backbone, call)
         features, patch = architecture.required(heard), architecture.patch(unwrapped(self.backbone))
-        is_packed = architecture.is_packed and self._given_architecture is None
         if patch is not None:
             grid = (x_t.shape[1], *[1] * (len(patch) - 1))  # for a head that sees tokens alone
             features = features.unflatten(1, grid if is_packed else grid_of(x_t.shape, patch))
@@ -273,6 +283,17 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
             )
         return made
 
+    def __getattr__(self, name: str) -> Any:
+        """Return what the backbone has, for pipelines that look into it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "backbone" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.backbone, name)
+
+    # Pipelines look for ``variant`` and others among its arguments.
+    @functools.wraps(ModelMixin.save_pretrained, assigned=())
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Save weights and configuration; the arguments are those of diffusers.
 
@@ -414,6 +435,10 @@ def _config_of(backbone: Any) -> dict[str, Any]:
     """Return what the constructor takes of the configuration of a model of diffusers."""
     config: Mapping[str, Any] = getattr(unwrapped(backbone), "config", {})
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _first(output: tuple[Tensor, ...]) -> Tensor:
+    return output[0]
 
 
 def _kept_in_float32(backbone_class: Any) -> list[str]:

@@ -76,15 +76,18 @@ def encode(
     latents = []
     for first in range(0, len(images), batch_size):
         batch = images[first : first + batch_size]
-        posterior = vae.encode(batch.to(device=vae.device, dtype=vae.dtype)).latent_dist
-        z = posterior.mean
-        if not mean:
+        encoded = vae.encode(_framed(vae, batch).to(device=vae.device, dtype=vae.dtype))
+        posterior = getattr(encoded, "latent_dist", None)
+        # An AutoencoderDC has no distribution.
+        z = encoded.latent if posterior is None else posterior.mean
+        if not mean and posterior is not None:
             offset = sample_offset + first
             noise = normal(z.shape, seed, step=draws.ENCODER, sample_offset=offset, device=z.device)
             z = z + posterior.std * noise.to(z)
         scale, shift = _factors(vae, z)
         # A convolution may leave them channels last.
-        latents.append(((z - shift) * scale).to(batch.device).contiguous())
+        z = _unframed(vae, batch, (z - shift) * scale)
+        latents.append(z.to(batch.device).contiguous())
     return torch.cat(latents)
 
 
@@ -108,13 +111,25 @@ def decode(vae: Any, latents: Tensor, *, batch_size: int = 32) -> Tensor:
 
 def decoded(vae: Any, latents: Tensor) -> Tensor:
     """Return what :func:`decode` does of one batch, on the autoencoder's device, differentiable."""
-    z = latents.to(device=vae.device, dtype=vae.dtype)
+    z = _framed(vae, latents).to(device=vae.device, dtype=vae.dtype)
     scale, shift = _factors(vae, z)
     # Some of LTX's decoders are told how noisy their latents are: not at all.
     takes_time = vae.config.get("timestep_conditioning")
     time = {"temb": z.new_zeros(len(z))} if takes_time else {}
-    images: Tensor = vae.decode(z / scale + shift, **time).sample
-    return images
+    return _unframed(vae, latents, vae.decode(z / scale + shift, **time).sample)
+
+
+def _framed(vae: Any, images: Tensor) -> Tensor:
+    """Return images as videos of one frame, for Qwen-Image's autoencoder."""
+    return images[:, :, None] if _has_frames(vae, images) else images
+
+
+def _unframed(vae: Any, like: Tensor, images: Tensor) -> Tensor:
+    return images[:, :, 0] if _has_frames(vae, like) else images
+
+
+def _has_frames(vae: Any, images: Tensor) -> bool:
+    return images.dim() == 4 and type(vae).__name__ == "AutoencoderKLQwenImage"
 
 
 def _factors(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:

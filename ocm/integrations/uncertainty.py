@@ -36,6 +36,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
 from ocm.diffusion.noise import noisy_prediction
+from ocm.diffusion.predictions import PRECONDITIONED
 from ocm.diffusion.schedules import full_precision
 from ocm.integrations.latents import decode, decoded, encode
 from ocm.sampling.samplers import X0_RANGE
@@ -88,10 +89,11 @@ def uncertainty(
     Args:
         model: A denoiser; a covariance, which knows its denoiser; or a pipeline of diffusers, with
             a ``unet`` or ``transformer``, a ``scheduler`` and perhaps a ``vae``.
-        t: The noise level in (0, N] of the denoiser's schedule, whole on a discrete one.
+        t: The noise level in (0, N] of the denoiser's schedule, whole on a discrete one: diffusers'
+            timestep of flow matching, and its timestep + 1 of betas.
         image: Clean images, shape (B, C, ...) in [-1, 1], or videos (B, C, F, H, W), of which x_t
             is made; for a denoiser of latents without its decoder, clean latents.
-        x_t: Or x_t itself; latents of a latent model.
+        x_t: Or x_t itself, alpha x0 + sigma n; latents of a latent model.
         covariance: What states Cov[x0 | x_t]. None is the head of an :func:`ocm.attach`-ed model,
             and else the coloring of 48 products, ``hessdiag.Coloring(48)``.
         condition: Labels, text embeddings and guidance (:meth:`ocm.Denoiser.condition`).
@@ -104,8 +106,8 @@ def uncertainty(
 
     Raises:
         TypeError: If the model is none of these, or a tensor is not of floating point.
-        ValueError: If not one of ``image`` and ``x_t`` is given, a value is not finite, or an
-            option is unknown.
+        ValueError: If not one of ``image`` and ``x_t`` is given, a value is not finite, an option
+            is unknown, or the pipeline's scheduler keeps latents in another scale.
 
     Example:
         >>> from ocm.diffusion.schedules import flow
@@ -125,6 +127,14 @@ def uncertainty(
             f"and {num_draws}"
         )
     denoiser, stating, vae = _parts(model, covariance)
+    scheduler = getattr(model, "scheduler", None)
+    is_scaled = float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0
+    if x_t is not None and is_scaled and denoiser.prediction_type not in PRECONDITIONED:
+        raise ValueError(
+            f"x_t must be on the path of the denoiser, alpha x0 + sigma n, and latents of "
+            f"{type(scheduler).__name__} are x0 + sigma n: hand scheduler.scale_model_input(x_t, "
+            "timestep) to an ocm.Denoiser of the pipeline's parts"
+        )
     x0 = None if image is None else image.to(denoiser.device)
     if vae is not None:
         x0_range = None
@@ -185,6 +195,12 @@ def _parts(model: Any, covariance: Covariance | None) -> tuple[Denoiser, Covaria
             "of ocm.attach(...) its covariance(scheduler)"
         )
     vae = getattr(model, "vae", None)
+    other = next((name for name in ("vqvae", "movq") if getattr(model, name, None)), None)
+    if other is not None:
+        raise TypeError(
+            f"model must decode by a vae, and {type(model).__name__} has a {other}: make an "
+            "ocm.Denoiser of its parts, whose maps are those of latents"
+        )
     if hasattr(backbone, "covariance"):  # ocm.attach
         headed = backbone.covariance(scheduler)
         return headed.denoiser, covariance or headed, vae

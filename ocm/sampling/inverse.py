@@ -119,7 +119,8 @@ def posterior_mean_given_measurement(
         u = weighting * residual * _dot(residual, residual).clamp(min=1e-30).rsqrt()
     elif isinstance(weighting, str):
         sums = operator(covariance.multiply(transposed(torch.ones_like(residual))))
-        u = residual / (sums.abs() + noise_variance)
+        weights = sums.abs() + noise_variance
+        u = torch.where(weights > 0, residual / weights, 0.0)  # a row of zeros measures nothing
     else:
         inner = covariance if weighting is None else weighting
         u = _conjugate_gradients(

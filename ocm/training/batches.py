@@ -116,7 +116,7 @@ class MicroBatches(Dataset[MicroBatch]):
                 raise ValueError(
                     f"horizontal_flip needs images of shape (n, C, H, W), got {tuple(x0.shape)}"
                 )
-            flips = batch.flips[own].to(x0.device)[:, None, None, None]
+            flips = batch.flips[own].to(x0.device).reshape(-1, *[1] * (x0.dim() - 1))
             x0 = torch.where(flips, x0.flip(-1), x0)
         conditions = {name: rows_at(rows, picked) for name, rows in self.conditions.items()}
         return MicroBatch(x0, batch.timesteps[own], conditions, step * settings.batch_size + first)

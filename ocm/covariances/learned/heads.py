@@ -206,7 +206,7 @@ def kinds_of(denoiser: Denoiser) -> Mapping[str, Callable[[Denoiser], nn.Module]
     """
     architecture = denoiser.architecture
     assert architecture is not None  # set by the denoiser
-    if architecture not in ARCHITECTURES.values():
+    if architecture.class_name not in ARCHITECTURES:
         raise ValueError(
             f"denoiser must have a backbone of {', '.join(ARCHITECTURES)} for a head to be made, "
             f"got {architecture.class_name}; give a head that fits its features, "

@@ -6,6 +6,7 @@ scheduler: 0 .. N - 1 of betas, 1000 sigma of flow matching.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -76,8 +77,21 @@ def _call_with_text(
 def _call_sana(
     sana: Any, x_t: Tensor, time: Tensor, labels: Tensor | None, **conditions: Any
 ) -> Tensor:
+    if is_distilled(sana):
+        return _call_sana_sprint(sana, x_t, time, labels, **conditions)
     scale = unwrapped(sana).config.timestep_scale
     return _call_with_text(sana, x_t, time if scale == 1.0 else scale * time, labels, **conditions)
+
+
+def _call_sana_sprint(
+    sana: Any, x_t: Tensor, time: Tensor, labels: Tensor | None, **conditions: Any
+) -> Tensor:
+    """Return TrigFlow's output of a network that was trained on a flow, at the angle ``time``."""
+    tau = (time.sin() / (time.cos() + time.sin())).reshape(-1, *[1] * (x_t.dim() - 1)).to(x_t)
+    norm = (tau**2 + (1 - tau) ** 2).sqrt()
+    shown = norm * x_t
+    output = _call_with_text(sana, shown, tau.flatten(), labels, **conditions)
+    return ((1 - 2 * tau) * shown + (1 - 2 * tau + 2 * tau**2) * output) / norm
 
 
 def _call_packed(
@@ -117,6 +131,10 @@ def _ids(grid: tuple[int, ...], x_t: Tensor, conditions: Mapping[str, Any]) -> d
 def _call_qwen(
     qwen: Any, x_t: Tensor, time: Tensor, labels: Tensor | None, **conditions: Any
 ) -> Tensor:
+    if "txt_seq_lens" in inspect.signature(unwrapped(qwen).forward).parameters:  # diffusers 0.35
+        text = conditions.get("encoder_hidden_states")
+        lengths = None if text is None else [text.shape[1]] * len(x_t)
+        conditions = {"txt_seq_lens": lengths, **conditions}
     return _call_packed(_image_shapes, qwen, x_t, time / 1000, labels, **conditions)
 
 

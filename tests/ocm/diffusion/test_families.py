@@ -341,3 +341,92 @@ def test_heads_of_before_are_those_of_squares(tmp_path):
     assert made.config["patch_size"] == [1, 2, 2]
     again = ocm.TokenHead(**copy.deepcopy(made.config))
     assert again.state_dict().keys() == made.state_dict().keys()
+
+
+# What differs between the branches of a guidance, and what does not fit
+
+
+def test_branches_that_differ_in_anything_are_evaluated_apart():
+    def call(backbone, x, time, labels, text, scale, extra):
+        return x * text.reshape(-1, 1, 1, 1) * scale + extra["bias"]
+
+    architecture = ocm.Architecture("Scaled", None, call)
+    denoiser = ocm.Denoiser(torch.nn.Identity(), ocm.linear(), architecture=architecture)
+    x, w, text = torch.randn(2, 1, 2, 2), 3.0, torch.tensor([1.0, 2.0])
+    for null, scale in ((5.0, 2.0), (torch.tensor(5.0), torch.tensor(2.0))):
+        condition = denoiser.condition(
+            tensors={"text": text, "scale": scale, "extra": {"bias": 1.0, "unused": text}},
+            null_tensors={"text": text, "scale": null, "extra": {"bias": 4.0}},
+            guidance_scale=w,
+        )
+        given, without = (x * text.reshape(-1, 1, 1, 1) * s + b for s, b in ((2, 1), (5, 4)))
+        output = denoiser.predict(x, 500, condition=condition).output
+        torch.testing.assert_close(output, (1 - w) * without + w * given)
+
+
+def test_a_mask_belongs_to_its_text():
+    family = FAMILIES["PixArtTransformer2DModel"]
+    denoiser = family.denoiser(family.make())
+    tensors = {**family.tensors(), "encoder_attention_mask": torch.ones(2, TEXT)}
+    with pytest.raises(ValueError, match="null_tensors must have encoder_attention_mask too"):
+        denoiser.condition(
+            tensors=tensors, null_tensors=family.tensors(1, seed=9), guidance_scale=2.0
+        )
+
+
+def test_rows_are_one_for_each_sample_or_one_for_all():
+    family = FAMILIES["SanaTransformer2DModel"]
+    denoiser = family.denoiser(family.make())
+    condition = family.condition(denoiser)
+    with pytest.raises(ValueError, match="one for each of 4 samples, got 2"):
+        denoiser.predict(family.x_t(4), 500, condition=condition)
+    assert denoiser.predict(
+        family.x_t(1), 500, condition=family.condition(denoiser, 1)
+    ).output.any()
+
+
+def test_another_denoiser_of_the_same_network_speaks_for_itself():
+    family = FAMILIES["UNet2DModel"]
+    backbone, x = family.make(), family.x_t()
+    noise = family.denoiser(backbone)
+    velocity = ocm.Denoiser(backbone, noise.schedule, "v_prediction")
+    expected = ocm.Exact(velocity).at(velocity.predict(x, 500)).diagonal()
+    found = ocm.Exact(velocity).at(noise.predict(x, 500)).diagonal()
+    torch.testing.assert_close(found, expected)
+
+
+def test_copies_of_a_denoiser_have_heads_too():
+    for name in ("SD3Transformer2DModel", "LTXVideoTransformer3DModel"):
+        denoiser = copy.deepcopy(FAMILIES[name].denoiser(FAMILIES[name].make()))
+        assert isinstance(ocm.make_head(denoiser), ocm.TokenHead)
+
+
+def test_packed_models_with_further_inputs_are_refused():
+    """FLUX.1-Fill and its kin see a masked image beside x_t."""
+    family = FAMILIES["FluxTransformer2DModel"]
+    model = type(family)(**{**vars(family), "config": {**family.config, "out_channels": 4}}).make()
+    with pytest.raises(ValueError, match="in_channels = 8, out_channels = 4"):
+        ocm.attach(model)
+
+
+def test_sana_sprint_is_shown_and_read_as_its_pipeline_does():
+    family, _ = distilled("SanaTransformer2DModel")
+    model, sigma_data = family.make(), 0.5
+    schedule = ocm.from_scheduler(diffusers.SCMScheduler())
+    denoiser = ocm.Denoiser(model, schedule, "trigflow")
+    tensors = {**family.tensors(), "guidance": torch.full((2,), 0.45)}
+    x, t = family.x_t(), 600
+    prediction = denoiser.predict(x, t, condition=denoiser.condition(tensors=tensors))
+    # The lines of SanaSprintPipeline.
+    timestep = schedule.time(torch.tensor(float(t)).double()).float().expand(2)
+    scm = torch.sin(timestep) / (torch.cos(timestep) + torch.sin(timestep))
+    wide = scm.view(-1, 1, 1, 1)
+    shown = x / sigma_data * torch.sqrt(wide**2 + (1 - wide) ** 2)
+    noise = model(shown, timestep=scm, return_dict=False, **tensors)[0]
+    noise = ((1 - 2 * wide) * shown + (1 - 2 * wide + 2 * wide**2) * noise) / torch.sqrt(
+        wide**2 + (1 - wide) ** 2
+    )
+    torch.testing.assert_close(prediction.output, noise, atol=1e-5, rtol=1e-5)
+    s = timestep.view(-1, 1, 1, 1)
+    x0_hat = torch.cos(s) * x - torch.sin(s) * sigma_data * noise
+    torch.testing.assert_close(prediction.x0_hat, x0_hat, atol=1e-5, rtol=1e-5)

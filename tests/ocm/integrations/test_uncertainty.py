@@ -4,7 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
+from families import FAMILIES
+from family_pipelines import PIPELINES, make_pipeline, scheduler_of
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 from small_autoencoders import make_vae, make_wan_vae
 
@@ -288,3 +296,47 @@ def test_decoded_maps_follow_the_decoder_of_an_autoencoder():
     assert relative(found["draws"].std.flatten(), spread) < 2 * error
     # The two differ by more: this decoder bends over the width of the posterior.
     assert relative(tangent, spread) > 4 * error
+
+
+def test_latents_in_another_scale_are_refused():
+    """Euler's are x0 + sigma n; of clean images x_t is made on the right path."""
+    pipeline = DDPMPipeline(make_unet(), DDPMScheduler())
+    pipeline.scheduler = EulerDiscreteScheduler()
+    x = seeded(1, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"latents of EulerDiscreteScheduler are x0 \+ sigma n"):
+        ocm.uncertainty(pipeline, 400, x_t=x)
+    assert ocm.uncertainty(pipeline, 400, image=x.tanh()).std.isfinite().all()
+
+
+def test_a_decoder_by_another_name_is_not_passed_over():
+    pipeline = SimpleNamespace(unet=make_unet(), scheduler=DDPMScheduler(), vqvae=make_vae())
+    with pytest.raises(TypeError, match="must decode by a vae, and SimpleNamespace has a vqvae"):
+        ocm.uncertainty(pipeline, 400, image=seeded(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["QwenImagePipeline", "SanaPipeline"])
+def test_autoencoders_with_frames_and_without_a_distribution(name):
+    """Qwen-Image's takes images for videos; Sana's encodes to a point."""
+    kind = PIPELINES[name][0]
+    pipeline = make_pipeline(name, FAMILIES[kind].make(), scheduler_of(name))
+    size = 32 if name == "QwenImagePipeline" else 16
+    image = seeded(1, 3, size, size).tanh()
+    latents = encode(pipeline.vae, image)
+    assert latents.dim() == 4
+    z = image[:, :, None] if name == "QwenImagePipeline" else image
+    with torch.no_grad():
+        encoded = pipeline.vae.encode(z)
+    if name == "SanaPipeline":
+        torch.testing.assert_close(latents, 0.4 * encoded.latent)
+    else:
+        mean = encoded.latent_dist.mean[:, :, 0] - torch.tensor([0.2, -0.1]).reshape(2, 1, 1)
+        mean = mean / torch.tensor([1.5, 0.8]).reshape(2, 1, 1)
+        torch.testing.assert_close(encode(pipeline.vae, image, mean=True), mean)
+    denoiser = FAMILIES[kind].denoiser(pipeline.transformer)
+    condition = FAMILIES[kind].condition(denoiser, batch=1)
+    for way in ("draws", "products"):
+        found = ocm.uncertainty(
+            pipeline, 500, image=image, condition=condition, way=way, num_draws=2
+        )
+        assert found.std.shape == found.mean.shape == image.shape
+        assert found.std.isfinite().all()

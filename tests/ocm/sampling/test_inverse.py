@@ -189,3 +189,12 @@ def test_row_sums_below_zero_count_by_their_size():
     )
     u = torch.tensor([1 / (2 + 1), 2 / (7 + 1)])
     torch.testing.assert_close(found[0], matrix[0] @ u)
+
+
+def test_rows_that_measure_nothing_have_no_weight():
+    mask, y = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([[1.0, 0.0, 2.0]])
+    C = full(torch.eye(3)[None], torch.Size([1, 3]))
+    found = ocm.posterior_mean_given_measurement(
+        torch.zeros(1, 3), C, y, lambda x: x * mask, noise_std=0.0, weighting="row_sums"
+    )
+    torch.testing.assert_close(found, y)

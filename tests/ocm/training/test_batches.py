@@ -153,3 +153,15 @@ def test_data_and_settings_that_do_not_fit(images, conditions, changes, message)
             "network", nn.Linear(4, 4), loss, images, conditions, 10, settings, device="cpu",
             progress=False,
         )  # fmt: skip
+
+
+def test_videos_are_flipped_as_wholes():
+    """As many as they have channels, which broadcasting would take for one another."""
+    videos = torch.randn(4, 4, 2, 3, 5)
+    settings = TrainingSettings(num_steps=1, batch_size=4, horizontal_flip=True, seed=0)
+    batch = batch_of_step(0, settings, 4, 1000)
+    assert 0 < batch.flips.sum() < 4
+    shown = MicroBatches(videos, {}, 1000, settings)[0].x0
+    for i, (picked, flip) in enumerate(zip(batch.indices, batch.flips, strict=True)):
+        expected = videos[picked].flip(-1) if flip else videos[picked]
+        assert torch.equal(shown[i], expected)
