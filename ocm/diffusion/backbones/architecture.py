@@ -174,6 +174,7 @@ def packed(x: Tensor, patch: tuple[int, ...]) -> Tensor:
     """Return the patches of x as tokens (B, n, C prod(patch)), channels first in each of them.
 
     Example:
+        >>> import torch
         >>> packed(torch.arange(16.0).reshape(1, 1, 4, 4), (2, 2))[0, 1]
         tensor([2., 3., 6., 7.])
     """
@@ -188,6 +189,7 @@ def unpacked(tokens: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> T
     """Return what :func:`packed` took apart.
 
     Example:
+        >>> import torch
         >>> x = torch.randn(2, 3, 4, 6, 2)
         >>> torch.equal(unpacked(packed(x, (1, 2, 2)), (4, 3, 1), (1, 2, 2)), x)
         True
