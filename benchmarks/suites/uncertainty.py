@@ -348,7 +348,7 @@ def decoders(sizes: Sizes) -> list[Row]:
         draws = torch.cat([posterior.noise(torch.randn(mean.shape)) for _ in range(sizes.num_true)])
         true = decode(vae, mean + draws).std(dim=0, keepdim=True)
         normals = [posterior.noise(torch.randn(mean.shape)) for _ in range(sizes.num_draws)]
-        row: Row = {"width": width}
+        row: Row = {"width": f"{width:g}"}  # a name, by which rows are told apart
         for name, spread in (("draws", std_of_draws), ("products", std_by_products)):
             start = time.perf_counter()
             std = spread(vae, mean, normals.__getitem__, sizes.num_draws)
@@ -396,7 +396,7 @@ def report(record: Row) -> str:
         }
         for row in record["decoders"]
     ]
-    columns = {"std of latents": "g", "draws": ".2f", "products": ".2f"}
+    columns = {"draws": ".2f", "products": ".2f"}
     sections += [
         f"**Decoding** by a small AutoencoderKL, M = {sizes['num_draws']}: relative error of the "
         f"standard deviation against {sizes['num_true']} draws. Of a linear decoder both would err "

@@ -115,6 +115,8 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
         self.backbone: Any = backbone
         self.head: nn.Module = HEADS[head_class](**head_config) if head is None else head
         self._given_architecture = architecture
+        # Found once, since the graph of torch.compile does not hold the search.
+        self._architecture = None if has_own_architecture else architecture_of(backbone)
         self._keep_in_fp32_modules = _kept_in_float32(class_of(backbone))
 
     @property
@@ -132,11 +134,12 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
         Raises:
             ValueError: If it is one of its own, and was not given to ``from_pretrained``.
         """
-        if self._internal_dict["has_own_architecture"] and self._given_architecture is None:
+        architecture: Architecture | None = self._given_architecture or self._architecture
+        if architecture is None:
             raise ValueError(
                 "architecture must be given to from_pretrained, that of ocm.attach: it is not saved"
             )
-        return self._given_architecture or architecture_of(self.backbone)
+        return architecture
 
     @property
     def parameterisation(self) -> Parameterisation:
