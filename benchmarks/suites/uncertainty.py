@@ -396,7 +396,7 @@ def report(record: Row) -> str:
         }
         for row in record["decoders"]
     ]
-    columns = {"draws": ".2f", "products": ".2f"}
+    columns = {"std of latents": "", "draws": ".2f", "products": ".2f"}
     sections += [
         f"**Decoding** by a small AutoencoderKL, M = {sizes['num_draws']}: relative error of the "
         f"standard deviation against {sizes['num_true']} draws. Of a linear decoder both would err "
