@@ -99,7 +99,8 @@ def check_rows(condition: Condition, count: int) -> None:
     for values in pytree.tree_leaves((condition.labels, condition.tensors)):
         if isinstance(values, Tensor) and values.dim() and len(values) not in (1, count):
             raise ValueError(
-                f"labels and tensors must be one for each of {count} samples, got {len(values)}"
+                "labels and tensors must be one for each sample, or one for all, got "
+                f"{len(values)} for {count} samples"
             )
 
 

@@ -378,7 +378,7 @@ def test_rows_are_one_for_each_sample_or_one_for_all():
     family = FAMILIES["SanaTransformer2DModel"]
     denoiser = family.denoiser(family.make())
     condition = family.condition(denoiser)
-    with pytest.raises(ValueError, match="one for each of 4 samples, got 2"):
+    with pytest.raises(ValueError, match="or one for all, got 2 for 4 samples"):
         denoiser.predict(family.x_t(4), 500, condition=condition)
     assert denoiser.predict(
         family.x_t(1), 500, condition=family.condition(denoiser, 1)
