@@ -1,0 +1,1 @@
+"""Heads against one another: likelihood and samples on three data sets and three paths."""
