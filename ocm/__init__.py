@@ -26,6 +26,7 @@ from ocm.covariances import (
     ImprovedDDPM,
     Lanczos,
     LearnedCovariance,
+    MaximumLikelihood,
     OptimalCovarianceMatching,
     VarianceChannels,
     calibrate,
@@ -33,7 +34,7 @@ from ocm.covariances import (
     fit_analytic_from_data,
 )
 from ocm.covariances.learned.heads import CovarianceHead, ResidualHead, TokenHead, make_head
-from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.learned.parameterisation import BOUNDED, PAPER, Parameterisation
 from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance
 from ocm.diffusion.backbones.architecture import Architecture
 from ocm.diffusion.denoiser import Denoiser, Prediction
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler
 
 __all__ = [
+    "BOUNDED",
     "NPR",
     "PAPER",
     "SN",
@@ -94,6 +96,7 @@ __all__ = [
     "KDiffusionDenoiser",
     "Lanczos",
     "LearnedCovariance",
+    "MaximumLikelihood",
     "OCMDDIMScheduler",
     "OCMDiTPipeline",
     "OCMFlowScheduler",

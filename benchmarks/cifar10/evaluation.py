@@ -263,7 +263,13 @@ def _validation(checkpoint: Checkpoint, validation: Tensor, size: Size, parts: P
 
     def make() -> list[Row]:
         table = likelihood_table(
-            checkpoint, images, ["analytic", *HEADS], step_counts, seed=SEED, batch_size=size.group
+            checkpoint,
+            images,
+            ["analytic", *HEADS],
+            step_counts,
+            decoder="beta_tilde",
+            seed=SEED,
+            batch_size=size.group,
         )
         return [
             {
@@ -297,6 +303,7 @@ def _likelihoods(checkpoint: Checkpoint, images: Images, size: Size, parts: Part
                 PLAIN,
                 size.step_counts,
                 calibrated=HEADS,
+                decoder="beta_tilde",
                 seed=SEED + first,
                 batch_size=size.group,
             )

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ocm.covariances.names import CALIBRATED, LEARNED
+from ocm.covariances.names import CALIBRATED
 from ocm.sampling.samplers import ddim, ddpm
 from ocm.training.settings import TrainingSettings
 
 SCHEDULES = ("linear", "cosine")
 NUM_TIMESTEPS = 1000
 SEED = 0
-HEADS = tuple(LEARNED)
+# Those of the papers, in their units.
+HEADS = ("iddpm", "npr", "sn", "ocm")
 PLAIN = ("beta", "beta_tilde", "analytic", *HEADS)
 # What samples are drawn with: beta is DDPM's other variance, and far worse at few steps.
 SAMPLED = PLAIN[1:]

@@ -233,7 +233,8 @@ def train_schedule(schedule: str, work: Path, data: Path, size: Size, device: to
 def untrained(name: str, denoiser: Denoiser, size: Size) -> Any:
     """Return a learned covariance with an untrained head, of the settings chosen."""
     options = {"num_probes": size.target_probes} if name == "ocm" else {}
-    return LEARNED[name](denoiser, ocm.make_head(denoiser, size.head_kind, seed=SEED), **options)
+    head = ocm.make_head(denoiser, size.head_kind, seed=SEED)
+    return LEARNED[name](denoiser, head, ocm.PAPER, **options)
 
 
 def _unet(size: Size, shape: tuple[int, int, int]) -> Any:

@@ -424,7 +424,14 @@ def bits_of_steps_from(
     for name in [f"{n}{end}" for n in LIKELIHOODS for end in ("", ", calibrated")]:
         for K, s in ends:
             if s == 0:
-                terms = prior_term(denoiser, x0) + decoder_term(prediction, x0, checkpoint.levels)
+                decoded = decoder_term(
+                    ocm.BetaTilde(denoiser).at(prediction.towards(0)),
+                    prediction,
+                    x0,
+                    checkpoint.levels,
+                    "beta_tilde",
+                )
+                terms = prior_term(denoiser, x0) + decoded
             else:
                 terms = step_term(versions[name], prediction.towards(s), x0)
             found[f"{name} {K}"] = terms.double().tolist()

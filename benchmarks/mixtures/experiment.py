@@ -22,13 +22,12 @@ from tqdm import tqdm
 from mixtures.checks import degraded_scores, one_head
 from mixtures.errors import WeightedPoints, off_diagonal_share, variance_error, weighted_points
 from mixtures.samples import discrepancies, discrepancy_of_data, training_free
-from mixtures.settings import MIXTURES, MixtureSettings
+from mixtures.settings import HEADS, MIXTURES, MixtureSettings
 from mixtures.trained import fitted_analytic, learned_denoiser, trained_head
 from mixtures.true_score import mixture_denoiser
 from ocm.covariances import Covariance, Exact, Hutchinson
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
-from ocm.covariances.names import LEARNED
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import linear
 from ocm.evaluation.environment import Row, environment
@@ -135,7 +134,7 @@ def run_task(task: Task, settings: MixtureSettings, device: torch.device) -> dic
     parts["errors"] += measure(points, "analytic", "", analytic)
     heads: dict[str, LearnedCovariance] = {}
     units = Parameterisation(data_std=mixture.std)
-    kinds = [(name, "preconditioned", units) for name in LEARNED]
+    kinds = [(name, "preconditioned", units) for name in HEADS]
     if task.first and task.score == "true":
         kinds += [(name, "paper", PAPER) for name in ("npr", "ocm")]
     for name, kind, parameterisation in kinds:
@@ -154,7 +153,7 @@ def run_task(task: Task, settings: MixtureSettings, device: torch.device) -> dic
             heads[name] = covariance
     sizes: dict[str, Any] = {"num_samples": settings.num_samples, "bandwidth": settings.bandwidth}
     if task.score == "true":
-        order = ("beta", "beta_tilde", "analytic", *LEARNED, "exact", "full", "lanczos")
+        order = ("beta", "beta_tilde", "analytic", *HEADS, "exact", "full", "lanczos")
         stated: dict[str, Covariance] = {**free, **heads}
         covariances = {name: stated[name] for name in order}
         parts["samples"] = discrepancies(

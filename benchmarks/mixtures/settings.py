@@ -9,6 +9,8 @@ from mixtures.mixture import Mixture, correlated_mixture, nine_gaussians
 from ocm.training.settings import TrainingSettings
 
 _DENOISER_SEED = 1000
+# The papers' heads, by name.
+HEADS = ("iddpm", "npr", "sn", "ocm")
 
 MIXTURES: dict[str, Callable[[], Mixture]] = {
     "nine Gaussians": nine_gaussians,

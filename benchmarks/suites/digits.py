@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from cifar10.parts import as_json, write_json
+from cifar10.sizes import HEADS
 from harness import budget
 from harness.timing import Setting
 from torch import Tensor
@@ -32,7 +33,6 @@ from ocm.checkpoints.catalogue import CovarianceSettings, affordable
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
 from ocm.checkpoints.held_back import held_back
-from ocm.covariances.names import LEARNED
 from ocm.data import Images
 from ocm.diffusion.noise import noisy_prediction
 from ocm.evaluation import classifier
@@ -135,7 +135,7 @@ def _trained(sizes: Sizes, device: torch.device) -> Path:
         checkpoint, record = train_checkpoint(
             ocm.data.digits(),
             NewDenoiser(training, sizes.width),
-            NewHeads(of_heads, tuple(LEARNED), parameterisation="paper", seed=SEED),
+            NewHeads(of_heads, HEADS, parameterisation="paper", seed=SEED),
             directory,
             device=device,
             progress=False,
@@ -157,6 +157,7 @@ def _evaluated(directory: Path, sizes: Sizes, device: torch.device) -> Row:
         fit_images=sizes.fit_images,
         num_samples=sizes.num_samples,
         covariances=CovarianceSettings(seed=SEED),
+        decoder="beta_tilde",
         seed=SEED,
     )
     out = directory / "evaluation"

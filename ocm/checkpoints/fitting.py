@@ -33,7 +33,7 @@ def fitted(
         checkpoint: The denoiser.
         x0: Training data, shape (n, ...).
         names: Covariances that will be used; the analytic ones among them are fitted.
-        steps: The steps (s, t) that will be taken; those to s = 0 need nothing.
+        steps: The steps (s, t) that will be taken.
         calibrated: Covariances to calibrate.
         labels: Class of each sample, for a denoiser that takes them.
         settings: For covariances that take products.
@@ -41,9 +41,8 @@ def fitted(
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
     """
-    # By timestep from 1 on, so that every trajectory lies within; by step where there is noise.
+    # By timestep from 1 on, so that every trajectory lies within.
     timesteps = sorted({1, *(t for _, t in steps)})
-    noisy_steps = [(s, t) for s, t in steps if s > 0]
     options: dict[str, Any] = {
         "labels": labels,
         "seed": seed,
@@ -64,7 +63,7 @@ def fitted(
             checkpoint.denoiser,
             covariance,
             x0,
-            noisy_steps if covariance.depends_on_s else timesteps,
+            steps if covariance.depends_on_s else timesteps,
             x0_range=checkpoint.x0_range,
             label=f"calibration of {name}",
             **options,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -55,6 +55,13 @@ def evaluate(
             "that is trained on the labelled data."
         ),
     ] = None,
+    decoder: Annotated[
+        Literal["stated", "beta_tilde"],
+        typer.Option(
+            help="Variance of the last step, to x0: the covariance's own, or beta_tilde(1, 2) for "
+            "all of them, as in the papers' tables."
+        ),
+    ] = "stated",
     data: options.Data = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
     num_probes: options.NumProbes = 8,
@@ -91,6 +98,7 @@ def evaluate(
         num_samples=num_samples,
         inception=inception,
         covariances=CovarianceSettings(num_probes, lanczos_probes, seed),
+        decoder=decoder,
         seed=seed,
         batch_size=batch_size,
     )

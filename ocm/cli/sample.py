@@ -182,14 +182,8 @@ def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
     from ocm.diffusion import timesteps
 
     schedule = loaded.denoiser.schedule
-    spacings = {
-        "even": timesteps.even_timesteps,
-        "trailing": timesteps.trailing_timesteps,
-        "leading": timesteps.leading_timesteps,
-        "quadratic": timesteps.quadratic_timesteps,
-    }
-    if spacing in spacings:
-        return spacings[spacing](schedule, steps)
+    if spacing in timesteps.SPACINGS:
+        return timesteps.SPACINGS[spacing](schedule, steps)
     # From data, since near t = N the one from the score needs many images to be told from zero.
     if "analytic_data" not in loaded.analytic:
         raise ValueError(

@@ -92,6 +92,12 @@ def train(
             "papers' units, which multiply errors by up to 25000 where the noise is high."
         ),
     ] = "positive",
+    start_from: Annotated[
+        Literal["ocm", "npr"] | None,
+        typer.Option(
+            help="Head of --denoiser that --head ml starts from, to be trained on by the bound."
+        ),
+    ] = None,
     width: Annotated[
         int, typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8.")
     ] = 32,
@@ -208,6 +214,8 @@ def train(
         parameterisation,
         target_probes,
         forward_mode,
+        start_from,
+        None if vae is not None else (-1.0, 1.0),
         seed,
     )
     for name in _OF_A_NEW_DENOISER:
@@ -219,6 +227,10 @@ def train(
             )
     if denoiser is None and (caption_column or conditions):
         raise ValueError("--caption-column and --conditions are for a --denoiser that takes texts")
+    if start_from is not None and (denoiser is None or "ml" not in heads.names):
+        raise ValueError(
+            f"--start-from {start_from} is for --head ml and a --denoiser with such a head"
+        )
     if denoiser is None and shard:
         raise ValueError("--shard is for a --denoiser, which is frozen")
     if caption_column and conditions:

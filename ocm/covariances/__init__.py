@@ -9,6 +9,7 @@ covariance                         states                                       
 :class:`VarianceChannels`          what a backbone learned beside its prediction   0
 :class:`NPR`, :class:`SN`          heads that regress errors and noise             0
 :class:`OptimalCovarianceMatching` a head that regresses the Hessian's diagonal    0
+:class:`MaximumLikelihood`         a head, trained by the bound of few-step chains 0
 :class:`Hutchinson`                the diagonal from M probes of any design        M
 :class:`Exact`                     the diagonal                                    D
 :class:`ChannelBlocks`             a matrix over channels for each pixel           D, or fewer
@@ -40,6 +41,7 @@ from ocm.covariances.hutchinson import Hutchinson
 from ocm.covariances.lanczos import Lanczos, LanczosCovariance
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.improved_ddpm import ImprovedDDPM, VarianceChannels
+from ocm.covariances.learned.maximum_likelihood import MaximumLikelihood
 from ocm.covariances.learned.npr import NPR
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.sn import SN
@@ -61,6 +63,7 @@ __all__ = [
     "Lanczos",
     "LanczosCovariance",
     "LearnedCovariance",
+    "MaximumLikelihood",
     "OptimalCovarianceMatching",
     "VarianceChannels",
     "calibrate",

@@ -15,6 +15,7 @@ from ocm.covariances.hutchinson import Hutchinson
 from ocm.covariances.lanczos import Lanczos
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.improved_ddpm import ImprovedDDPM, VarianceChannels
+from ocm.covariances.learned.maximum_likelihood import MaximumLikelihood
 from ocm.covariances.learned.npr import NPR
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.sn import SN
@@ -43,7 +44,7 @@ class Entry:
     make: Callable[..., Any]
 
 
-# Okabe and Ito's colours and three of Paul Tol's, which colour-blind readers can tell apart.
+# Okabe and Ito's colours and four of Paul Tol's, which colour-blind readers can tell apart.
 NAMES: dict[str, Entry] = {
     "beta": Entry("β", "#E69F00", "s", "fixed", Beta),
     "beta_tilde": Entry("β̃", "#CC79A7", "v", "fixed", BetaTilde),
@@ -54,6 +55,7 @@ NAMES: dict[str, Entry] = {
     "npr": Entry("NPR head", "#D55E00", "<", "learned", NPR),
     "sn": Entry("SN head", "#999933", ">", "learned", SN),
     "ocm": Entry("OCM head", "#0072B2", "o", "learned", OptimalCovarianceMatching),
+    "ml": Entry("likelihood head", "#332288", "8", "learned", MaximumLikelihood),
     "hutchinson": Entry("Hutchinson", "#009E73", "^", "probes", Hutchinson),
     "coloring": Entry("coloring", "#009E73", "*", "probes", Hutchinson),
     "exact": Entry("exact diagonal", "#000000", "x", "exact", Exact),
@@ -72,7 +74,7 @@ def named(*kinds: Kind) -> list[str]:
 
     Example:
         >>> named("learned")
-        ['iddpm', 'npr', 'sn', 'ocm']
+        ['iddpm', 'npr', 'sn', 'ocm', 'ml']
     """
     return [name for name, entry in NAMES.items() if entry.kind in kinds]
 

@@ -26,7 +26,9 @@ def gaussian_step_kl(
     return 0.5 * (ratio.log() + (1.0 + snr_difference * squared_error) / ratio - 1.0)
 
 
-def discretised_gaussian_log_prob(x0: Tensor, mean: Tensor, std: float, levels: int) -> Tensor:
+def discretised_gaussian_log_prob(
+    x0: Tensor, mean: Tensor, std: float | Tensor, levels: int
+) -> Tensor:
     """Return log of the mass of N(mean, std^2) on the bin of each grey level x0, in nats.
 
     Bins are 2 / (levels - 1) wide and centred on the levels of [-1, 1]; the outermost are open.

@@ -21,7 +21,7 @@ On a discrete schedule they are whole, on a continuous path any numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ def even_timesteps(schedule: Schedule, K: int) -> list[float]:
     if K == 1:
         return [num_timesteps]
     stride = (num_timesteps - 1) / (K - 1)
-    return _fitted(schedule, [1 + k * stride for k in range(K)])
+    # The last one is N itself, whatever the rounding of the strides.
+    return _fitted(schedule, [*(1 + k * stride for k in range(K - 1)), num_timesteps])
 
 
 def trailing_timesteps(schedule: Schedule, K: int) -> list[float]:
@@ -285,6 +286,15 @@ def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[flo
     for origin in reversed(origins):
         path.append(int(origin[path[-1]]))
     return [t + 1 for t in reversed(path)]
+
+
+# By name, those that take a schedule and K alone.
+SPACINGS: dict[str, Callable[[Schedule, int], list[float]]] = {
+    "even": even_timesteps,
+    "trailing": trailing_timesteps,
+    "leading": leading_timesteps,
+    "quadratic": quadratic_timesteps,
+}
 
 
 def _fitted(schedule: Schedule, timesteps: list[float]) -> list[float]:

@@ -23,6 +23,7 @@ from ocm.evaluation import features
 from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
 from ocm.evaluation.samples import Quality, draw, median_distance, quality
 from ocm.evaluation.scores import likelihood_record, likelihood_table, steps_of
+from ocm.sampling.likelihood import Decoder
 from ocm.sampling.samplers import ddim, ddpm
 
 
@@ -41,6 +42,7 @@ class EvaluationSettings:
         inception: Inception weights of torch-fidelity for the features; None trains a classifier
             on the labelled data.
         covariances: Settings of the covariances.
+        decoder: As in :func:`ocm.bits_per_dim`.
         seed: Seed of all randomness.
         batch_size: Images at a time.
     """
@@ -54,6 +56,7 @@ class EvaluationSettings:
     num_samples: int = 256
     inception: Path | None = None
     covariances: CovarianceSettings = field(default_factory=CovarianceSettings)
+    decoder: Decoder = "stated"
     seed: int = 0
     batch_size: int = 128
 
@@ -110,6 +113,7 @@ def evaluate(
         calibrated=scored if settings.calibrated else (),
         labels=images.test_labels if checkpoint.denoiser.takes_labels else None,
         settings=settings.covariances,
+        decoder=settings.decoder,
         seed=settings.seed,
         batch_size=settings.batch_size,
         progress=progress,
@@ -120,6 +124,7 @@ def evaluate(
         "num_probes": settings.covariances.num_probes,
         "lanczos_probes": settings.covariances.lanczos_probes,
         "fit_images": settings.fit_images,
+        "decoder": settings.decoder,
         "seed": settings.seed,
         "step_counts": list(settings.step_counts),
     }
@@ -144,7 +149,7 @@ def _fitted(
     steps = steps_of(checkpoint.denoiser.schedule, settings.step_counts)
 
     def lacks(table: Table | None) -> bool:
-        return table is None or not table.covers([(s, t) for s, t in steps if s > 0])
+        return table is None or not table.covers(steps)
 
     analytic = {name: c.scaled_variances for name, c in checkpoint.analytic.items()}
     wanted = [n for n in settings.names if n in named("fitted") and lacks(analytic.get(n))]

@@ -17,7 +17,7 @@ from ocm.covariances.operators import PosteriorCovariance, spectral
 from ocm.diffusion.noise import labelled, noisy_prediction
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import even_timesteps, reverse_steps
-from ocm.sampling.likelihood import check_images, decoder_term, prior_term, step_term
+from ocm.sampling.likelihood import Decoder, check_images, decoder_term, prior_term, step_term
 from ocm.sampling.samplers import X0_RANGE
 
 
@@ -51,6 +51,7 @@ def likelihood_table(
     calibrated: Sequence[str] = (),
     labels: Tensor | None = None,
     settings: CovarianceSettings | None = None,
+    decoder: Decoder = "stated",
     seed: int = 0,
     batch_size: int = 128,
     progress: bool = False,
@@ -68,6 +69,7 @@ def likelihood_table(
         calibrated: Those of ``names`` to score calibrated too, as ``NAME_calibrated``.
         labels: Class of each image, for a denoiser that takes them.
         settings: For covariances that take products.
+        decoder: As in :func:`ocm.bits_per_dim`.
         seed: Seed of the noise.
         batch_size: Images at a time.
         progress: Whether to show a progress bar.
@@ -105,12 +107,6 @@ def likelihood_table(
         prediction = noisy_prediction(denoiser, x0, t, seed, first, condition=condition)
         shared: dict[str, PosteriorCovariance] = {}
         for K, s in visits[t]:
-            if s == 0:
-                ends = prior_term(denoiser, x0)
-                ends = ends + decoder_term(prediction, x0, checkpoint.levels)
-                for row in rows:
-                    totals[row, K][batch] += ends
-                continue
             towards = prediction.towards(s)
             for name, covariance in covariances.items():
                 if name not in shared or covariance.depends_on_s:
@@ -121,8 +117,12 @@ def likelihood_table(
                     scale, shift = checkpoint.calibrations[name].at(s, t).tolist()
                     versions[name + CALIBRATED] = stated.affine(scale, shift)
                 for row, version in versions.items():
-                    bounded = spectral(version.bounded(X0_RANGE))
-                    totals[row, K][batch] += step_term(bounded, towards, x0)
+                    bounded = version.bounded(X0_RANGE)
+                    if s > 0:
+                        totals[row, K][batch] += step_term(spectral(bounded), towards, x0)
+                        continue
+                    decoded = decoder_term(bounded, towards, x0, checkpoint.levels, decoder)
+                    totals[row, K][batch] += prior_term(denoiser, x0) + decoded
     for (row, K), values in totals.items():
         if not bool(torch.isfinite(values).all()):
             raise FloatingPointError(

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from ocm.checkpoints.weights import CheckpointError, load_weights
 from ocm.covariances.learned.heads import HEADS, make_head
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
-from ocm.covariances.learned.parameterisation import Parameterisation
+from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
 from ocm.diffusion.backbones.architecture import Architecture, grid_of, packed
 from ocm.diffusion.backbones.families import architecture_of
 from ocm.diffusion.backbones.wrappers import (
@@ -53,10 +53,6 @@ from ocm.diffusion.schedules import Schedule, linear
 from ocm.integrations.flow_scheduler import OCMFlowScheduler
 from ocm.integrations.gaussian_steps import CovarianceScheduler
 from ocm.integrations.scheduler import LEARNED, OCMDDIMScheduler, OCMScheduler
-
-# Bounded at every noise level; latents have a standard deviation near 1, images near this one, and
-# the order of magnitude is what matters.
-BOUNDED = Parameterisation(data_std=0.5, positive=True)
 
 
 class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):

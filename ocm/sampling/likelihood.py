@@ -13,10 +13,12 @@ over k of
 
     1/2 [log(1 + r Var_k) + (1 + r (F (x_0 - x0_hat))_k^2) / (1 + r Var_k) - 1].
 
-The decoder of images is a Gaussian around x0_hat of variance beta_tilde(1, 2), integrated over the
-bin of each grey level, the outermost bins being open. For continuous data it is the density of
-N(x0_hat, Cov[x0 | x_t1]); with the exact covariance of Gaussian data every term is exact, and the
-bound is the likelihood itself for any K.
+The decoder of images is a Gaussian of each dimension around x0_hat, integrated over the bin of each
+grey level, the outermost bins being open. Its variance is the stated Var[x0 | x_t1], with at least
+a tenth of a bin as standard deviation; the papers' is beta_tilde(1, 2) for every covariance
+(:data:`Decoder`). For continuous data it is the density of N(x0_hat, Cov[x0 | x_t1]); with the
+exact covariance of Gaussian data every term is exact, and the bound is the likelihood itself for
+any K.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ocm.covariances.base import Covariance
-from ocm.covariances.operators import SpectralCovariance, spectral
+from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance, spectral
 from ocm.diffusion.checks import check_finite
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
@@ -38,8 +41,14 @@ from ocm.diffusion.noise import noisy_prediction
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 from ocm.sampling.samplers import X0_RANGE
 
+Decoder = Literal["stated", "beta_tilde"]
+"""The variance of the decoder: that of the covariance at t_1, or the papers' beta_tilde(1, 2)."""
+
 # Of a bin: float32 rounding, and nothing that is a wrong number of levels.
 _GRID_TOLERANCE = 1e-3
+# Of a bin, the least standard deviation of a decoder: an estimate that was clipped at zero states
+# a certainty that no image can bear out.
+_LEAST_STD = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +79,7 @@ def bits_per_dim(
     steps: int | Sequence[float],
     *,
     levels: int | None = 256,
+    decoder: Decoder = "stated",
     x0_range: tuple[float, float] | None = X0_RANGE,
     condition: Condition | None = None,
     seed: int = 0,
@@ -89,6 +99,8 @@ def bits_per_dim(
         steps: Number K of evenly spaced timesteps, or increasing timesteps up to N.
         levels: Number of grey levels: bins are 2 / (levels - 1) wide. None for continuous data,
             whose density is bounded.
+        decoder: Whose variance the decoder of images takes: "stated", or "beta_tilde" as in the
+            papers' tables.
         x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for data without
             bounds.
         condition: Class labels of the images, for a denoiser that takes them.
@@ -98,13 +110,15 @@ def bits_per_dim(
 
     Raises:
         ValueError: If x0 leaves [-1, 1] or the grid, the timesteps do not increase to N, or
-            levels < 2; or x0 is not finite.
+            levels < 2; or x0 is not finite; or the decoder of continuous data is not "stated".
         TypeError: If the covariance has no density (Lanczos).
     """
     from tqdm import tqdm
 
     if levels is None:
         check_finite("x0", x0)
+        if decoder != "stated":
+            raise ValueError(f"decoder must be 'stated' for continuous data, got {decoder!r}")
     else:
         check_images(x0, levels)
     timesteps = timesteps_of(denoiser.schedule, steps)
@@ -131,7 +145,7 @@ def bits_per_dim(
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),
         decoder=density_term(stated(prediction), prediction, x0, x0_range)
         if levels is None
-        else decoder_term(prediction, x0, levels),
+        else decoder_term(stated(prediction), prediction, x0, levels, decoder),
     )
 
 
@@ -201,10 +215,33 @@ def _squared_errors(
     return error.double().square()
 
 
-def decoder_term(prediction: Prediction, x0: Tensor, levels: int) -> Tensor:
-    """Return -log p(x_0 | x_t1) of the discretised Gaussian, in bits/dim, shape (B,)."""
+def decoder_term(
+    covariance: PosteriorCovariance,
+    prediction: Prediction,
+    x0: Tensor,
+    levels: int,
+    decoder: Decoder = "stated",
+) -> Tensor:
+    """Return -log p(x_0 | x_t1) of the discretised Gaussian, in bits/dim, shape (B,).
+
+    Args:
+        covariance: Cov[x0 | x_t1], whose diagonal counts, bounded to what the data allow.
+        prediction: At x_t1.
+        x0: The images.
+        levels: Number of grey levels.
+        decoder: Whose variance is taken.
+
+    Raises:
+        ValueError: If the decoder is of neither name.
+    """
     x0_hat = prediction.x0_hat.clamp(*X0_RANGE).double()
-    std = math.sqrt(prediction.denoiser.schedule.beta_tilde(1, 2))
+    if decoder == "stated":
+        least = _LEAST_STD * 2 / (levels - 1)
+        std = covariance.diagonal().double().clamp(min=least**2).sqrt()
+    elif decoder == "beta_tilde":
+        std = x0_hat.new_tensor(prediction.denoiser.schedule.beta_tilde(1, 2)).sqrt()
+    else:
+        raise ValueError(f"decoder must be 'stated' or 'beta_tilde', got {decoder!r}")
     return _mean_bits(-discretised_gaussian_log_prob(x0.to(x0_hat), x0_hat, std, levels))
 
 

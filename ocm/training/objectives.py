@@ -272,7 +272,7 @@ def _details(
     nulls: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Return what tells one training of a head from another beside its settings."""
-    plain = {k: v for k, v in vars(covariance).items() if isinstance(v, (str, int, float))}
+    plain = {k: v for k, v in vars(covariance).items() if isinstance(v, (str, int, float, tuple))}
     return {
         "covariance": type(covariance).__name__,
         **plain,

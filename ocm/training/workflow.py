@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from ocm.checkpoints.checkpoint import Checkpoint
-from ocm.covariances import LearnedCovariance
+from ocm.covariances import LearnedCovariance, MaximumLikelihood
 from ocm.covariances.learned.heads import make_head
 from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.covariances.names import LEARNED
@@ -66,6 +67,8 @@ class NewHeads:
             papers'.
         target_probes: Probes in each target of OCM.
         forward_mode: Whether OCM's targets come from forward mode.
+        start_from: A head of the checkpoint, whose weights and units those of ``ml`` start from.
+        x0_range: Where the data lie; None for data without bounds.
         seed: Seed of their weights.
     """
 
@@ -75,6 +78,8 @@ class NewHeads:
     parameterisation: str = "positive"
     target_probes: int = 1
     forward_mode: bool = False
+    start_from: str | None = None
+    x0_range: tuple[float, float] | None = (-1.0, 1.0)
     seed: int = 0
 
 
@@ -108,7 +113,7 @@ def train_checkpoint(
 
     Raises:
         ValueError: If no images are left to train on, or there are no classes for a
-            class-conditional denoiser.
+            class-conditional denoiser, or none of the head that another is to start from.
     """
     began = time.perf_counter()
     loop: dict[str, Any] = {"resume": resume, "tensorboard": tensorboard, "progress": progress}
@@ -165,7 +170,7 @@ def train_checkpoint(
     base = replace(base, denoiser=_knowing_its_data(base.denoiser, shown))
     learned, head_losses = dict(base.learned), {}
     for name in dict.fromkeys(heads.names):
-        learned[name] = _untrained(name, base.denoiser, images, heads)
+        learned[name] = _untrained(name, base, images, heads)
         losses = train_head(
             learned[name],
             shown.train,
@@ -197,8 +202,16 @@ def _knowing_its_data(denoiser: Denoiser, images: Images) -> Denoiser:
     return replace(denoiser, data_covariance=images.train[:_TELLING].var(dim=0))
 
 
-def _untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -> LearnedCovariance:
+def _untrained(name: str, base: Checkpoint, images: Images, heads: NewHeads) -> LearnedCovariance:
     """Return a learned covariance whose units are those of these images, but for the papers'."""
+    if name == "ml" and heads.start_from is not None:
+        if heads.start_from not in base.learned:
+            raise ValueError(
+                f"start_from must be a head of the checkpoint, {', '.join(base.learned) or 'none'}"
+                f", got {heads.start_from!r}"
+            )
+        start = MaximumLikelihood.of(base.learned[heads.start_from], heads.x0_range)
+        return replace(start, head=copy.deepcopy(start.head))
     units = PAPER
     if heads.parameterisation != "paper":
         std = images.train[:_TELLING].std().item()
@@ -207,5 +220,7 @@ def _untrained(name: str, denoiser: Denoiser, images: Images, heads: NewHeads) -
     if name == "ocm":
         mode = "jvp" if heads.forward_mode else "vjp"
         options = {"num_probes": heads.target_probes, "mode": mode}
-    head = make_head(denoiser, heads.kind, seed=heads.seed)
-    return LEARNED[name](denoiser, head, units, **options)
+    elif name == "ml":
+        options = {"x0_range": heads.x0_range}
+    head = make_head(base.denoiser, heads.kind, seed=heads.seed)
+    return LEARNED[name](base.denoiser, head, units, **options)

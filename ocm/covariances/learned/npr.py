@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.base import regression_loss, scaled_ratio
-from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
@@ -32,7 +32,7 @@ class NPR(Covariance):
 
     denoiser: Denoiser
     head: nn.Module
-    parameterisation: Parameterisation = PAPER
+    parameterisation: Parameterisation = BOUNDED
     network_error: float = 0.02
 
     def at(self, prediction: Prediction) -> SpectralCovariance:

@@ -11,7 +11,7 @@ import hessdiag
 from hessdiag.kernels import ocm_loss, seed_tensor
 from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.base import loss_weight, scaled_ratio
-from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
@@ -44,7 +44,7 @@ class OptimalCovarianceMatching(Covariance):
 
     denoiser: Denoiser
     head: nn.Module
-    parameterisation: Parameterisation = PAPER
+    parameterisation: Parameterisation = BOUNDED
     num_probes: int = 1
     probes: hessdiag.ProbeDesign = hessdiag.Rademacher()  # noqa: RUF009, frozen
     mode: Literal["vjp", "jvp"] = "vjp"

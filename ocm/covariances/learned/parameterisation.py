@@ -93,3 +93,9 @@ class Parameterisation:
 
 
 PAPER = Parameterisation()
+"""The papers': ratio 1 + o in units of sigma^2 / alpha^2."""
+
+# Images in [-1, 1] have a standard deviation near 0.5 and latents one near 1; the order of
+# magnitude is what matters.
+BOUNDED = Parameterisation(data_std=0.5, positive=True)
+"""The default: a positive variance, in units that are bounded at every noise level."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.base import regression_loss, scaled_ratio
-from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
+from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
@@ -33,7 +33,7 @@ class SN(Covariance):
 
     denoiser: Denoiser
     head: nn.Module
-    parameterisation: Parameterisation = PAPER
+    parameterisation: Parameterisation = BOUNDED
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return the variance of each dimension."""

@@ -141,7 +141,8 @@ def test_the_two_variances_of_ddpm_come_back_in_the_step(s, t):
 
 def test_an_untrained_head_states_the_variance_of_a_flat_prior(unet):
     denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
-    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
+    head = ocm.make_head(denoiser)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head, ocm.PAPER)
     x_t = torch.randn(2, 2, 8, 8)
     variance = covariance.at(denoiser.predict(x_t, 100)).diagonal()
     expected = denoiser.schedule.beta_bar[100] / denoiser.schedule.alpha_bar[100]

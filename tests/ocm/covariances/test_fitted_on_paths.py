@@ -114,7 +114,7 @@ def test_heads_at_the_end_without_signal(path):
         assert torch.isfinite(covariance.loss(x0, t, seed=0, sample_offset=0)), name
         stated = covariance.at(denoiser.predict(x0, 1000, s=900)).diagonal()
         assert torch.isfinite(stated).all()
-    paper = LEARNED["ocm"](denoiser, LevelHead())
+    paper = LEARNED["ocm"](denoiser, LevelHead(), ocm.PAPER)
     with pytest.raises(ValueError, match=r"data_std must be finite .* t = 1000, got infinity"):
         paper.at(denoiser.predict(x0, 1000))
 

@@ -81,7 +81,7 @@ def test_npr(denoiser, batch, units):
 def test_sn_in_the_units_of_the_paper(denoiser, batch):
     x0, x_t, noise, epsilon, _, o = batch
     alpha_bar = ALPHA_BAR[T - 1].reshape(-1, 1, 1, 1)
-    covariance = SN(denoiser, Affine())
+    covariance = SN(denoiser, Affine(), ocm.PAPER)
     expected = (1 + o - noise.square()).square().mean()
     torch.testing.assert_close(loss_of(covariance, x0), expected, rtol=1e-5, atol=0)
     variance = covariance.at(denoiser.predict(x_t, T)).diagonal()
@@ -136,7 +136,9 @@ def test_ocm(denoiser, batch, units, network_error):
 def test_ocm_takes_any_design_of_probes(denoiser, batch, design, num_probes):
     """The target is hessdiag.estimate's with the same design, seed and sample numbers."""
     x0, x_t, _, _, _, o = batch
-    covariance = OptimalCovarianceMatching(denoiser, Affine(), num_probes=num_probes, probes=design)
+    covariance = OptimalCovarianceMatching(
+        denoiser, Affine(), ocm.PAPER, num_probes=num_probes, probes=design
+    )
     h = torch.empty_like(x_t)
     for i, t in enumerate(T.tolist()):
         beta_bar = 1 - ALPHA_BAR[t - 1]
@@ -166,7 +168,7 @@ def test_forward_mode_gives_the_same_targets(unet):
     losses = {}
     for mode in ("vjp", "jvp"):
         head = ocm.make_head(denoiser).double()
-        covariance = OptimalCovarianceMatching(denoiser, head, mode=mode)
+        covariance = OptimalCovarianceMatching(denoiser, head, ocm.PAPER, mode=mode)
         losses[mode] = covariance.loss(x0, t, seed=1, sample_offset=0).item()
     x_t, _ = noisy(denoiser.schedule, x0, t, seed=1, sample_offset=0)
     J = hessdiag.jacobian(lambda x: denoiser.output(x, t), x_t)

@@ -1,0 +1,157 @@
+"""A head trained by the bound on the likelihood of the few-step chains that will be taken."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hessdiag.kernels import normal
+from ocm.covariances.base import Covariance, from_branches
+from ocm.covariances.learned.base import LearnedCovariance, scaled_ratio
+from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
+from ocm.covariances.operators import SpectralCovariance
+from ocm.diffusion import draws
+from ocm.diffusion.conditions import Condition
+from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.divergences import gaussian_step_kl
+from ocm.diffusion.noise import noisy
+from ocm.diffusion.schedules import full_precision, per_sample
+from ocm.diffusion.timesteps import SPACINGS, reverse_steps
+
+
+@dataclass(frozen=True)
+class MaximumLikelihood(Covariance):
+    """Var[x0 | x_t] = c_t ratio(o), trained to maximise the bound of chains of few steps.
+
+    A sample trains one term of the bound (:mod:`ocm.sampling.likelihood`) of one chain of K steps,
+    weighted by K. With the mean stopped, and r = SNR(s) - SNR(t) of the step from t to s, it is
+
+        1/2 [log(1 + r Var) + (1 + r (x0 - x0_hat)^2) / (1 + r Var) - 1],
+
+    or for the decoder, s = 0, the density 1/2 [log(2 pi Var) + (x0 - x0_hat)^2 / Var]. The
+    minimiser holds the error of the network's mean, as NPR's does, and weighs it as a chain is
+    scored: the head states what the few steps need, whatever the denoiser has not learned.
+    I-DDPM trains on steps between neighbours among N instead, and interpolates in logarithms.
+
+    Attributes:
+        denoiser: The frozen denoiser, whose features the head reads.
+        head: The head.
+        parameterisation: What its output means. Without a sign the bound is undefined below
+            -1 / r; there the variance counts as just above it.
+        step_counts: Numbers of steps K of the chains, in turn.
+        spacings: Of their timesteps, keys of :data:`ocm.diffusion.timesteps.SPACINGS`, in turn.
+        x0_range: Where x0_hat is clipped to; None for data without bounds.
+
+    Raises:
+        ValueError: If there are no step counts or spacings, or one that is not known.
+
+    Example:
+        >>> from ocm.diffusion.schedules import linear
+        >>> MaximumLikelihood(Denoiser(lambda x, t: x, linear()), nn.Identity(), step_counts=(0,))
+        Traceback (most recent call last):
+        ...
+        ValueError: step_counts must hold numbers in 1 .. 1000, got (0,)
+    """
+
+    denoiser: Denoiser
+    head: nn.Module
+    parameterisation: Parameterisation = BOUNDED
+    step_counts: tuple[int, ...] = (5, 10, 25, 50)
+    spacings: tuple[str, ...] = ("even", "trailing")
+    x0_range: tuple[float, float] | None = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        N = self.denoiser.schedule.num_timesteps
+        if not self.step_counts or not all(1 <= K <= N for K in self.step_counts):
+            raise ValueError(
+                f"step_counts must hold numbers in 1 .. {N:.0f}, got {self.step_counts}"
+            )
+        if not self.spacings or not set(self.spacings) <= set(SPACINGS):
+            raise ValueError(f"spacings must be some of {', '.join(SPACINGS)}, got {self.spacings}")
+
+    @staticmethod
+    def of(
+        covariance: LearnedCovariance, x0_range: tuple[float, float] | None = (-1.0, 1.0)
+    ) -> MaximumLikelihood:
+        """Return the covariance that trains the head of another on, as that of OCM or NPR.
+
+        The head is the same object, in the same units; one with the units of another loss, those
+        of SN or of I-DDPM's interpolation, states something else and is refused.
+
+        Raises:
+            ValueError: If the output of its head is no variance.
+        """
+        if type(covariance).__name__ in ("SN", "ImprovedDDPM"):
+            raise ValueError(
+                f"covariance must state c_t ratio(o), as OCM's and NPR's do, got "
+                f"{type(covariance).__name__}, whose head puts out something else"
+            )
+        return MaximumLikelihood(
+            covariance.denoiser, covariance.head, covariance.parameterisation, x0_range=x0_range
+        )
+
+    def at(self, prediction: Prediction) -> SpectralCovariance:
+        """Return the variance of each dimension."""
+        own = prediction.by(self.denoiser)
+        return from_branches(own, lambda branch: scaled_ratio(self, branch))
+
+    def loss(
+        self,
+        x0: Tensor,
+        t: Tensor,
+        *,
+        seed: int,
+        sample_offset: int,
+        condition: Condition | None = None,
+        head: nn.Module | None = None,
+    ) -> Tensor:
+        """Return the loss; the arguments are those of :meth:`ocm.LearnedCovariance.loss`.
+
+        Which chain a sample takes is drawn by its number, and t / N is the place in it.
+        """
+        schedule = self.denoiser.schedule
+        s, t, K = (of.to(x0.device) for of in self._steps(t, seed, sample_offset))
+        x_t, _ = noisy(schedule, x0, t, seed, sample_offset)
+        with torch.no_grad():
+            prediction = self.denoiser.predict(x_t, t, condition=condition)
+        x0_hat = full_precision(prediction.x0_hat)
+        if self.x0_range is not None:
+            x0_hat = x0_hat.clamp(*self.x0_range)
+        squared_error = (x0.to(x0_hat) - x0_hat).square()
+        ratio = self.parameterisation.ratio((head or self.head)(prediction.features))
+        variance = self.parameterisation.scale(schedule, t, x_t) * ratio
+
+        decodes = per_sample(s, x_t) == 0
+        # The SNR of s = 0 is infinite; what stands for it there is not looked at.
+        snr = schedule.log_snr(torch.where(s == 0, t, s)).exp() - schedule.log_snr(t).exp()
+        r = per_sample(snr, x_t)
+        floor = torch.where(
+            decodes, self.parameterisation.scale(schedule, t, x_t) * 1e-6, -0.99 / r
+        )
+        variance = torch.maximum(variance, floor)
+        step = gaussian_step_kl(squared_error, torch.where(decodes, 0.0, variance), r)
+        known = torch.where(decodes, variance, 1.0)
+        density = 0.5 * (squared_error / known + known.log() + math.log(2.0 * math.pi))
+        return (per_sample(K, x_t) * torch.where(decodes, density, step)).mean()
+
+    def _steps(self, t: Tensor, seed: int, sample_offset: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the step (s, t) of each sample and the K of its chain, on the CPU."""
+        schedule = self.denoiser.schedule
+        chains = [
+            reverse_steps(SPACINGS[spacing](schedule, K))
+            for spacing in self.spacings
+            for K in self.step_counts
+        ]
+        z = normal((len(t), 1), seed, step=draws.CHAINS, sample_offset=sample_offset, device="cpu")
+        which = (torch.special.ndtr(z[:, 0].double()) * len(chains)).long().tolist()
+        # Whole timesteps 1 .. N stand for the N intervals below them.
+        half = 0.0 if schedule.is_continuous else 0.5
+        places = ((t.double().cpu() - half) / schedule.num_timesteps).clamp(max=1 - 1e-9).tolist()
+        taken = [chains[i] for i in which]
+        steps = [chain[-1 - int(u * len(chain))] for chain, u in zip(taken, places, strict=True)]
+        dtype = torch.float64 if schedule.is_continuous else torch.int64
+        s, t = torch.tensor(steps, dtype=dtype).T
+        return s, t, torch.tensor([len(chain) for chain in taken])
