@@ -13,6 +13,30 @@ PATHS = {"linear": "epsilon", "cosine": "v_prediction", "flow": "flow_prediction
 
 
 @dataclass(frozen=True)
+class Head:
+    """A head that is compared.
+
+    Attributes:
+        name: A learned covariance of :data:`ocm.covariances.names.NAMES`.
+        papers: Whether its output is in the papers' units, and not in the default ones.
+    """
+
+    name: str
+    papers: bool = False
+
+    @property
+    def key(self) -> str:
+        """What it is called in a record."""
+        return self.name + "_papers" * self.papers
+
+
+HEADS = (
+    *(Head(name) for name in ("iddpm", "npr", "sn", "ocm", "ml")),
+    *(Head(name, papers=True) for name in ("npr", "ocm")),
+)
+
+
+@dataclass(frozen=True)
 class DataSize:
     """What differs between data sets.
 
@@ -25,6 +49,8 @@ class DataSize:
             and calibrations fitted there.
         width: Channels of the U-Net.
         denoiser: Its training.
+        num_scored: Test images whose likelihood is bounded.
+        papers_seeds: Seeds of the heads in the papers' units.
     """
 
     image_size: int
@@ -33,6 +59,8 @@ class DataSize:
     num_validation: int
     width: int
     denoiser: TrainingSettings
+    num_scored: int = 128
+    papers_seeds: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -42,10 +70,22 @@ class Size:
     Attributes:
         name: What it is called.
         data: By data set.
+        head: The training of every head; the seeds differ.
+        head_kind: "simple" or "residual".
+        seeds: Of the heads: weights, noise and order of the images.
+        step_counts: Numbers of steps K of the likelihood.
+        num_calibration: Validation images that calibrations are fitted to.
+        calibration_levels: Timesteps where they are fitted.
     """
 
     name: str
     data: dict[str, DataSize]
+    head: TrainingSettings
+    head_kind: str
+    seeds: tuple[int, ...]
+    step_counts: tuple[int, ...]
+    num_calibration: int
+    calibration_levels: tuple[int, ...]
 
 
 REDUCED = Size(
@@ -58,6 +98,7 @@ REDUCED = Size(
             num_validation=150,
             width=32,
             denoiser=TrainingSettings(900, checkpoint_every=100, seed=SEED),
+            papers_seeds=(0, 1, 2),
         ),
         "fashion_mnist": DataSize(
             image_size=28,
@@ -85,4 +126,13 @@ REDUCED = Size(
             ),
         ),
     },
+    head=TrainingSettings(400, learning_rate=1e-2, ema_decay=0.98, checkpoint_every=200),
+    head_kind="residual",
+    seeds=(0, 1, 2),
+    step_counts=(5, 8, 10, 15, 25, 50, 100),
+    num_calibration=150,
+    calibration_levels=(
+        *(1, 11, 21, 42, 80, 125, 200, 250, 334, 445),
+        *(500, 600, 700, 750, 850, 900, 950, 1000),
+    ),
 )

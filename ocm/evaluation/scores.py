@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,13 @@ from torch import Tensor
 
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.covariances.base import Covariance
 from ocm.covariances.names import CALIBRATED, has_density, named
 from ocm.covariances.operators import PosteriorCovariance, spectral
+from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.noise import labelled, noisy_prediction
 from ocm.diffusion.schedules import Schedule
+from ocm.diffusion.tables import Table
 from ocm.diffusion.timesteps import even_timesteps, reverse_steps
 from ocm.sampling.likelihood import Decoder, check_images, decoder_term, prior_term, step_term
 from ocm.sampling.samplers import X0_RANGE
@@ -41,7 +45,6 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), error)
 
 
-@torch.no_grad()
 def likelihood_table(
     checkpoint: Checkpoint,
     images: Tensor,
@@ -56,10 +59,7 @@ def likelihood_table(
     batch_size: int = 128,
     progress: bool = False,
 ) -> dict[str, dict[int, Estimate]]:
-    """Return bits/dim of ``images`` for every covariance and every number of steps K.
-
-    Every entry scores the same noisy images (:func:`ocm.bits_per_dim`), whatever the
-    ``batch_size``; so a covariance is evaluated once for all K that visit a timestep.
+    """Return bits/dim of ``images`` for every covariance of a checkpoint and every number of steps.
 
     Args:
         checkpoint: The denoiser, with what the covariances need.
@@ -78,27 +78,81 @@ def likelihood_table(
         FloatingPointError: If a bound is not finite.
         ValueError: If a name is of no covariance with a density.
     """
-    from tqdm import tqdm
-
     for name in names:
         if not has_density(name):
             raise ValueError(f"covariance {name!r} has no density, and so no bits/dim")
-    check_images(images, checkpoint.levels)
-    denoiser = checkpoint.denoiser
+    for name in calibrated:
+        build_covariance(name + CALIBRATED, checkpoint, settings)  # raises without a calibration
     # Those of products first: all else then comes from the evaluation that they keep the graph of.
     by_products = named("probes", "exact")
     ordered = sorted(names, key=lambda name: name not in by_products)
-    covariances = {name: build_covariance(name, checkpoint, settings) for name in ordered}
-    for name in calibrated:
-        build_covariance(name + CALIBRATED, checkpoint, settings)  # raises without a calibration
+    values = likelihoods(
+        checkpoint.denoiser,
+        {name: build_covariance(name, checkpoint, settings) for name in ordered},
+        images,
+        step_counts,
+        levels=checkpoint.levels,
+        calibrations={name: checkpoint.calibrations[name] for name in calibrated},
+        labels=labels,
+        decoder=decoder,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+    )
     rows = [*names, *(name + CALIBRATED for name in calibrated)]
+    return {row: {K: estimate(values[row][K]) for K in step_counts} for row in rows}
+
+
+@torch.no_grad()
+def likelihoods(
+    denoiser: Denoiser,
+    covariances: Mapping[str, Covariance],
+    images: Tensor,
+    step_counts: Sequence[int],
+    *,
+    levels: int = 256,
+    calibrations: Mapping[str, Table] | None = None,
+    labels: Tensor | None = None,
+    decoder: Decoder = "stated",
+    seed: int = 0,
+    batch_size: int = 128,
+    progress: bool = False,
+) -> dict[str, dict[int, Tensor]]:
+    """Return bits/dim of every image, float64 of shape (n,), by covariance and number of steps K.
+
+    Every entry scores the same noisy images (:func:`ocm.bits_per_dim`), whatever the
+    ``batch_size``; so a covariance is evaluated once for all K that visit a timestep, and
+    differences between covariances are paired.
+
+    Args:
+        denoiser: The frozen denoiser.
+        covariances: With densities, by name.
+        images: Held-out images in [-1, 1], on the grid of ``levels`` grey levels.
+        step_counts: Numbers of steps K, evenly spaced.
+        levels: Number of grey levels.
+        calibrations: By the names of covariances to score calibrated too, as ``NAME_calibrated``.
+        labels: Class of each image, for a denoiser that takes them.
+        decoder: As in :func:`ocm.bits_per_dim`.
+        seed: Seed of the noise.
+        batch_size: Images at a time.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        FloatingPointError: If a bound is not finite.
+        ValueError: If the images are not on the grid.
+    """
+    from tqdm import tqdm
+
+    check_images(images, levels)
+    calibrations = calibrations or {}
+    rows = [*covariances, *(name + CALIBRATED for name in calibrations)]
     visits: dict[float, list[tuple[int, float]]] = {}  # (K, s) of every step by its start t
     for K in step_counts:
         for s, t in reverse_steps(even_timesteps(denoiser.schedule, K)):
             visits.setdefault(t, []).append((K, s))
     starts = range(0, len(images), batch_size)
     zeros = torch.zeros(len(images), dtype=torch.float64, device=denoiser.device)
-    totals = {(row, K): zeros.clone() for row in rows for K in step_counts}
+    totals = {row: {K: zeros.clone() for K in step_counts} for row in rows}
     work = [(first, t) for first in starts for t in visits]
     for first, t in tqdm(work, "bits/dim", unit="t", disable=not progress):
         batch = slice(first, first + batch_size)
@@ -113,22 +167,23 @@ def likelihood_table(
                     shared[name] = covariance.at(towards).bounded(X0_RANGE)
             for name, stated in shared.items():
                 versions = {name: stated}
-                if name in calibrated:
-                    scale, shift = checkpoint.calibrations[name].at(s, t).tolist()
+                if name in calibrations:
+                    scale, shift = calibrations[name].at(s, t).tolist()
                     versions[name + CALIBRATED] = stated.affine(scale, shift)
                 for row, version in versions.items():
                     bounded = version.bounded(X0_RANGE)
                     if s > 0:
-                        totals[row, K][batch] += step_term(spectral(bounded), towards, x0)
+                        totals[row][K][batch] += step_term(spectral(bounded), towards, x0)
                         continue
-                    decoded = decoder_term(bounded, towards, x0, checkpoint.levels, decoder)
-                    totals[row, K][batch] += prior_term(denoiser, x0) + decoded
-    for (row, K), values in totals.items():
-        if not bool(torch.isfinite(values).all()):
+                    decoded = decoder_term(bounded, towards, x0, levels, decoder)
+                    totals[row][K][batch] += prior_term(denoiser, x0) + decoded
+    for row, K in itertools.product(rows, step_counts):
+        if not bool(torch.isfinite(totals[row][K]).all()):
             raise FloatingPointError(
-                f"bits/dim of {row} at K = {K} is {values.mean()}; does the denoiser return NaN?"
+                f"bits/dim of {row} at K = {K} is {totals[row][K].mean()}; does the denoiser "
+                "return NaN?"
             )
-    return {row: {K: estimate(totals[row, K]) for K in step_counts} for row in rows}
+    return totals
 
 
 def steps_of(schedule: Schedule, step_counts: Sequence[int]) -> list[tuple[float, float]]:
