@@ -129,9 +129,9 @@ def quoted(record: Mapping[str, Any]) -> str:
         f"{len(record['seeds'])} seeds:",
         *tables,
         _means("MMD² of samples, K", samples, names, places),
-        "![Error of every covariance against the noise level](benchmarks/results/cpu/mixtures.png)",
+        "![Error of every covariance against the noise level](cpu/mixtures.png)",
         "![Distance of samples from the mixtures against the number of steps]"
-        "(benchmarks/results/cpu/mixtures_samples.png)",
+        "(cpu/mixtures_samples.png)",
     ]
     return "\n\n".join(sections)
 

@@ -25,10 +25,12 @@ from suites.digits import likelihood, structure
 
 from ocm.evaluation.environment import Row
 from ocm.evaluation.markdown import markdown_table
+from records import beside
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md")
+DOCS = tuple(sorted((ROOT / "docs").glob("*.md")))
+DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", *DOCS)
 
 _BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -41,11 +43,13 @@ class Block:
         record: File below ``benchmarks/results``.
         render: Makes Markdown of the record.
         command: What made the record, where it does not say so itself.
+        further: Other files below ``benchmarks/results``, which ``render`` takes after the record.
     """
 
     record: str
-    render: Callable[[Row], str]
+    render: Callable[..., str]
     command: str | None = None
+    further: tuple[str, ...] = ()
 
 
 def _products(record: Row) -> str:
@@ -102,6 +106,13 @@ def _machine_code(record: Row) -> str:
 
 BLOCKS = {
     "demo": Block("demo/metrics.json", likelihood, "make demo"),
+    "beside": Block(
+        "cpu/estimators.json",
+        beside.table,
+        further=tuple(
+            f"cpu/{name}.json" for name in ("products", "parameters", "inverse", "sampling")
+        ),
+    ),
     "products": Block("cpu/products.json", _products),
     "estimators": Block("cpu/estimators.json", _estimators),
     "mixtures": Block("cpu/mixtures.json", mixtures.quoted),
@@ -123,12 +134,15 @@ def rendered(name: str) -> str:
     if name not in BLOCKS:
         raise ValueError(f"figures must be one of {', '.join(BLOCKS)}, got {name!r}")
     block = BLOCKS[name]
-    record = json.loads((RESULTS / block.record).read_text())
-    command = block.command or record.get("command")
-    if command is None:
-        raise ValueError(f"{block.record} names no command; state one in BLOCKS[{name!r}]")
-    commit = record["environment"]["commit"][:7]
-    return f"\n{block.render(record)}\n\n_`{command}` at {commit}_\n\n"
+    files = (block.record, *block.further)
+    records = [json.loads((RESULTS / file).read_text()) for file in files]
+    sources = []
+    for file, record in zip(files, records, strict=True):
+        command = block.command or record.get("command")
+        if command is None:
+            raise ValueError(f"{file} names no command; state one in BLOCKS[{name!r}]")
+        sources.append(f"`{command}` at {record['environment']['commit'][:7]}")
+    return f"\n{block.render(*records)}\n\n_{', '.join(sources)}_\n\n"
 
 
 def filled(text: str) -> str:
