@@ -27,14 +27,15 @@ def calibrate(
         list[int] | None,
         typer.Option(
             min=2,
-            help="Fit the timesteps of K steps; may be given several times. Between them the "
-            "numbers are interpolated. Default: 5, 10, 25, 50.",
+            help="Fit at the timesteps of K steps; may be given several times. Numbers between "
+            "them are interpolated. Default: 5, 10, 25, 50.",
         ),
     ] = None,
     num_images: Annotated[
         int,
         typer.Option(
-            min=2, help="Most images to fit to: those kept from training, where some were."
+            min=2,
+            help="Most images to fit to. Those kept from training are taken, if there are any.",
         ),
     ] = 512,
     data: options.Data = None,
@@ -47,10 +48,10 @@ def calibrate(
     device: options.Device = "auto",
     quiet: options.Quiet = False,
 ) -> None:
-    """Fit analytic variances and calibrations, two numbers a timestep, into a checkpoint.
+    """Fit analytic variances and calibrations, and store them in a checkpoint.
 
-    A calibrated covariance is a_t Cov + b_t, with both chosen to maximise the Gaussian likelihood
-    of training images around the denoiser's mean; it is called NAME_calibrated.
+    A calibrated covariance is a_t Cov + b_t, and is called NAME_calibrated. The two numbers of each
+    timestep maximise the Gaussian likelihood of training images around the denoiser's mean.
     """
     from ocm import checkpoints
     from ocm.checkpoints.catalogue import CovarianceSettings, available

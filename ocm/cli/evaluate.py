@@ -21,12 +21,14 @@ def evaluate(
         list[options.CovarianceName] | None,
         typer.Option(
             help="Covariance to score; may be given several times. Default: all that the "
-            "checkpoint can state, but those of D products only for D up to 1024."
+            "checkpoint can state. Those that take D products are left out for D above 1024."
         ),
     ] = None,
     steps: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Steps K; may be given several times. Default: 5, 10, 25, 50."),
+        typer.Option(
+            min=1, help="Number of steps K; may be given several times. Default: 5, 10, 25, 50."
+        ),
     ] = None,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Score every covariance calibrated too.")
@@ -35,7 +37,8 @@ def evaluate(
         bool,
         typer.Option(
             "--quality",
-            help="Draw samples by DDPM and DDIM: Fréchet distance, precision, recall and MMD.",
+            help="Draw samples by DDPM and DDIM, and score their Fréchet distance, precision, "
+            "recall and MMD.",
         ),
     ] = False,
     everything: Annotated[
@@ -51,8 +54,8 @@ def evaluate(
     inception: Annotated[
         Path | None,
         typer.Option(
-            help="Inception weights of torch-fidelity for the features. Default: a classifier "
-            "that is trained on the labelled data."
+            help="Inception weights of torch-fidelity, whose features --quality compares. "
+            "Default: those of a classifier that is trained on the labelled data."
         ),
     ] = None,
     decoder: Annotated[
@@ -72,8 +75,8 @@ def evaluate(
 ) -> None:
     """Score covariances on held-out images: bits/dim, and with --all sample quality.
 
-    Analytic variances and calibrations are fitted on training images where the checkpoint lacks
-    them for the timesteps in use. A pipeline of diffusers needs --data. Writes evaluation.json,
+    If the checkpoint lacks analytic variances or calibrations for these timesteps, they are fitted
+    on training images. A pipeline of diffusers needs --data. Writes evaluation.json,
     report.md and evaluation.png.
     """
     from ocm.checkpoints.catalogue import CovarianceSettings, affordable

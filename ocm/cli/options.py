@@ -25,9 +25,9 @@ ModelPath = Annotated[
         "save_pretrained of diffusers does (with model_index.json)."
     ),
 ]
-Data = Annotated[str | None, typer.Option(help="Data set; default: the checkpoint's own.")]
+Data = Annotated[str | None, typer.Option(help="Data set. Default: the checkpoint's own.")]
 Vae = Annotated[
-    Path | None, typer.Option(help="Folder of the AutoencoderKL whose latents the model is of.")
+    Path | None, typer.Option(help="Folder of the AutoencoderKL, for a model of its latents.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 2, help="Seed of all randomness.")]
 Device = Annotated[
@@ -36,7 +36,9 @@ Device = Annotated[
 NumProbes = Annotated[
     int, typer.Option(min=1, help="Probes M of 'hutchinson', 'coloring' and 'cosine'.")
 ]
-LanczosProbes = Annotated[int, typer.Option(min=1, help="Products k of 'lanczos' for each vector.")]
+LanczosProbes = Annotated[
+    int, typer.Option(min=1, help="Products k that 'lanczos' takes for each vector.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 
 # With a head, and all. Typer has no lists of Literals, and mypy wants the names written out here.

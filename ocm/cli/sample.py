@@ -28,29 +28,29 @@ def sample(
         options.CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
     ] = options.CovarianceName["ocm"],
     calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="As `ocm calibrate` fitted it.")
+        bool, typer.Option("--calibrated", help="Take it as `ocm calibrate` fitted it.")
     ] = False,
     sampler: Annotated[Literal["ddpm", "ddim"], typer.Option(help="Reverse process.")] = "ddpm",
     eta: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="DDIM's noise: 0 none, 1 DDPM's. Default: 0."),
+        typer.Option(min=0.0, max=1.0, help="DDIM's noise: 0 is none, 1 is DDPM's. Default: 0."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps K.")] = 10,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps K.")] = 10,
     spacing: Annotated[
         Literal["even", "trailing", "leading", "quadratic", "optimal"] | None,
         typer.Option(
-            help="Which timesteps; the optimal ones by dynamic programming on the analytic "
-            "variances that `ocm calibrate` fitted. Default: trailing, but even with --calibrated, "
-            "as `ocm calibrate` fits them."
+            help="Which timesteps to take. The optimal ones come from dynamic programming on the "
+            "analytic variances of `ocm calibrate`. Default: trailing; with --calibrated even, "
+            "since `ocm calibrate` fits those."
         ),
     ] = None,
     label: Annotated[
         list[int] | None,
-        typer.Option(min=0, help="Class label; several take turns. For models with classes."),
+        typer.Option(min=0, help="Class label, for models with classes; several take turns."),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text; several take turns. For models that take texts."),
+        typer.Option(help="Text, for models that take texts; several take turns."),
     ] = None,
     encoders: Annotated[
         Path | None,
@@ -59,11 +59,12 @@ def sample(
     conditions: Annotated[
         Path | None,
         typer.Option(
-            help="Embeddings instead, as `ocm train --conditions` reads them; rows take turns."
+            help="Embeddings in place of --prompt: a file as for `ocm train --conditions`, whose "
+            "rows take turns."
         ),
     ] = None,
     guidance: Annotated[
-        float, typer.Option(help="Scale w of classifier-free guidance; 1 for none.")
+        float, typer.Option(help="Scale w of classifier-free guidance; 1 is none.")
     ] = 1.0,
     vae: options.Vae = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
@@ -71,8 +72,8 @@ def sample(
         float | None,
         typer.Option(
             min=0.0,
-            help="Bound on the noise of the last noisy step, in grey levels of 256 (the paper "
-            "uses 1 or 2); no bound if left out.",
+            help="Bound on the noise of the last noisy step, in grey levels of 256; the paper "
+            "uses 1 or 2. Default: no bound.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
@@ -84,11 +85,11 @@ def sample(
 ) -> None:
     """Draw images from a checkpoint or from a pipeline of diffusers.
 
-    Writes samples.png, samples.safetensors and samples.json. A pipeline without a head of ours
-    needs a covariance that takes none: --covariance beta, hutchinson, coloring and others.
+    Writes samples.png, samples.safetensors and samples.json. A pipeline without an attached
+    head needs a covariance that takes none: --covariance beta, hutchinson, coloring and others.
 
-    Sample i is the same in any batch. Under torchrun the processes share the samples out, and the
-    first one writes them.
+    Sample i is the same in any batch. Under torchrun each process draws a part of the samples, and
+    the first one writes them all.
     """
     from safetensors.torch import save_file
 

@@ -43,16 +43,15 @@ def train(
     caption_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of texts, which the encoders of the pipeline --denoiser turn into what it "
-            "is conditioned on."
+            help="Column of texts. The text encoders of the pipeline --denoiser encode them."
         ),
     ] = None,
     conditions: Annotated[
         Path | None,
         typer.Option(
-            help="Their embeddings instead: a safetensors file of tensors by the names of the "
-            "denoiser's arguments, a row for each row of the train split as its files have them, "
-            "and null.NAME of shape (1, ...) without a text."
+            help="Embeddings in place of --caption-column: a safetensors file that holds a tensor "
+            "for each argument of the denoiser, with a row for each row of the train split, in the "
+            "order of its files. null.NAME, of shape (1, ...), is the embedding of no text."
         ),
     ] = None,
     limit: Annotated[
@@ -65,38 +64,40 @@ def train(
     denoiser: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint, or pipeline of diffusers, whose denoiser is kept, so that only "
-            "heads are trained; the heads of a checkpoint are kept too."
+            help="Checkpoint, or pipeline of diffusers, with the denoiser to train heads for. The "
+            "denoiser stays as it is; so do the other heads of a checkpoint."
         ),
     ] = None,
     shard: Annotated[
         bool,
         typer.Option(
             "--shard",
-            help="Spread the weights of --denoiser over the processes, for one that is too large "
-            "for a device.",
+            help="Spread the weights of --denoiser over the processes, if it is too large for one "
+            "device.",
         ),
     ] = False,
     head: Annotated[
         list[options.HeadName] | None,
-        typer.Option(help="Covariance whose head is trained; may be given several times."),
+        typer.Option(
+            help="Covariance whose head is trained; may be given several times. 'ml' is the head "
+            "that the likelihood bound of few steps trains. Default: ocm."
+        ),
     ] = None,
     head_kind: Annotated[
-        Literal["simple", "residual"], typer.Option(help="Size of the heads.")
+        Literal["simple", "residual"], typer.Option(help="Size of the heads: residual is larger.")
     ] = "simple",
     parameterisation: Annotated[
         Literal["paper", "preconditioned", "positive"],
         typer.Option(
-            help="What the heads predict: a positive variance in the units of Gaussian data of the "
-            "same variance, bounded at every noise level; the same without the sign; or the "
-            "papers' units, which multiply errors by up to 25000 where the noise is high."
+            help="Units of what the heads predict. positive: a positive ratio to the posterior "
+            "variance of Gaussian data, which is bounded at every noise level. preconditioned: the "
+            "same ratio, of any sign. paper: the papers' units, which multiply errors by up to "
+            "25000 where the noise is high."
         ),
     ] = "positive",
     start_from: Annotated[
         Literal["ocm", "npr"] | None,
-        typer.Option(
-            help="Head of --denoiser that --head ml starts from, to be trained on by the bound."
-        ),
+        typer.Option(help="Head of --denoiser from which --head ml starts, in the same units."),
     ] = None,
     width: Annotated[
         int, typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8.")
@@ -104,8 +105,8 @@ def train(
     schedule: Annotated[
         Literal["linear", "cosine", "vp", "flow", "edm", "trigflow"],
         typer.Option(
-            help="Path of a new denoiser, N = 1000: discrete noise schedules, vp in continuous "
-            "time, flow matching, EDM's or TrigFlow's."
+            help="Path from data to noise of a new denoiser, N = 1000: the discrete schedules "
+            "linear and cosine, vp in continuous time, flow matching, EDM's or TrigFlow's."
         ),
     ] = "cosine",
     prediction_type: Annotated[
@@ -119,7 +120,7 @@ def train(
         bool,
         typer.Option(
             "--class-conditional",
-            help="A new denoiser takes the classes of the images; `ocm sample --label` names one.",
+            help="Give a new denoiser the classes of the images. `ocm sample --label` names one.",
         ),
     ] = False,
     denoiser_steps: Annotated[int, typer.Option(min=1, help="Steps for a new denoiser.")] = 900,
@@ -127,43 +128,48 @@ def train(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images in a step, over all processes.")
     ] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Peak rate of a new denoiser.")] = 1e-3,
-    head_learning_rate: Annotated[float, typer.Option(help="Peak rate of the heads.")] = 1e-2,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of a new denoiser.")
+    ] = 1e-3,
+    head_learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of the heads.")
+    ] = 1e-2,
     target_probes: Annotated[
         int, typer.Option(min=1, help="Probes M in each target of the OCM head.")
     ] = 1,
     forward_mode: Annotated[
         bool,
         typer.Option(
-            "--forward-mode", help="Targets of the OCM head by forward mode: less memory."
+            "--forward-mode",
+            help="Compute targets of the OCM head in forward mode, which takes less memory.",
         ),
     ] = False,
     mixed_precision: Annotated[
-        Literal["no", "bf16", "fp16"], typer.Option(help="Type of the passes.")
+        Literal["no", "bf16", "fp16"], typer.Option(help="Type that losses are computed in.")
     ] = "no",
     accumulation: Annotated[
-        int, typer.Option(min=1, help="Micro-batches in which a process takes a step.")
+        int, typer.Option(min=1, help="Micro-batches that a process splits a step into.")
     ] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="Flip images at random.")] = False,
     checkpoint_every: Annotated[
-        int, typer.Option(min=1, help="Steps between states from which training goes on.")
+        int, typer.Option(min=1, help="Steps between the saved states of a training.")
     ] = 200,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Log into --out for TensorBoard.")
+        bool, typer.Option("--tensorboard", help="Log losses into --out for TensorBoard.")
     ] = False,
     hold_out: Annotated[
         int | None,
         typer.Option(
             min=0,
-            help="Training images, the last ones, that nothing is trained on, for `ocm "
-            "calibrate`. Default: a tenth, at most 1000; with --denoiser those of its checkpoint.",
+            help="How many training images to keep from training, for `ocm calibrate`: the last "
+            "ones. Default: a tenth, at most 1000; with --denoiser, as its checkpoint did.",
         ),
     ] = None,
     overwrite: Annotated[
         bool,
         typer.Option(
             "--overwrite",
-            help="Start anew, whatever checkpoint or unfinished training --out holds.",
+            help="Start anew, and replace the checkpoint or unfinished training in --out.",
         ),
     ] = False,
     seed: options.Seed = 0,
@@ -172,8 +178,8 @@ def train(
 ) -> None:
     """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
 
-    A training that was interrupted goes on where it was when the same command is given again,
-    without --overwrite. On several processes: `torchrun --nproc-per-node N -m ocm train ...`, or
+    An interrupted training goes on where it was when you give the same command again, without
+    --overwrite. For several processes: `torchrun --nproc-per-node N -m ocm train ...`, or
     accelerate launch.
     """
     import torch
