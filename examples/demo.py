@@ -133,7 +133,9 @@ def run(
     training = ocm.TrainingSettings(settings.head_steps, learning_rate=1e-2, seed=settings.seed + 1)
     learned: dict[str, LearnedCovariance] = {
         "ocm": ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser, "residual")),
-        "ml": ocm.MaximumLikelihood(denoiser, ocm.make_head(denoiser, "residual")),
+        "ml": ocm.MaximumLikelihood(
+            denoiser, ocm.make_head(denoiser, "residual"), levels=images.levels
+        ),
     }
     for name, covariance in learned.items():
         losses[name] = ocm.train_head(
@@ -287,7 +289,7 @@ def demo(
     settings = DemoSettings(seed=seed, **(QUICK if quick else {}))
     result = run(out, settings, device=place, progress=not quiet)
     typer.echo(result.summary)
-    typer.echo(f"report: {out / 'report.md'}   pictures: maps.png, samples.png, likelihood.png")
+    typer.echo(f"report with pictures: {out / 'report.md'}   checkpoint: {out / 'checkpoint'}")
 
 
 if __name__ == "__main__":

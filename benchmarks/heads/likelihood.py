@@ -14,7 +14,8 @@ from torch import Tensor
 
 import ocm
 from heads.models import Splits
-from heads.sizes import HEADS, SEED, DataSize, Head, Size
+from heads.sizes import HEADS, SEED, DataSize, Size
+from heads.together import Together
 from ocm.covariances.base import Covariance
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.names import CALIBRATED, LEARNED
@@ -27,26 +28,30 @@ from ocm.training.loop import mean_of_last
 _TELLING = 1000
 
 
-def train_head(
-    head: Head, seed: int, denoiser: Denoiser, images: Splits, size: Size, work: Path
-) -> tuple[LearnedCovariance, float]:
-    """Return the covariance of a head that was trained, or restored from ``work``, and its loss."""
+def train_heads(
+    seed: int, denoiser: Denoiser, images: Splits, size: Size, data: DataSize, work: Path
+) -> tuple[dict[str, LearnedCovariance], float]:
+    """Return the covariances of one seed, trained or restored from ``work``, and their loss."""
     std = images.train[:_TELLING].std().item()
-    units = ocm.PAPER if head.papers else ocm.Parameterisation(round(std, 4), positive=True)
-    network = ocm.make_head(denoiser, size.head_kind, seed=seed)
-    covariance: LearnedCovariance = LEARNED[head.name](denoiser, network, units)
+    covariances: dict[str, LearnedCovariance] = {}
+    for head in HEADS:
+        if not head.papers or seed in data.papers_seeds:
+            units = ocm.PAPER if head.papers else ocm.Parameterisation(round(std, 4), positive=True)
+            network = ocm.make_head(denoiser, size.head_kind, seed=seed)
+            options = {"levels": images.levels} if head.name == "ml" else {}
+            covariances[head.key] = LEARNED[head.name](denoiser, network, units, **options)
     start = time.perf_counter()
+    # Another seed than the denoiser's, whose noisy images it was fitted to.
+    settings = replace(size.head, seed=SEED + 1 + seed)
     losses = ocm.train_head(
-        covariance,
+        Together(covariances),  # type: ignore[arg-type]  # states nothing itself
         images.train,
-        # Another seed than the denoiser's, whose noisy images it was fitted to.
-        replace(size.head, seed=SEED + 1 + seed),
-        directory=work / f"{head.key}-{seed}",
+        settings,
+        directory=work / f"heads-{seed}",
         progress=False,
     )
-    spent = time.perf_counter() - start
-    say(f"{work}: {head.key} of seed {seed}, loss {mean_of_last(losses):.4f}, {spent:.0f} s")
-    return covariance, mean_of_last(losses)
+    say(f"{work}: heads of seed {seed}, {time.perf_counter() - start:.0f} s")
+    return covariances, mean_of_last(losses)
 
 
 def score(
@@ -135,10 +140,9 @@ def evaluate(denoiser: Denoiser, images: Splits, size: Size, data: DataSize, wor
     """
     covariances: dict[str, Covariance] = {"beta": ocm.Beta(denoiser)}
     losses = {}
-    for head in HEADS:
-        for seed in data.papers_seeds if head.papers else size.seeds:
-            covariance, loss = train_head(head, seed, denoiser, images, size, work)
-            covariances[f"{head.key}-{seed}"], losses[f"{head.key}-{seed}"] = covariance, loss
+    for seed in size.seeds:
+        trained, losses[seed] = train_heads(seed, denoiser, images, size, data, work)
+        covariances |= {f"{key}-{seed}": covariance for key, covariance in trained.items()}
     start = time.perf_counter()
     bits = score(covariances, denoiser, images, size, data)
     say(f"{work}: scored in {time.perf_counter() - start:.0f} s")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ocm.training.settings import TrainingSettings
 
@@ -76,6 +76,7 @@ class Size:
         step_counts: Numbers of steps K of the likelihood.
         num_calibration: Validation images that calibrations are fitted to.
         calibration_levels: Timesteps where they are fitted.
+        side_by_side: Whether two denoisers have a process each, of one thread.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Size:
     step_counts: tuple[int, ...]
     num_calibration: int
     calibration_levels: tuple[int, ...]
+    side_by_side: bool = True
 
 
 REDUCED = Size(
@@ -126,7 +128,9 @@ REDUCED = Size(
             ),
         ),
     },
-    head=TrainingSettings(400, learning_rate=1e-2, ema_decay=0.98, checkpoint_every=200),
+    head=TrainingSettings(
+        400, learning_rate=1e-2, ema_decay=0.98, max_gradient_norm=1e9, checkpoint_every=100
+    ),
     head_kind="residual",
     seeds=(0, 1, 2),
     step_counts=(5, 8, 10, 15, 25, 50, 100),
@@ -135,4 +139,26 @@ REDUCED = Size(
         *(1, 11, 21, 42, 80, 125, 200, 250, 334, 445),
         *(500, 600, 700, 750, 850, 900, 950, 1000),
     ),
+)
+# Every line runs, and the figures mean nothing.
+QUICK = replace(
+    REDUCED,
+    name="quick",
+    data={
+        name: replace(
+            data,
+            paths=dict(list(data.paths.items())[-1:]),
+            num_validation=16,
+            width=8,
+            denoiser=replace(data.denoiser, num_steps=3, batch_size=8, warmup_steps=1),
+            num_scored=4,
+        )
+        for name, data in REDUCED.data.items()
+    },
+    head=replace(REDUCED.head, num_steps=2, batch_size=8, warmup_steps=1),
+    seeds=(0, 1),
+    step_counts=(3, 5),
+    num_calibration=8,
+    calibration_levels=(1, 500, 1000),
+    side_by_side=False,
 )

@@ -27,6 +27,7 @@ SUITES = {
     "flow": "few steps on any path: exact moments, and samples and bits/dim of Fashion-MNIST",
     "inverse": "posterior draws of inverse problems: error and calibration beside azula's solvers",
     "uncertainty": "uncertainty maps against errors of held-out images, by covariance",
+    "heads": "heads of covariances on digits, Fashion-MNIST and CIFAR-10: likelihood, samples",
     "digits": "every covariance on scikit-learn's digits: likelihood, samples, diagonal and full",
     "cifar10": "covariances on CIFAR-10: likelihood, samples, and equal numbers of evaluations",
 }

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Of a bin, the least standard deviation of a decoder.
+_LEAST_STD = 0.1
+
 
 def gaussian_step_kl(
     squared_error: Tensor, variance: Tensor, snr_difference: float | Tensor
@@ -24,6 +27,18 @@ def gaussian_step_kl(
     """
     ratio = 1.0 + snr_difference * variance
     return 0.5 * (ratio.log() + (1.0 + snr_difference * squared_error) / ratio - 1.0)
+
+
+def decoder_std(variance: Tensor, levels: int) -> Tensor:
+    """Return the standard deviation of a decoder, at least a tenth of a bin of grey levels.
+
+    An estimate that was clipped at zero states a certainty that no image can bear out.
+
+    Example:
+        >>> decoder_std(torch.tensor([0.0, 0.25]), levels=3)
+        tensor([0.1000, 0.5000])
+    """
+    return variance.clamp(min=(_LEAST_STD * 2 / (levels - 1)) ** 2).sqrt()
 
 
 def discretised_gaussian_log_prob(

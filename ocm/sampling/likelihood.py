@@ -36,7 +36,11 @@ from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance, s
 from ocm.diffusion.checks import check_finite
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
-from ocm.diffusion.divergences import discretised_gaussian_log_prob, gaussian_step_kl
+from ocm.diffusion.divergences import (
+    decoder_std,
+    discretised_gaussian_log_prob,
+    gaussian_step_kl,
+)
 from ocm.diffusion.noise import noisy_prediction
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 from ocm.sampling.samplers import X0_RANGE
@@ -46,9 +50,6 @@ Decoder = Literal["stated", "beta_tilde"]
 
 # Of a bin: float32 rounding, and nothing that is a wrong number of levels.
 _GRID_TOLERANCE = 1e-3
-# Of a bin, the least standard deviation of a decoder: an estimate that was clipped at zero states
-# a certainty that no image can bear out.
-_LEAST_STD = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,8 +237,7 @@ def decoder_term(
     """
     x0_hat = prediction.x0_hat.clamp(*X0_RANGE).double()
     if decoder == "stated":
-        least = _LEAST_STD * 2 / (levels - 1)
-        std = covariance.diagonal().double().clamp(min=least**2).sqrt()
+        std = decoder_std(covariance.diagonal().double(), levels)
     elif decoder == "beta_tilde":
         std = x0_hat.new_tensor(prediction.denoiser.schedule.beta_tilde(1, 2)).sqrt()
     else:

@@ -204,13 +204,18 @@ def _knowing_its_data(denoiser: Denoiser, images: Images) -> Denoiser:
 
 def _untrained(name: str, base: Checkpoint, images: Images, heads: NewHeads) -> LearnedCovariance:
     """Return a learned covariance whose units are those of these images, but for the papers'."""
+    # Latents have no bounds, and no grey levels either.
+    of_bound = {
+        "levels": None if heads.x0_range is None else images.levels,
+        "x0_range": heads.x0_range,
+    }
     if name == "ml" and heads.start_from is not None:
         if heads.start_from not in base.learned:
             raise ValueError(
                 f"start_from must be a head of the checkpoint, {', '.join(base.learned) or 'none'}"
                 f", got {heads.start_from!r}"
             )
-        start = MaximumLikelihood.of(base.learned[heads.start_from], heads.x0_range)
+        start = MaximumLikelihood.of(base.learned[heads.start_from], **of_bound)
         return replace(start, head=copy.deepcopy(start.head))
     units = PAPER
     if heads.parameterisation != "paper":
@@ -221,6 +226,6 @@ def _untrained(name: str, base: Checkpoint, images: Images, heads: NewHeads) -> 
         mode = "jvp" if heads.forward_mode else "vjp"
         options = {"num_probes": heads.target_probes, "mode": mode}
     elif name == "ml":
-        options = {"x0_range": heads.x0_range}
+        options = of_bound
     head = make_head(base.denoiser, heads.kind, seed=heads.seed)
     return LEARNED[name](base.denoiser, head, units, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion import draws
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
-from ocm.diffusion.divergences import gaussian_step_kl
+from ocm.diffusion.divergences import (
+    decoder_std,
+    discretised_gaussian_log_prob,
+    gaussian_step_kl,
+)
 from ocm.diffusion.noise import noisy
 from ocm.diffusion.schedules import full_precision, per_sample
 from ocm.diffusion.timesteps import SPACINGS, reverse_steps
@@ -31,10 +36,11 @@ class MaximumLikelihood(Covariance):
 
         1/2 [log(1 + r Var) + (1 + r (x0 - x0_hat)^2) / (1 + r Var) - 1],
 
-    or for the decoder, s = 0, the density 1/2 [log(2 pi Var) + (x0 - x0_hat)^2 / Var]. The
-    minimiser holds the error of the network's mean, as NPR's does, and weighs it as a chain is
-    scored: the head states what the few steps need, whatever the denoiser has not learned.
-    I-DDPM trains on steps between neighbours among N instead, and interpolates in logarithms.
+    or for the decoder, s = 0, -log p(x0 | x_t): the mass of N(x0_hat, Var) on the bin of a grey
+    level, or its density. The minimiser holds the error of the network's mean, as NPR's does, and
+    weighs it as a chain is scored: the head states what the few steps need, whatever the denoiser
+    has not learned. I-DDPM trains on steps between neighbours among N instead, and interpolates in
+    logarithms.
 
     Attributes:
         denoiser: The frozen denoiser, whose features the head reads.
@@ -43,6 +49,7 @@ class MaximumLikelihood(Covariance):
             -1 / r; there the variance counts as just above it.
         step_counts: Numbers of steps K of the chains, in turn.
         spacings: Of their timesteps, keys of :data:`ocm.diffusion.timesteps.SPACINGS`, in turn.
+        levels: Grey levels of the images, as in :func:`ocm.bits_per_dim`; None for continuous data.
         x0_range: Where x0_hat is clipped to; None for data without bounds.
 
     Raises:
@@ -61,6 +68,7 @@ class MaximumLikelihood(Covariance):
     parameterisation: Parameterisation = BOUNDED
     step_counts: tuple[int, ...] = (5, 10, 25, 50)
     spacings: tuple[str, ...] = ("even", "trailing")
+    levels: int | None = 256
     x0_range: tuple[float, float] | None = (-1.0, 1.0)
 
     def __post_init__(self) -> None:
@@ -73,13 +81,12 @@ class MaximumLikelihood(Covariance):
             raise ValueError(f"spacings must be some of {', '.join(SPACINGS)}, got {self.spacings}")
 
     @staticmethod
-    def of(
-        covariance: LearnedCovariance, x0_range: tuple[float, float] | None = (-1.0, 1.0)
-    ) -> MaximumLikelihood:
+    def of(covariance: LearnedCovariance, **options: Any) -> MaximumLikelihood:
         """Return the covariance that trains the head of another on, as that of OCM or NPR.
 
         The head is the same object, in the same units; one with the units of another loss, those
-        of SN or of I-DDPM's interpolation, states something else and is refused.
+        of SN or of I-DDPM's interpolation, states something else and is refused. ``options`` are
+        further attributes.
 
         Raises:
             ValueError: If the output of its head is no variance.
@@ -90,7 +97,7 @@ class MaximumLikelihood(Covariance):
                 f"{type(covariance).__name__}, whose head puts out something else"
             )
         return MaximumLikelihood(
-            covariance.denoiser, covariance.head, covariance.parameterisation, x0_range=x0_range
+            covariance.denoiser, covariance.head, covariance.parameterisation, **options
         )
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
@@ -124,18 +131,26 @@ class MaximumLikelihood(Covariance):
         ratio = self.parameterisation.ratio((head or self.head)(prediction.features))
         variance = self.parameterisation.scale(schedule, t, x_t) * ratio
 
-        decodes = per_sample(s, x_t) == 0
+        decodes = s == 0
         # The SNR of s = 0 is infinite; what stands for it there is not looked at.
-        snr = schedule.log_snr(torch.where(s == 0, t, s)).exp() - schedule.log_snr(t).exp()
+        snr = schedule.log_snr(torch.where(decodes, t, s)).exp() - schedule.log_snr(t).exp()
         r = per_sample(snr, x_t)
-        floor = torch.where(
-            decodes, self.parameterisation.scale(schedule, t, x_t) * 1e-6, -0.99 / r
-        )
-        variance = torch.maximum(variance, floor)
-        step = gaussian_step_kl(squared_error, torch.where(decodes, 0.0, variance), r)
-        known = torch.where(decodes, variance, 1.0)
-        density = 0.5 * (squared_error / known + known.log() + math.log(2.0 * math.pi))
-        return (per_sample(K, x_t) * torch.where(decodes, density, step)).mean()
+        # A variance below -1/r has no step; near it the KL is infinite.
+        terms = gaussian_step_kl(squared_error, torch.maximum(variance, -0.99 / r), r)
+        if bool(decodes.any()):
+            terms[decodes] = self._decoded(
+                x0[decodes].to(x0_hat), x0_hat[decodes], variance[decodes]
+            ).to(terms)
+        return (per_sample(K, x_t) * terms).mean()
+
+    def _decoded(self, x0: Tensor, x0_hat: Tensor, variance: Tensor) -> Tensor:
+        """Return -log p(x0 | x_t) of a Gaussian of each dimension, in nats."""
+        if self.levels is not None:
+            std = decoder_std(variance, self.levels)
+            return -discretised_gaussian_log_prob(x0, x0_hat, std, self.levels)
+        variance = variance.clamp(min=torch.finfo(variance.dtype).tiny)
+        terms = (x0 - x0_hat).square() / variance + variance.log() + math.log(2.0 * math.pi)
+        return 0.5 * terms
 
     def _steps(self, t: Tensor, seed: int, sample_offset: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the step (s, t) of each sample and the K of its chain, on the CPU."""

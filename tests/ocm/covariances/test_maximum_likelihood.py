@@ -35,7 +35,13 @@ def test_its_expectation_is_the_bound(path, spacing):
     """Of the decoder and the steps, which hold the head; the prior does not."""
     denoiser, K, count = on_path(path), 4, 8000
     covariance = ocm.MaximumLikelihood(
-        denoiser, Affine(), POSITIVE, step_counts=(K,), spacings=(spacing,), x0_range=None
+        denoiser,
+        Affine(),
+        POSITIVE,
+        step_counts=(K,),
+        spacings=(spacing,),
+        levels=None,
+        x0_range=None,
     )
     x0 = torch.tensor([0.3, -0.5, 0.1, 0.6, -0.2, 0.0, 0.4, -0.3]).double().reshape(1, *SHAPE)
     x0 = x0.expand(count, *SHAPE)
