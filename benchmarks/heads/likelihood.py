@@ -42,7 +42,7 @@ def train_heads(
             covariances[head.key] = LEARNED[head.name](denoiser, network, units, **options)
     start = time.perf_counter()
     # Another seed than the denoiser's, whose noisy images it was fitted to.
-    settings = replace(size.head, seed=SEED + 1 + seed)
+    settings = replace(size.head, num_steps=data.head_steps, seed=SEED + 1 + seed)
     losses = ocm.train_head(
         Together(covariances),  # type: ignore[arg-type]  # states nothing itself
         images.train,

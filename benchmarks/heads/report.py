@@ -59,7 +59,7 @@ def likelihood(rows: Sequence[Row]) -> str:
     return table_of_lines("bits/dim", [f"K = {K}" for K in step_counts], lines)
 
 
-def verdicts(rows: Sequence[Row], step_counts: Sequence[int] = STEP_COUNTS) -> list[Row]:
+def verdicts(rows: Sequence[Row]) -> list[Row]:
     """Return how the likelihood head, plain, does against all others at each model and K.
 
     ``below`` says whether it is below every other, ``level`` whether none is below it by more than
@@ -68,7 +68,8 @@ def verdicts(rows: Sequence[Row], step_counts: Sequence[int] = STEP_COUNTS) -> l
     found = []
     for data, path in models(rows):
         others = [row for row in of_model(rows, (data, path)) if row["covariance"] != "ml"]
-        for K in step_counts:
+        known = {row["K"] for row in others}
+        for K in sorted(known & set(STEP_COUNTS) or known):
             cells = [row for row in others if row["K"] == K]
             best = min(cells, key=lambda row: row["above"])
             found.append(
@@ -109,7 +110,8 @@ def summary(rows: Sequence[Row]) -> str:
 def units(rows: Sequence[Row]) -> str:
     """Return OCM's head in the default units and in the papers', beside β."""
     lines: dict[str, list[str]] = {}
-    step_counts = sorted({row["K"] for row in rows} & set(STEP_COUNTS))
+    known = {row["K"] for row in rows}
+    step_counts = sorted(known & set(STEP_COUNTS) or known)
     for model in models(rows):
         for name in ("beta", "ocm", "ocm_papers"):
             cells = {

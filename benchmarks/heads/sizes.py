@@ -49,6 +49,7 @@ class DataSize:
             and calibrations fitted there.
         width: Channels of the U-Net.
         denoiser: Its training.
+        head_steps: Steps of every head.
         num_scored: Test images whose likelihood is bounded.
         papers_seeds: Seeds of the heads in the papers' units.
     """
@@ -59,6 +60,7 @@ class DataSize:
     num_validation: int
     width: int
     denoiser: TrainingSettings
+    head_steps: int
     num_scored: int = 128
     papers_seeds: tuple[int, ...] = (0,)
 
@@ -70,7 +72,7 @@ class Size:
     Attributes:
         name: What it is called.
         data: By data set.
-        head: The training of every head; the seeds differ.
+        head: The training of every head; steps and seeds differ.
         head_kind: "simple" or "residual".
         seeds: Of the heads: weights, noise and order of the images.
         step_counts: Numbers of steps K of the likelihood.
@@ -100,6 +102,7 @@ REDUCED = Size(
             num_validation=150,
             width=32,
             denoiser=TrainingSettings(900, checkpoint_every=100, seed=SEED),
+            head_steps=1000,
             papers_seeds=(0, 1, 2),
         ),
         "fashion_mnist": DataSize(
@@ -111,6 +114,7 @@ REDUCED = Size(
             denoiser=TrainingSettings(
                 3000, learning_rate=2e-3, warmup_steps=100, checkpoint_every=250, seed=SEED
             ),
+            head_steps=400,
         ),
         "cifar10": DataSize(
             image_size=16,
@@ -126,10 +130,11 @@ REDUCED = Size(
                 horizontal_flip=True,
                 seed=SEED,
             ),
+            head_steps=400,
         ),
     },
     head=TrainingSettings(
-        400, learning_rate=1e-2, ema_decay=0.98, max_gradient_norm=1e9, checkpoint_every=100
+        400, learning_rate=3e-3, ema_decay=0.98, max_gradient_norm=1e9, checkpoint_every=100
     ),
     head_kind="residual",
     seeds=(0, 1, 2),
@@ -151,11 +156,12 @@ QUICK = replace(
             num_validation=16,
             width=8,
             denoiser=replace(data.denoiser, num_steps=3, batch_size=8, warmup_steps=1),
+            head_steps=2,
             num_scored=4,
         )
         for name, data in REDUCED.data.items()
     },
-    head=replace(REDUCED.head, num_steps=2, batch_size=8, warmup_steps=1),
+    head=replace(REDUCED.head, batch_size=8, warmup_steps=1),
     seeds=(0, 1),
     step_counts=(3, 5),
     num_calibration=8,
