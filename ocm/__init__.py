@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from ocm.integrations.flow_scheduler import OCMFlowScheduler
     from ocm.integrations.pipelines import OCMDiTPipeline
     from ocm.integrations.scheduler import OCMDDIMScheduler, OCMScheduler
+    from ocm.sampling.extrapolation import SecondOrder
 
 __all__ = [
     "BOUNDED",
@@ -107,6 +108,7 @@ __all__ = [
     "Prediction",
     "ResidualHead",
     "Schedule",
+    "SecondOrder",
     "SpectralCovariance",
     "TokenHead",
     "TrainingSettings",
@@ -155,21 +157,22 @@ __all__ = [
     "x0_given",
 ]
 
-# Classes of diffusers, which `import ocm` does not import. The mixins are what a pipeline asks the
-# module of a saved component for: how its class is loaded.
-_FROM_DIFFUSERS = {
+# Imported when asked for: most are classes of diffusers, which `import ocm` does not import. The
+# mixins are what a pipeline asks the module of a saved component for: how its class is loaded.
+_LAZY = {
     "CovarianceModel": "ocm.integrations.attached",
     "ModelMixin": "diffusers.models.modeling_utils",
     "OCMDDIMScheduler": "ocm.integrations.scheduler",
     "OCMFlowScheduler": "ocm.integrations.flow_scheduler",
     "OCMDiTPipeline": "ocm.integrations.pipelines",
     "OCMScheduler": "ocm.integrations.scheduler",
+    "SecondOrder": "ocm.sampling.extrapolation",
     "SchedulerMixin": "diffusers.schedulers.scheduling_utils",
     "attach": "ocm.integrations.attached",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FROM_DIFFUSERS:
-        return getattr(importlib.import_module(_FROM_DIFFUSERS[name]), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'ocm' has no attribute {name!r}")

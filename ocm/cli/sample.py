@@ -30,10 +30,16 @@ def sample(
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Take it as `ocm calibrate` fitted it.")
     ] = False,
-    sampler: Annotated[Literal["ddpm", "ddim"], typer.Option(help="Reverse process.")] = "ddpm",
+    sampler: Annotated[
+        Literal["ddpm", "ddim", "second-order"], typer.Option(help="Reverse process.")
+    ] = "ddpm",
     eta: Annotated[
         float | None,
-        typer.Option(min=0.0, max=1.0, help="DDIM's noise: 0 is none, 1 is DDPM's. Default: 0."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Noise of ddim and second-order: 0 is none, 1 is DDPM's. Default: 0.",
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of steps K.")] = 10,
     spacing: Annotated[
@@ -100,11 +106,19 @@ def sample(
     from ocm.evaluation.pictures import sample_rows
     from ocm.evaluation.samples import draw
     from ocm.sampling import samplers
+    from ocm.sampling.extrapolation import SecondOrder
 
     place = options.resolve_device(device)
     options.prepare_directory(out)
     if sampler == "ddpm" and eta is not None:
-        raise ValueError(f"--eta {eta} is for --sampler ddim; ddpm has no such choice")
+        raise ValueError(
+            f"--eta {eta} is for --sampler ddim or second-order; ddpm has no such choice"
+        )
+    reverse_process = {
+        "ddpm": samplers.ddpm,
+        "ddim": partial(samplers.ddim, eta=eta or 0.0),
+        "second-order": SecondOrder(eta or 0.0),
+    }[sampler]
     loaded = model_at(checkpoint, place)
     if vae is not None and loaded.x0_range is not None:
         raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
@@ -121,7 +135,7 @@ def sample(
         name,
         end - first,
         timesteps,
-        sampler=samplers.ddpm if sampler == "ddpm" else partial(samplers.ddim, eta=eta or 0.0),
+        sampler=reverse_process,
         settings=CovarianceSettings(num_probes, lanczos_probes, seed),
         labels=label,
         conditions=texts,
@@ -145,7 +159,7 @@ def sample(
         "checkpoint": str(checkpoint),
         "covariance": name,
         "sampler": sampler,
-        "eta": (eta or 0.0) if sampler == "ddim" else None,
+        "eta": None if sampler == "ddpm" else eta or 0.0,
         "steps": steps,
         "timesteps": timesteps,
         "num_images": num_images,

@@ -16,7 +16,7 @@ from ocm.evaluation.distances import (
     maximum_mean_discrepancy,
     precision_recall,
 )
-from ocm.sampling.samplers import Sampler, sample
+from ocm.sampling.samplers import Multistep, Sampler, sample
 
 
 class Quality(NamedTuple):
@@ -61,7 +61,7 @@ def draw(
     num_images: int,
     steps: int | Sequence[float],
     *,
-    sampler: Sampler,
+    sampler: Sampler | Multistep,
     settings: CovarianceSettings | None = None,
     labels: Sequence[int] | None = None,
     conditions: Mapping[str, Tensor] | None = None,

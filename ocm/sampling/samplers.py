@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -51,6 +52,16 @@ class ReverseStep(NamedTuple):
 
 Sampler = Callable[[Schedule, float, float], ReverseStep]
 """From (schedule, s, t), s < t, to the step from t to s."""
+
+
+@runtime_checkable
+class Multistep(Protocol):
+    """A sampler whose steps look at those before (:class:`ocm.SecondOrder`)."""
+
+    def start(self) -> Callable[..., Tensor]:
+        """Return what takes the steps of a run in order: :func:`reverse_step` but for ``step``."""
+        ...
+
 
 # Where images lie.
 X0_RANGE = (-1.0, 1.0)
@@ -159,7 +170,7 @@ def sample(
     shape: Sequence[int],
     steps: int | Sequence[float],
     *,
-    sampler: Sampler = ddpm,
+    sampler: Sampler | Multistep = ddpm,
     condition: Condition | None = None,
     seed: int | Tensor = 0,
     sample_offset: int = 0,
@@ -182,7 +193,7 @@ def sample(
         steps: Number K of evenly spaced timesteps, or increasing timesteps in (0, N]
             (:mod:`ocm.diffusion.timesteps`). Sampling starts from noise at the last of them.
         sampler: The step from t to s, :func:`ddpm`, :func:`ddim` or :func:`renoised`
-            (``functools.partial(ddim, eta=0.5)``).
+            (``functools.partial(ddim, eta=0.5)``); or :class:`ocm.SecondOrder`.
         condition: Class labels of the samples, and guidance (:meth:`ocm.Denoiser.condition`).
         seed: Seed of the noise: an integer, or an int64 tensor with one element. With a tensor on
             the GPU the whole loop can be captured in a CUDA graph and replayed with a new seed
@@ -210,18 +221,27 @@ def sample(
     timesteps = timesteps_of(schedule, steps)
     seed = seed_tensor(seed, device)
     x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
+    take = sampler.start() if isinstance(sampler, Multistep) else partial(_step_of, sampler)
     bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
     for s, t in bar:
         prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
-        x = reverse_step(
+        x = take(
             prediction,
             covariance.at(prediction) if s > 0 or noise_at_end else None,
-            sampler(schedule, s, t),
             seed=seed,
             x0_range=x0_range,
             max_noise_std=max_last_noise if s == timesteps[0] else None,
         )
     return x
+
+
+def _step_of(
+    sampler: Sampler, prediction: Prediction, covariance: PosteriorCovariance | None, **options: Any
+) -> Tensor:
+    """Return x_s by a sampler that looks at x_t alone."""
+    assert prediction.s is not None  # the step is known
+    step = sampler(prediction.denoiser.schedule, prediction.s, prediction.timestep)
+    return reverse_step(prediction, covariance, step, **options)
 
 
 def starting_noise(

@@ -25,7 +25,7 @@ MOST_FILES = 12
 # What trains, stores, scores and commands is a rig around the method, and stays small.
 RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
 MOST_LINES_OF_THE_RIG = 5_450
-MOST_LINES = 13_900
+MOST_LINES = 14_100
 
 
 def sources_of(folder, package):

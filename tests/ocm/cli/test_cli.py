@@ -35,7 +35,7 @@ def invoke():
     return call
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "second-order"])
 def test_sample_writes_images(trained, invoke, tmp_path, sampler):
     arguments = (
         "sample", trained, "--steps", 3, "--sampler", sampler,
