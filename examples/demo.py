@@ -75,7 +75,7 @@ class DemoSettings:
     """
 
     denoiser_steps: int = 900
-    head_steps: int = 400
+    head_steps: int = 1000
     num_images: int = 64
     num_calibration: int = 150
     step_counts: tuple[int, ...] = (5, 10, 25, 50)
@@ -130,7 +130,7 @@ def run(
     stages.end("train denoiser")
 
     # Another seed: the heads see other noisy images than those the denoiser was fitted to.
-    training = ocm.TrainingSettings(settings.head_steps, learning_rate=1e-2, seed=settings.seed + 1)
+    training = ocm.TrainingSettings(settings.head_steps, learning_rate=3e-3, seed=settings.seed + 1)
     learned: dict[str, LearnedCovariance] = {
         "ocm": ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser, "residual")),
         "ml": ocm.MaximumLikelihood(

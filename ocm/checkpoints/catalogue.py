@@ -98,6 +98,21 @@ def available(checkpoint: Checkpoint) -> list[str]:
     return [name for name in NAMES if name not in untrained | single | own]
 
 
+def preferred(checkpoint: Checkpoint) -> str:
+    """Return the name of the covariance that is sampled with where none is named.
+
+    Raises:
+        ValueError: If the checkpoint has no head.
+    """
+    for name in ("ml", "ocm", "npr", "sn", "iddpm"):
+        if name in checkpoint.learned:
+            return name
+    raise ValueError(
+        "covariance must be named for a checkpoint without a trained head: beta, hutchinson and "
+        "coloring need none, and `ocm train --denoiser PATH --head ml` trains one"
+    )
+
+
 def affordable(checkpoint: Checkpoint) -> list[str]:
     """Return those of :func:`available` that cost less than a thousand products for a sample."""
     features = math.prod(checkpoint.image_shape)

@@ -25,8 +25,9 @@ def sample(
     checkpoint: options.ModelPath,
     out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("runs/sample"),
     covariance: Annotated[
-        options.CovarianceName, typer.Option(help="Covariance of x0 given x_t.")
-    ] = options.CovarianceName["ocm"],
+        options.CovarianceName | None,
+        typer.Option(help="Covariance of x0 given x_t. Default: a trained head, ml or else ocm."),
+    ] = None,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Take it as `ocm calibrate` fitted it.")
     ] = False,
@@ -99,7 +100,7 @@ def sample(
     """
     from safetensors.torch import save_file
 
-    from ocm.checkpoints.catalogue import CovarianceSettings
+    from ocm.checkpoints.catalogue import CovarianceSettings, preferred
     from ocm.cli.inputs import check_conditions, conditions_of, model_at
     from ocm.covariances.names import CALIBRATED
     from ocm.evaluation.environment import environment
@@ -126,7 +127,8 @@ def sample(
     check_conditions(loaded.denoiser, texts)
     spacing = spacing or ("even" if calibrated else "trailing")
     timesteps = _timesteps(loaded, spacing, steps)
-    name = covariance.value + (CALIBRATED if calibrated else "")
+    name = preferred(loaded) if covariance is None else covariance.value
+    name += CALIBRATED if calibrated else ""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     first, end = (num_images * r // processes for r in (rank, rank + 1))
     start = time.perf_counter()

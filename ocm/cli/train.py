@@ -79,13 +79,13 @@ def train(
     head: Annotated[
         list[options.HeadName] | None,
         typer.Option(
-            help="Covariance whose head is trained; may be given several times. 'ml' is the head "
-            "that the likelihood bound of few steps trains. Default: ocm."
+            help="Covariance whose head is trained; may be given several times. Default: ml, by "
+            "the likelihood of chains of few steps."
         ),
     ] = None,
     head_kind: Annotated[
         Literal["simple", "residual"], typer.Option(help="Size of the heads: residual is larger.")
-    ] = "simple",
+    ] = "residual",
     parameterisation: Annotated[
         Literal["paper", "preconditioned", "positive"],
         typer.Option(
@@ -124,7 +124,7 @@ def train(
         ),
     ] = False,
     denoiser_steps: Annotated[int, typer.Option(min=1, help="Steps for a new denoiser.")] = 900,
-    head_steps: Annotated[int, typer.Option(min=1, help="Steps for each head.")] = 400,
+    head_steps: Annotated[int, typer.Option(min=1, help="Steps for each head.")] = 1000,
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images in a step, over all processes.")
     ] = 64,
@@ -133,7 +133,7 @@ def train(
     ] = 1e-3,
     head_learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate of the heads.")
-    ] = 1e-2,
+    ] = 3e-3,
     target_probes: Annotated[
         int, typer.Option(min=1, help="Probes M in each target of the OCM head.")
     ] = 1,
@@ -215,7 +215,7 @@ def train(
     heads = NewHeads(
         # Another seed: the heads see other noisy images than those the denoiser was fitted to.
         replace(settings, num_steps=head_steps, learning_rate=head_learning_rate, seed=seed + 1),
-        tuple(name.value for name in head or [options.HeadName["ocm"]]),
+        tuple(name.value for name in head or [options.HeadName["ml"]]),
         head_kind,
         parameterisation,
         target_probes,

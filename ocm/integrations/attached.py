@@ -369,7 +369,7 @@ def attach(
     model: Any,
     head: nn.Module | str | os.PathLike[str] | None = None,
     *,
-    kind: str = "simple",
+    kind: str = "residual",
     parameterisation: Parameterisation = BOUNDED,
     architecture: Architecture | None = None,
 ) -> CovarianceModel:

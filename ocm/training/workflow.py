@@ -73,8 +73,8 @@ class NewHeads:
     """
 
     training: TrainingSettings
-    names: tuple[str, ...] = ("ocm",)
-    kind: str = "simple"
+    names: tuple[str, ...] = ("ml",)
+    kind: str = "residual"
     parameterisation: str = "positive"
     target_probes: int = 1
     forward_mode: bool = False

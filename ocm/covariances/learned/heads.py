@@ -217,12 +217,12 @@ def kinds_of(denoiser: Denoiser) -> Mapping[str, Callable[[Denoiser], nn.Module]
     return _TOKEN_HEADS if takes_tokens else _IMAGE_HEADS
 
 
-def make_head(denoiser: Denoiser, kind: str = "simple", *, seed: int = 0) -> nn.Module:
+def make_head(denoiser: Denoiser, kind: str = "residual", *, seed: int = 0) -> nn.Module:
     """Return an untrained covariance head that fits the features of a denoiser, on its device.
 
     Args:
         denoiser: Whose features the head reads.
-        kind: "simple", or "residual" for the larger one.
+        kind: "residual", or "simple" for the smaller one.
         seed: Seed of the weights that do not start at zero; the global generator stays as it was.
 
     Raises:
