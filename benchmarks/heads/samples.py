@@ -69,6 +69,28 @@ class Reference:
         return (difference + traces - 2 * values.clamp(min=0).sqrt().sum()).item()
 
 
+def leading(extractor: FeatureExtractor, images: Tensor, count: int) -> FeatureExtractor:
+    """Return the first principal components of an extractor's features.
+
+    A few hundred samples leave a Fréchet distance in 1,280 features to what is sampled by chance:
+    200 training images of CIFAR-10 are then at 1277, and at 1369 with noise of 0.05. In the first
+    64 components, with 62% of the variance, they are at 105 and 226.
+
+    Args:
+        extractor: Of the features.
+        images: Whose covariance tells the components, in [-1, 1].
+        count: Of components.
+    """
+    directions = torch.linalg.eigh(extractor(images).double().T.cov()).eigenvectors[:, -count:]
+    return FeatureExtractor(
+        f"the first {count} principal components, of {len(images)} validation images, of "
+        f"{extractor.name}",
+        count,
+        lambda some: extractor(some).double() @ directions,
+        extractor.batch_size,
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Judges:
     """The networks that samples of one data set are compared in, and real images in them.
@@ -146,10 +168,11 @@ def judges_of(
         f"classifier-{data_name}", train, num_features=size.num_features, **settings
     )
     extractors = {CLASSIFIER: classifier_features(classifier.load(directory))}
+    validation = shown(images.validation[-size.num_real :])
     absent = imagenet_features.missing()
     if not absent:
-        extractors[IMAGENET] = imagenet_features.imagenet_features()
-    validation = shown(images.validation[-size.num_real :])
+        network = imagenet_features.imagenet_features()
+        extractors[IMAGENET] = leading(network, validation, size.num_components)
     references = {name: Reference.of(extractor(test)) for name, extractor in extractors.items()}
 
     def floor() -> Row:

@@ -50,6 +50,7 @@ class SampleSize:
         num_real: Validation images, and test images, that samples are compared with.
         classifier_steps: Optimiser steps of the classifier, of 64 images.
         num_features: Of the classifier.
+        num_components: Directions of the ImageNet features that distances are taken in.
         batch_size: Samples drawn at a time.
         num_shown: Samples of a row of the pictures.
     """
@@ -64,6 +65,7 @@ class SampleSize:
     num_real: int
     classifier_steps: int
     num_features: int
+    num_components: int
     batch_size: int
     num_shown: int
 
@@ -79,6 +81,7 @@ SAMPLES = SampleSize(
     num_real=2000,
     classifier_steps=600,
     num_features=64,
+    num_components=64,
     batch_size=100,
     num_shown=16,
 )
@@ -94,6 +97,7 @@ QUICK_SAMPLES = SampleSize(
     num_real=12,
     classifier_steps=3,
     num_features=4,
+    num_components=4,
     batch_size=4,
     num_shown=3,
 )

@@ -16,6 +16,7 @@ from ocm import data as datasets
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.timesteps import trailing_timesteps
 from ocm.evaluation.distances import frechet_distance
+from ocm.evaluation.features import FeatureExtractor
 from ocm.sampling.samplers import renoised, starting_noise
 from ocm.training.small_unet import small_unet
 
@@ -233,6 +234,18 @@ def test_the_reference_gives_the_frechet_distance():
         drawn = torch.randn(count, 12, generator=generator) @ mix.T + 1
         assert reference.distance(drawn) == pytest.approx(frechet_distance(real, drawn), rel=1e-5)
     assert reference.distance(real) == pytest.approx(0, abs=1e-6 * real.var().item())
+
+
+def test_leading_components_are_those_of_most_variance():
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1.0, 5.0, 0.1, 3.0])
+    images = torch.randn(2000, 4, 1, 1, generator=generator) * scales.view(4, 1, 1)
+    pixels = FeatureExtractor("pixels", 4, lambda some: some.flatten(1))
+    found = samples.leading(pixels, images, 2)
+    assert found.name == "the first 2 principal components, of 2000 validation images, of pixels"
+    components = found(images)
+    assert components.std(0).tolist() == pytest.approx([3, 5], rel=0.1)
+    assert abs(components.T.corrcoef()[0, 1].item()) < 1e-6
 
 
 def test_settings_are_chosen_and_the_best_are_kept():
