@@ -99,7 +99,7 @@ class Judges:
         data: The data set.
         folded: Whether samples have to be unfolded.
         extractors: By name: :data:`CLASSIFIER`, and :data:`IMAGENET` if it is installed.
-        validation: Validation images, by extractor: the classifier alone.
+        validation: Validation images, by extractor.
         test: Test images, by extractor.
         described: Their names, the classifier's accuracy, and how far training images are.
     """
@@ -110,6 +110,11 @@ class Judges:
     validation: Mapping[str, Reference]
     test: Mapping[str, Reference]
     described: Row
+
+    @property
+    def chooser(self) -> str:
+        """The extractor that settings are chosen in: a small classifier passes saturated images."""
+        return IMAGENET if IMAGENET in self.extractors else CLASSIFIER
 
     def shown(self, images: Tensor) -> Tensor:
         """Return images as they look, in [-1, 1]."""
@@ -192,12 +197,11 @@ def judges_of(
         num_sets=size.num_sets,
         **settings,
     )
-    own = extractors[CLASSIFIER]
     return Judges(
         data_name,
         data_size.folded,
         extractors,
-        {CLASSIFIER: Reference.of(own(validation))},
+        {name: Reference.of(extractor(validation)) for name, extractor in extractors.items()},
         references,
         described | {"features": names, "missing": absent, "training_images": training},
     )
@@ -213,9 +217,9 @@ def sample_rows(
 ) -> list[Row]:
     """Draw samples of one denoiser by every method, and return their distances to test images.
 
-    Each method's spacing is the one of least distance to validation images, in the classifier's
-    features and by samples of another seed. At other numbers of evaluations than ``size.all_at``
-    the methods are drawn that did best there.
+    Each method's spacing is the one of least distance to validation images, in ImageNet features
+    (the classifier's where they are missing) and by samples of another seed. At other numbers of
+    evaluations than ``size.all_at`` the methods are drawn that did best there.
 
     Args:
         checkpoint: The denoiser with its heads, as the network sees the images.
@@ -286,8 +290,8 @@ class _Run:
             for spacing in method.spacings:
                 one = replace(method, spacings=(spacing,))
                 images = self._drawn(one, size.all_at, size.tuning_samples, TUNING_SEED)
-                features = self.judges.extractors[CLASSIFIER](images)
-                found[spacing] = self.judges.validation[CLASSIFIER].distance(features)
+                features = self.judges.extractors[self.judges.chooser](images)
+                found[spacing] = self.judges.validation[self.judges.chooser].distance(features)
             return found
 
         row: Row = self._part("tried", method, tried, num_samples=size.tuning_samples)

@@ -103,9 +103,10 @@ def _legend(rows: Sequence[Row]) -> str:
     return (
         "E counts evaluations of the network for a sample. Timesteps are even (e), trailing (t) or "
         "those of Karras et al. with ρ = 7 (ρ): for each method and denoiser those of least "
-        f"distance to validation images at E = {all_at}, in the classifier's features, by samples "
-        "of another seed. The methods of others, and the processes of ours, that did best there "
-        "are drawn at other E. All clip the estimate of x₀ and end with it. DPM-Solver++ and UniPC "
+        f"distance to validation images at E = {all_at}, in ImageNet features where there are "
+        "some, by samples of another seed. The methods of others, and the processes of ours, that "
+        "did best there are drawn at other E. All clip the estimate of x₀ and end with it. "
+        "DPM-Solver++ and UniPC "
         "are those of diffusers. aDDIM takes the variance that x̂₀ lacks to be a tenth of that "
         "for data of variance 1/2, as its paper does."
     )
