@@ -132,7 +132,7 @@ def plot(record: Row, path: Path) -> None:
     columns = min(4, len(found))
     lines = -(-len(found) // columns)
     figure, axes = pyplot().subplots(
-        lines, columns, figsize=(3.6 * columns + 1.6, 3.1 * lines), squeeze=False,
+        lines, columns, figsize=(3.6 * columns + 2.4, 3.1 * lines + 1.2), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for axis, model in zip(axes.flat, found, strict=False):

@@ -146,6 +146,7 @@ class Size:
         step_counts: Numbers of steps K of the likelihood.
         num_calibration: Validation images that calibrations are fitted to.
         calibration_levels: Timesteps where they are fitted.
+        samples: Sizes of the comparison of samples.
         side_by_side: Whether two denoisers have a process each, of one thread.
     """
 
@@ -157,6 +158,7 @@ class Size:
     step_counts: tuple[int, ...]
     num_calibration: int
     calibration_levels: tuple[int, ...]
+    samples: SampleSize
     side_by_side: bool = True
 
 
@@ -212,6 +214,7 @@ REDUCED = Size(
         *(1, 11, 21, 42, 80, 125, 200, 250, 334, 445),
         *(500, 600, 700, 750, 850, 900, 950, 1000),
     ),
+    samples=SAMPLES,
 )
 # Every line runs, and the figures mean nothing.
 QUICK = replace(
@@ -234,5 +237,6 @@ QUICK = replace(
     step_counts=(3, 5),
     num_calibration=8,
     calibration_levels=(1, 500, 1000),
+    samples=QUICK_SAMPLES,
     side_by_side=False,
 )

@@ -21,12 +21,15 @@ from cifar10.parts import Parts, as_json
 from harness.timing import Setting
 from heads import likelihood, models
 from heads import report as tables
-from heads.report import plot
+from heads.samples import Judges, judges_of, sample_rows
+from heads.samples_report import samples_markdown, samples_picture
 from heads.sizes import QUICK, REDUCED, SEED, Size
 
+from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.evaluation.environment import Row, environment
 
-__all__ = ["plot", "report", "run"]
+# Learned covariances that samples are drawn with.
+SAMPLED = ("ocm", "ml")
 
 
 def run(setting: Setting) -> tuple[Row, str]:
@@ -45,6 +48,10 @@ def run(setting: Setting) -> tuple[Row, str]:
     ]
     for name in sorted(set(size.data) - {name for name, _ in jobs}):
         print(f"no train.parquet in {folders[name]}: {name} is left out")
+    described = {}
+    for name in dict.fromkeys(name for name, _ in jobs):  # once, before the processes of the paths
+        images = models.load_images(name, folders[name], size.data[name])
+        described[name] = _judges(name, folders[name], images, size).described
     if size.side_by_side:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(2, spawn, torch.set_num_threads, (1,)) as pool:
@@ -60,6 +67,8 @@ def run(setting: Setting) -> tuple[Row, str]:
         "denoisers": [part["denoiser"] for part in found],
         "losses": {f"{n} {p}": part["losses"] for (n, p), part in zip(jobs, found, strict=True)},
         "rows": [row for part in found for row in part["rows"]],
+        "judges": described,
+        "samples": [row for part in found for row in part["samples"]],
     }
     return record, report(record)
 
@@ -73,10 +82,43 @@ def _model(name: str, path: str, data: Path, size: Size) -> Row:
     scored: Row = parts.get(
         "likelihood",
         lambda: likelihood.evaluate(denoiser, images, size, of_data, work / name / path),
-        **{key: value for key, value in asdict(size).items() if key not in ("data", "name")},
+        **{
+            key: value
+            for key, value in asdict(size).items()
+            if key not in ("data", "name", "samples")
+        },
     )
-    rows = [{"data": name, "path": path, **row} for row in scored["rows"]]
-    return {"denoiser": denoiser_record, "rows": rows, "losses": scored["losses"]}
+    # Samples are drawn with the heads of the first seed.
+    learned, _ = likelihood.train_heads(
+        size.seeds[0], denoiser, images, size, of_data, work / name / path
+    )
+    checkpoint = Checkpoint(
+        denoiser,
+        tuple(images.test[:1].shape[1:]),
+        images.levels,
+        name,
+        {head: learned[head] for head in SAMPLED},
+    )
+    samples = sample_rows(
+        checkpoint,
+        path,
+        _judges(name, data, images, size),
+        size.samples,
+        Parts(work / "parts", "", {}),
+        SAMPLED,
+    )
+    return {
+        "denoiser": denoiser_record,
+        "rows": [{"data": name, "path": path, **row} for row in scored["rows"]],
+        "losses": scored["losses"],
+        "samples": samples,
+    }
+
+
+def _judges(name: str, data: Path, images: models.Splits, size: Size) -> Judges:
+    work = work_directory(size.name)
+    parts = Parts(work / "parts", "", {})
+    return judges_of(name, data, work, images, size.data[name], size.samples, parts)
 
 
 def work_directory(size: str) -> Path:
@@ -99,4 +141,22 @@ def report(record: Row) -> str:
         of_model = tables.of_model(rows, model)
         parts += [f"### {tables.title(of_model[0])}", tables.likelihood(of_model)]
     parts += ["### OCM in the default units and in the papers'", tables.units(rows)]
+    parts += ["### Samples", samples_markdown(record["samples"], record["judges"])]
     return "\n\n".join(parts)
+
+
+def plot(record: Row, path: Path) -> None:
+    """Draw bits/dim above the likelihood head's, and samples of one path of each data set."""
+    tables.plot(record, path)
+    rows, settings = record["samples"], record["settings"]
+    parts = Parts(work_directory(settings["name"]) / "parts", "", {})
+    for data in record["judges"]:
+        process = next(row["path"] for row in rows[::-1] if row["data"] == data)
+        samples_picture(
+            rows,
+            parts,
+            path.with_name(f"{path.stem}_samples_{data.replace('_', '')}.png"),
+            data=data,
+            process=process,
+            evaluations=settings["samples"]["all_at"],
+        )
