@@ -321,7 +321,7 @@ def test_eta_out_of_range(eta):
 def test_a_covariance_without_eigenvalues():
     denoiser = path_denoiser(gaussian(), "flow", "flow_prediction")
     with pytest.raises(
-        TypeError, match="covariance must have a density, and Lanczos.* products alone"
+        TypeError, match=r"covariance must have a density, and Lanczos.* products alone"
     ):
         drawn(denoiser, ocm.Lanczos(denoiser, 3), 4, 0.0)
 
