@@ -115,11 +115,11 @@ def sample(
         raise ValueError(
             f"--eta {eta} is for --sampler ddim or second-order; ddpm has no such choice"
         )
-    reverse_process = {
+    reverse_processes: dict[str, samplers.Sampler | samplers.Multistep] = {
         "ddpm": samplers.ddpm,
         "ddim": partial(samplers.ddim, eta=eta or 0.0),
         "second-order": SecondOrder(eta or 0.0),
-    }[sampler]
+    }
     loaded = model_at(checkpoint, place)
     if vae is not None and loaded.x0_range is not None:
         raise ValueError(f"--vae {vae} is for a model of latents, and {checkpoint} is of images")
@@ -137,7 +137,7 @@ def sample(
         name,
         end - first,
         timesteps,
-        sampler=reverse_process,
+        sampler=reverse_processes[sampler],
         settings=CovarianceSettings(num_probes, lanczos_probes, seed),
         labels=label,
         conditions=texts,

@@ -26,6 +26,7 @@ any W is right: it is w0 there, and the sampler is DPM-Solver++.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -125,7 +126,7 @@ class _Run:
         )
         a, b, noise_variance = step
         D = x0_hat + replace(C, eigenvalues=W.to(x_t)).multiply(x0_hat - x0_hat_p)
-        std = min(noise_variance**0.5, torch.inf if max_noise_std is None else max_noise_std)
+        std = min(math.sqrt(noise_variance), math.inf if max_noise_std is None else max_noise_std)
         offset = prediction.sample_offset
         z = normal(x_t.shape, seed, step=draws.of_level(t), sample_offset=offset, device=x_t.device)
         return (a * x_t + b * D + std * z.to(x_t)).to(prediction.x_t)
