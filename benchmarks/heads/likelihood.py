@@ -26,6 +26,8 @@ from ocm.training.loop import mean_of_last
 
 # Images that tell the standard deviation of the data.
 _TELLING = 1000
+# Images that tell the variances of frequencies.
+_TELLING_FREQUENCIES = 5000
 
 
 def train_heads(
@@ -147,3 +149,40 @@ def evaluate(denoiser: Denoiser, images: Splits, size: Size, data: DataSize, wor
     bits = score(covariances, denoiser, images, size, data)
     say(f"{work}: scored in {time.perf_counter() - start:.0f} s")
     return {"rows": compared(bits, size.seeds), "losses": losses}
+
+
+def evaluate_frequencies(
+    denoiser: Denoiser, images: Splits, size: Size, data: DataSize, work: Path
+) -> list[Row]:
+    """Train the likelihood head in cosines of colours, and score it beside the one in pixels.
+
+    The arguments are those of :func:`evaluate`, which comes first. Returns the rows of
+    :func:`compared` that are of this head.
+    """
+    covariances: dict[str, Covariance] = {}
+    features = denoiser.backbone.conv_norm_out.num_channels
+    for seed in size.seeds:
+        trained, _ = train_heads(seed, denoiser, images, size, data, work)
+        covariances[f"ml-{seed}"] = trained["ml"]
+        made = ocm.FrequencyLikelihood.for_images(
+            denoiser,
+            images.train[:_TELLING_FREQUENCIES],
+            features,
+            fold=2 if data.folded else 1,
+            seed=seed,
+        )
+        covariance = replace(made, levels=images.levels)
+        start = time.perf_counter()
+        settings = replace(size.head, num_steps=data.head_steps, seed=SEED + 1 + seed)
+        ocm.train_head(
+            covariance,
+            images.train,
+            settings,
+            directory=work / f"frequency-{seed}",
+            progress=False,
+        )
+        say(f"{work}: frequencies of seed {seed}, {time.perf_counter() - start:.0f} s")
+        covariances[f"frequency-{seed}"] = covariance
+    bits = score(covariances, denoiser, images, size, data)
+    rows = compared(bits, size.seeds)
+    return [row for row in rows if row["covariance"] == "frequency"]

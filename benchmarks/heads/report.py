@@ -15,6 +15,8 @@ TITLES = {"digits": "digits", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFA
 # The numbers of steps of the tables; the head was trained on all of these but 100.
 STEP_COUNTS = (5, 10, 25, 50, 100)
 _PAPERS = "_papers"
+# The likelihood head in another basis than the pixels, which stands beside the comparison.
+FREQUENCY, FREQUENCY_LABEL = "frequency", "likelihood head in frequencies"
 
 
 def title(row: Row) -> str:
@@ -30,7 +32,7 @@ def head_label(row: Row) -> str:
         "OCM head, papers' units, calibrated"
     """
     plain = row["covariance"].removesuffix(_PAPERS)
-    parts = [NAMES[plain].label]
+    parts = [FREQUENCY_LABEL if plain == FREQUENCY else NAMES[plain].label]
     if plain != row["covariance"]:
         parts.append("papers' units")
     return ", ".join([*parts, *["calibrated"] * row["calibrated"]])
@@ -60,14 +62,18 @@ def likelihood(rows: Sequence[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Row]:
-    """Return how the likelihood head, plain, does against all others at each model and K.
+    """Return how the likelihood head, plain, does against all others in pixels, by model and K.
 
     ``below`` says whether it is below every other, ``level`` whether none is below it by more than
     two paired standard errors; ``best`` is the lowest other, ``margin`` how far it is above.
     """
     found = []
     for data, path in models(rows):
-        others = [row for row in of_model(rows, (data, path)) if row["covariance"] != "ml"]
+        others = [
+            row
+            for row in of_model(rows, (data, path))
+            if row["covariance"] not in ("ml", FREQUENCY)
+        ]
         known = {row["K"] for row in others}
         for K in sorted(known & set(STEP_COUNTS) or known):
             cells = [row for row in others if row["K"] == K]
@@ -94,9 +100,9 @@ def summary(rows: Sequence[Row]) -> str:
         cells = verdicts([row for row in rows if row["data"] == data])
         below, level = (sum(cell[key] for cell in cells) for key in ("below", "level"))
         lines.append(
-            f"- {TITLES[data]}: the likelihood head, uncalibrated, is below every other head, "
-            f"plain or calibrated, in {below} of {len(cells)} cells, and no other is below it by "
-            f"more than two paired standard errors in {level}."
+            f"- {TITLES[data]}: the likelihood head, uncalibrated, is below every other head in "
+            f"pixels, plain or calibrated, in {below} of {len(cells)} cells, and no other is below "
+            f"it by more than two paired standard errors in {level}."
         )
         lines += [
             f"  - {title(cell)}, K = {cell['K']}: {cell['best']} is lower by "
@@ -104,6 +110,20 @@ def summary(rows: Sequence[Row]) -> str:
             for cell in cells
             if not cell["below"]
         ]
+    frequencies = [
+        row
+        for row in rows
+        if row["covariance"] == FREQUENCY and not row["calibrated"] and row["K"] in STEP_COUNTS
+    ]
+    for model in models(frequencies):
+        cells = of_model(frequencies, model)
+        found = ", ".join(
+            f"{row['above']:+.3f} ± {row['above_standard_error']:.3f}" for row in cells
+        )
+        lines.append(
+            f"- {title(cells[0])}: {FREQUENCY_LABEL}, minus the one in pixels, at K = "
+            f"{', '.join(str(row['K']) for row in cells)}: {found}."
+        )
     return "\n".join(lines)
 
 

@@ -79,14 +79,18 @@ def _model(name: str, path: str, data: Path, size: Size) -> Row:
     images = models.load_images(name, data, of_data)
     denoiser, denoiser_record = models.train_denoiser(name, path, work, images, of_data)
     parts = Parts(work / "parts", f"{name}-{path}-", as_json(asdict(of_data)))
+    settings = {k: v for k, v in asdict(size).items() if k not in ("data", "name", "samples")}
     scored: Row = parts.get(
         "likelihood",
         lambda: likelihood.evaluate(denoiser, images, size, of_data, work / name / path),
-        **{
-            key: value
-            for key, value in asdict(size).items()
-            if key not in ("data", "name", "samples")
-        },
+        **settings,
+    )
+    scored["rows"] += parts.get(
+        "frequencies",
+        lambda: likelihood.evaluate_frequencies(
+            denoiser, images, size, of_data, work / name / path
+        ),
+        **settings,
     )
     # Samples are drawn with the heads of the first seed.
     learned, _ = likelihood.train_heads(

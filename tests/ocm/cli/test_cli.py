@@ -61,7 +61,7 @@ def test_train_from_scratch_and_on_a_denoiser_that_exists(invoke, tmp_path):
     record = json.loads((tmp_path / "a" / "train.json").read_text())
     assert record["denoiser_loss"] > 0
     assert record["head"]["batch_size"] == 4
-    units = checkpoints.load(tmp_path / "a").learned["ocm"].parameterisation
+    units = checkpoints.load(tmp_path / "a").learned["ml"].parameterisation
     digits = load_digits().images / 8 - 1
     assert units.data_std == pytest.approx(digits.std(), rel=0.05)
     assert units.positive
@@ -93,7 +93,7 @@ def test_a_model_of_another_path_from_training_to_scores(invoke, tmp_path, path,
     assert knows == (path != "edm")  # whose x_N tells a little of x0
     answer = invoke("calibrate", out, "--num-images", 8, "--steps", 3, *quiet)
     assert answer.exit_code == 0, answer.output
-    for name in ("ocm", "hutchinson", "analytic"):
+    for name in ("ml", "hutchinson", "analytic"):
         answer = invoke(
             "sample", out, "--out", tmp_path / name, "--covariance", name, "--num-images", 2,
             "--steps", 3, "--spacing", "trailing", *quiet,
@@ -102,7 +102,7 @@ def test_a_model_of_another_path_from_training_to_scores(invoke, tmp_path, path,
         timesteps = json.loads((tmp_path / name / "samples.json").read_text())["timesteps"]
         assert timesteps == pytest.approx([1000 / 3, 2000 / 3, 1000])
     answer = invoke(
-        "evaluate", out, "--out", tmp_path / "scores", "--covariance", "ocm", "--covariance",
+        "evaluate", out, "--out", tmp_path / "scores", "--covariance", "ml", "--covariance",
         "exact", "--steps", 3, "--num-images", 2, *quiet,
     )  # fmt: skip
     assert answer.exit_code == 0, answer.output

@@ -68,17 +68,18 @@ def test_its_expectation_is_the_bound(path, spacing):
     assert parts.mean().item() == pytest.approx(wanted.mean().item(), abs=4 * error + 0.003)
 
 
+@pytest.mark.parametrize("levels", [None, 17])
 @pytest.mark.parametrize("schedule", [ocm.linear(), ocm.cosine()])
-def test_terms_against_torch_distributions(schedule):
-    """The KL of both Gaussians of every step, and the decoder's density, each times K."""
+def test_terms_against_torch_distributions(schedule, levels):
+    """The KL of both Gaussians of every step, and the decoder's density or mass, each times K."""
     denoiser = gaussian_denoiser(
         torch.zeros(3), torch.diag(torch.tensor([0.1, 0.2, 0.3])), schedule
     )
     K = 3
     covariance = ocm.MaximumLikelihood(
-        denoiser, Affine(), POSITIVE, step_counts=(K,), spacings=("even",)
+        denoiser, Affine(), POSITIVE, step_counts=(K,), spacings=("even",), levels=levels
     )
-    x0 = torch.tensor([[[[0.2, -0.4, 0.9]]]]).double()
+    x0 = torch.tensor([[[[0.25, -0.375, 1.0]]]]).double()
     steps = [(0, 1), (1, 500), (500, 1000)]
     for place, (s, t) in zip((100, 500, 900), steps, strict=True):
         found = covariance.loss(x0, torch.tensor([place]), seed=3, sample_offset=7)
@@ -88,8 +89,12 @@ def test_terms_against_torch_distributions(schedule):
         unit = 1 / (1 / 0.6**2 + schedule.alpha_bar[t] / schedule.beta_bar[t])
         o = 0.3 * x_t - 0.2
         variance = unit * torch.log1p(torch.exp(o + math.log(math.e - 1)))
-        if s == 0:
+        if s == 0 and levels is None:
             wanted = -Normal(x0_hat, variance.sqrt()).log_prob(x0).mean()
+        elif s == 0:
+            law = Normal(x0_hat, variance.sqrt().clamp(min=0.1 / 8))
+            upper, lower = law.cdf(x0 + 1 / 16), law.cdf(x0 - 1 / 16)
+            wanted = -(torch.where(x0 == 1, 1.0, upper) - lower).log().mean()
         else:
             step = ocm.ddpm(schedule, s, t)
             mean = [step.mean_from_x_t * x_t + step.mean_from_x0 * x for x in (x0, x0_hat)]

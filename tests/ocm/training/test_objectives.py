@@ -32,7 +32,9 @@ def test_the_ocm_target_is_the_hutchinson_estimate_of_the_scaled_hessian(unet):
     schedule = ocm.linear()
     denoiser = ocm.Denoiser(unet, schedule).freeze()
     x0, t = torch.rand(3, 2, 8, 8) * 2 - 1, torch.tensor([5, 300, 900])
-    covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser), num_probes=2)
+    covariance = ocm.OptimalCovarianceMatching(
+        denoiser, ocm.make_head(denoiser), ocm.PAPER, num_probes=2
+    )
     loss = covariance.loss(x0, t, seed=4, sample_offset=9)
 
     x_t, _ = noisy(schedule, x0, t, seed=4, sample_offset=9)
@@ -51,7 +53,7 @@ def test_the_ocm_target_is_the_hutchinson_estimate_of_the_scaled_hessian(unet):
 
 def test_the_ocm_loss_reaches_the_head_alone(unet):
     denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
-    head = ocm.make_head(denoiser)
+    head = ocm.make_head(denoiser, "simple")
     x0, t = torch.rand(2, 2, 8, 8), torch.tensor([5, 300])
     covariance = ocm.OptimalCovarianceMatching(denoiser, head)
     covariance.loss(x0, t, seed=0, sample_offset=0).backward()
@@ -95,7 +97,7 @@ def train(images, **changes):
     )
     losses = train_denoiser(denoiser, images, settings, progress=False)
     head = ocm.make_head(denoiser)
-    covariance = ocm.OptimalCovarianceMatching(denoiser, head)
+    covariance = ocm.OptimalCovarianceMatching(denoiser, head, ocm.PAPER)
     head_losses = train_head(covariance, images, settings, progress=False)
     return denoiser, head, losses, head_losses
 
