@@ -21,6 +21,7 @@ from ocm.covariances import (
     CosineDiagonal,
     Covariance,
     Exact,
+    FrequencyLikelihood,
     Full,
     Hutchinson,
     ImprovedDDPM,
@@ -33,6 +34,7 @@ from ocm.covariances import (
     fit_analytic,
     fit_analytic_from_data,
 )
+from ocm.covariances.learned.frequencies import FrequencyHead
 from ocm.covariances.learned.heads import CovarianceHead, ResidualHead, TokenHead, make_head
 from ocm.covariances.learned.parameterisation import BOUNDED, PAPER, Parameterisation
 from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance
@@ -91,6 +93,8 @@ __all__ = [
     "CovarianceModel",
     "Denoiser",
     "Exact",
+    "FrequencyHead",
+    "FrequencyLikelihood",
     "Full",
     "Hutchinson",
     "ImprovedDDPM",

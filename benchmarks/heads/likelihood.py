@@ -161,7 +161,7 @@ def evaluate_frequencies(
     """
     covariances: dict[str, Covariance] = {}
     features = denoiser.backbone.conv_norm_out.num_channels
-    for seed in size.seeds:
+    for seed in size.frequency_seeds:
         trained, _ = train_heads(seed, denoiser, images, size, data, work)
         covariances[f"ml-{seed}"] = trained["ml"]
         made = ocm.FrequencyLikelihood.for_images(
@@ -184,5 +184,5 @@ def evaluate_frequencies(
         say(f"{work}: frequencies of seed {seed}, {time.perf_counter() - start:.0f} s")
         covariances[f"frequency-{seed}"] = covariance
     bits = score(covariances, denoiser, images, size, data)
-    rows = compared(bits, size.seeds)
+    rows = compared(bits, size.frequency_seeds)
     return [row for row in rows if row["covariance"] == "frequency"]

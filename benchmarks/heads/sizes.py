@@ -143,6 +143,7 @@ class Size:
         head: The training of every head; steps and seeds differ.
         head_kind: "simple" or "residual".
         seeds: Of the heads: weights, noise and order of the images.
+        frequency_seeds: Those of the head in frequencies.
         step_counts: Numbers of steps K of the likelihood.
         num_calibration: Validation images that calibrations are fitted to.
         calibration_levels: Timesteps where they are fitted.
@@ -155,6 +156,7 @@ class Size:
     head: TrainingSettings
     head_kind: str
     seeds: tuple[int, ...]
+    frequency_seeds: tuple[int, ...]
     step_counts: tuple[int, ...]
     num_calibration: int
     calibration_levels: tuple[int, ...]
@@ -208,6 +210,7 @@ REDUCED = Size(
     ),
     head_kind="residual",
     seeds=(0, 1, 2),
+    frequency_seeds=(0,),
     step_counts=(5, 8, 10, 15, 25, 50, 100),
     num_calibration=150,
     calibration_levels=(
@@ -234,6 +237,7 @@ QUICK = replace(
     },
     head=replace(REDUCED.head, batch_size=8, warmup_steps=1),
     seeds=(0, 1),
+    frequency_seeds=(0,),
     step_counts=(3, 5),
     num_calibration=8,
     calibration_levels=(1, 500, 1000),

@@ -28,6 +28,8 @@ from heads.sizes import QUICK, REDUCED, SEED, Size
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.evaluation.environment import Row, environment
 
+# What the heads in pixels do not depend on.
+_APART = ("data", "name", "samples", "frequency_seeds")
 # Learned covariances that samples are drawn with.
 SAMPLED = ("ocm", "ml")
 
@@ -79,7 +81,7 @@ def _model(name: str, path: str, data: Path, size: Size) -> Row:
     images = models.load_images(name, data, of_data)
     denoiser, denoiser_record = models.train_denoiser(name, path, work, images, of_data)
     parts = Parts(work / "parts", f"{name}-{path}-", as_json(asdict(of_data)))
-    settings = {k: v for k, v in asdict(size).items() if k not in ("data", "name", "samples")}
+    settings = {k: v for k, v in asdict(size).items() if k not in _APART}
     scored: Row = parts.get(
         "likelihood",
         lambda: likelihood.evaluate(denoiser, images, size, of_data, work / name / path),
@@ -90,6 +92,7 @@ def _model(name: str, path: str, data: Path, size: Size) -> Row:
         lambda: likelihood.evaluate_frequencies(
             denoiser, images, size, of_data, work / name / path
         ),
+        frequency_seeds=size.frequency_seeds,
         **settings,
     )
     # Samples are drawn with the heads of the first seed.

@@ -10,6 +10,7 @@ covariance                         states                                       
 :class:`NPR`, :class:`SN`          heads that regress errors and noise             0
 :class:`OptimalCovarianceMatching` a head that regresses the Hessian's diagonal    0
 :class:`MaximumLikelihood`         a head, trained by the bound of few-step chains 0
+:class:`FrequencyLikelihood`       the same, diagonal in cosines of colours        0
 :class:`Hutchinson`                the diagonal from M probes of any design        M
 :class:`Exact`                     the diagonal                                    D
 :class:`ChannelBlocks`             a matrix over channels for each pixel           D, or fewer
@@ -40,6 +41,7 @@ from ocm.covariances.fixed import Beta, BetaTilde
 from ocm.covariances.hutchinson import Hutchinson
 from ocm.covariances.lanczos import Lanczos, LanczosCovariance
 from ocm.covariances.learned.base import LearnedCovariance
+from ocm.covariances.learned.frequencies import FrequencyLikelihood
 from ocm.covariances.learned.improved_ddpm import ImprovedDDPM, VarianceChannels
 from ocm.covariances.learned.maximum_likelihood import MaximumLikelihood
 from ocm.covariances.learned.npr import NPR
@@ -57,6 +59,7 @@ __all__ = [
     "CosineDiagonal",
     "Covariance",
     "Exact",
+    "FrequencyLikelihood",
     "Full",
     "Hutchinson",
     "ImprovedDDPM",

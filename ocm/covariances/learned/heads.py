@@ -46,12 +46,12 @@ class CovarianceHead(nn.Module):
         }
         self.norm = nn.GroupNorm(num_groups, in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        _start_at_zero(self.conv)
+        start_at_zero(self.conv)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
         features = _for_group_norm(features.to(self.conv.weight.dtype))
-        with _outside_autocast(features):
+        with outside_autocast(features):
             o: Tensor = self.conv(functional.silu(self.norm(features)))
         return o
 
@@ -90,7 +90,7 @@ class ResidualHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, H, W), from features (B, in_channels, H, W)."""
         features = _for_group_norm(features.to(self.head.conv.weight.dtype))
-        with _outside_autocast(features):
+        with outside_autocast(features):
             o: Tensor = self.head(features + self.second(self.first(features)))
         return o
 
@@ -136,12 +136,12 @@ class TokenHead(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, math.prod(self._patch) * out_channels)
-        _start_at_zero(self.out)
+        start_at_zero(self.out)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return o, of shape (B, out_channels, ...), from the tokens (B, *grid, width)."""
         tokens = tokens.to(self.out.weight.dtype)
-        with _outside_autocast(tokens):
+        with outside_autocast(tokens):
             if self.block is not None:
                 tokens = tokens + self.block(tokens)
             patches = self.out(functional.silu(self.norm(tokens)))
@@ -151,7 +151,8 @@ class TokenHead(nn.Module):
         return unpacked(patches.flatten(-2).flatten(1, len(grid)), grid, self._patch)
 
 
-def _outside_autocast(features: Tensor) -> torch.autocast:
+def outside_autocast(features: Tensor) -> torch.autocast:
+    """Return the context in which layers compute in the type of their weights."""
     return torch.autocast(features.device.type, enabled=False)
 
 
@@ -164,7 +165,8 @@ def _for_group_norm(features: Tensor) -> Tensor:
     return features.contiguous() if features.device.type == "cpu" else features
 
 
-def _start_at_zero(layer: nn.Module) -> None:
+def start_at_zero(layer: nn.Module) -> None:
+    """Set weight and bias of the layer that puts out o to zero."""
     nn.init.zeros_(layer.get_parameter("weight"))
     nn.init.zeros_(layer.get_parameter("bias"))
 

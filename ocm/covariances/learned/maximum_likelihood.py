@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hessdiag.kernels import normal
 from ocm.covariances.base import Covariance, from_branches
-from ocm.covariances.learned.base import LearnedCovariance, scaled_ratio
+from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion import draws
 from ocm.diffusion.conditions import Condition
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 from ocm.diffusion.divergences import (
     decoder_std,
     discretised_gaussian_log_prob,
@@ -103,7 +103,23 @@ class MaximumLikelihood(Covariance):
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return the variance of each dimension."""
         own = prediction.by(self.denoiser)
-        return from_branches(own, lambda branch: scaled_ratio(self, branch))
+        return from_branches(own, lambda branch: self._variance(branch, self.head))
+
+    # What another basis than the pixels replaces, and the decoder below.
+
+    def _unit(self, t: float | Tensor, x_t: Tensor) -> Tensor:
+        return self.parameterisation.scale(self.denoiser.schedule, t, x_t)
+
+    def _output(self, branch: Branch, head: nn.Module) -> Tensor:
+        output: Tensor = head(branch.features)
+        return output
+
+    def _analysed(self, error: Tensor) -> Tensor:
+        return error
+
+    def _variance(self, branch: Branch, head: nn.Module) -> Tensor:
+        ratio = self.parameterisation.ratio(self._output(branch, head))
+        return self._unit(branch.t, branch.x_t) * ratio
 
     def loss(
         self,
@@ -127,9 +143,8 @@ class MaximumLikelihood(Covariance):
         x0_hat = full_precision(prediction.x0_hat)
         if self.x0_range is not None:
             x0_hat = x0_hat.clamp(*self.x0_range)
-        squared_error = (x0.to(x0_hat) - x0_hat).square()
-        ratio = self.parameterisation.ratio((head or self.head)(prediction.features))
-        variance = self.parameterisation.scale(schedule, t, x_t) * ratio
+        squared_error = self._analysed(x0.to(x0_hat) - x0_hat).square()
+        variance = self._variance(prediction.branches[-1][1], head or self.head)
 
         decodes = s == 0
         # The SNR of s = 0 is infinite; what stands for it there is not looked at.
