@@ -34,7 +34,8 @@ def sample_rows(rows: Mapping[str, Tensor], path: str | Path, *, title: str = ""
         strips.append(pad(strip, (0, (most - len(images)) * pixels.shape[-1]), value=1.0))
     picture = torch.cat(strips, dim=1).permute(1, 2, 0).squeeze(-1)
     figure, axis = pyplot().subplots(
-        figsize=(1.4 + 0.58 * most, 0.4 + 0.58 * len(rows)), layout="compressed"
+        figsize=(0.3 + 0.08 * max(map(len, rows)) + 0.58 * most, 0.4 + 0.58 * len(rows)),
+        layout="compressed",
     )
     axis.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axis.set_xticks([])
