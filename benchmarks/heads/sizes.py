@@ -144,6 +144,7 @@ class Size:
         head_kind: "simple" or "residual".
         seeds: Of the heads: weights, noise and order of the images.
         frequency_seeds: Those of the head in frequencies.
+        first_seed_alone: Paths with heads of the first seed alone.
         step_counts: Numbers of steps K of the likelihood.
         num_calibration: Validation images that calibrations are fitted to.
         calibration_levels: Timesteps where they are fitted.
@@ -157,6 +158,7 @@ class Size:
     head_kind: str
     seeds: tuple[int, ...]
     frequency_seeds: tuple[int, ...]
+    first_seed_alone: tuple[str, ...]
     step_counts: tuple[int, ...]
     num_calibration: int
     calibration_levels: tuple[int, ...]
@@ -211,6 +213,7 @@ REDUCED = Size(
     head_kind="residual",
     seeds=(0, 1, 2),
     frequency_seeds=(0,),
+    first_seed_alone=("linear",),
     step_counts=(5, 8, 10, 15, 25, 50, 100),
     num_calibration=150,
     calibration_levels=(
@@ -238,6 +241,7 @@ QUICK = replace(
     head=replace(REDUCED.head, batch_size=8, warmup_steps=1),
     seeds=(0, 1),
     frequency_seeds=(0,),
+    first_seed_alone=(),
     step_counts=(3, 5),
     num_calibration=8,
     calibration_levels=(1, 500, 1000),

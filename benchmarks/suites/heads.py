@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.evaluation.environment import Row, environment
 
 # What the heads in pixels do not depend on.
-_APART = ("data", "name", "samples", "frequency_seeds")
+_APART = ("data", "name", "samples", "frequency_seeds", "first_seed_alone")
 # Learned covariances that samples are drawn with.
 SAMPLED = ("ocm", "ml")
 
@@ -81,6 +81,8 @@ def _model(name: str, path: str, data: Path, size: Size) -> Row:
     images = models.load_images(name, data, of_data)
     denoiser, denoiser_record = models.train_denoiser(name, path, work, images, of_data)
     parts = Parts(work / "parts", f"{name}-{path}-", as_json(asdict(of_data)))
+    if path in size.first_seed_alone:
+        size = replace(size, seeds=size.seeds[:1])
     settings = {k: v for k, v in asdict(size).items() if k not in _APART}
     scored: Row = parts.get(
         "likelihood",
@@ -138,8 +140,10 @@ def report(record: Row) -> str:
     rows, settings = record["rows"], record["settings"]
     parts = [
         "Bits/dim of test images in K evenly spaced steps, with the stated decoder; mean over the "
-        f"seeds {', '.join(str(seed) for seed in settings['seeds'])} of the heads (those in the "
-        "papers' units on images: the first). Calibrations are fitted to "
+        f"seeds {', '.join(str(seed) for seed in settings['seeds'])} of the heads. Of the first "
+        f"seed alone are those in the papers' units on images, those on the path "
+        f"{' and '.join(settings['first_seed_alone']) or 'of none'}, and those in frequencies. "
+        "Calibrations are fitted to "
         f"{settings['num_calibration']} validation images. The likelihood head was trained on K = "
         "5, 10, 25 and 50.",
         tables.summary(rows),
