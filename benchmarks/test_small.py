@@ -118,7 +118,7 @@ def test_ddpm_step(benchmark, name):
     denoiser = mixture_denoiser(mixture, schedule)
     covariance = {
         "beta": ocm.Beta(denoiser),
-        "ocm head": ocm.OptimalCovarianceMatching(denoiser, point_head(denoiser).eval()),
+        "ocm head": ocm.OptimalCovarianceMatching(denoiser, point_head(denoiser).eval(), ocm.PAPER),
         "full": ocm.Full(denoiser),
     }[name]
     x_t = schedule.diffuse(mixture.sample(256, seed=0), t, torch.ones(256, 2))

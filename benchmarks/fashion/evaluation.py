@@ -424,13 +424,7 @@ def bits_of_steps_from(
     for name in [f"{n}{end}" for n in LIKELIHOODS for end in ("", ", calibrated")]:
         for K, s in ends:
             if s == 0:
-                decoded = decoder_term(
-                    ocm.BetaTilde(denoiser).at(prediction.towards(0)),
-                    prediction,
-                    x0,
-                    checkpoint.levels,
-                    "beta_tilde",
-                )
+                decoded = decoder_term(None, prediction, x0, checkpoint.levels, "beta_tilde")
                 terms = prior_term(denoiser, x0) + decoded
             else:
                 terms = step_term(versions[name], prediction.towards(s), x0)

@@ -160,7 +160,15 @@ def likelihoods(
         condition = labelled(denoiser, labels, first, len(x0))
         prediction = noisy_prediction(denoiser, x0, t, seed, first, condition=condition)
         shared: dict[str, PosteriorCovariance] = {}
+        ends: dict[str, Tensor] = {}  # prior and decoder of each row, the same for every K
+        if decoder == "beta_tilde" and visits[t][0][1] == 0:
+            decoded = decoder_term(None, prediction, x0, levels, decoder)
+            ends = dict.fromkeys(rows, prior_term(denoiser, x0) + decoded)
         for K, s in visits[t]:
+            if s == 0 and ends:
+                for row in rows:
+                    totals[row][K][batch] += ends[row]
+                continue
             towards = prediction.towards(s)
             for name, covariance in covariances.items():
                 if name not in shared or covariance.depends_on_s:
@@ -176,7 +184,8 @@ def likelihoods(
                         totals[row][K][batch] += step_term(spectral(bounded), towards, x0)
                         continue
                     decoded = decoder_term(bounded, towards, x0, levels, decoder)
-                    totals[row][K][batch] += prior_term(denoiser, x0) + decoded
+                    ends[row] = prior_term(denoiser, x0) + decoded
+                    totals[row][K][batch] += ends[row]
     for row, K in itertools.product(rows, step_counts):
         if not bool(torch.isfinite(totals[row][K]).all()):
             raise FloatingPointError(

@@ -217,7 +217,7 @@ def _squared_errors(
 
 
 def decoder_term(
-    covariance: PosteriorCovariance,
+    covariance: PosteriorCovariance | None,
     prediction: Prediction,
     x0: Tensor,
     levels: int,
@@ -226,7 +226,8 @@ def decoder_term(
     """Return -log p(x_0 | x_t1) of the discretised Gaussian, in bits/dim, shape (B,).
 
     Args:
-        covariance: Cov[x0 | x_t1], whose diagonal counts, bounded to what the data allow.
+        covariance: Cov[x0 | x_t1], whose diagonal counts, bounded to what the data allow; None for
+            "beta_tilde", which does not look at it.
         prediction: At x_t1.
         x0: The images.
         levels: Number of grey levels.
@@ -237,6 +238,7 @@ def decoder_term(
     """
     x0_hat = prediction.x0_hat.clamp(*X0_RANGE).double()
     if decoder == "stated":
+        assert covariance is not None  # by the contract above
         std = decoder_std(covariance.diagonal().double(), levels)
     elif decoder == "beta_tilde":
         std = x0_hat.new_tensor(prediction.denoiser.schedule.beta_tilde(1, 2)).sqrt()
