@@ -40,16 +40,18 @@ def images():
     return ocm.quantise((torch.randn(10, 1, 1, 3, generator=generator) / 4).clamp(-1, 1))
 
 
-def test_the_table_is_that_of_one_bound_at_a_time(checkpoint, images):
+@pytest.mark.parametrize("decoder", ["stated", "beta_tilde"])
+def test_the_table_is_that_of_one_bound_at_a_time(checkpoint, images, decoder):
+    how = {"decoder": decoder, "seed": 7}
     table = likelihood_table(
-        checkpoint, images, NAMES, [3, 5], calibrated=NAMES, seed=7, batch_size=4
+        checkpoint, images, NAMES, [3, 5], calibrated=NAMES, batch_size=4, **how
     )
     assert set(table) == {*NAMES, *(f"{name}_calibrated" for name in NAMES)}
     for name, row in table.items():
         covariance = build_covariance(name, checkpoint)
         for K, cell in row.items():
             timesteps = ocm.even_timesteps(ocm.linear(), K)
-            bound = ocm.bits_per_dim(checkpoint.denoiser, covariance, images, timesteps, seed=7)
+            bound = ocm.bits_per_dim(checkpoint.denoiser, covariance, images, timesteps, **how)
             assert cell.mean == pytest.approx(bound.total.mean().item(), rel=1e-5)
             error = bound.total.std().item() / 10**0.5
             assert cell.standard_error == pytest.approx(error, rel=1e-4)
