@@ -78,10 +78,10 @@ def test_a_head_is_trained(precision):
     pytest.importorskip("diffusers", reason="training averages weights by diffusers' EMAModel")
     denoiser = small_denoiser("cuda")
     head = small_head("cuda").requires_grad_(True)
-    before = head.conv.weight.detach().clone()
+    before = head.head.conv.weight.detach().clone()
     covariance = ocm.OptimalCovarianceMatching(denoiser, head, ocm.Parameterisation(0.5))
     images = torch.rand(16, 2, 8, 8) * 2 - 1
     settings = ocm.TrainingSettings(num_steps=5, batch_size=8, mixed_precision=precision)
     losses = ocm.train_head(covariance, images, settings, progress=False)
     assert all(math.isfinite(loss) for loss in losses)
-    assert not torch.equal(head.conv.weight, before)
+    assert not torch.equal(head.head.conv.weight, before)

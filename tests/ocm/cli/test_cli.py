@@ -260,7 +260,7 @@ def pipelines(tmp_path_factory):
     unet = small_unet((1, 8, 8), width=8)
     DDPMPipeline(unet, scheduler).save_pretrained(plain)
     model = ocm.attach(unet, parameterisation=ocm.Parameterisation(0.5, positive=True))
-    torch.nn.init.normal_(model.head.conv.weight, std=0.3)
+    torch.nn.init.normal_(model.head.head.conv.weight, std=0.3)
     DDPMPipeline(model, model.scheduler(scheduler)).save_pretrained(attached)
     return plain, attached, model
 
@@ -311,7 +311,7 @@ def test_the_head_of_an_attached_pipeline_is_that_of_ocm(pipelines, invoke, tmp_
     assert answer.exit_code == 0, answer.output
     learned = checkpoints.load(tmp_path).learned
     assert set(learned) == {"ocm", "npr"}
-    torch.testing.assert_close(learned["ocm"].head.conv.weight, model.head.conv.weight)
+    torch.testing.assert_close(learned["ocm"].head.head.conv.weight, model.head.head.conv.weight)
 
 
 def test_a_pipeline_without_a_size_is_refused(pipelines, invoke, tmp_path):

@@ -51,7 +51,7 @@ def pipelines(tmp_path_factory):
     pipeline = text_pipelines.stable_diffusion()
     pipeline.save_pretrained(plain)
     model = ocm.attach(pipeline.unet)
-    torch.nn.init.normal_(model.head.conv.weight, std=0.3)
+    torch.nn.init.normal_(model.head.head.conv.weight, std=0.3)
     scheduler = model.scheduler(pipeline.scheduler)
     text_pipelines.stable_diffusion(model, scheduler).save_pretrained(attached)
     return plain, attached
@@ -85,7 +85,7 @@ def free_port():
 
 
 def weights(checkpoint):
-    return checkpoints.load(checkpoint).learned["npr"].head.conv.weight
+    return checkpoints.load(checkpoint).learned["npr"].head.head.conv.weight
 
 
 def test_captions_and_their_embeddings_train_the_same_head(
@@ -124,7 +124,7 @@ def test_captions_and_their_embeddings_train_the_same_head(
         null_conditions={"encoder_hidden_states": null}, progress=False,
     )  # fmt: skip
     assert sum(own) / 4 == pytest.approx(losses[0], rel=1e-5)
-    torch.testing.assert_close(covariance.head.conv.weight, weights(trained))
+    torch.testing.assert_close(covariance.head.head.conv.weight, weights(trained))
 
 
 def test_an_attached_pipeline_is_trained_and_sampled(folder, pipelines, tmp_path):

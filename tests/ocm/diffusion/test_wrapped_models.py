@@ -40,7 +40,7 @@ def denoiser_of(backbone, **options):
 
 def covariances_of(denoiser):
     head = ocm.make_head(denoiser)
-    nn.init.normal_(head.conv.weight, std=0.1)
+    nn.init.normal_(head.head.conv.weight, std=0.1)
     return [
         ocm.OptimalCovarianceMatching(denoiser, head, ocm.Parameterisation(0.5, positive=True)),
         ocm.Hutchinson(denoiser, num_probes=4),

@@ -153,7 +153,7 @@ def test_in_a_pipeline_of_sdxl(positive):
     scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     model = ocm.attach(unet, parameterisation=ocm.Parameterisation(1.0, positive))
     if not positive:
-        torch.nn.init.constant_(model.head.conv.bias, -1.0)
+        torch.nn.init.constant_(model.head.head.conv.bias, -1.0)
     texts = {
         f"{which}{kind}_embeds": torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         for seed, which in enumerate(("", "negative_"))

@@ -158,7 +158,7 @@ def test_a_pipeline_of_diffusers_samples_saves_and_loads(tmp_path):
 
 def test_the_covariance_switched_off_gives_the_images_of_diffusers():
     model = small_flow()
-    torch.nn.init.constant_(model.head.conv.bias, -60.0)  # softplus of it is 0
+    torch.nn.init.constant_(model.head.head.conv.bias, -60.0)  # softplus of it is 0
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     images = []
     for unet, used in ((model, model.scheduler(scheduler)), (model.backbone, scheduler)):

@@ -595,7 +595,7 @@ def test_a_step_without_noise_has_no_density(cls):
 def test_the_loop_is_that_of_ocm_sample_on_the_same_noise(unet, eta, positive):
     parameterisation = ocm.Parameterisation(data_std=0.5, positive=positive)
     model = ocm.attach(unet, parameterisation=parameterisation)
-    torch.nn.init.normal_(model.head.conv.weight, std=0.3)
+    torch.nn.init.normal_(model.head.head.conv.weight, std=0.3)
     covariance = model.covariance(DDPMScheduler())
     shape, seed, levels = (2, 2, 8, 8), 11, [1, 201, 401, 601, 801, 1000]
     if eta is None:
@@ -631,7 +631,7 @@ def test_the_loop_is_that_of_ocm_sample_on_the_same_noise(unet, eta, positive):
 def test_an_unmodified_ddpm_pipeline_saves_loads_and_samples(unet, theirs, tmp_path, caplog):
     """With DDIM steps too, whose eta the configuration holds."""
     model = ocm.attach(unet, parameterisation=ocm.Parameterisation(data_std=0.5))
-    torch.nn.init.normal_(model.head.conv.weight, std=0.3)
+    torch.nn.init.normal_(model.head.head.conv.weight, std=0.3)
     options = {"eta": 0.5} if theirs is DDIMScheduler else {}
     pipeline = DDPMPipeline(unet=model, scheduler=model.scheduler(theirs(), **options))
     pipeline.set_progress_bar_config(disable=True)

@@ -181,7 +181,7 @@ def test_a_pipeline_says_what_its_denoiser_says():
 
 def test_the_head_of_an_attached_model_states_the_map():
     model = ocm.attach(make_unet())
-    torch.nn.init.normal_(model.head.conv.weight, std=0.3)
+    torch.nn.init.normal_(model.head.head.conv.weight, std=0.3)
     scheduler = DDPMScheduler()
     pipeline = DDPMPipeline(model, model.scheduler(scheduler))
     x_t = seeded(2, 3, 8, 8)

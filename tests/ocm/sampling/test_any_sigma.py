@@ -87,7 +87,7 @@ def test_between_levels_the_mean_is_that_of_sigma_itself():
 def test_every_prediction_type_and_a_sigma_for_each_sample(unet, prediction_type):
     denoiser = ocm.Denoiser(unet, SCHEDULE, prediction_type).freeze()
     head = ocm.make_head(denoiser)
-    torch.nn.init.normal_(head.conv.weight, std=0.2)
+    torch.nn.init.normal_(head.head.conv.weight, std=0.2)
     covariance = ocm.OptimalCovarianceMatching(denoiser, head, ocm.Parameterisation(0.5))
     levels = [700, 20]
     sigma = torch.tensor([on_the_grid(t) for t in levels], dtype=torch.float64)

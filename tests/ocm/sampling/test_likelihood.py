@@ -137,7 +137,8 @@ def test_the_bound_of_gaussian_images_is_their_likelihood(schedule, K):
     density = ocm.bits_per_dim(
         denoiser, ocm.Full(denoiser), images, K, levels=None, x0_range=None
     ).total - math.log2(2 / 255)
-    assert (bits["stated"] - density).mean().abs() < 0.005
+    paired = bits["stated"] - density
+    assert paired.mean().abs() < 0.005 + 2 * paired.std() / len(images) ** 0.5
     assert (bits["beta_tilde"] - density).mean() > 0.05
 
 
