@@ -226,7 +226,7 @@ def test_images_of_a_folder_are_read_alike_by_all_commands(invoke, tmp_path, mon
     assert answer.exit_code == 0, answer.output
     record = json.loads((out / "train.json").read_text())
     assert (record["trained_on"], record["data_options"]) == (7, {"limit": 9})
-    answer = invoke("calibrate", out, "--steps", 2, "--covariance", "ocm", *common)
+    answer = invoke("calibrate", out, "--steps", 2, "--covariance", "ml", *common)
     assert answer.exit_code == 0, answer.output
     assert json.loads((out / "calibration.json").read_text())["num_images"] == 2
     for count, works in ((9, True), (10, False)):
@@ -272,7 +272,8 @@ def test_a_pipeline_is_sampled_and_scored_as_it_is(pipelines, invoke, tmp_path):
     answer = invoke("sample", plain, "--covariance", "coloring", "--num-probes", 4, *drawn)
     assert answer.exit_code == 0, answer.output
     answer = invoke("sample", plain, *drawn)
-    assert "a trained head, which `ocm train --denoiser" in str(answer.exception)
+    assert "must be named for a checkpoint without a trained head" in str(answer.exception)
+    assert "`ocm train --denoiser PATH --head ml` trains one" in str(answer.exception)
     assert "hutchinson and coloring need none" in str(answer.exception)
 
     scored = ("--covariance", "beta", "--steps", 3, "--num-images", 2, *small)
