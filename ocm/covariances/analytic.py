@@ -156,7 +156,7 @@ def fit_analytic_from_data(
         covariance = torch.cov(torch.stack([errors, products]))
         weight = covariance[0, 1] / covariance[1, 1].clamp(min=torch.finfo(torch.float64).tiny)
         variance = errors.mean() - weight * products.mean()
-        return min(max(variance.item(), 0.0), bound)
+        return float(min(max(variance.item(), 0.0), bound))
 
     return Analytic(denoiser, _tabulate(denoiser, variance, timesteps, progress))
 

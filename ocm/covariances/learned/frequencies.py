@@ -131,7 +131,8 @@ class FrequencyLikelihood(MaximumLikelihood):
         coefficients = _basis(colours, fold).analyse(images)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            head = FrequencyHead(in_channels, tuple(coefficients.shape[1:]))
+            _, channel_count, height, width = coefficients.shape
+            head = FrequencyHead(in_channels, (channel_count, height, width))
         device = denoiser.device
         return FrequencyLikelihood(
             denoiser,
