@@ -145,6 +145,8 @@ class Size:
         seeds: Of the heads: weights, noise and order of the images.
         frequency_seeds: Those of the head in frequencies.
         first_seed_alone: Paths with heads of the first seed alone.
+        frequencies_of: Paths of the head in frequencies, by data set.
+        sampled: Data sets whose samples are compared.
         step_counts: Numbers of steps K of the likelihood.
         num_calibration: Validation images that calibrations are fitted to.
         calibration_levels: Timesteps where they are fitted.
@@ -159,6 +161,8 @@ class Size:
     seeds: tuple[int, ...]
     frequency_seeds: tuple[int, ...]
     first_seed_alone: tuple[str, ...]
+    frequencies_of: dict[str, tuple[str, ...]]
+    sampled: tuple[str, ...]
     step_counts: tuple[int, ...]
     num_calibration: int
     calibration_levels: tuple[int, ...]
@@ -214,6 +218,12 @@ REDUCED = Size(
     seeds=(0, 1, 2),
     frequency_seeds=(0,),
     first_seed_alone=("linear",),
+    frequencies_of={
+        "digits": ("cosine",),
+        "fashion_mnist": ("cosine", "flow"),
+        "cifar10": ("linear", "cosine", "flow"),
+    },
+    sampled=("cifar10",),
     step_counts=(5, 8, 10, 15, 25, 50, 100),
     num_calibration=150,
     calibration_levels=(
@@ -242,6 +252,8 @@ QUICK = replace(
     seeds=(0, 1),
     frequency_seeds=(0,),
     first_seed_alone=(),
+    frequencies_of={"digits": ("cosine",)},
+    sampled=("digits",),
     step_counts=(3, 5),
     num_calibration=8,
     calibration_levels=(1, 500, 1000),

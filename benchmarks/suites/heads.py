@@ -29,7 +29,10 @@ from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.evaluation.environment import Row, environment
 
 # What the heads in pixels do not depend on.
-_APART = ("data", "name", "samples", "frequency_seeds", "first_seed_alone")
+_APART = (
+    *("data", "name", "samples", "sampled"),
+    *("frequency_seeds", "first_seed_alone", "frequencies_of"),
+)
 # Learned covariances that samples are drawn with.
 SAMPLED = ("ocm", "ml")
 
@@ -52,6 +55,8 @@ def run(setting: Setting) -> tuple[Row, str]:
         print(f"no train.parquet in {folders[name]}: {name} is left out")
     described = {}
     for name in dict.fromkeys(name for name, _ in jobs):  # once, before the processes of the paths
+        if name not in size.sampled:
+            continue
         images = models.load_images(name, folders[name], size.data[name])
         described[name] = _judges(name, folders[name], images, size).described
     if size.side_by_side:
@@ -89,33 +94,30 @@ def _model(name: str, path: str, data: Path, size: Size) -> Row:
         lambda: likelihood.evaluate(denoiser, images, size, of_data, work / name / path),
         **settings,
     )
-    scored["rows"] += parts.get(
-        "frequencies",
-        lambda: likelihood.evaluate_frequencies(
-            denoiser, images, size, of_data, work / name / path
-        ),
-        frequency_seeds=size.frequency_seeds,
-        **settings,
-    )
-    # Samples are drawn with the heads of the first seed.
-    learned, _ = likelihood.train_heads(
-        size.seeds[0], denoiser, images, size, of_data, work / name / path
-    )
-    checkpoint = Checkpoint(
-        denoiser,
-        tuple(images.test[:1].shape[1:]),
-        images.levels,
-        name,
-        {head: learned[head] for head in SAMPLED},
-    )
-    samples = sample_rows(
-        checkpoint,
-        path,
-        _judges(name, data, images, size),
-        size.samples,
-        Parts(work / "parts", "", {}),
-        SAMPLED,
-    )
+    if path in size.frequencies_of.get(name, ()):
+        scored["rows"] += parts.get(
+            "frequencies",
+            lambda: likelihood.evaluate_frequencies(
+                denoiser, images, size, of_data, work / name / path
+            ),
+            frequency_seeds=size.frequency_seeds,
+            **settings,
+        )
+    samples: list[Row] = []
+    if name in size.sampled:
+        # Drawn with the heads of the first seed.
+        learned, _ = likelihood.train_heads(
+            size.seeds[0], denoiser, images, size, of_data, work / name / path
+        )
+        checkpoint = Checkpoint(
+            denoiser,
+            tuple(images.test[:1].shape[1:]),
+            images.levels,
+            name,
+            {head: learned[head] for head in SAMPLED},
+        )
+        judges, kept = _judges(name, data, images, size), Parts(work / "parts", "", {})
+        samples = sample_rows(checkpoint, path, judges, size.samples, kept, SAMPLED)
     return {
         "denoiser": denoiser_record,
         "rows": [{"data": name, "path": path, **row} for row in scored["rows"]],
