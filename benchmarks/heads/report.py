@@ -194,3 +194,14 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
     axis.set_xticks(step_counts, [str(K) for K in step_counts], fontsize=7)
     axis.xaxis.minorticks_off()
     axis.grid(alpha=0.3)
+
+
+def quoted(record: Row) -> str:
+    """Return what documents quote: the summary, and a table of one path of each data set."""
+    rows = record["rows"]
+    parts = [summary(rows)]
+    for model in models(rows):
+        if model[1] == "cosine":
+            of_cosine = of_model(rows, model)
+            parts += [f"Bits/dim of {title(of_cosine[0])}:", likelihood(of_cosine)]
+    return "\n\n".join(parts)
