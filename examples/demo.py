@@ -258,8 +258,8 @@ image behind the noisy one. DDPM's β is the same for every pixel; a head states
 pixel, at the cost of a small convolution a step. The likelihood head is trained on the bound of
 the K steps themselves, so that it counts what its denoiser has not learned. The coloring needs no
 training and {settings.num_probes} Jacobian products a step; like OCM's head it assumes a denoiser
-without errors, and a calibration, two numbers a timestep, makes up for a part of them. In the maps the
-head is unsure where the digit's strokes could be, which is where the denoised mean errs.
+without errors, and a calibration, two numbers a timestep, makes up for a part of them. In the maps
+the head is unsure where the digit's strokes could be, which is where the denoised mean errs.
 
 ![Bits/dim against the number of steps](likelihood.png)
 

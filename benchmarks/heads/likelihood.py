@@ -141,10 +141,15 @@ def evaluate(denoiser: Denoiser, images: Splits, size: Size, data: DataSize, wor
         Rows of :func:`compared`, and the losses.
     """
     covariances: dict[str, Covariance] = {"beta": ocm.Beta(denoiser)}
-    losses = {}
+    losses, schedule = {}, denoiser.schedule
     for seed in size.seeds:
         trained, losses[seed] = train_heads(seed, denoiser, images, size, data, work)
-        covariances |= {f"{key}-{seed}": covariance for key, covariance in trained.items()}
+        covariances |= {
+            f"{key}-{seed}": covariance
+            for key, covariance in trained.items()
+            # The papers' unit is infinite where x_N holds no signal.
+            if not key.endswith("_papers") or schedule.has_signal(schedule.num_timesteps)
+        }
     start = time.perf_counter()
     bits = score(covariances, denoiser, images, size, data)
     say(f"{work}: scored in {time.perf_counter() - start:.0f} s")

@@ -141,7 +141,8 @@ def units(rows: Sequence[Row]) -> str:
             }
             heading = f"{TITLES[model[0]]}, {model[1]}: "
             shown = {"beta": "β", "ocm": "OCM", "ocm_papers": "OCM, papers' units"}[name]
-            lines[heading + shown] = [cells[K] for K in step_counts]
+            if cells:  # the papers' units are infinite on a flow
+                lines[heading + shown] = [cells[K] for K in step_counts]
     return table_of_lines("bits/dim", [f"K = {K}" for K in step_counts], lines)
 
 
