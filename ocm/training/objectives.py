@@ -272,7 +272,10 @@ def _details(
     nulls: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """Return what tells one training of a head from another beside its settings."""
-    plain = {k: v for k, v in vars(covariance).items() if isinstance(v, (str, int, float, tuple))}
+    known = vars(covariance).items()
+    # As JSON gives them back.
+    plain = {k: list(v) for k, v in known if isinstance(v, tuple)}
+    plain |= {k: v for k, v in known if isinstance(v, (str, int, float))}
     return {
         "covariance": type(covariance).__name__,
         **plain,

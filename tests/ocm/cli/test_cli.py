@@ -413,7 +413,7 @@ def test_training_goes_on_after_an_interruption(invoke, tmp_path, monkeypatch):
         assert kept in answer.stderr
     assert not (tmp_path / "part" / "ocm.json").exists()
     assert invoke(*arguments, "--out", tmp_path / "part").exit_code == 0
-    for file in ("heads/ocm.safetensors", "denoiser/diffusion_pytorch_model.safetensors"):
+    for file in ("heads/ml.safetensors", "denoiser/diffusion_pytorch_model.safetensors"):
         whole, part = (load_file(tmp_path / name / file) for name in ("whole", "part"))
         assert all(torch.equal(whole[key], part[key]) for key in whole)
     other = invoke(*arguments[:-1], 3, "--out", tmp_path / "part", "--overwrite", "--seed", 1)

@@ -189,6 +189,20 @@ def test_it_trains_the_head_of_another_on(unet):
         ocm.MaximumLikelihood.of(ocm.SN(denoiser, npr.head, POSITIVE))
 
 
+def test_its_training_goes_on_and_only_with_its_own_chains(unet, tmp_path):
+    denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
+    x0 = torch.rand(16, 2, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    settings = ocm.TrainingSettings(2, batch_size=4)
+
+    def trained(**options):
+        covariance = ocm.MaximumLikelihood(denoiser, ocm.make_head(denoiser), **options)
+        return ocm.train_head(covariance, x0, settings, directory=tmp_path, progress=False)
+
+    assert trained() == trained()
+    with pytest.raises(ValueError, match="step_counts"):
+        trained(step_counts=(5, 10))
+
+
 @pytest.mark.parametrize("units", [ocm.PAPER, POSITIVE])
 def test_units_without_a_sign_have_a_finite_loss(units):
     denoiser = gaussian_denoiser(torch.zeros(3), 0.2 * torch.eye(3), ocm.linear())
