@@ -24,8 +24,8 @@ PUBLIC = {module.__name__: set(module.__all__) for module in (hessdiag, hessdiag
 MOST_FILES = 12
 # What trains, stores, scores and commands is a rig around the method, and stays small.
 RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
-MOST_LINES_OF_THE_RIG = 5_550
-MOST_LINES = 14_500
+MOST_LINES_OF_THE_RIG = 5_560
+MOST_LINES = 14_720
 
 
 def sources_of(folder, package):

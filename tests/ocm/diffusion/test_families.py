@@ -328,7 +328,7 @@ def test_heads_of_before_are_those_of_squares(tmp_path):
     """A number for the patch, and its weights in the same order."""
     family = FAMILIES["DiTTransformer2DModel"]
     denoiser = family.denoiser(family.make())
-    head = ocm.make_head(denoiser)
+    head = ocm.make_head(denoiser, "simple")
     assert head.config == {"width": 16, "out_channels": 2, "patch_size": 2, "residual": False}
     torch.nn.init.normal_(head.out.weight)
     tokens = torch.randn(1, 2, 3, 16)
