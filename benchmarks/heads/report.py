@@ -15,6 +15,8 @@ TITLES = {"digits": "digits", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFA
 # The numbers of steps of the tables; the head was trained on all of these but 100.
 STEP_COUNTS = (5, 10, 25, 50, 100)
 _PAPERS = "_papers"
+# Bits/dim up to which the picture reaches.
+_TALLEST = 2.0
 # The likelihood head in another basis than the pixels, which stands beside the comparison.
 FREQUENCY, FREQUENCY_LABEL = "frequency", "likelihood head in frequencies"
 
@@ -162,9 +164,13 @@ def plot(record: Row, path: Path) -> None:
         axis.axis("off")
     handles: dict[str, Any] = {}
     for axis in axes.flat:
-        handles |= {line.get_label(): line for line in axis.lines[1:]}
+        lines_of, names = axis.get_legend_handles_labels()
+        handles |= dict(zip(names, lines_of, strict=True))
     figure.legend(handles.values(), handles, loc="outside right center", fontsize=8)
-    figure.suptitle("Bits/dim above the likelihood head, plain; ± 2 paired standard errors")
+    figure.suptitle(
+        "Bits/dim above the plain likelihood head, ± 2 paired standard errors; what is higher "
+        "leaves the plot"
+    )
     save_figure(figure, path)
 
 
@@ -192,6 +198,10 @@ def _panel(axis: Any, rows: Sequence[Row]) -> None:
             )
     axis.set(xscale="log", title=title(rows[0]), xlabel="steps K")
     axis.set_yscale("symlog", linthresh=0.01)
+    axis.set_ylim(-0.1, _TALLEST)
+    ticks = (-0.1, -0.01, 0.0, 0.01, 0.1, 1.0)
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.yaxis.minorticks_off()
     axis.set_xticks(step_counts, [str(K) for K in step_counts], fontsize=7)
     axis.xaxis.minorticks_off()
     axis.grid(alpha=0.3)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cifar10 import report as cifar10
 from harness import budget
+from heads import report as heads
 from mixtures import report as mixtures
 from suites.digits import likelihood, structure
 
@@ -118,6 +119,7 @@ BLOCKS = {
     "mixtures": Block("cpu/mixtures.json", mixtures.quoted),
     "cifar10": Block("cpu/cifar10.json", cifar10.quoted),
     "cifar10-samples": Block("cpu/cifar10.json", cifar10.quoted_samples),
+    "heads": Block("cpu/heads.json", heads.quoted),
     "digits": Block("cpu/digits.json", _digits),
     "digits-samples": Block("cpu/digits.json", _digits_samples),
     "machine-code": Block("cpu/machine_code.json", _machine_code),
