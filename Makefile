@@ -25,7 +25,7 @@ GPU_LIMIT ?= timeout 540
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (8 minutes with set-up)
+demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (9 minutes with set-up)
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: $(VENV)/.installed-test ## Run the tests (15 minutes with set-up; GPU tests where there is a GPU)

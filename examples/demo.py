@@ -2,7 +2,7 @@
 
     python examples/demo.py [--quick] [--out runs/demo]
 
-Takes six minutes on two cores. Writes ``metrics.json``, ``report.md``, ``likelihood.png``,
+Takes seven minutes on two cores. Writes ``metrics.json``, ``report.md``, ``likelihood.png``,
 ``maps.png``, ``samples.png`` and the checkpoint, from which ``ocm sample`` and ``ocm evaluate`` go
 on.
 """
@@ -59,7 +59,7 @@ QUICK: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demonstration; the defaults take six minutes on two cores.
+    """Sizes of the demonstration; the defaults take seven minutes on two cores.
 
     Attributes:
         denoiser_steps: Optimiser steps of the denoiser.
