@@ -274,7 +274,7 @@ def _details(
     """Return what tells one training of a head from another beside its settings."""
     known = vars(covariance).items()
     # As JSON gives them back.
-    plain = {k: list(v) for k, v in known if isinstance(v, tuple)}
+    plain: dict[str, Any] = {k: list(v) for k, v in known if isinstance(v, tuple)}
     plain |= {k: v for k, v in known if isinstance(v, (str, int, float))}
     return {
         "covariance": type(covariance).__name__,
