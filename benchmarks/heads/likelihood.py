@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from cifar10.parts import say
@@ -45,8 +46,10 @@ def train_heads(
     start = time.perf_counter()
     # Another seed than the denoiser's, whose noisy images it was fitted to.
     settings = replace(size.head, num_steps=data.head_steps, seed=SEED + 1 + seed)
+    # It trains as a learned covariance does, and states none itself.
+    together: Any = Together(covariances)
     losses = ocm.train_head(
-        Together(covariances),  # type: ignore[arg-type]  # states nothing itself
+        together,
         images.train,
         settings,
         directory=work / f"heads-{seed}",

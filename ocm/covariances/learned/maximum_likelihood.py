@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from hessdiag.kernels import normal
 from ocm.covariances.base import Covariance, from_branches
 from ocm.covariances.learned.base import LearnedCovariance
+from ocm.covariances.learned.npr import NPR
+from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
 from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion import draws
@@ -84,14 +86,13 @@ class MaximumLikelihood(Covariance):
     def of(covariance: LearnedCovariance, **options: Any) -> MaximumLikelihood:
         """Return the covariance that trains the head of another on, as that of OCM or NPR.
 
-        The head is the same object, in the same units; one with the units of another loss, those
-        of SN or of I-DDPM's interpolation, states something else and is refused. ``options`` are
-        further attributes.
+        The head is the same object, in the same units; ``options`` are further attributes. Heads
+        of other covariances put out something else, SN's a second moment, and are refused.
 
         Raises:
-            ValueError: If the output of its head is no variance.
+            ValueError: If the covariance is neither OCM's nor NPR's.
         """
-        if type(covariance).__name__ in ("SN", "ImprovedDDPM"):
+        if not isinstance(covariance, (OptimalCovarianceMatching, NPR)):
             raise ValueError(
                 f"covariance must state c_t ratio(o), as OCM's and NPR's do, got "
                 f"{type(covariance).__name__}, whose head puts out something else"
