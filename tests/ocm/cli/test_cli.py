@@ -359,6 +359,23 @@ def test_a_retrained_head_loses_its_calibration(trained, invoke, tmp_path):
     assert loaded.num_calibration == 150
 
 
+def test_the_likelihood_head_starts_from_another(trained, invoke, tmp_path):
+    """A step of no length leaves the weights and the units of NPR's head."""
+    rest = ("--batch-size", 4, "--device", "cpu", "--quiet", "--out", tmp_path / "out")
+    sizes = ("--head-steps", 1, "--head-learning-rate", 1e-9)
+    start = ("--denoiser", trained, "--head", "ml", "--start-from", "npr")
+    answer = invoke("train", *start, *sizes, *rest)
+    assert answer.exit_code == 0, answer.output
+    learned = checkpoints.load(tmp_path / "out").learned
+    assert learned["ml"].parameterisation == learned["npr"].parameterisation
+    for found, wanted in zip(
+        learned["ml"].head.parameters(), learned["npr"].head.parameters(), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    answer = invoke("train", "--start-from", "npr", "--out", tmp_path / "none")
+    assert "--start-from npr is for --head ml and a --denoiser" in str(answer.exception)
+
+
 def test_a_head_of_another_denoiser_is_not_taken_for_finished(trained, invoke, tmp_path):
     sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
     other = tmp_path / "other"
