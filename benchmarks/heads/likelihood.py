@@ -59,6 +59,27 @@ def train_heads(
     return covariances, mean_of_last(losses)
 
 
+def train_frequencies(
+    seed: int, denoiser: Denoiser, images: Splits, size: Size, data: DataSize, work: Path
+) -> ocm.FrequencyLikelihood:
+    """Return the likelihood head in cosines of colours, trained or restored from ``work``."""
+    made = ocm.FrequencyLikelihood.for_images(
+        denoiser,
+        images.train[:_TELLING_FREQUENCIES],
+        denoiser.backbone.conv_norm_out.num_channels,
+        fold=2 if data.folded else 1,
+        seed=seed,
+    )
+    covariance = replace(made, levels=images.levels)
+    start = time.perf_counter()
+    settings = replace(size.head, num_steps=data.head_steps, seed=SEED + 1 + seed)
+    ocm.train_head(
+        covariance, images.train, settings, directory=work / f"frequency-{seed}", progress=False
+    )
+    say(f"{work}: frequencies of seed {seed}, {time.perf_counter() - start:.0f} s")
+    return covariance
+
+
 def score(
     covariances: Mapping[str, Covariance],
     denoiser: Denoiser,
@@ -168,29 +189,12 @@ def evaluate_frequencies(
     :func:`compared` that are of this head.
     """
     covariances: dict[str, Covariance] = {}
-    features = denoiser.backbone.conv_norm_out.num_channels
     for seed in size.frequency_seeds:
         trained, _ = train_heads(seed, denoiser, images, size, data, work)
         covariances[f"ml-{seed}"] = trained["ml"]
-        made = ocm.FrequencyLikelihood.for_images(
-            denoiser,
-            images.train[:_TELLING_FREQUENCIES],
-            features,
-            fold=2 if data.folded else 1,
-            seed=seed,
+        covariances[f"frequency-{seed}"] = train_frequencies(
+            seed, denoiser, images, size, data, work
         )
-        covariance = replace(made, levels=images.levels)
-        start = time.perf_counter()
-        settings = replace(size.head, num_steps=data.head_steps, seed=SEED + 1 + seed)
-        ocm.train_head(
-            covariance,
-            images.train,
-            settings,
-            directory=work / f"frequency-{seed}",
-            progress=False,
-        )
-        say(f"{work}: frequencies of seed {seed}, {time.perf_counter() - start:.0f} s")
-        covariances[f"frequency-{seed}"] = covariance
     bits = score(covariances, denoiser, images, size, data)
     rows = compared(bits, size.frequency_seeds)
     return [row for row in rows if row["covariance"] == "frequency"]

@@ -21,6 +21,7 @@ from torch import Tensor
 import ocm
 from hessdiag.kernels import normal
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.covariances.operators import spectral
 from ocm.diffusion import draws
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import (
@@ -29,12 +30,12 @@ from ocm.diffusion.timesteps import (
     timesteps_at,
     trailing_timesteps,
 )
-from ocm.sampling.samplers import X0_RANGE, last_step_noise, renoised, starting_noise
+from ocm.sampling.samplers import X0_RANGE, last_step_noise, starting_noise
 
 SPACINGS = ("even", "trailing", "rho = 7")
 # Even ones spend a step at t = 1, where there is nothing to solve.
 _OF_SOLVERS = SPACINGS[1:]
-ETAS = (0.0, 0.3, 1.0)
+ETAS = (0.3, 1.0)
 # The exponent of the spacing of Karras et al. (2022), evenly spaced (sigma / alpha)^(1 / 7).
 _RHO = 7.0
 # The largest log(sigma / alpha) of solvers, as diffusers advises for the cosine schedule; and the
@@ -93,20 +94,22 @@ def methods_of(path: str, heads: Sequence[str]) -> list[Method]:
         Method("Euler" if is_flow else "DDIM", "", _process(ocm.ddim, "beta_tilde")),
         Method("DDPM", "beta_tilde", _process(ocm.ddpm, "beta_tilde")),
         *([] if is_flow else [Method("DDPM", "beta", _process(ocm.ddpm, "beta"))]),
-        Method("aDDIM", "", adjusted_ddim),
+        Method("aDDIM", "", partial(adjusted_ddim, "")),
         Method("Heun", "", heun, _OF_SOLVERS, has_two_stages=True),
         *(Method(name, "", partial(multistep, name), _OF_SOLVERS) for name in _MULTISTEP),
     ]
     processes: dict[str, Callable[[], Any]] = {
         "λ = 0": lambda: ocm.ddim,
         "DDPM": lambda: ocm.ddpm,
-        "λ = 0.5 σ": lambda: partial(renoised, noise=0.5),
         **{f"second order, η = {eta:g}": lambda eta=eta: ocm.SecondOrder(eta=eta) for eta in ETAS},
     }
     ours = [
-        Method(name, head, _process(make, head), is_ours=True)
-        for name, make in processes.items()
+        Method(name, head, draw, is_ours=True)
         for head in heads
+        for name, draw in [
+            *((name, _process(make, head)) for name, make in processes.items()),
+            ("aDDIM", partial(adjusted_ddim, head)),
+        ]
     ]
     return [*fixed, *ours]
 
@@ -177,7 +180,12 @@ def _process(process: Any, covariance: str) -> Draw:
 
 @torch.no_grad()
 def adjusted_ddim(
-    checkpoint: Checkpoint, steps: Sequence[float], shape: tuple[int, ...], seed: int, first: int
+    head: str,
+    checkpoint: Checkpoint,
+    steps: Sequence[float],
+    shape: tuple[int, ...],
+    seed: int,
+    first: int,
 ) -> Tensor:
     """Draw by aDDIM (Heek, Hoogeboom and Salimans, "Multistep Consistency Models", algorithm 3).
 
@@ -186,20 +194,34 @@ def adjusted_ddim(
         x_s = alpha_s x0_hat + sqrt(sigma_s^2 + b^2 v / mean(n_hat^2)) n_hat,
         b = alpha_s - alpha_t sigma_s / sigma_t,    v = 0.1 / (2 + SNR_t),
 
-    with the paper's v, a tenth of the posterior variance of data of variance 1/2. The last step
-    returns x0_hat here, as in all methods.
+    with the paper's v, a tenth of the posterior variance of data of variance 1/2, or with the mean
+    over dimensions of the variance that a head states. The last step returns x0_hat here, as in
+    all methods.
+
+    Args:
+        head: Name of a learned covariance of the checkpoint; "" for the paper's v.
+        checkpoint: With the denoiser.
+        steps: Increasing timesteps.
+        shape: Of the samples.
+        seed: Of the first noise, the only one.
+        first: Number of the first sample.
     """
     denoiser, schedule = checkpoint.denoiser, checkpoint.denoiser.schedule
     x = starting_noise(denoiser, shape, steps[-1], seed, first)
+    each = (-1, *(1 for _ in shape[1:]))
     for s, t in reverse_steps(steps):
-        x0_hat = denoiser.predict(x, t).x0_hat.clamp(*X0_RANGE)
+        prediction = denoiser.predict(x, t, s=s)
+        x0_hat = prediction.x0_hat.clamp(*X0_RANGE)
         (alpha_s, alpha_t), (sigma_s, sigma_t) = schedule.scales(torch.tensor([s, t]).double())
         noise = (x - alpha_t.item() * x0_hat) / sigma_t.item()
-        lacking = (
-            0.1 / (2 + (alpha_t / sigma_t) ** 2) * (alpha_s - alpha_t * sigma_s / sigma_t) ** 2
-        )
-        power = noise.square().flatten(1).mean(1).view(-1, *(1 for _ in shape[1:]))
-        scale = (sigma_s.item() ** 2 + lacking.item() / power).sqrt()
+        b = (alpha_s - alpha_t * sigma_s / sigma_t).item()
+        v: Tensor | float = 0.1 / (2 + (alpha_t / sigma_t).item() ** 2)
+        if head:
+            # The trace of a covariance over D, in whatever basis it is diagonal.
+            C = spectral(checkpoint.learned[head].at(prediction).bounded(X0_RANGE))
+            v = C.eigenvalues.flatten(1).mean(1).view(each)
+        power = noise.square().flatten(1).mean(1).view(each)
+        scale = (sigma_s.item() ** 2 + b**2 * v / power).sqrt()
         x = alpha_s.item() * x0_hat + scale * noise if s > 0 else x0_hat
     return x
 

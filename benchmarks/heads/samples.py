@@ -7,6 +7,7 @@ that was trained on ImageNet, which has seen none of these images.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ CLASSIFIER, IMAGENET = "classifier", "imagenet"
 # Sets of the tables have the seeds from SEED on.
 TUNING_SEED = 1000
 _NUM_CLASSES = 10
+# Of images that a network for ImageNet is asked about, in pixels.
+_LEAST_SIDE = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,10 +114,17 @@ class Judges:
     test: Mapping[str, Reference]
     described: Row
 
-    @property
-    def chooser(self) -> str:
-        """The extractor that settings are chosen in: a small classifier passes saturated images."""
-        return IMAGENET if IMAGENET in self.extractors else CLASSIFIER
+    def validation_distance(self, images: Tensor) -> float:
+        """Return the geometric mean over the networks of the distance to validation images.
+
+        Settings are chosen by both: ImageNet's features pass saturated images, and those of a small
+        classifier pass noisy ones.
+        """
+        found = [
+            self.validation[name].distance(extractor(images))
+            for name, extractor in self.extractors.items()
+        ]
+        return math.prod(found) ** (1 / len(found))
 
     def shown(self, images: Tensor) -> Tensor:
         """Return images as they look, in [-1, 1]."""
@@ -175,6 +185,8 @@ def judges_of(
     extractors = {CLASSIFIER: classifier_features(classifier.load(directory))}
     validation = shown(images.validation[-size.num_real :])
     absent = imagenet_features.missing()
+    if data_size.image_size < _LEAST_SIDE:
+        absent = f"Images of {data_size.image_size} pixels are too small for ImageNet features."
     if not absent:
         network = imagenet_features.imagenet_features()
         extractors[IMAGENET] = leading(network, validation, size.num_components)
@@ -217,9 +229,9 @@ def sample_rows(
 ) -> list[Row]:
     """Draw samples of one denoiser by every method, and return their distances to test images.
 
-    Each method's spacing is the one of least distance to validation images, in ImageNet features
-    (the classifier's where they are missing) and by samples of another seed. At other numbers of
-    evaluations than ``size.all_at`` the methods are drawn that did best there.
+    Each method's spacing is the one of least :meth:`Judges.validation_distance`, by samples of
+    another seed. At other numbers of evaluations than ``size.all_at`` the methods are drawn that
+    did best there.
 
     Args:
         checkpoint: The denoiser with its heads, as the network sees the images.
@@ -290,8 +302,7 @@ class _Run:
             for spacing in method.spacings:
                 one = replace(method, spacings=(spacing,))
                 images = self._drawn(one, size.all_at, size.tuning_samples, TUNING_SEED)
-                features = self.judges.extractors[self.judges.chooser](images)
-                found[spacing] = self.judges.validation[self.judges.chooser].distance(features)
+                found[spacing] = self.judges.validation_distance(images)
             return found
 
         row: Row = self._part("tried", method, tried, num_samples=size.tuning_samples)

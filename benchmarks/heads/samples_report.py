@@ -14,6 +14,8 @@ from ocm.evaluation.markdown import markdown_table
 from ocm.evaluation.pictures import sample_rows as draw_sample_rows
 
 DATA = {"digits": "digits", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
+# The head in frequencies, which is in no table of names of ocm.
+FREQUENCY = "frequency"
 _SHORT = {"even": "e", "trailing": "t", "rho = 7": "ρ"}
 
 
@@ -53,6 +55,8 @@ def name_of(row: Mapping[str, str]) -> str:
         return "DDIM (Euler)"
     if not covariance:
         return method
+    if covariance == FREQUENCY:
+        return f"{method}, head in frequencies"
     return f"{method}, {label(covariance) if covariance in NAMES else covariance}"
 
 
@@ -103,12 +107,12 @@ def _legend(rows: Sequence[Row]) -> str:
     return (
         "E counts evaluations of the network for a sample. Timesteps are even (e), trailing (t) or "
         "those of Karras et al. with ρ = 7 (ρ): for each method and denoiser those of least "
-        f"distance to validation images at E = {all_at}, in ImageNet features where there are "
-        "some, by samples of another seed. The methods of others, and the processes of ours, that "
-        "did best there are drawn at other E. All clip the estimate of x₀ and end with it. "
-        "DPM-Solver++ and UniPC "
-        "are those of diffusers. aDDIM takes the variance that x̂₀ lacks to be a tenth of that "
-        "for data of variance 1/2, as its paper does."
+        f"distance to validation images at E = {all_at}, the geometric mean of the distances in "
+        "both networks, by samples of another seed. The methods of others, and the processes of "
+        "ours, that did best there are drawn at other E. All clip the estimate of x₀ and end with "
+        "it. DPM-Solver++ and UniPC are those of diffusers. Without a head aDDIM takes the "
+        "variance that x̂₀ lacks to be a tenth of that for data of variance 1/2, as its paper "
+        "does; with one it takes the mean of the variances that the head states."
     )
 
 

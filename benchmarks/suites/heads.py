@@ -22,7 +22,7 @@ from harness.timing import Setting
 from heads import likelihood, models
 from heads import report as tables
 from heads.samples import Judges, judges_of, sample_rows
-from heads.samples_report import samples_markdown, samples_picture
+from heads.samples_report import FREQUENCY, samples_markdown, samples_picture
 from heads.sizes import QUICK, REDUCED, SEED, Size
 
 from ocm.checkpoints.checkpoint import Checkpoint
@@ -34,7 +34,7 @@ _APART = (
     *("frequency_seeds", "first_seed_alone", "frequencies_of"),
 )
 # Learned covariances that samples are drawn with.
-SAMPLED = ("ocm", "ml")
+SAMPLED = ("ocm", "ml", FREQUENCY)
 
 
 def run(setting: Setting) -> tuple[Row, str]:
@@ -106,9 +106,9 @@ def _model(name: str, path: str, data: Path, size: Size) -> Row:
     samples: list[Row] = []
     if name in size.sampled:
         # Drawn with the heads of the first seed.
-        learned, _ = likelihood.train_heads(
-            size.seeds[0], denoiser, images, size, of_data, work / name / path
-        )
+        given = (size.seeds[0], denoiser, images, size, of_data, work / name / path)
+        learned, _ = likelihood.train_heads(*given)
+        learned[FREQUENCY] = likelihood.train_frequencies(*given)
         checkpoint = Checkpoint(
             denoiser,
             tuple(images.test[:1].shape[1:]),

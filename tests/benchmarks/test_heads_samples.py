@@ -1,7 +1,6 @@
 """Samples of the suite `heads`: its methods against closed forms and diffusers, its tables."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.timesteps import trailing_timesteps
 from ocm.evaluation.distances import frechet_distance
 from ocm.evaluation.features import FeatureExtractor
-from ocm.sampling.samplers import renoised, starting_noise
+from ocm.sampling.samplers import starting_noise
 from ocm.training.small_unet import small_unet
 
 PATHS = {
@@ -50,7 +49,7 @@ def test_methods_take_the_evaluations_that_are_counted(path):
     checkpoint = checkpoint_of(path)
     found = methods.methods_of(path, HEADS)
     assert (
-        len({(m.name, m.covariance) for m in found}) == len(found) == (20 if path != "flow" else 19)
+        len({(m.name, m.covariance) for m in found}) == len(found) == (18 if path != "flow" else 17)
     )
     for method in found:
         K = method.steps_within(5)
@@ -91,7 +90,7 @@ def test_the_table_of_ours_is_what_it_says():
     for name, sampler in (
         ("λ = 0", ocm.ddim),
         ("DDPM", ocm.ddpm),
-        ("λ = 0.5 σ", partial(renoised, noise=0.5)),
+        ("second order, η = 0.3", ocm.SecondOrder(0.3)),
     ):
         for head in HEADS:
             found = by_name[name, head].draw(checkpoint, steps, (2, 4, 4, 4), 1, 4)
@@ -136,7 +135,7 @@ def gaussian():
         gain = (1 - sigma) * VARIANCE / ((1 - sigma) ** 2 * VARIANCE + sigma**2)
         return (x - gain * x) / sigma
 
-    denoiser = ocm.Denoiser(velocity, ocm.flow(), "flow_prediction")
+    denoiser = ocm.Denoiser(velocity, ocm.flow(), "flow_prediction", data_covariance=VARIANCE)
     return Checkpoint(denoiser, SHAPE[1:], 256, "none")
 
 
@@ -165,14 +164,16 @@ def test_many_steps_of_the_sde_have_the_variance_of_the_data(gaussian):
 
 def test_a_step_of_adjusted_ddim_is_that_of_the_paper(gaussian):
     """The noise gains the variance b^2 / (10 (2 + SNR)), b the weight of x0_hat."""
-    found = methods.adjusted_ddim(gaussian, [500, 1000], SHAPE, 0, 0)
-    n = starting_noise(gaussian.denoiser, SHAPE, 1000, 0, 0)
-    # From sigma = 1, where x0_hat = 0 and n_hat = x: alpha_s = sigma_s = b = 1/2, SNR = 0.
-    gained = 0.5**2 * 0.1 / 2
-    x = n * (0.5**2 + gained / n.square().mean((1, 2, 3), keepdim=True)).sqrt()
-    # x0_hat at sigma = 1/2.
-    wanted = x * 0.5 * VARIANCE / (0.25 * VARIANCE + 0.25)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    stated = replace(gaussian, learned={"full": ocm.Full(gaussian.denoiser)})
+    for head, v in (("", 0.1 / 2), ("full", VARIANCE)):
+        found = methods.adjusted_ddim(head, stated, [500, 1000], SHAPE, 0, 0)
+        n = starting_noise(gaussian.denoiser, SHAPE, 1000, 0, 0)
+        # From sigma = 1, where x0_hat = 0 and n_hat = x: alpha_s = sigma_s = b = 1/2, SNR = 0.
+        gained = 0.5**2 * v
+        x = n * (0.5**2 + gained / n.square().mean((1, 2, 3), keepdim=True)).sqrt()
+        # x0_hat at sigma = 1/2.
+        wanted = x * 0.5 * VARIANCE / (0.25 * VARIANCE + 0.25)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["linear", "flow"])
@@ -268,14 +269,26 @@ def test_settings_are_chosen_and_the_best_are_kept():
 
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory):
-    """The judges of digits, at sizes of no meaning."""
+    """The judges of digits, at sizes of no meaning, and as if they were larger."""
     directory = tmp_path_factory.mktemp("judges")
     digits = datasets.digits()
     images = Splits(digits.train[:-150], digits.train[-150:], digits.test, digits.levels)
     parts = Parts(directory, "", {})
-    return samples.judges_of(
-        "digits", directory, directory, images, REDUCED.data["digits"], QUICK_SAMPLES, parts
-    )
+    size = replace(REDUCED.data["digits"], image_size=16)
+    return samples.judges_of("digits", directory, directory, images, size, QUICK_SAMPLES, parts)
+
+
+def test_small_images_are_not_shown_to_imagenet_and_both_networks_choose(judges):
+    digits = datasets.digits()
+    images = Splits(digits.train[:-150], digits.train[-150:], digits.test, digits.levels)
+    few = replace(judges, extractors={"classifier": judges.extractors["classifier"]})
+    distances = [
+        judges.validation[name].distance(extractor(images.train[:20]))
+        for name, extractor in judges.extractors.items()
+    ]
+    assert few.validation_distance(images.train[:20]) == pytest.approx(distances[0])
+    both = judges.validation_distance(images.train[:20])
+    assert both == pytest.approx((distances[0] * distances[1]) ** 0.5)
 
 
 @pytest.mark.parametrize("path", ["cosine", "flow"])
