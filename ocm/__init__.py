@@ -54,6 +54,8 @@ from ocm.diffusion.timesteps import (
 )
 from ocm.integrations.k_diffusion import KDiffusionDenoiser
 from ocm.integrations.uncertainty import UncertaintyMap, uncertainty
+from ocm.likelihoods.log_likelihood import log_likelihood
+from ocm.likelihoods.settings import LikelihoodSettings, LogLikelihood
 from ocm.sampling.any_sigma import x0_given
 from ocm.sampling.inverse import posterior_mean_given_measurement, sample_given_measurement
 from ocm.sampling.likelihood import BitsPerDim, bits_per_dim, quantise
@@ -101,6 +103,8 @@ __all__ = [
     "KDiffusionDenoiser",
     "Lanczos",
     "LearnedCovariance",
+    "LikelihoodSettings",
+    "LogLikelihood",
     "MaximumLikelihood",
     "OCMDDIMScheduler",
     "OCMDiTPipeline",
@@ -138,6 +142,7 @@ __all__ = [
     "from_scheduler",
     "leading_timesteps",
     "linear",
+    "log_likelihood",
     "make_head",
     "optimal_timesteps",
     "posterior_mean_given_measurement",

@@ -12,6 +12,7 @@ X0 + of_level(t)       of x0 given x_t, where a sampler draws it
 MEASUREMENT + the same of a measurement, beside it
 FITTING + of_level(t)  of x_t, on which analytic variances and calibrations are fitted
 DECODED + k            the k-th draw of x0 that a decoder of latents shows
+DEQUANTISATION + k     the k-th draw within the bins of images
 CHAINS                 which chain of few steps a training sample is of
 CLASSES                which training samples are shown without their class
 MIXTURE                points of a mixture of Gaussians
@@ -28,6 +29,7 @@ X0 = 2**29
 MEASUREMENT = 2**30
 FITTING = 2**31
 DECODED = 2**30
+DEQUANTISATION = 2**31 + 2**30
 CHAINS = 2**32 - 5
 CLASSES = 2**32 - 4
 ENCODER = 2**32 - 3

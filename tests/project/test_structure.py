@@ -15,6 +15,7 @@ FLOORS = (
     {"ocm.diffusion"},
     {"ocm.covariances", "ocm.data", "ocm.images"},
     {"ocm.sampling", "ocm.training", "ocm.checkpoints"},
+    {"ocm.likelihoods"},
     {"ocm.integrations", "ocm.evaluation"},
     {"ocm.cli"},
 )

@@ -1,0 +1,277 @@
+"""The integral of the divergence along one solution, with the variance that probes leave in it.
+
+The solution does not depend on the divergence. So with fixed steps probes may be drawn anew at each
+evaluation: with weights w_k, and Var_k the variance at each, their errors add up to
+
+    Var = sum_k w_k^2 Var_k,
+
+where one set of probes that is kept for the whole solution, as is common, errs the same way
+everywhere. With adaptive steps (``torchdiffeq``) probes are kept, since a step may be taken again;
+the integrals of independent blocks of them tell the variance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hessdiag
+from ocm.likelihoods.probability_flow import Place, ProbabilityFlow
+from ocm.likelihoods.settings import LikelihoodSettings
+from ocm.likelihoods.solvers import SOLVERS, evaluation_places, evaluation_weights, solve
+
+# Degrees of freedom enough for a standard error, from few products.
+_MOST_GROUPS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Integral:
+    """What a solution says of a batch; all of shape (B,), float64.
+
+    Attributes:
+        log_density: log p(y).
+        log_prior: log N(z_N; 0, I).
+        variance: Of log_density, by probes; infinite where one block says nothing.
+        fourth: The sum of squared variances of its independent parts, each over its degrees of
+            freedom.
+        num_evaluations: Of the network.
+        num_products: For a sample.
+    """
+
+    log_density: Tensor
+    log_prior: Tensor
+    variance: Tensor
+    fourth: Tensor
+    num_evaluations: int
+    num_products: int
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Which probes an integral takes.
+
+    Attributes:
+        design: One for the whole solution.
+        max_probes: For a sample at an evaluation, in whole blocks.
+        seed: Of the probes.
+        sample_offset: Number of the first sample.
+        probe_offset: Number of the first probe.
+    """
+
+    design: hessdiag.ProbeDesign
+    max_probes: int
+    seed: int
+    sample_offset: int
+    probe_offset: int
+
+    def trace(self, J: hessdiag.Jacobian, first: int, count: int) -> hessdiag.TraceEstimate:
+        """Return tr J by ``count`` probes from number ``first`` on."""
+        return hessdiag.trace(
+            J,
+            max_probes=count,
+            probes=self.design,
+            seed=self.seed,
+            sample_offset=self.sample_offset,
+            probe_offset=self.probe_offset + first,
+        )
+
+
+def integrate(
+    ode: ProbabilityFlow,
+    y: Tensor,
+    dtype: torch.dtype,
+    first_timestep: float,
+    settings: LikelihoodSettings,
+    probing: Probing,
+    progress: bool = False,
+) -> Integral:
+    """Return log p(y), y = x_t1 / alpha_t1.
+
+    Args:
+        ode: The probability flow.
+        y: Shape (B, ...), float64.
+        dtype: That the network is shown.
+        first_timestep: t_1.
+        settings: Solver and steps.
+        probing: Which probes.
+        progress: Whether to show a progress bar.
+    """
+    mesh = ode.mesh(first_timestep, 1 if settings.is_adaptive else settings.num_steps)
+    cosine = -math.tanh(mesh[0])
+    if settings.is_adaptive:
+        z, integral = _adaptive(ode, cosine * y, dtype, mesh, settings, probing)
+    else:
+        z, integral = _fixed(ode, cosine * y, dtype, mesh, settings, probing, progress)
+    log_prior = ode.log_prior(z)
+    D = y[:1].numel()
+    return Integral(
+        log_prior + integral.mean + D * math.log(cosine),
+        log_prior.detach(),
+        integral.variance.detach(),
+        integral.fourth.detach(),
+        integral.num_evaluations,
+        integral.num_products,
+    )
+
+
+@dataclass
+class _Sums:
+    """What evaluations add up to, w the weight of each and n its blocks of probes."""
+
+    mean: Tensor
+    variance: Tensor
+    fourth: Tensor
+    num_evaluations: int = 0
+    num_products: int = 0
+
+    @staticmethod
+    def zeros(z: Tensor) -> _Sums:
+        return _Sums(z.new_zeros(len(z)), z.new_zeros(len(z)), z.new_zeros(len(z)))
+
+
+def _fixed(
+    ode: ProbabilityFlow,
+    z: Tensor,
+    dtype: torch.dtype,
+    mesh: list[float],
+    settings: LikelihoodSettings,
+    probing: Probing,
+    progress: bool,
+) -> tuple[Tensor, _Sums]:
+    from tqdm import tqdm
+
+    method, D = SOLVERS[settings.solver], z[:1].numel()
+    places = ode.places(evaluation_places(method, mesh))
+    weights = evaluation_weights(method, mesh)
+    sums = _Sums.zeros(z)
+    kept = None if settings.draws_anew else _Kept(ode, probing, D)
+    blocks: list[Tensor] = []
+
+    def velocity(z: Tensor, k: int) -> Tensor:
+        slope, J = ode.evaluate(z.to(dtype), places[k])
+        sums.num_evaluations += 1
+        if kept is not None:
+            divergences = kept.divergences(J, places[k])
+            blocks[:] = [weights[k] * divergences + (blocks[0] if blocks else 0.0)]
+            return slope.double()
+        found = probing.trace(J, k * probing.max_probes, probing.max_probes)
+        sums.num_products += int(found.num_probes.max())
+        divergence = ode.divergence(found.trace.double(), places[k], D)
+        sums.mean = sums.mean + weights[k] * divergence
+        factor = weights[k] * places[k].scale * places[k].of_output
+        _add_variance(sums, factor, found)
+        return slope.double()
+
+    steps = tqdm(range(len(mesh) - 1), "log-likelihood", unit="step", disable=not progress)
+    z = solve(method, velocity, z, mesh, steps)
+    if kept is not None:
+        sums = kept.sums(blocks[0], sums.num_evaluations)
+    return z, sums
+
+
+def _add_variance(sums: _Sums, factor: float, found: hessdiag.TraceEstimate) -> None:
+    """Add the variance of an evaluation, by its own blocks."""
+    n, stderr = found.num_blocks.double(), found.stderr.detach().double()
+    # Blocks that agree say that there is no variance here: other evaluations will not be so lucky.
+    stderr = torch.where(torch.isinf(stderr) & (n > 1), 0.0, stderr)
+    variance = (factor * stderr).square()
+    sums.variance = sums.variance + variance
+    sums.fourth = sums.fourth + variance.square() / (n - 1).clamp(min=1)
+
+
+class _Kept:
+    """Blocks of probes that are the same at every evaluation."""
+
+    def __init__(self, ode: ProbabilityFlow, probing: Probing, num_features: int) -> None:
+        self._ode, self._probing, self._num_features = ode, probing, num_features
+        self._groups: list[tuple[int, int]] = []
+        self._products = 0
+
+    def divergences(self, J: hessdiag.Jacobian, place: Place) -> Tensor:
+        """Return the divergence by each block, shape (n, B)."""
+        probing = self._probing
+        if not self._groups:
+            self._groups = groups(probing.design, tuple(J.x.shape[1:]), probing.max_probes)
+        J.expect(max(count for _, count in self._groups))
+        found = [probing.trace(J, first, count) for first, count in self._groups]
+        self._products += sum(int(estimate.num_probes.max()) for estimate in found)
+        traces = torch.stack([estimate.trace.double() for estimate in found])
+        return self._ode.divergence(traces, place, self._num_features)
+
+    def sums(self, integrals: Tensor, num_evaluations: int) -> _Sums:
+        """Return mean and variance of the integrals of the blocks, shape (n, B)."""
+        n, mean = len(integrals), integrals.mean(0)
+        if self._probing.design.is_exact:
+            variance = torch.zeros_like(mean)
+        elif n == 1:
+            variance = torch.full_like(mean, torch.inf)
+        else:
+            variance = integrals.detach().var(0) / n
+        fourth = variance.square() / max(1, n - 1)
+        return _Sums(mean, variance, fourth, num_evaluations, self._products)
+
+
+def groups(
+    design: hessdiag.ProbeDesign, sample_shape: tuple[int, ...], max_probes: int
+) -> list[tuple[int, int]]:
+    """Return first probe and number of probes of at most eight equal groups of whole blocks.
+
+    Example:
+        >>> groups(hessdiag.Rademacher(), (4,), 16)[:2], len(groups(hessdiag.Rademacher(), (4,), 3))
+        ([(0, 2), (2, 2)], 3)
+    """
+    size = design.block_size(sample_shape)
+    blocks = 1 if design.is_exact else max(1, max_probes // size)
+    number = min(blocks, _MOST_GROUPS)
+    count = blocks // number * size
+    return [(k * count, count) for k in range(number)]
+
+
+def _adaptive(
+    ode: ProbabilityFlow,
+    z: Tensor,
+    dtype: torch.dtype,
+    mesh: list[float],
+    settings: LikelihoodSettings,
+    probing: Probing,
+) -> tuple[Tensor, _Sums]:
+    odeint, D = _torchdiffeq(), z[:1].numel()
+    kept, evaluations = _Kept(ode, probing, D), [0]
+
+    def derivative(omega: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        (place,) = ode.places([omega.item()])
+        slope, J = ode.evaluate(state[0].to(dtype), place)
+        evaluations[0] += 1
+        return slope.double(), kept.divergences(J, place)
+
+    number = len(groups(probing.design, tuple(z.shape[1:]), probing.max_probes))
+    start = z, z.new_zeros(number, len(z))
+    omegas = torch.tensor(mesh, dtype=torch.float64, device=z.device)
+    # Steps follow the solution alone, which probes have no part in.
+    options: dict[str, Any] = {"norm": lambda state: state[0].square().mean().sqrt()}
+    states, integrals = odeint(
+        derivative,
+        start,
+        omegas,
+        rtol=settings.tolerance,
+        atol=settings.tolerance,
+        method=settings.solver,
+        options=options,
+    )
+    return states[-1], kept.sums(integrals[-1], evaluations[0])
+
+
+def _torchdiffeq() -> Callable[..., Any]:
+    try:
+        from torchdiffeq import odeint
+    except ImportError as error:
+        raise ImportError(
+            "adaptive solvers need torchdiffeq (pip install torchdiffeq); 'heun' and 'rk4' do not"
+        ) from error
+    solver: Callable[..., Any] = odeint
+    return solver
