@@ -54,6 +54,7 @@ from ocm.diffusion.timesteps import (
 )
 from ocm.integrations.k_diffusion import KDiffusionDenoiser
 from ocm.integrations.uncertainty import UncertaintyMap, uncertainty
+from ocm.likelihoods.budget import likelihood_settings
 from ocm.likelihoods.log_likelihood import log_likelihood
 from ocm.likelihoods.settings import LikelihoodSettings, LogLikelihood
 from ocm.sampling.any_sigma import x0_given
@@ -141,6 +142,7 @@ __all__ = [
     "from_betas",
     "from_scheduler",
     "leading_timesteps",
+    "likelihood_settings",
     "linear",
     "log_likelihood",
     "make_head",

@@ -60,8 +60,8 @@ def log_likelihood(
             a discrete schedule the network is told numbers that are not whole.
         x: Data of shape (B, ...), where ``levels`` is None; else images in [-1, 1] on the grid of
             that many grey levels.
-        settings: Solver, probes and draws; see :func:`ocm.likelihood_settings`, which chooses them
-            by a tolerance.
+        settings: Solver, probes and draws; :func:`ocm.likelihood_settings` chooses them by a
+            tolerance. None takes the defaults, which are right to about 0.01 bits/dim on images.
         levels: Number of grey levels, or None for continuous data.
         dequantisation: "uniform", "truncated_normal" or "decoder"; None is the first, or the third
             where a covariance is given.

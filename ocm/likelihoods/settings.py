@@ -165,6 +165,19 @@ class LogLikelihood:
         """The standard error by chance, in bits/dim."""
         return self.stderr / self._nats_per_bit
 
+    @property
+    def budget(self) -> dict[str, Tensor | None]:
+        """What each part may be off by, in bits/dim: "solver", "probes" and "dequantisation".
+
+        The first is that of :func:`ocm.likelihood_settings`, None where nobody measured it.
+        """
+        solver = self.settings.solver_error
+        return {
+            "solver": None if solver is None else torch.tensor(solver / self._nats_per_bit),
+            "probes": self.probe_stderr / self._nats_per_bit,
+            "dequantisation": self.draw_stderr / self._nats_per_bit,
+        }
+
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Return the ends of the interval that holds the value without chance, by ``level``.
 
