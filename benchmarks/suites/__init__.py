@@ -28,6 +28,7 @@ SUITES = {
     "inverse": "posterior draws of inverse problems: error and calibration beside azula's solvers",
     "uncertainty": "uncertainty maps against errors of held-out images, by covariance",
     "heads": "heads of covariances on digits, Fashion-MNIST and CIFAR-10: likelihood, samples",
+    "likelihoods": "log-likelihoods by the ODE: probes, time, and the bound beside it",
     "digits": "every covariance on scikit-learn's digits: likelihood, samples, diagonal and full",
     "cifar10": "covariances on CIFAR-10: likelihood, samples, and equal numbers of evaluations",
 }

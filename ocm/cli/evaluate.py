@@ -65,6 +65,17 @@ def evaluate(
             "all of them, as in the papers' tables."
         ),
     ] = "stated",
+    likelihood: Annotated[
+        Literal["bound", "ode"],
+        typer.Option(
+            help="bound: the variational bound of each covariance in K steps. ode: also the "
+            "model's own likelihood, by the divergence of its probability-flow ODE."
+        ),
+    ] = "bound",
+    tolerance: Annotated[
+        float,
+        typer.Option(help="Error of --likelihood ode for an image, in bits/dim; half takes 4x."),
+    ] = 0.02,
     data: options.Data = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
     num_probes: options.NumProbes = 8,
@@ -102,6 +113,8 @@ def evaluate(
         inception=inception,
         covariances=CovarianceSettings(num_probes, lanczos_probes, seed),
         decoder=decoder,
+        by_ode=likelihood == "ode",
+        tolerance=tolerance,
         seed=seed,
         batch_size=batch_size,
     )

@@ -20,6 +20,7 @@ from ocm.data import Images
 from ocm.diffusion.tables import Table
 from ocm.evaluation import classifier as classifiers
 from ocm.evaluation import features
+from ocm.evaluation.by_ode import ode_bits_per_dim
 from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
 from ocm.evaluation.samples import Quality, draw, median_distance, quality
 from ocm.evaluation.scores import likelihood_record, likelihood_table, steps_of
@@ -43,6 +44,8 @@ class EvaluationSettings:
             on the labelled data.
         covariances: Settings of the covariances.
         decoder: As in :func:`ocm.bits_per_dim`.
+        by_ode: Whether bits/dim by the probability-flow ODE stand beside the bounds.
+        tolerance: Of the ODE, in bits/dim for an image.
         seed: Seed of all randomness.
         batch_size: Images at a time.
     """
@@ -57,6 +60,8 @@ class EvaluationSettings:
     inception: Path | None = None
     covariances: CovarianceSettings = field(default_factory=CovarianceSettings)
     decoder: Decoder = "stated"
+    by_ode: bool = False
+    tolerance: float = 0.02
     seed: int = 0
     batch_size: int = 128
 
@@ -99,7 +104,7 @@ def evaluate(
             f"{images.name}, got {settings.num_images}"
         )
     scored = settings.scored
-    if not scored and not settings.quality:
+    if not scored and not settings.quality and not settings.by_ode:
         raise ValueError(
             f"covariance {' '.join(settings.names)} has no density, and so no bits/dim; ask for "
             "quality"
@@ -134,6 +139,18 @@ def evaluate(
             f"Bits/dim on {settings.num_images} held-out images of {images.name}, ± the standard "
             f"error over images\n\n{likelihood_markdown(table, settings.step_counts)}"
         )
+    if settings.by_ode:
+        part, more = ode_bits_per_dim(
+            checkpoint,
+            images.test[: settings.num_images],
+            labels=images.test_labels if checkpoint.denoiser.takes_labels else None,
+            tolerance=settings.tolerance,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            progress=progress,
+        )
+        record |= part
+        sections += more
     if settings.quality:
         part, more = _quality(checkpoint, images, settings, out, progress)
         record |= part

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import hessdiag
 import ocm
-from ocm import checkpoints
+from ocm import checkpoints, data
 from ocm.cli import app as cli
 from ocm.covariances.names import LEARNED, NAMES
 from ocm.evaluation import classifier
@@ -135,6 +135,29 @@ def test_calibrate_writes_into_the_checkpoint(trained):
     assert loaded.calibrations["ocm"].rows.keys() == {1, 500, 1000}
     record = json.loads((trained / "calibration.json").read_text())
     assert record["calibrations"]["npr"] == loaded.calibrations["npr"].to_json()
+
+
+def test_evaluate_by_ode(trained, invoke, tmp_path):
+    """Bits/dim by the ODE are those of the library, whatever the batch."""
+    common = ("evaluate", trained, "--likelihood", "ode", "--covariance", "ml", "--steps", 2)
+    common = (*common, "--num-images", 2, "--device", "cpu", "--quiet")
+    answer = invoke(*common, "--tolerance", 3, "--batch-size", 1, "--out", tmp_path)
+    assert answer.exit_code == 0, answer.output
+    record = json.loads((tmp_path / "evaluation.json").read_text())["ode"]
+    assert record["error_of_an_image"]["solver"] <= 1.5
+    assert "By the probability-flow ODE" in (tmp_path / "report.md").read_text()
+    settings = ocm.LikelihoodSettings(
+        num_steps=record["num_steps"],
+        max_probes=record["max_probes"],
+        num_draws=record["num_draws"],
+    )
+    loaded = checkpoints.load(trained)
+    found = ocm.log_likelihood(
+        loaded.denoiser, data.digits().test[:2], settings, levels=loaded.levels
+    )
+    assert record["bits_per_dim"] == pytest.approx(found.bits_per_dim.mean().item(), abs=1e-3)
+    answer = invoke(*common, "--tolerance", 0, "--out", tmp_path / "none")
+    assert "tolerance must be positive, in bits/dim, got 0.0" in str(answer.exception)
 
 
 def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
