@@ -110,7 +110,7 @@ class LikelihoodSettings:
                 )
             return hessdiag.UnitVectors()
         colors = self.max_probes // (_BLOCKS if self.draws_anew else _BLOCKS_KEPT)
-        few = 1 if self.probes == "coloring" else _FEWEST_COLORS
+        few = 0 if self.probes == "coloring" else _FEWEST_COLORS
         if self.probes == "rademacher" or colors < few:
             return hessdiag.Rademacher()
         if self.probes == "coloring" and len(sample_shape) < 2:
