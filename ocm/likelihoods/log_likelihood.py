@@ -66,7 +66,7 @@ def log_likelihood(
         dequantisation: "uniform", "truncated_normal" or "decoder"; None is the first, or the third
             where a covariance is given.
         covariance: States Var[x0 | x_t1] for the decoder.
-        first_timestep: t_1 in (0, N], at least 1 on a discrete schedule.
+        first_timestep: t_1 in (0, N), at least 1 on a discrete schedule.
         condition: Labels, tensors and guidance.
         seed: Of probes and dequantisation noise.
         sample_offset: Number of the first sample.
@@ -92,10 +92,10 @@ def log_likelihood(
     """
     settings = settings or LikelihoodSettings()
     dequantisation = _checked(x, levels, dequantisation, covariance)
-    denoiser.schedule.check(first_timestep, between=first_timestep >= 1)
     x = x.to(denoiser.device)
     shape = tuple(x.shape[1:])
     ode = ProbabilityFlow.of(denoiser, condition, differentiable=differentiable)
+    _check_first(first_timestep, ode.last_timestep, denoiser.schedule.is_continuous)
     design = settings.design(shape)
     block = design.block_size(shape)
     count = max(block, settings.max_probes // block * block)
@@ -141,6 +141,15 @@ def log_likelihood(
             )
             logs.append(found[-1].log_density + log_weight)
     return _combined(torch.stack(logs), found, settings, levels is None, math.prod(shape))
+
+
+def _check_first(first: float, last: float, is_continuous: bool) -> None:
+    is_noisy = first > 0 if is_continuous else first >= 1
+    if not (is_noisy and first < last):
+        raise ValueError(
+            f"first_timestep must lie in {'(0' if is_continuous else '[1'}, {last:g}), where there "
+            f"are both noise and data, got {first}"
+        )
 
 
 def _checked(
