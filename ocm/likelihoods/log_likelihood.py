@@ -203,6 +203,7 @@ def _combined(
         spread = (logs.detach().var(0) / R - variance).clamp(min=0) if R > 1 else None
     if spread is None:
         spread = torch.full_like(variance, 0.0 if is_continuous else torch.inf)
+    degrees = torch.where(fourth > 0, variance.square() / fourth, torch.inf)
     if not bool(torch.isfinite(value).all()):
         raise FloatingPointError(
             f"the log-likelihood of {int((~torch.isfinite(value)).sum())} of {len(value)} samples "
@@ -213,7 +214,7 @@ def _combined(
         log_prior=torch.stack([one.log_prior for one in found]).mean(0),
         probe_stderr=variance.sqrt(),
         draw_stderr=spread.sqrt(),
-        degrees=torch.where(fourth > 0, variance.square() / fourth, torch.inf),
+        degrees=torch.where(variance.isinf(), 0.0, degrees),
         num_features=num_features,
         num_evaluations=sum(one.num_evaluations for one in found),
         num_products=sum(one.num_products for one in found),
