@@ -191,7 +191,8 @@ def _combined(
     fourths = torch.stack([one.fourth for one in found])
     if settings.importance_weighted:
         value = logs.logsumexp(0) - math.log(R)
-        shares = (logs - logs.logsumexp(0)).exp().detach()
+        # Never 0, which infinite variances would make NaN.
+        shares = (logs - logs.logsumexp(0)).exp().detach().clamp(min=1e-300)
         # Probes are shared, and so are their errors.
         variance = (shares * variances.sqrt()).sum(0).square()
         fourth = (shares * fourths.sqrt()).sum(0).square()
