@@ -64,11 +64,12 @@ def test_errors_by_draws_and_probes_are_those_that_are_stated(importance_weighte
     """Probes err where features are coupled; of a diagonal they know all."""
     data = Data([1.0], MEAN[None], COUPLED[None])
     # Bins so narrow that both errors are of one size.
-    options = {"levels": 33, "probes": probes, "max_probes": 8, "new_probes": False}
+    levels = 33 if probes == "exact" or importance_weighted else 65
+    options = {"levels": levels, "probes": probes, "max_probes": 8, "new_probes": False}
     found = found_by(500, 8, importance_weighted, data, **options)
     stated = found.stderr.square().mean().sqrt()
     assert 0.88 < found.value.std() / stated < 1.12
-    assert found.draw_stderr.median() > 0
+    assert found.draw_stderr.mean() > 0
     share = found.probe_stderr.square().mean().sqrt() / stated
     assert (share > 0.3) == (probes == "rademacher")
     low, high = found.interval(0.9)
