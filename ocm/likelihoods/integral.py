@@ -252,8 +252,9 @@ def _adaptive(
     number = len(groups(probing.design, tuple(z.shape[1:]), probing.max_probes))
     start = z, z.new_zeros(number, len(z))
     omegas = torch.tensor(mesh, dtype=torch.float64, device=z.device)
-    # Steps follow the solution alone, which probes have no part in.
-    options: dict[str, Any] = {"norm": lambda state: state[0].square().mean().sqrt()}
+    # Steps follow the solution alone, which probes have no part in; and they are numbers, through
+    # which no gradient goes, as through omega above.
+    options: dict[str, Any] = {"norm": lambda state: state[0].detach().square().mean().sqrt()}
     states, integrals = odeint(
         derivative,
         start,

@@ -66,7 +66,7 @@ def log_likelihood(
         dequantisation: "uniform", "truncated_normal" or "decoder"; None is the first, or the third
             where a covariance is given.
         covariance: States Var[x0 | x_t1] for the decoder.
-        first_timestep: t_1 in (0, N], at least 1 on a discrete schedule.
+        first_timestep: t_1 in (0, N), at least 1 on a discrete schedule.
         condition: Labels, tensors and guidance.
         seed: Of probes and dequantisation noise.
         sample_offset: Number of the first sample.
@@ -92,10 +92,10 @@ def log_likelihood(
     """
     settings = settings or LikelihoodSettings()
     dequantisation = _checked(x, levels, dequantisation, covariance)
-    denoiser.schedule.check(first_timestep, between=first_timestep >= 1)
     x = x.to(denoiser.device)
     shape = tuple(x.shape[1:])
     ode = ProbabilityFlow.of(denoiser, condition, differentiable=differentiable)
+    _check_first(first_timestep, ode.last_timestep, denoiser.schedule.is_continuous)
     design = settings.design(shape)
     block = design.block_size(shape)
     count = max(block, settings.max_probes // block * block)
@@ -143,6 +143,15 @@ def log_likelihood(
     return _combined(torch.stack(logs), found, settings, levels is None, math.prod(shape))
 
 
+def _check_first(first: float, last: float, is_continuous: bool) -> None:
+    is_noisy = first > 0 if is_continuous else first >= 1
+    if not (is_noisy and first < last):
+        raise ValueError(
+            f"first_timestep must lie in {'(0' if is_continuous else '[1'}, {last:g}), where there "
+            f"are both noise and data, got {first}"
+        )
+
+
 def _checked(
     x: Tensor,
     levels: int | None,
@@ -182,7 +191,8 @@ def _combined(
     fourths = torch.stack([one.fourth for one in found])
     if settings.importance_weighted:
         value = logs.logsumexp(0) - math.log(R)
-        shares = (logs - logs.logsumexp(0)).exp().detach()
+        # Never 0, which infinite variances would make NaN.
+        shares = (logs - logs.logsumexp(0)).exp().detach().clamp(min=1e-300)
         # Probes are shared, and so are their errors.
         variance = (shares * variances.sqrt()).sum(0).square()
         fourth = (shares * fourths.sqrt()).sum(0).square()
@@ -194,6 +204,7 @@ def _combined(
         spread = (logs.detach().var(0) / R - variance).clamp(min=0) if R > 1 else None
     if spread is None:
         spread = torch.full_like(variance, 0.0 if is_continuous else torch.inf)
+    degrees = torch.where(fourth > 0, variance.square() / fourth, torch.inf)
     if not bool(torch.isfinite(value).all()):
         raise FloatingPointError(
             f"the log-likelihood of {int((~torch.isfinite(value)).sum())} of {len(value)} samples "
@@ -204,7 +215,7 @@ def _combined(
         log_prior=torch.stack([one.log_prior for one in found]).mean(0),
         probe_stderr=variance.sqrt(),
         draw_stderr=spread.sqrt(),
-        degrees=torch.where(fourth > 0, variance.square() / fourth, torch.inf),
+        degrees=torch.where(variance.isinf(), 0.0, degrees),
         num_features=num_features,
         num_evaluations=sum(one.num_evaluations for one in found),
         num_products=sum(one.num_products for one in found),

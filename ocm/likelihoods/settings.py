@@ -110,7 +110,7 @@ class LikelihoodSettings:
                 )
             return hessdiag.UnitVectors()
         colors = self.max_probes // (_BLOCKS if self.draws_anew else _BLOCKS_KEPT)
-        few = 1 if self.probes == "coloring" else _FEWEST_COLORS
+        few = 0 if self.probes == "coloring" else _FEWEST_COLORS
         if self.probes == "rademacher" or colors < few:
             return hessdiag.Rademacher()
         if self.probes == "coloring" and len(sample_shape) < 2:
@@ -133,7 +133,8 @@ class LogLikelihood:
         probe_stderr: The standard error by probes; infinite where one block says nothing.
         draw_stderr: The standard error by dequantisation noise: 0 for continuous data, infinite
             for a single draw.
-        degrees: Degrees of freedom of ``probe_stderr``, by Welch and Satterthwaite.
+        degrees: Degrees of freedom of ``probe_stderr``, by Welch and Satterthwaite; 0 where that
+            is infinite.
         num_features: D.
         num_evaluations: Of the network, for a sample.
         num_products: With its Jacobian, for a sample.
@@ -196,6 +197,7 @@ class LogLikelihood:
         degrees = torch.where(fourth > 0, self.stderr**4 / fourth, torch.inf)
         quantile = torch.from_numpy(stdtrit(degrees.cpu().numpy(), (1 + level) / 2))
         half = torch.where(self.stderr > 0, quantile.to(self.stderr) * self.stderr, 0.0)
+        half = torch.where(self.stderr.isinf(), torch.inf, half)
         return self.value - half, self.value + half
 
     @property
