@@ -115,7 +115,8 @@ def trace(
             whose ``output`` then comes from the same evaluation.
         x: Where the Jacobian of a function is taken, shape (B, ...).
         max_probes: Most probes for a sample.
-        probes: As in :func:`hessdiag.estimate`.
+        probes: As in :func:`hessdiag.estimate`; for the right-hand side of an ODE, probes that
+            :func:`hessdiag.fixed_probes` drew once.
         rtol: Stop once, with 95% confidence, the error is at most atol + rtol * |trace|.
         atol: The absolute part of that tolerance.
         chunk_size: Probes held in memory at a time.
@@ -154,7 +155,7 @@ def trace(
         stderr=streamed.stderr,
         num_probes=streamed.num_probes,
         num_blocks=streamed.num_blocks,
-        converged=None if rtol is None and atol is None else streamed.converged,
+        converged=streamed.converged,
         mode=J.mode,
         batching=J.batching,
         note="; ".join(J.notes + notes),
@@ -164,4 +165,6 @@ def trace(
 def _quadratic_forms(probes: Tensor, products: Tensor) -> Tensor:
     """Return v^T J v, shape (m, B)."""
     terms = probes * products
-    return terms.reshape(*terms.shape[:2], terms.shape[2:].numel()).sum(dim=2)
+    if terms.dim() != 3:
+        terms = terms.reshape(*terms.shape[:2], terms.shape[2:].numel())
+    return terms.sum(dim=2)
