@@ -47,6 +47,11 @@ class FixedProbes(ProbeDesign):
         """That of the design."""
         return self.design.is_exact
 
+    @property
+    def is_single(self) -> bool:
+        """Whether one probe is kept, which is a block of its own and not exact."""
+        return self.vectors.shape[0] == 1 and not self.is_exact
+
     def disturbing(self, sample_shape: tuple[int, ...], feature: int) -> Tensor | None:
         """Return that of the design."""
         return self.design.disturbing(sample_shape, feature)

@@ -83,12 +83,14 @@ def test_a_tolerance_stops_where_it_stops_with_probes_drawn_anew():
     assert hessdiag.trace(J, max_probes=64, probes=kept).converged is None
 
 
-def test_gradients_through_a_trace_with_kept_probes():
+@pytest.mark.parametrize("max_probes", [1, 2])
+def test_gradients_through_a_trace_with_kept_probes(max_probes):
     net, x = network(4), points(2, (4,)).requires_grad_()
-    kept = hessdiag.fixed_probes(x, 2, seed=5)
+    kept = hessdiag.fixed_probes(x, max_probes, seed=5)
     found = []
     for given in ({"probes": kept}, {"seed": 5}):
-        trace = hessdiag.trace(net, x, max_probes=2, mode="vjp", differentiable=True, **given)
+        J = hessdiag.Jacobian(net, x, mode="vjp", differentiable=True)
+        trace = hessdiag.trace(J, max_probes=max_probes, **given)
         found.append(torch.autograd.grad(trace.trace.sum(), [x, *net.parameters()][:-1]))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
@@ -106,6 +108,43 @@ def test_blocks_of_kept_probes_by_their_numbers():
     merged = parts[0].merged(parts[1]).merged(parts[2])
     torch.testing.assert_close(merged.trace, whole.trace)
     torch.testing.assert_close(merged.stderr, whole.stderr, rtol=1e-4, atol=1e-5)
+
+
+class Doubled(Normal):
+    """Normal probes twice as long, and so of a quarter of the weight."""
+
+    def weight(self, sample_shape):
+        return 0.25
+
+    def draw(self, *arguments, **numbers):
+        return 2 * super().draw(*arguments, **numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5,), IMAGE, ()])
+@pytest.mark.parametrize("mode", ["vjp", "jvp"])
+@pytest.mark.parametrize("probes", ["rademacher", Doubled()])
+def test_a_single_probe_has_a_shorter_way_to_the_same_bits(dtype, shape, mode, probes):
+    x = points(3, shape).to(dtype)
+    kept = hessdiag.fixed_probes(x, 1, probes, seed=2)
+    results = []
+    for given in ({"probes": kept}, {"probes": kept, "chunk_size": 16}, {"probes": probes}):
+        seed = 0 if given["probes"] is kept else 2
+        J = hessdiag.Jacobian(torch.sin, x, mode=mode)
+        results.append(hessdiag.trace(J, max_probes=1, seed=seed, **given))
+    for result in results[1:]:
+        assert (result.mode, result.note) == (results[0].mode, results[0].note)
+        assert result.batching == results[0].batching
+        for one, other in zip(values(result), values(results[0]), strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("given", [{"max_probes": True}, {"sample_offset": 0.0}, {"seed": False}])
+def test_a_single_probe_is_asked_for_by_integers(given):
+    kept = hessdiag.fixed_probes(torch.zeros(2, 3), 1)
+    with pytest.raises(TypeError, match=next(iter(given))):
+        hessdiag.trace(torch.sin, torch.zeros(2, 3), **{"max_probes": 1, "probes": kept} | given)
 
 
 @pytest.mark.parametrize("probe_offset", [7, 23, 31])
