@@ -13,6 +13,7 @@ import torch
 from hessdiag.bases import Basis, dct
 from hessdiag.blocks import BlockDiagonalEstimate, block_diagonal
 from hessdiag.estimate import DiagonalEstimate, estimate, hutchinson
+from hessdiag.fixed import FixedProbes, fixed_probes
 from hessdiag.gauss_newton import gauss_newton_diagonal
 from hessdiag.hessians import hessian_diagonal
 from hessdiag.jacobian import Jacobian
@@ -38,6 +39,7 @@ __all__ = [
     "BlockDiagonalEstimate",
     "Coloring",
     "DiagonalEstimate",
+    "FixedProbes",
     "Jacobian",
     "Normal",
     "ParameterDiagonal",
@@ -50,6 +52,7 @@ __all__ = [
     "empirical_fisher_over_data",
     "estimate",
     "exact",
+    "fixed_probes",
     "gauss_newton_diagonal",
     "gauss_newton_over_data",
     "hessian_diagonal",

@@ -74,8 +74,9 @@ def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
         raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}")
     if x.dim() < 1:
         raise ValueError(f"{name} must have shape (B, ...), got a 0-dimensional tensor")
-    batched = _is_batched(x)
-    if batched or (not differentiable and (_is_wrapped(x) or has_tangent(x))):
+    wrapped = _is_wrapped(x)
+    batched = wrapped and _is_batched(x)
+    if batched or (not differentiable and (wrapped or has_tangent(x))):
         raise TypeError(
             f"{name} must not take part in torch.func.grad, jvp or vmap: the result carries no "
             "derivative; call this outside of the transform, on a batch"

@@ -83,28 +83,39 @@ class Request:
         return tuple(self.x.shape[1:])
 
 
+def checked_design(probes: ProbeDesign) -> ProbeDesign:
+    """Return ``probes``, unless it is no design.
+
+    Raises:
+        TypeError: If it is none.
+
+    Example:
+        >>> checked_design(Rademacher())
+        Rademacher()
+    """
+    # By descent first: to ask a protocol takes longer than all else here.
+    if ProbeDesign in type(probes).__mro__ or isinstance(probes, ProbeDesign):
+        return probes
+    raise TypeError(
+        "probes must be a name or a design, an object of a class that derives from "
+        f"hessdiag.ProbeDesign, got {type(probes).__name__}"
+    )
+
+
 def choose_start(
-    products: Products, request: Request, probes: ProbeName | ProbeDesign, notes: list[str]
+    products: Products, request: Request, probes: ProbeName, notes: list[str]
 ) -> Start:
     """Return the designs of the samples, and the products that choosing them took.
 
     Args:
         products: Products with J or its transpose.
         request: What is to be estimated.
-        probes: A design, which stands for itself, or a name of :func:`hessdiag.estimate`.
+        probes: A name of :func:`hessdiag.estimate`.
         notes: Takes what was chosen and why.
 
     Raises:
-        TypeError: If ``probes`` is neither.
         ValueError: If the name is unknown, or no block of the design fits.
     """
-    if not isinstance(probes, str):
-        if not isinstance(probes, ProbeDesign):
-            raise TypeError(
-                "probes must be a name or a design, an object of a class that derives from "
-                f"hessdiag.ProbeDesign, got {type(probes).__name__}"
-            )
-        return Start([Lane(probes)])
     if probes not in get_args(ProbeName):
         raise ValueError(f"probes must be one of {', '.join(get_args(ProbeName))}, got {probes!r}")
     x = request.x

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from hessdiag.checks import check_positive_int
-from hessdiag.choosing import ProbeName, Request, choose_start
+from hessdiag.choosing import ProbeName, Request, Start, checked_design, choose_start
+from hessdiag.fixed import FixedProbes
 from hessdiag.intervals import half_width, merge
 from hessdiag.jacobian import Jacobian, ScoreFunction, Ways, as_jacobian
 from hessdiag.kernels.philox import Seed, check_counter, seed_tensor
-from hessdiag.probes import ProbeDesign
+from hessdiag.probes import ProbeDesign, check_fit
 from hessdiag.products import Products
-from hessdiag.streaming import Chunks, Contribution, Streamed, Tolerance, chunk_of, stream
+from hessdiag.streaming import Chunks, Contribution, Lane, Streamed, Tolerance, chunk_of, stream
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -134,7 +135,7 @@ def estimate(
         x: Where the Jacobian of a function is taken: shape (B, ...), real floating point, finite.
         max_probes: Most probes for a sample; whole blocks of the design are used.
         probes: A design of :mod:`hessdiag.probes`, an object of your own with its three methods,
-            or a name:
+            probes that are kept (:func:`hessdiag.fixed_probes`), or a name:
 
             - "rademacher", "normal": independent entries.
             - "coloring": for samples (C, ...) with spatial axes. One block of ``max_probes``
@@ -197,7 +198,7 @@ def estimate(
         stderr=streamed.stderr,
         num_probes=streamed.num_probes,
         num_blocks=streamed.num_blocks,
-        converged=None if rtol is None and atol is None else streamed.converged,
+        converged=streamed.converged,
         mode=J.mode,
         batching=J.batching,
         note="; ".join(J.notes + notes),
@@ -346,27 +347,34 @@ def estimate_from_products(
     max_probes = check_positive_int("max_probes", max_probes)
     probe_offset = check_counter("probe_offset", probe_offset, max_probes)
     sample_offset = check_counter("sample_offset", sample_offset, len(x))
-    chunk, seed = chunk_of(chunk_size, x), seed_tensor(seed, x.device)
+    chunk, number = chunk_of(chunk_size, x), _seed_of(seed, probes, x.device)
     if expect is not None:
         expect(min(chunk, max_probes))
     notes: list[str] = []
-    request = Request(x, max_probes, tolerance, geometry, total, seed, sample_offset, probe_offset)
 
     def in_chunks(probes: Tensor) -> Tensor:
         chunks = Chunks(lambda first, count: probes[first : first + count], products, chunk, notes)
         return torch.cat([taken for _, _, taken in chunks.run(len(probes))])
 
-    start = choose_start(in_chunks, request, probes, notes)
+    if isinstance(probes, str):
+        request = Request(
+            x, max_probes, tolerance, geometry, total, number, sample_offset, probe_offset
+        )
+        start = choose_start(in_chunks, request, probes, notes)
+    else:
+        start = Start([Lane(checked_design(probes))])
     for lane in start.lanes:
         if lane.design.is_exact and check_alone is not None:
             check_alone()
-        _check_fit(lane.design, tuple(x.shape[1:]), max_probes, probe_offset)
+        needed = check_fit(lane.design, tuple(x.shape[1:]), max_probes, probe_offset)
+        if isinstance(lane.design, FixedProbes):
+            lane.design.check_kept(probe_offset, needed)
     streamed = stream(
         products,
         x,
         start.lanes,
         max_probes - start.num_spent,
-        seed=seed,
+        seed=number,
         chunk=chunk,
         notes=notes,
         tolerance=tolerance,
@@ -375,18 +383,13 @@ def estimate_from_products(
         sample_offset=sample_offset,
         begun=start.begun,
     )
-    return replace(streamed, num_probes=streamed.num_probes + start.num_spent), notes
+    if start.num_spent:
+        streamed = replace(streamed, num_probes=streamed.num_probes + start.num_spent)
+    return streamed, notes
 
 
-def _check_fit(
-    design: ProbeDesign, sample_shape: tuple[int, ...], max_probes: int, probe_offset: int
-) -> None:
-    size = design.block_size(sample_shape)
-    if size > max_probes:
-        raise ValueError(
-            f"max_probes must be at least {size}, a block of {design}, got {max_probes}"
-        )
-    if probe_offset % size and not design.is_exact:  # which takes all of them from any number on
-        raise ValueError(
-            f"probe_offset must be a multiple of {size}, a block of {design}, got {probe_offset}"
-        )
+def _seed_of(seed: Seed, probes: ProbeName | ProbeDesign, device: torch.device) -> Tensor:
+    """Return the seed as a tensor; that of probes that are kept where it was left out."""
+    if isinstance(probes, FixedProbes) and type(seed) is int and seed == 0:
+        return probes.seed
+    return seed_tensor(seed, device)

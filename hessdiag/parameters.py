@@ -361,7 +361,7 @@ def estimate_over_parameters(
         )
         mean, count = tree.split(streamed.mean[0]), int(streamed.num_probes[0])
         errors = tree.split(streamed.stderr[0]) if stderr else None
-        converged = bool(streamed.converged[0])
+        converged = streamed.converged is not None and bool(streamed.converged[0])
     return ParameterDiagonal(
         diagonal=tree.restore(mean),
         stderr=None if errors is None else tree.restore(errors),

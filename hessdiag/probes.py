@@ -409,6 +409,34 @@ class UnitVectors(ProbeDesign):
         )
 
 
+def check_fit(
+    design: ProbeDesign, sample_shape: tuple[int, ...], max_probes: int, probe_offset: int
+) -> int:
+    """Return the number of probes in as many whole blocks as ``max_probes`` holds.
+
+    One block of an exact design: a second one would show the same again.
+
+    Raises:
+        ValueError: If no block fits, or ``probe_offset`` is in the middle of one.
+
+    Example:
+        >>> check_fit(Coloring(5), (3, 4), max_probes=12, probe_offset=5)
+        10
+    """
+    size = design.block_size(sample_shape)
+    if size > max_probes:
+        raise ValueError(
+            f"max_probes must be at least {size}, a block of {design}, got {max_probes}"
+        )
+    if design.is_exact:  # which takes all of them from any number on
+        return size
+    if probe_offset % size:
+        raise ValueError(
+            f"probe_offset must be a multiple of {size}, a block of {design}, got {probe_offset}"
+        )
+    return max_probes // size * size
+
+
 def _check_colors(num_colors: int, sample_shape: tuple[int, ...]) -> None:
     features = math.prod(sample_shape)
     if num_colors > max(1, features):

@@ -22,7 +22,7 @@ works, and notes why one before it did not.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -170,7 +170,8 @@ def _plain_evaluation(function: Function) -> tuple[Tensor, Any]:
 
 
 def _detached(aux: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.detach, aux)
+    # For None a call of pytree takes as long as three operators.
+    return None if aux is None else pytree.tree_map_only(Tensor, Tensor.detach, aux)
 
 
 def _independent() -> NotDifferentiableError:
@@ -193,8 +194,8 @@ def _reverse_graph(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Any]:
         if function.differentiable and x.requires_grad:
             leaf = x.clone()
         else:
-            # A clone: autograd refuses tensors made in inference mode.
-            leaf = x.detach().clone().requires_grad_()
+            # Autograd refuses tensors made in inference mode.
+            leaf = (x.detach().clone() if x.is_inference() else x.detach()).requires_grad_()
         point = leaf.clone()  # score_fn may write into it
         with gradients_checked(leaf if leaf.is_leaf else None):
             output, aux = function(point)
@@ -203,13 +204,15 @@ def _reverse_graph(function: Function, x: Tensor) -> tuple[Tensor, Tensor, Any]:
     return leaf, output, aux
 
 
-@contextmanager
-def _recording(function: Function) -> Iterator[None]:
+def _recording(function: Function) -> AbstractContextManager[None]:
     """Record graphs, whatever goes on outside; for differentiable products it decides."""
-    if function.differentiable:
-        with torch.enable_grad():
-            yield
-        return
+    if function.differentiable or not torch.is_inference_mode_enabled():
+        return torch.enable_grad()
+    return _outside_inference_mode()
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
     with torch.inference_mode(False), torch.enable_grad():
         yield
 
@@ -413,6 +416,8 @@ WAYS: dict[WayName, Callable[[Function], Way]] = {
 
 def _without_overlap(product: Tensor) -> Tensor:
     """Return a tensor whose elements each have a place of their own, where a sum expands one."""
+    if product.is_contiguous():
+        return product
     overlap = any(
         stride == 0 and size > 1
         for size, stride in zip(product.shape, product.stride(), strict=True)

@@ -157,12 +157,15 @@ class BlockMoments:
     def add(self, first: int, probes: Tensor, products: Tensor) -> None:
         """Take in the products of the probes from number ``first`` on."""
         dtype = torch.promote_types(products.dtype, torch.float32)
+        if products.dtype != dtype or probes.dtype != dtype:
+            probes, products = probes.to(dtype), products.to(dtype)
+        values = self._contribution(probes, products)
         # One probe after the other, so that chunks do not change the order of the sums.
-        for y in self._contribution(probes.to(dtype), products.to(dtype)):
+        for y in values if len(values) > 1 else (values[0],):
             self._sum = y if self._sum is None else self._sum + y
             self._in_block += 1
             if self._in_block == self._block_size:
-                self._add_block(self._weight * self._sum)
+                self._add_block(self._sum if self._weight == 1.0 else self._weight * self._sum)
                 self._in_block, self._sum = 0, None
 
     def _add_block(self, y: Tensor) -> None:
@@ -241,14 +244,14 @@ class Streamed:
         stderr: Its standard error, infinite where there is only one block.
         num_blocks: Independent blocks, int64 of shape (B,).
         num_probes: Probes, int64 of shape (B,).
-        converged: Whether the tolerance was reached, bool of shape (B,).
+        converged: Whether the tolerance was reached, bool of shape (B,); None without one.
     """
 
     mean: Tensor
     stderr: Tensor
     num_blocks: Tensor
     num_probes: Tensor
-    converged: Tensor
+    converged: Tensor | None
 
 
 def stream(
@@ -311,11 +314,17 @@ def stream(
         assert probes is not None
         return probes
 
+    chunks = Chunks(draw, products, chunk, notes)
+    if tolerance is None and begun is None and len(lanes) == 1:
+        # Nothing to look at before the end.
+        for first, probes, taken in chunks.run(totals[0]):
+            moments[0].add(first, probes, taken)
+        return _standardised(moments[0].moments(), totals[0], lanes[0].design.is_exact, None)
+
     # Looks at whole tiles for designs of single probes, at every block for larger ones.
     looks = [size * -(-_PROBES_PER_TILE // size) for size in sizes]
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     result: Streamed | None = None
-    chunks = Chunks(draw, products, chunk, notes)
     before = [] if begun is None else [(0, *begun)]
     first = 0 if begun is None else len(begun[0])
     following = chunks.run(max(totals), looks if tolerance else (), first)
@@ -330,7 +339,7 @@ def stream(
                 continue
             now = _standardised(moment.moments(), min(end, total), lane.design.is_exact, tolerance)
             finished = ~done if lane.samples is None else ~done & lane.samples
-            if not ended:
+            if not ended and now.converged is not None:
                 finished &= now.converged
             result = now if result is None else _where(finished, now, result)
             done |= finished
@@ -346,12 +355,14 @@ def _standardised(
     count, mean, deviations = moments
     # The square root of zero has no derivative, and none is wanted.
     stderr = torch.zeros_like(mean) if exact else standard_error(count, deviations.detach())
-    numbers = torch.ones(len(mean), dtype=torch.int64, device=mean.device)
-    if tolerance is None or exact:
-        converged = (numbers > 0) & exact
-    else:
+    batch, device = mean.shape[:1], mean.device
+    converged: Tensor | None = None
+    if tolerance is not None and exact:
+        converged = torch.full(batch, True, device=device)
+    elif tolerance is not None:
         converged = tolerance.reached(mean, stderr, count)
-    return Streamed(mean, stderr, count * numbers, num_probes * numbers, converged)
+    num_blocks, number = (torch.full(batch, n, device=device) for n in (count, num_probes))
+    return Streamed(mean, stderr, num_blocks, number, converged)
 
 
 def _where(samples: Tensor, new: Streamed, old: Streamed) -> Streamed:
@@ -361,7 +372,9 @@ def _where(samples: Tensor, new: Streamed, old: Streamed) -> Streamed:
         torch.where(chosen, new.stderr, old.stderr),
         torch.where(samples, new.num_blocks, old.num_blocks),
         torch.where(samples, new.num_probes, old.num_probes),
-        torch.where(samples, new.converged, old.converged),
+        None
+        if new.converged is None or old.converged is None
+        else torch.where(samples, new.converged, old.converged),
     )
 
 

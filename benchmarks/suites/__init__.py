@@ -16,6 +16,7 @@ from types import ModuleType
 
 SUITES = {
     "products": "Jacobian products against the loop that runs the network for each probe",
+    "divergence": "the trace in the right-hand side of an ODE beside the lines one writes by hand",
     "kernels": "the ops against eager PyTorch, torch.compile and diffusers' schedulers",
     "machine_code": "the Triton kernels compiled for sm_90, which takes no GPU",
     "estimators": "every estimator on a trained U-Net: cost, error and memory; other libraries",

@@ -193,3 +193,15 @@ class TestErrors:
 def test_a_function_asked_for_as_rectangular_has_no_diagonal(estimator):
     with pytest.raises(ValueError, match="rectangular=True has products alone"):
         estimator(lambda x: x[:, :2], torch.zeros(1, 3), max_probes=2, rectangular=True)
+
+
+def test_products_are_those_at_x_as_it_was_evaluated():
+    x = torch.linspace(0.0, 1.0, 6).reshape(2, 3)
+    for batching in ("loop", "vmap"):
+        point = x.clone()
+        J = hessdiag.Jacobian(lambda z: z.mul_(2.0).sin(), point, mode="vjp", batching=batching)
+        torch.testing.assert_close(J.output, (2 * x).sin())
+        assert torch.equal(point, x)
+        point.add_(1.0)
+        product = J.products(torch.ones(1, 2, 3))[0]
+        torch.testing.assert_close(product, 2 * (2 * x).cos())
