@@ -60,8 +60,8 @@ def table(estimators: Row, products: Row, parameters: Row, inverse: Row, samplin
         {
             "beside": "k-diffusion",
             "what it does": "samplers whose noise the schedule fixes; the likelihood of the "
-            "ODE, which is missing here",
-            "what is added here": "the same as for diffusers",
+            "ODE, by one probe",
+            "what is added here": "the same as for diffusers; error bars of the ODE's likelihood",
             "measured here": "not measured",
         },
     ]

@@ -153,19 +153,19 @@ def _fixed(
     blocks: list[Tensor] = []
 
     def velocity(z: Tensor, k: int) -> Tensor:
-        slope, J = ode.evaluate(z.to(dtype), places[k])
+        shown, place = z.to(dtype), places[k]
+        J = ode.jacobian(shown, place)
         sums.num_evaluations += 1
         if kept is not None:
-            divergences = kept.divergences(J, places[k])
+            divergences = kept.divergences(J, place)
             blocks[:] = [weights[k] * divergences + (blocks[0] if blocks else 0.0)]
-            return slope.double()
+            return ode.velocity(shown, J, place).double()
         found = probing.trace(J, k * probing.max_probes, probing.max_probes)
         sums.num_products += int(found.num_probes.max())
-        divergence = ode.divergence(found.trace.double(), places[k], D)
+        divergence = ode.divergence(found.trace.double(), place, D)
         sums.mean = sums.mean + weights[k] * divergence
-        factor = weights[k] * places[k].scale * places[k].of_output
-        _add_variance(sums, factor, found)
-        return slope.double()
+        _add_variance(sums, weights[k] * place.scale * place.of_output, found)
+        return ode.velocity(shown, J, place).double()
 
     steps = tqdm(range(len(mesh) - 1), "log-likelihood", unit="step", disable=not progress)
     z = solve(method, velocity, z, mesh, steps)
@@ -245,9 +245,11 @@ def _adaptive(
 
     def derivative(omega: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         (place,) = ode.places([omega.item()])
-        slope, J = ode.evaluate(state[0].to(dtype), place)
+        shown = state[0].to(dtype)
+        J = ode.jacobian(shown, place)
         evaluations[0] += 1
-        return slope.double(), kept.divergences(J, place)
+        divergences = kept.divergences(J, place)
+        return ode.velocity(shown, J, place).double(), divergences
 
     number = len(groups(probing.design, tuple(z.shape[1:]), probing.max_probes))
     start = z, z.new_zeros(number, len(z))

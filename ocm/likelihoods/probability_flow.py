@@ -134,17 +134,20 @@ class ProbabilityFlow:
         rows = torch.stack([t, r, -omega.tanh() - r * p, -q], dim=1)
         return [Place(*row) for row in rows.tolist()]
 
-    def evaluate(self, z: Tensor, place: Place) -> tuple[Tensor, hessdiag.Jacobian]:
-        """Return dz/domega, and the operator J of the output from the same evaluation.
+    def jacobian(self, z: Tensor, place: Place) -> hessdiag.Jacobian:
+        """Return J of the output, from whose evaluation :meth:`velocity` comes too.
 
         Args:
             z: Shape (B, ...), in the type that the network is shown.
             place: Where.
         """
-        J = self.denoiser.jacobian(
+        return self.denoiser.jacobian(
             place.scale * z, place.t, self.condition, differentiable=self.differentiable
         )
-        return place.of_z * z + place.of_output * J.output, J
+
+    def velocity(self, z: Tensor, J: hessdiag.Jacobian, place: Place) -> Tensor:
+        """Return dz/domega. Products come first: how many there are tells how to evaluate."""
+        return place.of_z * z + place.of_output * J.output
 
     def divergence(self, trace: Tensor, place: Place, num_features: int) -> Tensor:
         """Return the divergence of dz/domega from tr J, or from an estimate of it."""

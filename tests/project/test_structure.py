@@ -25,8 +25,8 @@ PUBLIC = {module.__name__: set(module.__all__) for module in (hessdiag, hessdiag
 MOST_FILES = 12
 # What trains, stores, scores and commands is a rig around the method, and stays small.
 RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
-MOST_LINES_OF_THE_RIG = 5_560
-MOST_LINES = 14_720
+MOST_LINES_OF_THE_RIG = 5_700
+MOST_LINES = 16_120
 
 
 def sources_of(folder, package):
