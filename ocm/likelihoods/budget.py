@@ -103,8 +103,9 @@ def likelihood_settings(
         return 0.0 if M >= D else each[M >= _FEWEST_COLORED] / M
 
     best: tuple[float, int, int] | None = None
-    for M in {2**k for k in range(1, D.bit_length())} | {24, 48, 96, D}:
-        if M > D or (M == 1 and D > 1):
+    # In few dimensions the exact trace is as cheap as any, and nothing else was measured.
+    for M in [D] if D <= _FEW else {2**k for k in range(1, D.bit_length())} | {24, 48, 96, D}:
+        if M > D:
             continue
         R = math.ceil((noise + variance(M)) / target) if is_image else 1
         R = max(R, 2) if is_image else R

@@ -69,15 +69,15 @@ class Probing:
     sample_offset: int
     probe_offset: int
 
-    def trace(self, J: hessdiag.Jacobian, first: int, count: int) -> hessdiag.TraceEstimate:
-        """Return tr J by ``count`` probes from number ``first`` on."""
+    def trace(self, J: hessdiag.Jacobian, k: int) -> hessdiag.TraceEstimate:
+        """Return tr J by set k of probes."""
         return hessdiag.trace(
             J,
-            max_probes=count,
+            max_probes=self.max_probes,
             probes=self.design,
             seed=self.seed,
             sample_offset=self.sample_offset,
-            probe_offset=self.probe_offset + first,
+            probe_offset=self.probe_offset + k * self.max_probes,
         )
 
 
@@ -160,7 +160,7 @@ def _fixed(
             divergences = kept.divergences(J, place)
             blocks[:] = [weights[k] * divergences + (blocks[0] if blocks else 0.0)]
             return ode.velocity(shown, J, place).double()
-        found = probing.trace(J, k * probing.max_probes, probing.max_probes)
+        found = probing.trace(J, k)
         sums.num_products += int(found.num_probes.max())
         divergence = ode.divergence(found.trace.double(), place, D)
         sums.mean = sums.mean + weights[k] * divergence
@@ -190,6 +190,7 @@ class _Kept:
     def __init__(self, ode: ProbabilityFlow, probing: Probing, num_features: int) -> None:
         self._ode, self._probing, self._num_features = ode, probing, num_features
         self._groups: list[tuple[int, int]] = []
+        self._probes = probing.design
         self._products = 0
 
     def divergences(self, J: hessdiag.Jacobian, place: Place) -> Tensor:
@@ -197,8 +198,20 @@ class _Kept:
         probing = self._probing
         if not self._groups:
             self._groups = groups(probing.design, tuple(J.x.shape[1:]), probing.max_probes)
+            if not probing.design.is_exact:
+                self._probes = hessdiag.fixed_probes(
+                    J.x.detach(),
+                    probing.max_probes,
+                    probing.design,
+                    seed=probing.seed,
+                    sample_offset=probing.sample_offset,
+                    probe_offset=probing.probe_offset,
+                )
         J.expect(max(count for _, count in self._groups))
-        found = [probing.trace(J, first, count) for first, count in self._groups]
+        found = [
+            hessdiag.trace(J, max_probes=count, probes=self._probes, probe_offset=first)
+            for first, count in self._groups
+        ]
         self._products += sum(int(estimate.num_probes.max()) for estimate in found)
         traces = torch.stack([estimate.trace.double() for estimate in found])
         return self._ode.divergence(traces, place, self._num_features)
