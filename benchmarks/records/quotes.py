@@ -21,6 +21,7 @@ from pathlib import Path
 from cifar10 import report as cifar10
 from harness import budget
 from heads import report as heads
+from likelihoods import report as likelihoods
 from mixtures import report as mixtures
 from suites.digits import likelihood, structure
 
@@ -120,6 +121,7 @@ BLOCKS = {
     "cifar10": Block("cpu/cifar10.json", cifar10.quoted),
     "cifar10-samples": Block("cpu/cifar10.json", cifar10.quoted_samples),
     "heads": Block("cpu/heads.json", heads.quoted),
+    "likelihoods": Block("cpu/likelihoods.json", likelihoods.report),
     "digits": Block("cpu/digits.json", _digits),
     "digits-samples": Block("cpu/digits.json", _digits_samples),
     "machine-code": Block("cpu/machine_code.json", _machine_code),

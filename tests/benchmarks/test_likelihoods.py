@@ -50,3 +50,5 @@ def test_all_of_it_runs(tmp_path, monkeypatch):
     assert text == likelihoods.report(record)
     assert "| ODE, decoder |" in text
     assert "95% intervals" in text
+    likelihoods.plot(record, tmp_path / "likelihoods.png")
+    assert (tmp_path / "likelihoods.png").read_bytes().startswith(b"\x89PNG")
