@@ -1,6 +1,7 @@
 """The documents quote the recorded results, and their links and commands exist."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -93,6 +94,7 @@ CONSTANTS = {
     "arXiv 2406.10808": "a paper's number",
     "Apache-2.0": "a licence's name",
     "rtol=0.02": "an argument in an example",
+    "eta=0.3": "an argument in an example",
     "denoiser.condition(labels, 2.0)": "an argument in an example",
 }
 
@@ -339,3 +341,51 @@ def test_a_head_costs_one_pass_and_little_time():
     assert len({row["network"] for row in heads}) == 2
     assert all(row["passes"] == 1 for row in heads)
     assert all(row["over_plain"] <= 1.05 for row in heads)
+
+
+def test_the_recorded_samples_of_heads_show_what_is_said():
+    rows = recorded("cpu/heads.json")["samples"]
+
+    def of(data, path, evaluations):
+        some = [
+            r for r in rows if (r["data"], r["path"], r["evaluations"]) == (data, path, evaluations)
+        ]
+        ours, others = ([r for r in some if r["is_ours"] is own] for own in (True, False))
+        return ours, others
+
+    def best(some, network):
+        return min(row[network] for row in some)
+
+    for path in ("linear", "cosine", "flow"):
+        for evaluations in (10, 20):
+            ours, others = of("fashion_mnist", path, evaluations)
+            second = [row for row in ours if row["method"] == "second order, η = 1"]
+            for network in ("classifier", "imagenet"):
+                is_below = best(second, network) < best(others, network)
+                assert is_below == ((path, evaluations, network) != ("cosine", 20, "classifier"))
+            ours, others = of("cifar10", path, evaluations)
+            second = [
+                row
+                for row in ours
+                if (row["method"], row["covariance"]) == ("second order, η = 0.3", "frequency")
+            ]
+            if not second:  # not among those that are drawn at every number of evaluations
+                assert (path, evaluations) == ("flow", 20)
+                continue
+            (plain,) = [row for row in others if row["method"] == "DPM-Solver++ 2M"]
+            (sde,) = [row for row in others if row["method"] == "DPM-Solver++ 2M SDE"]
+            error = math.hypot(*(r["classifier_standard_error"] for r in (second[0], plain)))
+            assert abs(second[0]["classifier"] - plain["classifier"]) < 2 * error
+            if evaluations == 10:
+                both = second[0]["classifier"], plain["classifier"]
+                assert sde["classifier"] < min(both)
+    few = [
+        of(data, path, 5)
+        for data in ("fashion_mnist", "cifar10")
+        for path in ("linear", "cosine", "flow")
+    ]
+    assert sum(best(ours, "classifier") < best(others, "classifier") for ours, others in few) == 5
+    for ours, _ in few:
+        first = min(ours, key=lambda row: row["classifier"])
+        loses = (first["data"], first["path"]) == ("fashion_mnist", "cosine")
+        assert loses or first["method"] in ("second order, η = 0.3", "λ = 0")
