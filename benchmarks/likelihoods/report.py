@@ -38,8 +38,8 @@ def report(record: Row) -> str:
     parts += [
         f"Standard error in bits/dim of an image at {settings['num_products']} products an "
         f"evaluation (how many times smaller than with kept Rademacher probes), root mean square "
-        f"over {settings['num_compared']} images, each within six standard errors of the exact "
-        "divergence where that was taken.",
+        f"over {settings['num_compared']} images. Each way is within six standard errors of the "
+        "exact divergence of the first image.",
         markdown_table(list(equal.values()), {"probes": ""} | dict.fromkeys(titles, ">")),
     ]
     timed: dict[str, Row] = {}
