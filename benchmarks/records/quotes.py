@@ -23,6 +23,7 @@ from harness import budget
 from heads import report as heads
 from likelihoods import report as likelihoods
 from mixtures import report as mixtures
+from suites import divergence
 from suites.digits import likelihood, structure
 
 from ocm.evaluation.environment import Row
@@ -122,6 +123,7 @@ BLOCKS = {
     "cifar10-samples": Block("cpu/cifar10.json", cifar10.quoted_samples),
     "heads": Block("cpu/heads.json", heads.quoted),
     "likelihoods": Block("cpu/likelihoods.json", likelihoods.report),
+    "divergence": Block("cpu/divergence.json", divergence.report),
     "digits": Block("cpu/digits.json", _digits),
     "digits-samples": Block("cpu/digits.json", _digits_samples),
     "machine-code": Block("cpu/machine_code.json", _machine_code),
