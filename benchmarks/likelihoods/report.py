@@ -8,13 +8,15 @@ from ocm.covariances.names import NAMES, label
 from ocm.evaluation.environment import Row
 from ocm.evaluation.markdown import markdown_table
 
+# Lists of rows in a record.
+TABLES = ("scores", "equal", "timed", "coverage")
 _DATA = {"digits": "digits", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
 
 def report(record: Row) -> str:
     """Return the tables of a record."""
-    found, settings = record["models"], record["settings"]
-    titles = _titles(found)
+    settings = record["settings"]
+    titles, found = _by_model(record)
     lines: dict[str, Row] = {}
     for title, row in zip(titles, found, strict=True):
         for cell in row["scores"]:
@@ -59,7 +61,7 @@ def report(record: Row) -> str:
         markdown_table(list(timed.values()), {"probes": ""} | dict.fromkeys(titles, ">")),
     ]
     for title, model in zip(titles, found, strict=True):
-        if "coverage" in model:
+        if model["coverage"]:
             rows = [
                 {
                     "probes": f"{row['probes']}, M = {row['products']}",
@@ -83,8 +85,8 @@ def plot(record: Row, path: Path) -> None:
     """Draw the standard errors of probes, and bits/dim by bound and by ODE, of every model."""
     import matplotlib.pyplot as plt
 
-    found, settings = record["models"], record["settings"]
-    titles = _titles(found)
+    settings = record["settings"]
+    titles, found = _by_model(record)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.5 * len(found) + 2.2), sharey=True)
     places = range(len(found))
     for k, name in enumerate(row["probes"] for row in found[0]["equal"]):
@@ -118,5 +120,14 @@ def plot(record: Row, path: Path) -> None:
     plt.close(figure)
 
 
-def _titles(found: list[Row]) -> list[str]:
-    return [f"{_DATA[row['data']]}, {row['path']}" for row in found]
+def _by_model(record: Row) -> tuple[list[str], list[Row]]:
+    """Return the titles of the models, and the rows of each by table."""
+    models = list(dict.fromkeys((row["data"], row["path"]) for row in record["scores"]))
+    found = [
+        {
+            table: [row for row in record[table] if (row["data"], row["path"]) == model]
+            for table in TABLES
+        }
+        for model in models
+    ]
+    return [f"{_DATA[data]}, {path}" for data, path in models], found

@@ -16,7 +16,7 @@ from harness.timing import Setting
 from heads import likelihood, models
 from heads import sizes as heads_sizes
 from likelihoods import probes, tables
-from likelihoods.report import plot, report
+from likelihoods.report import TABLES, plot, report
 from likelihoods.sizes import QUICK, LikelihoodSize
 
 from ocm.evaluation.environment import Row, environment
@@ -36,7 +36,7 @@ def run(setting: Setting) -> tuple[Row, str]:
         "fashion_mnist": setting.fashion_mnist,
         "cifar10": setting.data,
     }
-    models_found = [
+    found = [
         _model(name, path, folders[name], trained, size)
         for name, data in trained.data.items()
         if name == "digits" or (folders[name] / "train.parquet").exists()
@@ -46,7 +46,7 @@ def run(setting: Setting) -> tuple[Row, str]:
         "suite": "likelihoods",
         "settings": as_json(asdict(size)),
         "environment": environment(torch.device("cpu")),
-        "models": models_found,
+        **{table: [row for model in found for row in model[table]] for table in TABLES},
     }
     return record, report(record)
 
@@ -54,7 +54,7 @@ def run(setting: Setting) -> tuple[Row, str]:
 def _model(
     name: str, path: str, folder: Path, trained: heads_sizes.Size, size: LikelihoodSize
 ) -> Row:
-    """Return everything about one denoiser."""
+    """Return the rows of one denoiser by table."""
     work, of_data = work_directory(trained.name), trained.data[name]
     images = models.load_images(name, folder, of_data)
     denoiser, _ = models.train_denoiser(name, path, work, images, of_data)
@@ -80,8 +80,13 @@ def _model(
             *tables.by_ode(denoiser, learned["ml"], x0, images.levels, size),
         ]
 
-    row: Row = {"data": name, "path": path, "scores": parts.get("scores", scored)}
-    row |= parts.get("probes", probed)
+    tables_found: Row = {"scores": parts.get("scores", scored), "coverage": []}
+    tables_found |= parts.get("probes", probed)
     if name == "digits":
-        row["coverage"] = parts.get("coverage", lambda: probes.coverage(denoiser, y[:1], size))
-    return row
+        tables_found["coverage"] = parts.get(
+            "coverage", lambda: probes.coverage(denoiser, y[:1], size)
+        )
+    return {
+        table: [{"data": name, "path": path, **row} for row in tables_found[table]]
+        for table in TABLES
+    }

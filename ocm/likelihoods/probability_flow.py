@@ -71,11 +71,7 @@ class ProbabilityFlow:
     def of(
         denoiser: Denoiser, condition: Condition | None = None, *, differentiable: bool = False
     ) -> ProbabilityFlow:
-        """Return the ODE, a discrete schedule filled in between its timesteps.
-
-        Raises:
-            TypeError: If the network is shown another x_t than this, at whole timesteps alone.
-        """
+        """Return the ODE, a discrete schedule filled in between its timesteps."""
         schedule = between_timesteps(denoiser.schedule)
         return ProbabilityFlow(replace(denoiser, schedule=schedule), condition, differentiable)
 

@@ -132,7 +132,8 @@ class LogLikelihood:
         log_prior: Its part log N(z_N; 0, I), the mean over draws.
         probe_stderr: The standard error by probes; infinite where one block says nothing.
         draw_stderr: The standard error by dequantisation noise: 0 for continuous data, infinite
-            for a single draw.
+            for a single draw. Of weighted draws it is that of the delta method, too small where few
+            draws share the weight.
         degrees: Degrees of freedom of ``probe_stderr``, by Welch and Satterthwaite; 0 where that
             is infinite.
         num_features: D.
