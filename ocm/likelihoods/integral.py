@@ -119,19 +119,15 @@ def integrate(
     )
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Sums:
-    """What evaluations add up to, w the weight of each and n its blocks of probes."""
+    """What evaluations add up to; of shape (B,)."""
 
     mean: Tensor
     variance: Tensor
     fourth: Tensor
-    num_evaluations: int = 0
-    num_products: int = 0
-
-    @staticmethod
-    def zeros(z: Tensor) -> _Sums:
-        return _Sums(z.new_zeros(len(z)), z.new_zeros(len(z)), z.new_zeros(len(z)))
+    num_evaluations: int
+    num_products: int
 
 
 def _fixed(
@@ -145,79 +141,79 @@ def _fixed(
 ) -> tuple[Tensor, _Sums]:
     from tqdm import tqdm
 
-    method, D = SOLVERS[settings.solver], z[:1].numel()
+    method = SOLVERS[settings.solver]
     places = ode.places(evaluation_places(method, mesh))
     weights = evaluation_weights(method, mesh)
-    sums = _Sums.zeros(z)
-    kept = None if settings.draws_anew else _Kept(ode, probing, D)
-    blocks: list[Tensor] = []
+    sums = (_Anew if settings.draws_anew else _Kept)(ode, probing, z)
 
     def velocity(z: Tensor, k: int) -> Tensor:
-        shown, place = z.to(dtype), places[k]
-        J = ode.jacobian(shown, place)
-        sums.num_evaluations += 1
-        if kept is not None:
-            divergences = kept.divergences(J, place)
-            blocks[:] = [weights[k] * divergences + (blocks[0] if blocks else 0.0)]
-            return ode.velocity(shown, J, place).double()
-        found = probing.trace(J, k)
-        sums.num_products += int(found.num_probes.max())
-        divergence = ode.divergence(found.trace.double(), place, D)
-        sums.mean = sums.mean + weights[k] * divergence
-        _add_variance(sums, weights[k] * place.scale * place.of_output, found)
-        return ode.velocity(shown, J, place).double()
+        shown = z.to(dtype)
+        J = ode.jacobian(shown, places[k])
+        sums.add(J, places[k], weights[k])
+        return ode.velocity(shown, J, places[k]).double()
 
     steps = tqdm(range(len(mesh) - 1), "log-likelihood", unit="step", disable=not progress)
-    z = solve(method, velocity, z, mesh, steps)
-    if kept is not None:
-        sums = kept.sums(blocks[0], sums.num_evaluations)
-    return z, sums
+    return solve(method, velocity, z, mesh, steps), sums.total()
 
 
-def _add_variance(sums: _Sums, factor: float, found: hessdiag.TraceEstimate) -> None:
-    """Add the variance of an evaluation, by its own blocks."""
-    n, stderr = found.num_blocks.double(), found.stderr.detach().double()
-    # Blocks that agree say that there is no variance here: other evaluations will not be so lucky.
-    stderr = torch.where(torch.isinf(stderr) & (n > 1), 0.0, stderr)
-    variance = (factor * stderr).square()
-    sums.variance = sums.variance + variance
-    sums.fourth = sums.fourth + variance.square() / (n - 1).clamp(min=1)
+class _Anew:
+    """The sum over evaluations that have probes of their own."""
+
+    def __init__(self, ode: ProbabilityFlow, probing: Probing, z: Tensor) -> None:
+        self._ode, self._probing, self._num_features = ode, probing, z[:1].numel()
+        self._mean, self._variance, self._fourth = (z.new_zeros(len(z)) for _ in range(3))
+        self._evaluations = self._products = 0
+
+    def add(self, J: hessdiag.Jacobian, place: Place, weight: float) -> None:
+        """Add an evaluation, and its variance by its own blocks."""
+        found = self._probing.trace(J, self._evaluations)
+        self._evaluations += 1
+        self._products += int(found.num_probes.max())
+        divergence = self._ode.divergence(found.trace.double(), place, self._num_features)
+        self._mean = self._mean + weight * divergence
+        n, stderr = found.num_blocks.double(), found.stderr.detach().double()
+        # Blocks that agree say that there is no variance here: not all evaluations are so lucky.
+        stderr = torch.where(torch.isinf(stderr) & (n > 1), 0.0, stderr)
+        variance = (weight * place.scale * place.of_output * stderr).square()
+        self._variance = self._variance + variance
+        self._fourth = self._fourth + variance.square() / (n - 1).clamp(min=1)
+
+    def total(self) -> _Sums:
+        """Return mean and variance of the integral."""
+        return _Sums(self._mean, self._variance, self._fourth, self._evaluations, self._products)
 
 
 class _Kept:
-    """Blocks of probes that are the same at every evaluation."""
+    """The sum over evaluations that share blocks of probes."""
 
-    def __init__(self, ode: ProbabilityFlow, probing: Probing, num_features: int) -> None:
-        self._ode, self._probing, self._num_features = ode, probing, num_features
-        self._groups: list[tuple[int, int]] = []
-        self._probes = probing.design
-        self._products = 0
+    def __init__(self, ode: ProbabilityFlow, probing: Probing, z: Tensor) -> None:
+        self._ode, self._probing, self._num_features = ode, probing, z[:1].numel()
+        self.groups = groups(probing.design, tuple(z.shape[1:]), probing.max_probes)
+        self._probes: hessdiag.ProbeDesign | None = None
+        self._integrals = z.new_zeros(len(self.groups), len(z))
+        self._evaluations = self._products = 0
 
     def divergences(self, J: hessdiag.Jacobian, place: Place) -> Tensor:
         """Return the divergence by each block, shape (n, B)."""
-        probing = self._probing
-        if not self._groups:
-            self._groups = groups(probing.design, tuple(J.x.shape[1:]), probing.max_probes)
-            if not probing.design.is_exact:
-                self._probes = hessdiag.fixed_probes(
-                    J.x.detach(),
-                    probing.max_probes,
-                    probing.design,
-                    seed=probing.seed,
-                    sample_offset=probing.sample_offset,
-                    probe_offset=probing.probe_offset,
-                )
-        J.expect(max(count for _, count in self._groups))
+        if self._probes is None:
+            self._probes = self._drawn(J)
+        J.expect(max(count for _, count in self.groups))
         found = [
             hessdiag.trace(J, max_probes=count, probes=self._probes, probe_offset=first)
-            for first, count in self._groups
+            for first, count in self.groups
         ]
+        self._evaluations += 1
         self._products += sum(int(estimate.num_probes.max()) for estimate in found)
         traces = torch.stack([estimate.trace.double() for estimate in found])
         return self._ode.divergence(traces, place, self._num_features)
 
-    def sums(self, integrals: Tensor, num_evaluations: int) -> _Sums:
-        """Return mean and variance of the integrals of the blocks, shape (n, B)."""
+    def add(self, J: hessdiag.Jacobian, place: Place, weight: float) -> None:
+        """Add an evaluation."""
+        self._integrals = self._integrals + weight * self.divergences(J, place)
+
+    def total(self, integrals: Tensor | None = None) -> _Sums:
+        """Return mean and variance of the integral, from those of the blocks, shape (n, B)."""
+        integrals = self._integrals if integrals is None else integrals
         n, mean = len(integrals), integrals.mean(0)
         if self._probing.design.is_exact:
             variance = torch.zeros_like(mean)
@@ -226,7 +222,21 @@ class _Kept:
         else:
             variance = integrals.detach().var(0) / n
         fourth = variance.square() / max(1, n - 1)
-        return _Sums(mean, variance, fourth, num_evaluations, self._products)
+        return _Sums(mean, variance, fourth, self._evaluations, self._products)
+
+    def _drawn(self, J: hessdiag.Jacobian) -> hessdiag.ProbeDesign:
+        """Return the probes, drawn for the type that the network is shown."""
+        probing = self._probing
+        if probing.design.is_exact:  # unit vectors, too many to keep
+            return probing.design
+        return hessdiag.fixed_probes(
+            J.x.detach(),
+            probing.max_probes,
+            probing.design,
+            seed=probing.seed,
+            sample_offset=probing.sample_offset,
+            probe_offset=probing.probe_offset,
+        )
 
 
 def groups(
@@ -253,19 +263,16 @@ def _adaptive(
     settings: LikelihoodSettings,
     probing: Probing,
 ) -> tuple[Tensor, _Sums]:
-    odeint, D = _torchdiffeq(), z[:1].numel()
-    kept, evaluations = _Kept(ode, probing, D), [0]
+    odeint, kept = _torchdiffeq(), _Kept(ode, probing, z)
 
     def derivative(omega: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         (place,) = ode.places([omega.item()])
         shown = state[0].to(dtype)
         J = ode.jacobian(shown, place)
-        evaluations[0] += 1
         divergences = kept.divergences(J, place)
         return ode.velocity(shown, J, place).double(), divergences
 
-    number = len(groups(probing.design, tuple(z.shape[1:]), probing.max_probes))
-    start = z, z.new_zeros(number, len(z))
+    start = z, z.new_zeros(len(kept.groups), len(z))
     omegas = torch.tensor(mesh, dtype=torch.float64, device=z.device)
     # Steps follow the solution alone, which probes have no part in; and they are numbers, through
     # which no gradient goes, as through omega above.
@@ -279,7 +286,7 @@ def _adaptive(
         method=settings.solver,
         options=options,
     )
-    return states[-1], kept.sums(integrals[-1], evaluations[0])
+    return states[-1], kept.total(integrals[-1])
 
 
 def _torchdiffeq() -> Callable[..., Any]:

@@ -19,13 +19,11 @@ class RungeKutta:
         nodes: c.
         stages: The rows of a, each up to its diagonal.
         weights: b.
-        order: Of the error of a whole solution in h.
     """
 
     nodes: tuple[float, ...]
     stages: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
-    order: int
 
     @property
     def num_stages(self) -> int:
@@ -34,13 +32,12 @@ class RungeKutta:
 
 
 SOLVERS = {
-    "euler": RungeKutta((0.0,), ((),), (1.0,), 1),
-    "heun": RungeKutta((0.0, 1.0), ((), (1.0,)), (0.5, 0.5), 2),
+    "euler": RungeKutta((0.0,), ((),), (1.0,)),
+    "heun": RungeKutta((0.0, 1.0), ((), (1.0,)), (0.5, 0.5)),
     "rk4": RungeKutta(
         (0.0, 0.5, 0.5, 1.0),
         ((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
         (1 / 6, 1 / 3, 1 / 3, 1 / 6),
-        4,
     ),
 }
 

@@ -1,6 +1,7 @@
 """Who may import whom, by the import statements of every module, wherever in it they stand."""
 
 import ast
+import re
 from pathlib import Path
 
 import networkx
@@ -194,6 +195,16 @@ def test_folders_of_ocm_are_easy_to_survey():
     folders = [folder for folder in (ROOT / "ocm").rglob("*") if folder.is_dir()]
     counts = {str(f.relative_to(ROOT)): len(list(f.glob("*.py"))) for f in folders}
     assert {name: count for name, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_contributors_are_told_the_same():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert f"more than {MOST_LINES:,} lines" in text
+    assert f"more\nthan {MOST_FILES} modules" in text
+    for level, packages in enumerate(FLOORS, start=1):
+        (line,) = [line for line in text.splitlines() if line.startswith(f"| {level} |")]
+        named = {name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", line)}
+        assert named == {package.removeprefix("ocm.") for package in packages}
 
 
 def test_ocm_stays_thin():
