@@ -7,16 +7,32 @@ or float32 and specialise nothing, and of tensors count type, alignment and devi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from hessdiag.kernels._triton import on_device_of
+from hessdiag.kernels._checks import is_eager
+from hessdiag.kernels._triton import has_kernels, on_device_of
+
+Way = TypeVar("Way", bound=Callable[..., Any])
 
 # Compiled kernels by all that they depend on.
 _COMPILED: dict[tuple[object, ...], Any] = {}
+
+
+def way(op: Any, kernel: Way, reference: Way, *tensors: Tensor | None) -> Way:
+    """Return what computes an op on the tensors: the op itself only where it must be seen.
+
+    The way through PyTorch's dispatcher takes longer than the rest of a small call. A compiler, a
+    transform or a mode needs it, and takes the op (:func:`hessdiag.kernels._checks.is_eager`).
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not is_eager(*present):
+        chosen: Way = op
+        return chosen
+    return kernel if has_kernels(present[0]) else reference
 
 
 def launch(

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from hessdiag.kernels import _tuning, philox, philox_triton
-from hessdiag.kernels._checks import FLOAT_TYPES, check_tensor, is_eager, rows_per_sample
-from hessdiag.kernels._launch import launch
+from hessdiag.kernels._checks import FLOAT_TYPES, check_tensor, rows_per_sample
+from hessdiag.kernels._launch import launch, way
 from hessdiag.kernels._layout import as_int32, layout
-from hessdiag.kernels._triton import has_kernels, tl, triton
+from hessdiag.kernels._triton import tl, triton
 
 # How the variance lies in memory.
 _NO_VARIANCE: tl.constexpr = tl.constexpr(0)
@@ -157,32 +157,30 @@ def _gaussian_step_kernel(
     philox_triton.store(out_ptr, x_s, offset, room, 4, ALIGNED, 1)
 
 
-def _noise_bounds(c: float, k: float, limits: Clamps) -> tuple[float, float, float]:
+def _noise_bounds(
+    c: float, k: float, low: float, high: float, most: float
+) -> tuple[float, float, float]:
     """Return k' and bounds with which one clamp of c + k' variance does what the two clamps do.
 
-    c + k clamp(v) = clamp(c + k v) between the images of the bounds, so that the second clamp only
-    moves these. With k = 0 the variance shall change nothing, be it infinite, but let NaN through.
+    c + k clamp(v) = clamp(c + k v) between the images of the bounds, so that the second clamp, to
+    0 and ``most``, only moves these. With k = 0 the variance shall change nothing, be it infinite,
+    but let NaN through.
 
     Example:
-        >>> _noise_bounds(0.5, 2.0, Clamps(variance_low=0.0, variance_high=1.0))
+        >>> _noise_bounds(0.5, 2.0, low=0.0, high=1.0, most=9.0)
         (2.0, 0.5, 2.5)
-        >>> _noise_bounds(0.5, 0.0, Clamps(variance_low=0.0, variance_high=1.0))
+        >>> _noise_bounds(0.5, 0.0, low=0.0, high=1.0, most=9.0)
         (1.0, 0.5, 0.5)
     """
-
-    def clamp(value: float) -> float:
-        return min(max(value, 0.0), limits.noise_variance_high)
-
     if k == 0.0:
-        return 1.0, clamp(c), clamp(c)
-    ends = (limits.variance_low, limits.variance_high)
-    low, high = ends if k > 0.0 else (ends[1], ends[0])
-    # Not by c + k times an infinite bound, which is NaN for an infinite c.
-    return (
-        k,
-        0.0 if math.isinf(low) else clamp(c + k * low),
-        (limits.noise_variance_high if math.isinf(high) else clamp(c + k * high)),
-    )
+        k, low, high = 1.0, c, c
+    else:
+        if k < 0.0:
+            low, high = high, low
+        # An infinite bound is none, also where c is infinite and their sum would be NaN.
+        low = 0.0 if math.isinf(low) else c + k * low
+        high = most if math.isinf(high) else c + k * high
+    return k, min(max(low, 0.0), most), min(max(high, 0.0), most)
 
 
 def gaussian_step_reference(
@@ -257,11 +255,10 @@ def gaussian_step_triton(
         kind = 1
     else:
         kind = 2 if variance.numel() == batch else 3
-    limits = Clamps(*clamps)
+    x0_low, x0_high, low, high, noise_variance_high = clamps
     p, q, a, b, c, k = coefficients
-    low, high = limits.variance_low, limits.variance_high
     if rows is None and variance is not None:
-        k, low, high = _noise_bounds(c, k, limits)
+        k, low, high = _noise_bounds(c, k, low, high, noise_variance_high)
     groups, warps = _tuning.GAUSSIAN_STEP[x_t.itemsize]
     lay = layout(batch, x_t.numel() // batch, philox.FEATURES_PER_NORMAL_GROUP, groups)
     launch(
@@ -280,11 +277,11 @@ def gaussian_step_triton(
             *lay.numbers,
             as_int32(sample_offset),
             *(p, q, a, b, c, k),
-            limits.x0_low,
-            limits.x0_high,
+            x0_low,
+            x0_high,
             low,
             high,
-            limits.noise_variance_high,
+            noise_variance_high,
         ),
         (kind, rows is not None, lay.aligned, lay.wide, groups),
         warps,
@@ -379,17 +376,23 @@ def gaussian_step(
             noise_variance=coefficients.noise_variance + coefficients.noise_from_variance * fixed,
             noise_from_variance=0.0,
         )
-    rows, numbers = rows_per_sample(coefficients._asdict(), x_t)
+    rows: Tensor | None = None
+    if set(map(type, coefficients)) == {float}:
+        numbers = cast("Sequence[float]", coefficients)
+    else:
+        rows, numbers = rows_per_sample(coefficients._asdict(), x_t)
     if x_t.numel() == 0:
         return torch.empty_like(x_t)
     if not common:
         x_t, prediction = x_t.contiguous(), prediction.contiguous()
 
     seed = philox.seed_tensor(seed, x_t.device)
-    tensors = (tensor for tensor in (x_t, prediction, seed, read, rows) if tensor is not None)
-    compute: Any = _gaussian_step
-    if is_eager(*tensors):  # the way through the dispatcher would take longer than the rest
-        compute = gaussian_step_triton if has_kernels(x_t) else gaussian_step_reference
+    compute = way(
+        _gaussian_step,
+        gaussian_step_triton,
+        gaussian_step_reference,
+        *(x_t, prediction, seed, read, rows),
+    )
     result: Tensor = compute(
         x_t, prediction, read, rows, numbers, clamps, seed, step, sample_offset
     )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import _tuning, philox, philox_triton
-from hessdiag.kernels._checks import check_shape, is_eager_cpu
-from hessdiag.kernels._launch import launch
+from hessdiag.kernels._checks import check_shape
+from hessdiag.kernels._launch import launch, way
 from hessdiag.kernels._layout import as_int32, layout
 from hessdiag.kernels._triton import tl, triton
 
@@ -216,7 +216,6 @@ def _normals(
     sample_offset = philox.check_counter("sample_offset", sample_offset, shape[1])
     philox.check_counter("the flat feature index", 0, math.prod(shape[2:]))
     seed = philox.seed_tensor(seed, device)
-    # A small call takes less time than the way through the dispatcher.
-    compute = normal_reference if is_eager_cpu(seed) else _normal
+    compute = way(_normal, normal_triton, normal_reference, seed)
     result: Tensor = compute(seed, shape, stream, first_step, sample_offset)
     return result

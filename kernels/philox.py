@@ -86,6 +86,8 @@ def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
             raise TypeError(f"seed must be an int or an int64 tensor, got a {seed.dtype} tensor")
         if seed.numel() != 1:
             raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        if seed.dim() == 0 and seed.device == device:
+            return seed
         return seed.reshape(()).to(device)
     number = _checked_seed(seed)
     return _number(number - 2**64 if number >= 2**63 else number, device)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hessdiag.kernels import _tuning, philox, philox_cpu, philox_triton
 from hessdiag.kernels._checks import check_tensor, is_eager_cpu
-from hessdiag.kernels._launch import launch
+from hessdiag.kernels._launch import launch, way
 from hessdiag.kernels._layout import as_int32, layout
 from hessdiag.kernels._triton import tl, triton
 
@@ -403,9 +403,16 @@ def probe_moments(
         signs = philox_cpu.signs(number, probe_offset, *sizes, dtype).reshape(num_probes, -1)
         mean, deviations = _moments_of_arrays(products, signs, mean, deviations, count)
     else:
-        mean, deviations = _probe_moments(
+        seed = philox.seed_tensor(seed, products.device)
+        compute = way(
+            _probe_moments,
+            probe_moments_triton,
+            probe_moments_reference,
+            *(products, seed, mean, deviations),
+        )
+        mean, deviations = compute(
             products.contiguous(),
-            philox.seed_tensor(seed, products.device),
+            seed,
             None if mean is None else mean.contiguous(),
             None if deviations is None else deviations.contiguous(),
             count,

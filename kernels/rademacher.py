@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hessdiag.kernels import _tuning, philox, philox_cpu, philox_triton
 from hessdiag.kernels._checks import FLOAT_TYPES, check_shape
-from hessdiag.kernels._launch import launch
+from hessdiag.kernels._launch import launch, way
 from hessdiag.kernels._layout import as_int32, layout
 from hessdiag.kernels._triton import tl, triton
 
@@ -225,7 +225,7 @@ def rademacher(
             number, probe_offset, shape[0], sample_offset, shape[1], features, dtype
         )
         return philox_cpu.as_tensor(signs.reshape(shape), dtype)
-    result: Tensor = _rademacher(
-        philox.seed_tensor(seed, device), shape, probe_offset, sample_offset, dtype
-    )
+    seed = philox.seed_tensor(seed, device)
+    compute = way(_rademacher, rademacher_triton, rademacher_reference, seed)
+    result: Tensor = compute(seed, shape, probe_offset, sample_offset, dtype)
     return result
