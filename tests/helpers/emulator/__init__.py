@@ -29,12 +29,13 @@ from emulator.driver import (
     only_programs,
     without_execution,
 )
-from emulator.machine import EmulationError, run
+from emulator.machine import Executable, prepare, run
 from emulator.memory import GlobalMemory
-from emulator.parsing import Program, parse
+from emulator.parsing import EmulationError, Program, parse
 
 __all__ = [
     "EmulationError",
+    "Executable",
     "GlobalMemory",
     "Program",
     "capability",
@@ -42,6 +43,7 @@ __all__ = [
     "launches",
     "only_programs",
     "parse",
+    "prepare",
     "run",
     "without_execution",
 ]

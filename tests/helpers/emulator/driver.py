@@ -16,9 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 from triton.runtime.cache import get_cache_manager
 
-from emulator.machine import run
+from emulator.machine import Executable, prepare, run
 from emulator.memory import GlobalMemory, extent
-from emulator.parsing import EmulationError, Program, parse
+from emulator.parsing import EmulationError, parse
 
 # Bytes of shared memory that a block may have.
 _SHARED_LIMITS = {80: 166_912, 90: 232_448}
@@ -90,8 +90,8 @@ def capability(number: int) -> Iterator[None]:
 
 
 @cache
-def _program(path: str) -> Program:
-    return parse(Path(path).read_text())
+def _executable(path: str) -> Executable:
+    return prepare(parse(Path(path).read_text()))
 
 
 class _Launcher:
@@ -140,7 +140,7 @@ class _Launcher:
                 raise EmulationError(f"scratch memory is not emulated, got {name}")
         grid = (x, y, z)
         run(
-            _program(path),
+            _executable(path),
             grid,
             values,
             GlobalMemory(extents),

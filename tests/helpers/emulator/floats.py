@@ -16,7 +16,7 @@ import numpy as np
 
 from emulator.integers import combine
 from emulator.rules import Operation, Rules
-from emulator.values import Array, add_to_odd, decode, encode, flush, halves, pack, step_to_odd
+from emulator.values import Array, add_to_odd, decode, encode, flush, halves, pack
 
 rules: Rules[Operation] = Rules()
 
@@ -126,6 +126,8 @@ def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def _fma_of_fractions(a: float, b: float, c: float) -> float:
+    if math.isfinite(a) and math.isfinite(b) and not math.isfinite(c):
+        return c  # however large the product is
     if not all(map(math.isfinite, (a, b, c))):
         return float(np.float64(a) * np.float64(b) + np.float64(c))
     exact = Fraction(a) * Fraction(b) + Fraction(c)
@@ -134,7 +136,7 @@ def _fma_of_fractions(a: float, b: float, c: float) -> float:
     try:
         return float(exact)
     except OverflowError:
-        return math.copysign(math.inf, exact)
+        return math.inf if exact > 0 else -math.inf
 
 
 @rules(rf"fma\.rn(\.ftz)?(\.sat)?(\.relu)?\.{_FLOAT}")

@@ -49,6 +49,23 @@ class Statistics:
     opcodes: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class Executable:
+    """A program, and what executes each of its instructions."""
+
+    program: Program
+    code: tuple[Execute | str, ...]
+
+
+def prepare(program: Program) -> Executable:
+    """Return a program that can be run.
+
+    Raises:
+        EmulationError: If it has an instruction that is not known, with its line.
+    """
+    return Executable(program, tuple(_decoded(each) for each in program.instructions))
+
+
 class Strand:
     """Blocks at the same place of a program, and what their registers hold."""
 
@@ -223,7 +240,7 @@ def _immediate(operand: Immediate, bits: int) -> Array:
 
 
 def run(
-    program: Program,
+    executable: Executable,
     grid: Sequence[int],
     arguments: Sequence[int | float],
     memory: GlobalMemory,
@@ -234,7 +251,7 @@ def run(
     """Execute a program.
 
     Args:
-        program: What to execute.
+        executable: What to execute.
         grid: Number of blocks in x, y and z.
         arguments: One number for each parameter; of those that are left out, zero.
         memory: What may be accessed.
@@ -245,13 +262,13 @@ def run(
         EmulationError: If a grid is too large for a launch, or the program does what it must not,
             or what is not known.
     """
+    program = executable.program
     x, y, z = grid
     for name, size, limit in zip("xyz", (x, y, z), GRID_LIMITS, strict=True):
         if not 1 <= size <= limit:
             raise EmulationError(f"grid.{name} must be from 1 to {limit}, got {size}")
     blocks = np.arange(x * y * z) if only is None else np.asarray(only, dtype=np.int64)
     parameters = _parameter_bytes(program, arguments)
-    code = [_decoded(instruction) for instruction in program.instructions]
     statistics = Statistics()
     at_once = max(1, _THREADS_AT_ONCE // program.threads)
     size = program.shared_bytes + shared_bytes
@@ -261,7 +278,7 @@ def run(
             shared = SharedMemory(len(part), size)
             strands = [Strand(program, (x, y, z), part, parameters, memory, shared)]
             while strands:
-                strands += _run_strand(strands.pop(), code, statistics)
+                strands += _run_strand(strands.pop(), executable.code, statistics)
     return statistics
 
 
@@ -319,7 +336,9 @@ def _pure(operation: Operation, instruction: Instruction) -> Execute:
     return execute
 
 
-def _run_strand(strand: Strand, code: list[Execute | str], statistics: Statistics) -> list[Strand]:
+def _run_strand(
+    strand: Strand, code: tuple[Execute | str, ...], statistics: Statistics
+) -> list[Strand]:
     """Execute a strand to its end or to where it is split; return the parts."""
     instructions = strand.program.instructions
     while True:

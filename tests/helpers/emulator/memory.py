@@ -170,6 +170,11 @@ def extent(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), (reach + 1) * tensor.element_size()
 
 
+def extent_of_array(array: Array) -> tuple[int, int]:
+    """Return the first address and the number of bytes of a contiguous array."""
+    return array.ctypes.data, array.nbytes
+
+
 def sparse_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Return zeros of any size, of which only the pages that are touched take memory."""
     count = int(np.prod(shape, dtype=object))

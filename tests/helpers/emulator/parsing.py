@@ -201,7 +201,7 @@ def _read_body(
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     registers: dict[str, str] = {}
-    position = 0
+    position, line, counted = 0, first_line, 0
     label = re.compile(r"\s*([\w$]+):(?!:)")
     while True:
         # Braces around statements are scopes; those of operands are inside of a statement.
@@ -213,7 +213,8 @@ def _read_body(
             position = found.end()
             continue
         end = body.find(";", position)
-        line = first_line + body.count("\n", 0, position)
+        line += body.count("\n", counted, position)
+        counted = position
         if end < 0:
             raise EmulationError(f"line {line}: a statement must end with a semicolon")
         statement = " ".join(body[position:end].split())

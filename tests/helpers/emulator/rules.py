@@ -32,7 +32,8 @@ class Rules(Generic[Result]):
     """
 
     def __init__(self) -> None:
-        self._rules: list[tuple[re.Pattern[str], Callable[[re.Match[str]], Result]]] = []
+        self._rules: list[tuple[re.Pattern[str], Callable[[re.Match[str]], Result | None]]] = []
+        self._found: dict[str, Result | None] = {}
 
     def __call__(self, pattern: str) -> Callable[[Any], Any]:
         """Add the function below as a rule."""
@@ -45,7 +46,8 @@ class Rules(Generic[Result]):
 
     def find(self, opcode: str) -> Result | None:
         """Return what the first rule that fits makes of an opcode, or None."""
-        for pattern, make in self._rules:
-            if match := pattern.fullmatch(opcode):
-                return make(match)
-        return None
+        if opcode not in self._found:
+            matches = ((pattern.fullmatch(opcode), make) for pattern, make in self._rules)
+            made = (make(match) for match, make in matches if match)
+            self._found[opcode] = next(made, None)
+        return self._found[opcode]

@@ -9,6 +9,7 @@ nearest and ties to even: ``float64`` results that are exact, or rounded to odd.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +23,7 @@ FLOAT: dict[int, type] = {16: np.float16, 32: np.float32, 64: np.float64}
 NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF}  # as instructions make it
 
 
+@cache
 def width(type_: str) -> int:
     """Return how many bits a value of a type has."""
     if type_ == "pred":
@@ -103,9 +105,8 @@ def step_to_odd(rounded: Array, error: Array) -> Array:
     # Away from zero the pattern of bits grows by one, in either sign.
     away = np.where((error > 0) == (rounded > 0), integer(1), integer(-1))
     # A rounded zero has an exact number on the side of its error.
-    smallest = (
-        np.copysign(np.ones_like(rounded), error) * np.finfo(rounded.dtype).smallest_subnormal
-    )
+    least = np.finfo(rounded.dtype).smallest_subnormal
+    smallest = np.where(error > 0, least, -least).astype(rounded.dtype)
     stepped = np.where(rounded == 0, smallest.view(integer), bits + away)
     return np.where(inexact, stepped, bits).view(rounded.dtype)
 

@@ -64,8 +64,7 @@ def _members(strand: Strand, operand: object) -> Array:
     """Return which lanes a mask names, shape (blocks or 1, warps, 32)."""
     masks = by_warp(strand.bits(operand, 32), strand)
     lanes = np.arange(WARP, dtype=np.uint32)
-    named = (masks >> lanes) & np.uint32(1) == 1
-    return named
+    return (masks >> lanes) & np.uint32(1) == 1
 
 
 @rules(r"shfl\.sync\.(up|down|bfly|idx)\.b32")
