@@ -35,6 +35,13 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Tests of what only compiled kernels show are no tests without ``--emulate``."""
+    if collection_path.name == "emulated" and not config.getoption("--emulate"):
+        return True
+    return None
+
+
 def pytest_configure(config):
     if not config.getoption("--emulate"):
         return

@@ -71,7 +71,7 @@ def test_fused_products_and_sums(format_):
     cancelling = np.array(
         [
             rounded(negative(product(value(p, format_), value(q, format_))), format_)
-            for p, q in zip(x, y)
+            for p, q in zip(x, y, strict=True)
         ],
         x.dtype,
     )

@@ -238,9 +238,12 @@ def test_comparisons(bits):
     cases += [(k, "u", COMPARISONS[v]) for k, v in names.items()]
     for k, kind, expected in cases:
         if kind == "s":
-            wanted = [expected(signed(int(x), bits), signed(int(y), bits)) for x, y in zip(a, b)]
+            wanted = [
+                expected(signed(int(x), bits), signed(int(y), bits))
+                for x, y in zip(a, b, strict=True)
+            ]
         else:
-            wanted = [expected(int(x), int(y)) for x, y in zip(a, b)]
+            wanted = [expected(int(x), int(y)) for x, y in zip(a, b, strict=True)]
         wanted = np.array(wanted)
         made = evaluate(f"setp.{k}.{kind}{bits} %p0, %{name}1, %{name}2;", 1, a, b)
         np.testing.assert_array_equal(made.astype(bool), wanted)
@@ -273,7 +276,7 @@ def test_choice_and_predicates():
 def test_parts_of_words():
     low, high = operands(32, 2, 10)
     made = evaluate("mov.b64 %l0, {%w1, %w2};", 64, low, high)
-    assert [int(x) for x in made] == [int(h) << 32 | int(x) for x, h in zip(low, high)]
+    assert [int(x) for x in made] == [int(h) << 32 | int(x) for x, h in zip(low, high, strict=True)]
     first, second = evaluate("mov.b64 {%w0, %w10}, %l1;", 32, made, results=2)
     np.testing.assert_array_equal(first, low)
     np.testing.assert_array_equal(second, high)

@@ -167,7 +167,7 @@ def test_parameters_of_every_type():
 def test_predicates_choose_threads():
     a = np.arange(64, dtype=np.uint32)
     made = evaluate(
-        "mov.u32 %w0, 5; setp.lt.u32 %p1, %w1, 10; @%p1 mov.u32 %w0, 6; @!%p1 add.u32 %w0, %w0, 10;",
+        "mov.u32 %w0, 5; setp.lt.u32 %p1, %w1, 10;@%p1 mov.u32 %w0, 6; @!%p1 add.u32 %w0, %w0, 10;",
         32,
         a,
     )
@@ -225,13 +225,13 @@ def test_threads_that_wrote_nothing_hold_no_number():
 
 
 def test_a_module_must_be_understood():
-    with pytest.raises(EmulationError, match="one .entry, got 0"):
+    with pytest.raises(EmulationError, match=r"one \.entry, got 0"):
         parse("")
     with pytest.raises(EmulationError, match=r"by \.reqntid"):
         parse(program("").replace(".reqntid 32", ""))
     with pytest.raises(EmulationError, match=r"line \d+: cannot read the operand #"):
         parse(program("mov.u32 %w0, #;"))
-    with pytest.raises(EmulationError, match="declared as .b64 and .b32"):
+    with pytest.raises(EmulationError, match=r"declared as \.b64 and \.b32"):
         parse(program("{ .reg .b64 %w1; }"))
 
 

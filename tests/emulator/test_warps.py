@@ -108,7 +108,7 @@ def stored(count, trans):
 @pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize("trans", [False, True])
 def test_matrices_of_eight_rows(count, trans):
-    """Lane l holds the elements (l // 4, 2 (l % 4)) and the next of a matrix, or of its transpose."""
+    """Lane l holds the elements (l // 4, 2 (l % 4)) and the next, of the transpose if so."""
     made, back = stored(count, trans)
     for number in range(count):
         # Lane l gives 64 number + 2 l and the next: row by row the numbers from 64 number on.

@@ -1,4 +1,4 @@
-"""Floating-point formats in exact arithmetic: numbers are fractions, rounding is by the definition."""
+"""Floating-point formats in exact arithmetic: numbers are fractions, rounded by the definition."""
 
 import math
 from fractions import Fraction
