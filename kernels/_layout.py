@@ -46,6 +46,19 @@ def layout(batch: int, features: int, features_per_group: int, groups_per_progra
     )
 
 
+def rows_of_grid(count: int) -> tuple[int, int]:
+    """Return how many programs the second and third direction of a grid take for ``count`` rows.
+
+    CUDA takes at most 65,535 in each; row y + z * (number of y) may lie beyond the last.
+
+    Example:
+        >>> rows_of_grid(7), rows_of_grid(65_536)
+        ((7, 1), (65535, 2))
+    """
+    across = min(count, 65_535)
+    return across, -(-count // across)
+
+
 def reciprocal(divisor: int) -> tuple[int, int]:
     """Return m and s such that ``n // divisor == (2 * n * m >> 32) >> s`` for all n in [0, 2**31).
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hessdiag.kernels import _tuning, philox, philox_triton
 from hessdiag.kernels._checks import check_shape
 from hessdiag.kernels._launch import launch, way
-from hessdiag.kernels._layout import as_int32, layout
+from hessdiag.kernels._layout import as_int32, layout, rows_of_grid
 from hessdiag.kernels._triton import tl, triton
 
 _NUMBERS = [
@@ -65,8 +65,9 @@ def _normal_kernel(
         tl.load(seed_ptr), group, sample, (first_step + step).to(tl.uint32), STREAM
     )
     length = philox_triton.row_length(batch, groups_per_sample, features, 4, ALIGNED)
-    if step.to(tl.uint32) < num_steps.to(tl.uint32):
-        place = out_ptr + step.to(tl.uint32).to(tl.int64) * length
+    step = step.to(tl.uint32).to(tl.int64)
+    if step < philox_triton.whole_number(num_steps):
+        place = out_ptr + step * length
         philox_triton.store(place, z, offset, room, 4, ALIGNED, 1)
 
 
@@ -100,11 +101,9 @@ def normal_triton(
         return out
     groups, warps = _tuning.NORMAL[4]
     lay = layout(batch, math.prod(sample_shape), philox.FEATURES_PER_NORMAL_GROUP, groups)
-    # CUDA takes at most 65,535 programs in the second direction and in the third.
-    rows = min(num_steps, 2**15)
     launch(
         _normal_kernel,
-        (lay.num_programs, rows, -(-num_steps // rows)),
+        (lay.num_programs, *rows_of_grid(num_steps)),
         (seed, out),
         (as_int32(num_steps), as_int32(first_step), *lay.numbers, as_int32(sample_offset)),
         (stream, lay.aligned, lay.wide, groups),

@@ -95,7 +95,7 @@ def _ocm_loss_kernel(
         for tile in range(0, num_tiles):
             words = philox_triton.sign_words(seed, group, number, first_tile + tile)
             row = tl.cast(tile, tl.int64) * 16 - first_probe
-            rows_left = num_probes.to(tl.uint32).to(tl.int64) - row
+            rows_left = philox_triton.whole_number(num_probes) - row
             place = products_ptr + row * length
             first = tl.maximum(-row, 0).to(tl.int32)
             for probe in range(first, tl.minimum(rows_left, 16).to(tl.int32)):

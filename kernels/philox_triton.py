@@ -44,6 +44,12 @@ def philox(seed, c0, c1, c2, c3):
 
 
 @triton.jit
+def whole_number(number):
+    """Return a number from 1 to 2**32 as int64, from its low 32 bits in an int32."""
+    return (number.to(tl.uint32) - 1).to(tl.int64) + 1
+
+
+@triton.jit
 def locate(
     program,
     batch,
@@ -62,29 +68,28 @@ def locate(
         The sample and the place in it of each group, uint32 of shape [G]; the offset of its first
         feature, int64 of shape [G, 1], and how many of its features exist, int32 of shape [G, 1].
     """
-    batch = batch.to(tl.uint32)
-    features = features.to(tl.uint32)
     if WIDE:
         index = program.to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-        groups_per_sample = groups_per_sample.to(tl.int64)
+        groups_per_sample = whole_number(groups_per_sample)
         sample = index // groups_per_sample
         group = (index - sample * groups_per_sample).to(tl.uint32)
-        exists = index < batch.to(tl.int64) * groups_per_sample
+        exists = index < whole_number(batch) * groups_per_sample
         sample = sample.to(tl.uint32)
     else:
         index = program * GROUPS + tl.arange(0, GROUPS)
         sample = tl.umulhi(index.to(tl.uint32) << 1, multiplier.to(tl.uint32))
         sample = sample >> shift.to(tl.uint32)
         group = index.to(tl.uint32) - sample * groups_per_sample.to(tl.uint32)
-        exists = index < batch.to(tl.int32) * groups_per_sample
+        exists = index < batch * groups_per_sample
     if ALIGNED:
         # Contiguous over the groups, which lets a thread read and write 16 bytes at a time.
         offset = index.to(tl.int64)[:, None] * FEATURES
         room = tl.where(exists, FEATURES, 0)[:, None]
     else:
         first = group.to(tl.int64) * FEATURES
-        offset = (sample.to(tl.int64) * features.to(tl.int64) + first)[:, None]
-        left = tl.minimum(features.to(tl.int64) - first, FEATURES).to(tl.int32)
+        features = whole_number(features)
+        offset = (sample.to(tl.int64) * features + first)[:, None]
+        left = tl.minimum(features - first, FEATURES).to(tl.int32)
         room = tl.where(exists, left, 0)[:, None]
     return sample, group, offset, room
 
@@ -92,11 +97,10 @@ def locate(
 @triton.jit
 def row_length(batch, groups_per_sample, features, FEATURES: tl.constexpr, ALIGNED: tl.constexpr):
     """Return the number of elements of a whole batch, int64; of a multiple of FEATURES it shows."""
-    samples = batch.to(tl.uint32).to(tl.int64)
     if ALIGNED:
-        length = samples * groups_per_sample.to(tl.uint32).to(tl.int64) * FEATURES
+        length = whole_number(batch) * whole_number(groups_per_sample) * FEATURES
     else:
-        length = samples * features.to(tl.uint32).to(tl.int64)
+        length = whole_number(batch) * whole_number(features)
     return length
 
 

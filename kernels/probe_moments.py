@@ -117,7 +117,7 @@ def _probe_moments_kernel(
         words = philox_triton.sign_words(seed, group, sample, first_tile + tile)
         # The row of the tile's first probe, which may lie before the first.
         row = tl.cast(tile, tl.int64) * 16 - first_probe
-        rows_left = num_probes.to(tl.uint32).to(tl.int64) - row
+        rows_left = philox_triton.whole_number(num_probes) - row
         place = products_ptr + row * length
         before = count.to(tl.uint32).to(tl.int64) + row
         first = tl.maximum(-row, 0).to(tl.int32)

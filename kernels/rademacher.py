@@ -15,7 +15,7 @@ from torch import Tensor
 from hessdiag.kernels import _tuning, philox, philox_cpu, philox_triton
 from hessdiag.kernels._checks import FLOAT_TYPES, check_shape
 from hessdiag.kernels._launch import launch, way
-from hessdiag.kernels._layout import as_int32, layout
+from hessdiag.kernels._layout import as_int32, layout, rows_of_grid
 from hessdiag.kernels._triton import tl, triton
 
 _NUMBERS = [
@@ -68,7 +68,7 @@ def _rademacher_kernel(
     length = philox_triton.row_length(batch, groups_per_sample, features, 8, ALIGNED)
     # The row of the tile's first probe, which may lie before the first.
     row = tl.cast(tile, tl.int64) * 16 - first_probe
-    rows_left = num_probes.to(tl.uint32).to(tl.int64) - row
+    rows_left = philox_triton.whole_number(num_probes) - row
     place = out_ptr + row * length
     if WHOLE:
         if rows_left > 0:
@@ -141,11 +141,9 @@ def rademacher_triton(
     groups, warps = _tuning.RADEMACHER[dtype.itemsize]
     lay = layout(batch, math.prod(sample_shape), philox.FEATURES_PER_SIGN_TILE, groups)
     tiles = philox.SignTiles.of(probe_offset, num_probes)
-    # CUDA takes at most 65,535 programs in the second direction and in the third.
-    rows = min(tiles.count, 2**15)
     launch(
         _rademacher_kernel,
-        (lay.num_programs, rows, -(-tiles.count // rows)),
+        (lay.num_programs, *rows_of_grid(tiles.count)),
         (seed, out),
         (
             as_int32(num_probes),

@@ -73,7 +73,7 @@ def test_signs(sparse, batch, features):
 def test_normals(sparse, batch, features):
     shape, sample, feature = tail(batch, features)
     with emulator.only_programs(first_and_last):
-        made = normals.normal_triton(torch.tensor(SEED), (batch, features), 1, 3, 9)
+        made = normals.normal_triton(torch.tensor(SEED), (1, batch, features), 1, 3, 9)[0]
     expected = numpy_contract.normal(*shape, SEED, 1, 3, 9 + sample, feature)
     np.testing.assert_allclose(last_of(made), expected, rtol=5e-7, atol=5e-7)
 
@@ -145,3 +145,56 @@ def test_loss_and_gradient(sparse, batch, features):
     difference = h.double() - 0.5 * (v * part.double()).mean(0)
     torch.testing.assert_close(last_of(gradient).double(), 2 * difference, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made.double(), (difference**2).sum(), rtol=1e-4, atol=0)
+
+
+def last_program(grid):
+    x, y, z = grid
+    return [x * y * z - 1]
+
+
+def test_as_many_samples_as_there_are_numbers_for(sparse):
+    with emulator.only_programs(last_program):
+        made = signs.rademacher_triton(torch.tensor(SEED), (1, 2**32, 1), 0, 0, torch.bfloat16)
+    expected = numpy_contract.rademacher(1, LAST, 1, SEED, 0, 2**32 - LAST)
+    np.testing.assert_array_equal(made[:, -LAST:].double(), expected)
+
+
+def test_as_many_probes_as_there_are_numbers_for(sparse):
+    """Beyond 65,535 tiles, the most that CUDA takes in one direction of a grid."""
+    last_tile = 2**28 - 1
+    with emulator.only_programs(lambda grid: [last_tile]):
+        made = signs.rademacher_triton(torch.tensor(SEED), (2**32, 1, 1), 0, 0, torch.bfloat16)
+    expected = numpy_contract.rademacher(16, 1, 1, SEED, 2**32 - 16, 0)
+    np.testing.assert_array_equal(made[-16:].double(), expected)
+    with emulator.only_programs(last_program):
+        made = normals.normal_triton(torch.tensor(SEED), (65_535**2, 1, 1), 1, 0, 0)
+    expected = numpy_contract.normal(1, 1, SEED, 1, 65_535**2 - 1, 0)
+    np.testing.assert_allclose(made[-1], expected, rtol=5e-7, atol=5e-7)
+
+
+@pytest.mark.parametrize("num_probes", [16 * 65_536, 16 * 65_536 - 3])
+def test_programs_that_only_fill_the_grid_write_nothing(num_probes):
+    """Two layers of 65,535 tiles, of which the second layer has one."""
+
+    def around_the_end(grid):
+        x, y, z = grid
+        assert (x, y, z) == (1, 65_535, 2)
+        return [y - 1, y, y + 1, 2 * y - 1]
+
+    with emulator.only_programs(around_the_end):
+        made = signs.rademacher_triton(torch.tensor(SEED), (num_probes, 1, 3), 0, 0, torch.float32)
+    expected = numpy_contract.rademacher(num_probes - 16 * 65_534, 1, 3, SEED, 16 * 65_534, 0)
+    np.testing.assert_array_equal(made[16 * 65_534 :].double(), expected)
+
+
+def test_steps_that_only_fill_the_grid_write_nothing():
+    def around_the_end(grid):
+        x, y, z = grid
+        assert (x, y, z) == (1, 65_535, 2)
+        return [y - 1, y, y + 1, 2 * y - 1]
+
+    with emulator.only_programs(around_the_end):
+        made = normals.normal_triton(torch.tensor(SEED), (65_536, 1, 3), 1, 0, 0)
+    for step in (65_534, 65_535):
+        expected = numpy_contract.normal(1, 3, SEED, 1, step, 0)
+        np.testing.assert_allclose(made[step], expected, rtol=5e-7, atol=5e-7)
