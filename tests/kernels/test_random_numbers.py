@@ -12,7 +12,7 @@ import triton.language as tl
 from one_device import one_device
 from scipy import stats
 
-from hessdiag.kernels import normal, philox, philox_cpu, philox_triton, rademacher
+from hessdiag.kernels import normal, normal_probes, philox, philox_cpu, philox_triton, rademacher
 from hessdiag.kernels._checks import FLOAT_TYPES
 from hessdiag.kernels.normal import normal_reference, normal_triton
 from hessdiag.kernels.rademacher import rademacher_reference, rademacher_triton
@@ -176,6 +176,20 @@ def test_a_batch_in_two_calls_and_probes_in_three_are_the_same():
     assert torch.equal(noise[3:], normal((4, 5), 3, step=4, sample_offset=3))
 
 
+@pytest.mark.parametrize("features", [3, 8])
+def test_normal_probes_are_the_normals_of_their_numbers(features, kernel_device):
+    offsets = {"probe_offset": 2**32 - 5, "sample_offset": 7}
+    probes = normal_probes((5, 2, features), 11, **offsets)
+    for m in range(5):
+        step = offsets["probe_offset"] + m
+        one = normal((2, features), 11, step=step, stream=1, sample_offset=7)
+        assert torch.equal(probes[m], one)
+    seed = philox.seed_tensor(11, kernel_device)
+    kernel = normal_triton(seed, (5, 2, features), 1, 2**32 - 5, 7).cpu()
+    torch.testing.assert_close(kernel, probes, rtol=2e-6, atol=2e-6)
+    assert normal_probes((0, 2, 3), 0).shape == (0, 2, 3)
+
+
 def test_seeds_streams_and_steps_give_different_numbers():
     draws = [
         normal((64, 64), seed, step=step, stream=stream).flatten()
@@ -280,6 +294,12 @@ def test_the_interpreter_check_can_fail(kernel_device):
         (lambda: rademacher((2, 3), 0, sample_offset=-1), ValueError, "sample_offset.*got -1"),
         (lambda: rademacher((2, 3), 0, sample_offset=0.5), TypeError, "sample_offset.*float"),
         (lambda: normal((2, 3), 0, stream=0), ValueError, "stream must be 1.*got 0"),
+        (lambda: normal_probes((3,), 0), ValueError, r"shape must be \(M, B, ...\).*got \(3,\)"),
+        (
+            lambda: normal_probes((2, 3), 0, probe_offset=2**32 - 1),
+            ValueError,
+            "probe_offset.*2\\*\\*32.*4294967295",
+        ),
         (lambda: normal((2, 3), 0, step=2**32), ValueError, "step"),
     ],
 )
