@@ -19,7 +19,7 @@ GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
 GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak test-portable lint types bench bench-small clean
+.PHONY: help demo test soak mutation test-portable lint types bench bench-small clean
 .PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels
 
 help: ## Show this list
@@ -34,6 +34,9 @@ test: $(VENV)/.installed-test ## Run the tests (15 minutes with set-up; GPU test
 # The emulated kernels run as compiled by the oldest Triton too.
 soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that take many minutes (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m soak
+
+mutation: $(VENV)/.installed-test ## Plant faults in a copy, and see the tests notice each (30 minutes)
+	$(BIN)/python tests/faults
 
 # See CONTRIBUTING.md. A forced ATEN_CPU_CAPABILITY breaks the C++ code that torch.compile writes,
 # and a dispatch mode, which --vary-rounding is, cannot be compiled through.

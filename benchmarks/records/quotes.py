@@ -23,7 +23,7 @@ from harness import budget
 from heads import report as heads
 from likelihoods import report as likelihoods
 from mixtures import report as mixtures
-from suites import divergence
+from suites import divergence, host
 from suites.digits import likelihood, structure
 
 from ocm.evaluation.environment import Row
@@ -101,10 +101,16 @@ def _sampling(record: Row) -> str:
 
 
 def _machine_code(record: Row) -> str:
+    headings = {
+        "instructions_per_element": "instructions an element",
+        "cycles_per_element": "cycles an element",
+        "ceiling": "ceiling, share of a copy",
+    }
     rows = [
-        row | {"instructions an element": row["instructions_per_element"]} for row in record["rows"]
+        row | {heading: row[key] for key, heading in headings.items()} for row in record["rows"]
     ]
-    return markdown_table(rows, {"kernel": "", "instructions an element": ".1f", "budget": ".0f"})
+    columns = dict(zip(headings.values(), (".1f", ".1f", ".0%"), strict=True))
+    return markdown_table(rows, {"kernel": ""} | columns)
 
 
 BLOCKS = {
@@ -126,6 +132,7 @@ BLOCKS = {
     "divergence": Block("cpu/divergence.json", divergence.report),
     "digits": Block("cpu/digits.json", _digits),
     "digits-samples": Block("cpu/digits.json", _digits_samples),
+    "host": Block("cpu/host.json", host.report),
     "machine-code": Block("cpu/machine_code.json", _machine_code),
     "sampling": Block("cpu/sampling.json", _sampling),
 }

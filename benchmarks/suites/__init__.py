@@ -16,6 +16,7 @@ from types import ModuleType
 
 SUITES = {
     "products": "Jacobian products against the loop that runs the network for each probe",
+    "host": "what the ops take of the host: to launch on a GPU, to compute on a CPU",
     "divergence": "the trace in the right-hand side of an ODE beside the lines one writes by hand",
     "kernels": "the ops against eager PyTorch, torch.compile and diffusers' schedulers",
     "machine_code": "the Triton kernels compiled for sm_90, which takes no GPU",

@@ -40,9 +40,9 @@ def assert_rounded_once(made, expected):
     """Raise unless short numbers are float32 ones rounded to nearest, ties and errors aside."""
     expected = expected.float()
     unit = UNITS[made.dtype] * 2.0 ** torch.floor(torch.log2(expected.abs().clamp(min=1e-4))) * 2
-    error = (made.float() - expected).abs() / unit
-    # Half a unit of the result is what rounding to nearest leaves; float32 differs by far less.
-    assert error.max() <= 0.51
+    # Half a unit of the result is what rounding to nearest leaves; float32 differs by far less,
+    # though not by less than its own error where terms cancel.
+    assert ((made.float() - expected).abs() <= 0.501 * unit + 1e-6).all()
 
 
 @everywhere
