@@ -6,6 +6,8 @@ from faults.fault import Fault
 
 NUMBERS = ("tests/kernels/test_random_numbers.py",)
 STEP = ("tests/kernels/test_gaussian_step.py",)
+UNIFORM = (*NUMBERS, "-k", "open_interval")
+BOUNDS = (*STEP, "-k", "one_clamp")
 MOMENTS = ("tests/kernels/test_probe_moments.py",)
 LOSS = ("tests/kernels/test_ocm_loss.py",)
 LAUNCH = ("tests/kernels/test_launch.py",)
@@ -54,13 +56,13 @@ FAULTS = [
         "shifted = word[:, None] << (24 +",
         SIGNS_AND_NORMALS,
     ),
-    Fault("uniform numbers from 0", DEVICE, "tl.constexpr(2.0**-33)", "tl.constexpr(0.0)", NUMBERS),
+    Fault("uniform numbers from 0", DEVICE, "tl.constexpr(2.0**-33)", "tl.constexpr(0.0)", UNIFORM),
     Fault(
         "uniform numbers up to 1",
         DEVICE,
         "tl.constexpr(1.0 - 2.0**-24)",
         "tl.constexpr(1.0)",
-        NUMBERS,
+        UNIFORM,
     ),
     Fault(
         "a coefficient of the logarithm",
@@ -285,7 +287,7 @@ FAULTS = [
         GAUSSIAN_STEP,
         "min(max(low, 0.0), most)",
         "low",
-        STEP,
+        BOUNDS,
     ),
     Fault(
         "no clamp at 0 for samples of their own",
@@ -299,15 +301,15 @@ FAULTS = [
         GAUSSIAN_STEP,
         "k, low, high = 1.0, c, c",
         "k, low, high = 1.0, c, c + 1.0",
-        STEP,
+        BOUNDS,
     ),
-    Fault("bounds of a negative factor", GAUSSIAN_STEP, "if k < 0.0:", "if k < -1.0:", STEP),
+    Fault("bounds of a negative factor", GAUSSIAN_STEP, "if k < 0.0:", "if k < -1.0:", BOUNDS),
     Fault(
         "no upper bound of the noise",
         GAUSSIAN_STEP,
         "min(max(high, 0.0), most)",
         "max(high, 0.0)",
-        STEP,
+        BOUNDS,
     ),
     Fault(
         "x0_hat unclamped",

@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+import numpy_contract
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from hessdiag.kernels import (
     StepCoefficients,
     gaussian_step,
     normal,
+    normal_probes,
     ocm_loss,
     probe_moments,
     rademacher,
@@ -29,6 +32,46 @@ def test_signs_are_those_of_the_cpu_bit_for_bit(shape, dtype):
 def test_normals_are_those_of_the_cpu(shape):
     on_gpu = normal(shape, 7, step=2**32 - 1, device="cuda")
     torch.testing.assert_close(on_gpu.cpu(), normal(shape, 7, step=2**32 - 1), rtol=2e-6, atol=2e-6)
+
+
+def test_normal_probes_are_those_of_the_cpu():
+    arguments = {"probe_offset": 2**32 - 70, "sample_offset": 3}
+    on_gpu = normal_probes((65, 2, 9), 7, device="cuda", **arguments).cpu()
+    torch.testing.assert_close(
+        on_gpu, normal_probes((65, 2, 9), 7, **arguments), rtol=2e-6, atol=2e-6
+    )
+
+
+def test_more_tiles_than_one_direction_of_a_grid_takes():
+    shape = (16 * 65_535 + 5, 1, 3)
+    assert torch.equal(rademacher(shape, 7, device="cuda").cpu(), rademacher(shape, 7))
+
+
+@pytest.mark.parametrize("features", [2**31 + 4096, 2**31 + 4099])
+def test_one_sample_of_more_features_than_int32_counts(features):
+    """4 GiB of signs; the last are those of a sample whose first features were left out."""
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of GPU memory")
+    signs = rademacher((1, 1, features), 7, dtype=torch.bfloat16, device="cuda")
+    last = signs[0, 0, -128:].cpu().double().numpy()
+    np.testing.assert_array_equal(
+        last, numpy_contract.rademacher(1, 1, 128, 7, 0, 0, features - 128)[0, 0]
+    )
+
+
+def test_a_kernel_launched_again_computes_the_same():
+    """For other tensors, on another stream, and after one that is not aligned to 16 bytes."""
+    arguments = {"seed": torch.tensor(3, device="cuda"), "step": 5}
+    tensors = [torch.rand(4, 33, device="cuda") for _ in range(3)]
+    storage = torch.empty(3, 133, device="cuda")
+    odd = [row[1:].view(4, 33).copy_(tensor) for row, tensor in zip(storage, tensors, strict=True)]
+    first = gaussian_step(*tensors, STEP, **arguments)
+    assert torch.equal(gaussian_step(*odd, STEP, **arguments), first)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        again = gaussian_step(*(tensor.clone() for tensor in tensors), STEP, **arguments)
+        torch.cuda.current_stream().synchronize()
+    assert torch.equal(again, first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
