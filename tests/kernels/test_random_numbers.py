@@ -227,6 +227,39 @@ def _uniform_kernel(words, out, SIZE: tl.constexpr):
     tl.store(out + index, philox_triton.uniform_from_word(word))
 
 
+@triton.jit
+def _functions_kernel(u, logarithms, cosines, sines, SIZE: tl.constexpr):
+    index = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    values = tl.load(u + index)
+    tl.store(logarithms + index, philox_triton.minus_two_logarithms(values))
+    cosine, sine = philox_triton.cos_sin_of_turns(values)
+    tl.store(cosines + index, cosine)
+    tl.store(sines + index, sine)
+
+
+def test_logarithms_and_angles_to_a_few_units_in_the_last_place(kernel_device):
+    """Over all of (0, 1): its ends, every exponent, and both sides of each eighth of a turn."""
+    ends = [2.0**-33, 1.5 * 2.0**-32, 1.0 - 2.0**-24, 1.0 - 2.0**-23]
+    exponents = (2.0 ** -torch.arange(1, 33, dtype=torch.float64))[:, None] * torch.linspace(
+        1, 1.999, 97, dtype=torch.float64
+    )
+    eighths = torch.arange(1, 8, dtype=torch.float64)[:, None] / 8 + torch.linspace(
+        -1e-6, 1e-6, 21, dtype=torch.float64
+    )
+    middle = torch.linspace(0.001, 0.999, 2048, dtype=torch.float64)
+    parts = [torch.tensor(ends, dtype=torch.float64), exponents.ravel(), eighths.ravel(), middle]
+    u = torch.cat(parts).float()
+    u = torch.cat([u, u[: -len(u) % 1024]]).to(kernel_device)
+    made = [torch.empty_like(u) for _ in range(3)]
+    _functions_kernel[(len(u) // 1024,)](u, *made, SIZE=1024)
+    exact, (logarithm, cosine, sine) = u.cpu().double().numpy(), (m.cpu().numpy() for m in made)
+    expected = -2 * np.log(exact)
+    # The interpreter rounds products and sums each, which a GPU rounds once.
+    assert np.max(np.abs(logarithm - expected) / np.spacing(expected.astype(np.float32))) < 3
+    for value, function in ((cosine, np.cos), (sine, np.sin)):
+        assert np.max(np.abs(value - function(2 * np.pi * exact))) < 2.0**-22
+
+
 def test_uniforms_stay_inside_the_open_interval(kernel_device):
     words = torch.tensor([0, 1, 2**31, 2**32 - 1], device=kernel_device)
     expected = torch.tensor([2.0**-33, 1.5 * 2.0**-32, 0.5, 1.0 - 2.0**-24])
