@@ -16,7 +16,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 from ocm.diffusion.divergences import gaussian_step_kl
 from ocm.diffusion.noise import noisy
-from ocm.diffusion.schedules import Schedule, full_precision, per_sample
+from ocm.diffusion.schedules import Schedule, full_precision, per_sample, rounded
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ class ImprovedDDPM(Covariance):
     def _variance(self, place: Branch | Prediction, output: Tensor) -> Tensor:
         schedule = self.denoiser.schedule
         if math.isfinite(self.parameterisation.data_std):
-            unit = self.parameterisation.scale(schedule, place.t, place.x_t)
-            return unit * self.parameterisation.ratio(output)
+            return self.parameterisation.variance(schedule, place.t, place.x_t, output)
         return _interpolated(schedule, place, output)
 
     def loss(
@@ -133,10 +132,10 @@ def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor
     s, t, x_t = place.s, place.t, place.x_t
     fraction = (1.0 + full_precision(output)) / 2.0
     before = t - 1 if s is None else s
+    if not isinstance(t, Tensor) and not isinstance(before, Tensor):
+        return _of_one_step(schedule, before, t, x_t, fraction)
     log_snr = schedule.log_snr(t)
     limit = per_sample(torch.sigmoid(-log_snr), x_t) * fraction
-    if not isinstance(before, Tensor) and before == 0:
-        return limit
     log_snr_before = schedule.log_snr(before)
     log_beta_bar, log_beta_bar_before = (
         functional.logsigmoid(-value) for value in (log_snr, log_snr_before)
@@ -145,3 +144,14 @@ def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor
     snr_difference = per_sample(log_snr_before.exp() - log_snr.exp(), x_t)
     variance = torch.expm1(fraction * step_log) / snr_difference
     return torch.where(torch.isfinite(snr_difference), variance, limit)
+
+
+def _of_one_step(schedule: Schedule, s: float, t: float, x_t: Tensor, fraction: Tensor) -> Tensor:
+    """Return the same for a whole batch, by numbers that no device has to be told."""
+    fraction = fraction.to(torch.promote_types(fraction.dtype, x_t.dtype))
+    log_snr, log_snr_before = schedule.log_snr(t), schedule.log_snr(s)
+    snr_difference = rounded((log_snr_before.exp() - log_snr.exp()).item(), x_t.dtype)
+    if s == 0 or not math.isfinite(snr_difference):
+        return rounded(torch.sigmoid(-log_snr).item(), x_t.dtype) * fraction
+    change = functional.logsigmoid(-log_snr) - functional.logsigmoid(-log_snr_before)
+    return torch.expm1(fraction * rounded(change.item(), x_t.dtype)) / snr_difference

@@ -20,7 +20,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from ocm.diffusion.schedules import Schedule, full_precision, per_sample
+from ocm.diffusion.schedules import (
+    Schedule,
+    full_precision,
+    per_sample,
+    scaled,
+)
 
 # softplus(o + this) is 1 at o = 0.
 _SOFTPLUS_OF_ONE = math.log(math.e - 1.0)
@@ -67,6 +72,19 @@ class Parameterisation:
         unit = sigma**2 / (alpha**2 + (sigma / self.data_std) ** 2)
         return unit if x is None else per_sample(unit, full_precision(x))
 
+    def variance(
+        self, schedule: Schedule, t: float | Tensor, x_t: Tensor, output: Tensor
+    ) -> Tensor:
+        """Return c_t ratio(o), at least in the type of x_t and in float32.
+
+        Raises:
+            ValueError: As :meth:`scale`.
+        """
+        ratio = self.ratio(output)
+        if isinstance(t, Tensor):
+            return self.scale(schedule, t, x_t) * ratio
+        return scaled(self.scale(schedule, t).item(), x_t, ratio)
+
     def gaussian_mean(self, schedule: Schedule, t: float | Tensor, x_t: Tensor) -> Tensor:
         """Return the posterior mean of centred Gaussian data, alpha c_t / sigma^2 x_t.
 
@@ -74,7 +92,9 @@ class Parameterisation:
         """
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         factor = alpha / (alpha**2 + (sigma / self.data_std) ** 2)
-        return per_sample(factor, full_precision(x_t)) * x_t
+        if isinstance(t, Tensor):
+            return per_sample(factor, full_precision(x_t)) * x_t
+        return scaled(factor.item(), x_t, x_t)
 
     def ratio(self, output: Tensor) -> Tensor:
         """Return 1 + o, or softplus(o + log(e - 1)), which is 1 at 0 too; at least in float32."""
