@@ -574,15 +574,16 @@ class Denoiser:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the output, and what goes with it by name; both branches under guidance."""
         x = self._input(x_t, t)
-        time = self.schedule.time(torch.as_tensor(t, dtype=torch.float64))
-        is_between = torch.as_tensor(t).is_floating_point()
-        if self.schedule.is_continuous or is_between:
-            time = time.to(at_least_float32(x_t.dtype))
-        else:
-            time = time.long()
-        if time.dim() == 0:
-            # Filled on the device, where a copy from the host could not be part of a CUDA graph.
-            time = torch.full((len(x),), time.item(), dtype=time.dtype, device=x.device)
+        t = t.item() if isinstance(t, Tensor) and t.dim() == 0 else t
+        is_between = t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, float)
+        is_real = self.schedule.is_continuous or is_between
+        dtype = at_least_float32(x_t.dtype) if is_real else torch.int64
+        if isinstance(t, Tensor):
+            time = self.schedule.time(t.double()).to(dtype)
+        else:  # filled on the device, where a copy could not be part of a CUDA graph
+            number = self.schedule.level(t).time
+            number = number if is_real else int(number)
+            time = torch.full((len(x),), number, dtype=dtype, device=x.device)
         branches: list[Arguments] = [(None, {})] if condition is None else condition.arguments(x)
         together = joined(branches)
         if together is not None and len(branches) > 1:

@@ -42,12 +42,13 @@ from ocm.diffusion.tables import OnDevices
 
 
 class Level(NamedTuple):
-    """What a schedule says of one timestep, numbers of float64."""
+    """What a schedule says of one timestep, in numbers; ``time`` is the network's, nan at t = 0."""
 
     alpha: float
     sigma: float
     log_snr: float
     beta_bar: float
+    time: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class Schedule:
         return 2.0 * (alpha.log() - sigma.log())
 
     def level(self, t: float) -> Level:
-        """Return alpha, sigma, log SNR and beta_bar at t, which are computed once."""
+        """Return the numbers of a timestep, which are computed once."""
         return self._levels(t)
 
     @cached_property
@@ -103,7 +104,8 @@ class Schedule:
         def level(t: float) -> Level:
             place = _float64(t)
             log_snr = self.log_snr(place)
-            parts = *self.scales(place), log_snr, torch.sigmoid(-log_snr)
+            time = self.time(place) if t > 0 else torch.tensor(math.nan)
+            parts = *self.scales(place), log_snr, torch.sigmoid(-log_snr), time
             return Level(*(part.item() for part in parts))
 
         return level

@@ -17,6 +17,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -63,14 +64,23 @@ class Parameterisation:
             ValueError: If ``data_std`` is infinite and x_t holds no signal at one number t, where
                 the papers' unit is infinite.
         """
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        if math.isinf(self.data_std) and not isinstance(t, Tensor) and not alpha > 0:
+        if isinstance(t, Tensor):
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+            unit = sigma**2 / (alpha**2 + (sigma / self.data_std) ** 2)
+        else:
+            unit = torch.tensor(self._number(schedule, t), dtype=torch.float64)
+        return unit if x is None else per_sample(unit, full_precision(x))
+
+    def _number(self, schedule: Schedule, t: float) -> float:
+        """Return c_t at one number t."""
+        alpha, sigma, *_ = schedule.level(t)
+        if math.isinf(self.data_std) and not alpha > 0:
             raise ValueError(
                 f"data_std must be finite on a path without signal at t = {t}, got infinity: the "
                 "papers' unit sigma^2 / alpha^2 is infinite there"
             )
-        unit = sigma**2 / (alpha**2 + (sigma / self.data_std) ** 2)
-        return unit if x is None else per_sample(unit, full_precision(x))
+        size = sigma / self.data_std
+        return sigma * sigma / (alpha * alpha + size * size)
 
     def variance(
         self, schedule: Schedule, t: float | Tensor, x_t: Tensor, output: Tensor
@@ -83,18 +93,20 @@ class Parameterisation:
         ratio = self.ratio(output)
         if isinstance(t, Tensor):
             return self.scale(schedule, t, x_t) * ratio
-        return scaled(self.scale(schedule, t).item(), x_t, ratio)
+        return scaled(self._number(schedule, t), x_t, ratio)
 
     def gaussian_mean(self, schedule: Schedule, t: float | Tensor, x_t: Tensor) -> Tensor:
         """Return the posterior mean of centred Gaussian data, alpha c_t / sigma^2 x_t.
 
         For infinite ``data_std`` this is x_t / alpha.
         """
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        factor = alpha / (alpha**2 + (sigma / self.data_std) ** 2)
-        if isinstance(t, Tensor):
-            return per_sample(factor, full_precision(x_t)) * x_t
-        return scaled(factor.item(), x_t, x_t)
+        if not isinstance(t, Tensor):
+            alpha, sigma, *_ = schedule.level(t)
+            size = sigma / self.data_std
+            return scaled(alpha / (alpha * alpha + size * size), x_t, x_t)
+        scale, std = schedule.alpha(t), schedule.sigma(t)
+        factor = scale / (scale**2 + (std / self.data_std) ** 2)
+        return per_sample(factor, full_precision(x_t)) * x_t
 
     def ratio(self, output: Tensor) -> Tensor:
         """Return 1 + o, or softplus(o + log(e - 1)), which is 1 at 0 too; at least in float32."""
