@@ -585,8 +585,8 @@ class Denoiser:
             number = number if is_real else int(number)
             time = torch.full((len(x),), number, dtype=dtype, device=x.device)
         branches: list[Arguments] = [(None, {})] if condition is None else condition.arguments(x)
-        together = joined(branches)
-        if together is not None and len(branches) > 1:
+        together = joined(branches) if len(branches) > 1 else None
+        if together is not None:
             x, time, branches = torch.cat([x, x]), torch.cat([time, time]), [together]
         called = [call(x, time, labels, **tensors) for labels, tensors in branches]
         outputs, features = zip(*called, strict=True)

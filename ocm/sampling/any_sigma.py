@@ -13,6 +13,7 @@ k-diffusion does with ``quantize=True``; the scaling of x and the mean use sigma
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.predictions import coefficients
 from ocm.diffusion.schedules import Schedule, per_sample
+from ocm.diffusion.tables import OnDevices
 from ocm.sampling.samplers import X0_RANGE
 
 
@@ -51,6 +53,11 @@ def sigmas(schedule: Schedule) -> Tensor:
     return schedule.snr[1:].rsqrt()
 
 
+@lru_cache(maxsize=16)
+def _sigmas(schedule: Schedule) -> OnDevices:
+    return OnDevices(sigmas(schedule))
+
+
 def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
     """Return the timestep of a sigma: of a discrete schedule that nearest in its logarithm.
 
@@ -69,7 +76,7 @@ def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
         >>> timestep_at(flow(), torch.tensor([1.0]))
         tensor([500.], dtype=torch.float64)
     """
-    levels = sigmas(schedule).to(sigma.device)
+    (levels,) = _sigmas(schedule).at(sigma.device)
     if sigma.device.type == "cpu" and not bool(((sigma > 0) & (sigma <= 2 * levels[-1])).all()):
         raise ValueError(
             f"sigma must lie in (0, {2 * levels[-1].item():.4g}], twice the largest of the "
@@ -149,7 +156,7 @@ def _at_nearest(
             f"sigma must be one number, or one for each of {len(x)} samples, got {len(levels)}"
         )
     schedule = denoiser.schedule
-    t = timestep_at(schedule, levels).to(x.device)
+    t = timestep_at(schedule, levels)
     if schedule.is_continuous:
         alpha, sigma_t = schedule.alpha(t), schedule.sigma(t)
     else:  # at sigma itself, beside the level
@@ -159,9 +166,8 @@ def _at_nearest(
     if len(levels) == 1:
         p, q, alpha = p[0].cpu(), q[0].cpu(), alpha[0].cpu()
     x_t = per_sample(alpha, x) * x
-    prediction = denoiser.predict(
-        x_t, t.item() if len(t) == 1 else t, condition=condition, sample_offset=sample_offset
-    )
+    timestep = t.item() if len(t) == 1 else t.to(x.device)
+    prediction = denoiser.predict(x_t, timestep, condition=condition, sample_offset=sample_offset)
     return prediction, per_sample(p, x), per_sample(q, x)
 
 

@@ -119,7 +119,7 @@ class _Run:
         W = weight(
             C.eigenvalues.double() * L_t.exp().item(),
             step,
-            alpha_t=denoiser.schedule.alpha(t).item(),
+            alpha_t=denoiser.schedule.level(t).alpha,
             q=(L_p - L_t).exp().item(),
             w0=((L_s - L_t) / (L_t - L_p)).item() / 2,
             eta=self.eta,
@@ -152,10 +152,11 @@ def weight(
     """
     a, b, _ = step
     k = k.clamp(0.0, _LARGEST_K)
-    past = q / (q + (1 - k) * (1 - q))
-    common = (past * (1 - eta**2 * (1 - k) * (1 - q))).sqrt()
+    left = 1 - k
+    past = q / (q + left * (1 - q))
+    common = (past * (1 - eta**2 * left * (1 - q))).sqrt() if eta > 0 else past.sqrt()
     # The equation is missing = 2 W first + W^2 second.
-    missing = b * (1 - k)
-    first, second = (a * alpha_t + b * k) * (1 - common), b * k * (1 - 2 * common + past)
+    missing, noise = b * left, b * k
+    first, second = (a * alpha_t + noise) * (1 - common), noise * (1 - 2 * common + past)
     W = missing / (first + (first.square() + missing * second).sqrt())
     return torch.where(k > 0, W, w0)
