@@ -181,7 +181,7 @@ class OCMFlowScheduler(CovarianceScheduler, FlowMatchEulerDiscreteScheduler):
     def _place(self, timestep: float | Tensor, *, moves: bool) -> int:
         """Return the number of the step, and move on to the next one if it is taken."""
         if not moves or (self.step_index is None and self.begin_index is None):
-            known, t = self._on_host("timesteps"), self._number(timestep)
+            known, t = self._on_host("timesteps"), self._host_number(timestep)
             place = int(self.index_for_timestep(t, known))
             if not moves:
                 return place

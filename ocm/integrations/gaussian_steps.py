@@ -110,7 +110,7 @@ class CovarianceScheduler:
             self._read = {**self._read, name: kept}
         return kept[2]
 
-    def _number(self, timestep: float | Tensor) -> float:
+    def _host_number(self, timestep: float | Tensor) -> float:
         """Return a timestep as a number; a GPU is not waited for if it is one of ``timesteps``."""
         if not isinstance(timestep, Tensor):
             return timestep

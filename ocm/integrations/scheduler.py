@@ -69,7 +69,7 @@ class _BetaScheduler(CovarianceScheduler):
         return alpha_bar
 
     def _variance(
-        self, ratio: Tensor, t: int, s: int, b: float | Tensor, noise_variance: float | Tensor
+        self, ratio: Tensor, t: int, s: int, b_squared: float, noise_variance: float
     ) -> Tensor | None:
         """Return lambda^2 + b^2 Var[x0 | x_t] within what clipped data allow; None for no noise."""
         if t == 0:
@@ -78,7 +78,7 @@ class _BetaScheduler(CovarianceScheduler):
         if config.thresholding or config.clip_sample:
             limit = 1.0 if config.thresholding else config.clip_sample_range
         variance = self._unit(t, self._alpha_bar(t)) * full_precision(ratio)
-        total = noise_variance + b**2 * variance.clamp(0.0, variance_bound((-limit, limit)))
+        total = noise_variance + b_squared * variance.clamp(0.0, variance_bound((-limit, limit)))
         if config.max_last_noise is not None and s <= config.steps_offset:
             total = total.clamp(max=config.max_last_noise**2)
         return total
@@ -118,6 +118,8 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
     """
 
     __module__ = "ocm"  # where pipelines look for it, in a process that imports ocm alone
+    # The table of alpha_bar, and numbers of steps that were made of it.
+    _made: tuple[Tensor, dict[tuple[int, int, int], tuple[float, ...]]] | None = None
 
     @register_to_config
     @takes_arguments_of(DDPMScheduler)
@@ -160,7 +162,7 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
         Raises:
             ValueError: If ``timestep`` is none of those that were set.
         """
-        t = int(self._number(timestep))
+        t = int(self._host_number(timestep))
         if not (self.custom_timesteps or self.num_inference_steps):
             return t - 1
         known: list[int] = self._on_host("timesteps").tolist()
@@ -203,7 +205,7 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
                 a generator and noise, a step without noise is asked for its density, or epsilon is
                 predicted where there is no signal.
         """
-        t = int(self._number(timestep))
+        t = int(self._host_number(timestep))
         self._alpha_bar(t)
         if self.variance_type in LEARNED:
             prediction, ratio = model_output[:, : sample.shape[1]], None
@@ -217,12 +219,11 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
                 output = OCMSchedulerOutput(**output, log_prob=again.log_prob)
             return output if return_dict else output.to_tuple()
         s = self.previous_timestep(t)
-        a, b = self._mean_from(t, s)
+        signal, noise, a, b, b_squared, small = self._numbers(t, s)
         x_t = full_precision(sample)
-        x0_hat = self._x0_hat(full_precision(prediction), x_t, t)
+        x0_hat = self._x0_hat(full_precision(prediction), x_t, signal, noise)
         if ratio is not None:
-            small = self._get_variance(t, variance_type="fixed_small")
-            variance = self._variance(ratio, t, s, b, small)
+            variance = self._variance(ratio, t, s, b_squared, small)
         else:
             learned = model_output[:, sample.shape[1] :]
             variance = self._parents_variance(t, full_precision(learned))
@@ -238,21 +239,28 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
 
     # The arithmetic of these three is diffusers', float32 tables included: with other tables the
     # steps of a model whose variance is 0 would not be diffusers' at many steps.
-    def _mean_from(self, t: int, s: int) -> tuple[Tensor, Tensor]:
-        """Return a and b of the mean a x_t + b x0_hat."""
+    def _numbers(self, t: int, s: int) -> tuple[float, ...]:
+        """Return sqrt(alpha_bar_t) and sqrt(beta_bar_t), a, b, b^2 and lambda^2, made once."""
         table = self._on_host("alphas_cumprod")
-        alpha_bar_t, alpha_bar_s = table[t], table[s] if s >= 0 else self.one
-        alpha, beta_bar = alpha_bar_t / alpha_bar_s, 1 - alpha_bar_t
-        b = alpha_bar_s**0.5 * (1 - alpha) / beta_bar
-        return alpha**0.5 * (1 - alpha_bar_s) / beta_bar, b
+        if self._made is None or self._made[0] is not table or table.is_inference():
+            self._made = table, {}
+        place = t, s, 0 if table.is_inference() else table._version
+        if place not in self._made[1]:
+            alpha_bar_t, alpha_bar_s = table[t], table[s] if s >= 0 else self.one
+            alpha, beta_bar = alpha_bar_t / alpha_bar_s, 1 - alpha_bar_t
+            a = alpha**0.5 * (1 - alpha_bar_s) / beta_bar
+            b = alpha_bar_s**0.5 * (1 - alpha) / beta_bar
+            small = ((1 - alpha_bar_s) / beta_bar * (1 - alpha)).clamp(min=1e-20)
+            numbers = alpha_bar_t**0.5, beta_bar**0.5, a, b, b**2, small
+            self._made[1][place] = tuple(number.item() for number in numbers)
+        return self._made[1][place]
 
-    def _x0_hat(self, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
-        alpha_bar, kind = self._on_host("alphas_cumprod")[t], self.config.prediction_type
-        x0_hat = prediction
+    def _x0_hat(self, prediction: Tensor, x_t: Tensor, signal: float, noise: float) -> Tensor:
+        kind, x0_hat = self.config.prediction_type, prediction
         if kind == "epsilon":
-            x0_hat = (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
+            x0_hat = (x_t - noise * prediction) / signal
         elif kind == "v_prediction":
-            x0_hat = alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
+            x0_hat = signal * x_t - noise * prediction
         if self.config.thresholding:
             return torch.as_tensor(self._threshold_sample(x0_hat))
         limit = self.config.clip_sample_range
@@ -369,7 +377,7 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
         """
         eta = self.config.eta if eta is None else eta
         _check_eta(eta)
-        t = int(self._number(timestep))
+        t = int(self._host_number(timestep))
         alpha_bar_t = self._alpha_bar(t)
         prediction, ratio = self._split(model_output, sample)
         if ratio is None and prev_sample is None:
@@ -400,7 +408,7 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
         b = math.sqrt(alpha_bar_s) - math.sqrt(share * beta_bar_s * alpha_bar_t / beta_bar_t)
         variance: Tensor | None = mean.new_full((), noise_variance)
         if ratio is not None and (s >= 0 or self.config.noise_at_end):
-            variance = self._variance(ratio, t, s, b, noise_variance)
+            variance = self._variance(ratio, t, s, b**2, noise_variance)
         return self._finish(
             GaussianStep(mean, variance, x0_hat),
             sample,

@@ -46,7 +46,8 @@ class _OneDevice(TorchDispatchMode):
         self.operators.append(func.name())
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        if any(t.is_meta for t in tensors) and not (func.is_view or "empty" in func.name()):
+        is_memory = func.is_view or "empty" in func.name() or "_unsafe_view" in func.name()
+        if any(t.is_meta for t in tensors) and not is_memory:
             self.operators.launches.append(func.name())
         # A lone number on the host is handed to a kernel with its arguments, unless it is copied.
         on_host = [t for t in tensors if not t.is_meta and (t.dim() > 0 or func in COPIES)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +150,17 @@ def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor
 def _of_one_step(schedule: Schedule, s: float, t: float, x_t: Tensor, fraction: Tensor) -> Tensor:
     """Return the same for a whole batch, by numbers that no device has to be told."""
     fraction = fraction.to(torch.promote_types(fraction.dtype, x_t.dtype))
-    log_snr, log_snr_before = schedule.log_snr(t), schedule.log_snr(s)
-    snr_difference = rounded((log_snr_before.exp() - log_snr.exp()).item(), x_t.dtype)
+    level = schedule.level(t)
+    change, snr_difference = _changes(schedule.level(s).log_snr, level.log_snr)
+    snr_difference = rounded(snr_difference, x_t.dtype)
     if s == 0 or not math.isfinite(snr_difference):
-        return rounded(torch.sigmoid(-log_snr).item(), x_t.dtype) * fraction
-    change = functional.logsigmoid(-log_snr) - functional.logsigmoid(-log_snr_before)
-    return torch.expm1(fraction * rounded(change.item(), x_t.dtype)) / snr_difference
+        return rounded(level.beta_bar, x_t.dtype) * fraction
+    return torch.expm1(fraction * rounded(change, x_t.dtype)) / snr_difference
+
+
+@lru_cache(maxsize=4096)
+def _changes(log_snr_s: float, log_snr_t: float) -> tuple[float, float]:
+    """Return log beta_bar_t / beta_bar_s and SNR(s) - SNR(t)."""
+    log_snr = torch.tensor([log_snr_s, log_snr_t], dtype=torch.float64)
+    log_beta_bar, snr = functional.logsigmoid(-log_snr), log_snr.exp()
+    return (log_beta_bar[1] - log_beta_bar[0]).item(), (snr[0] - snr[1]).item()

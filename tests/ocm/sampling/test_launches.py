@@ -184,17 +184,17 @@ def test_steps_of_a_scheduler_read_its_tables_once(name):
                 x = scheduler.step(stated, t, x, **options).prev_sample
         assert len(reads) == len(tables)
         with one_device(), pytest.raises(RuntimeError):  # one that is not of the timesteps is read
-            scheduler._number(torch.zeros((), device="meta"))
+            scheduler._host_number(torch.zeros((), device="meta"))
 
 
 def test_a_timestep_is_known_by_its_place():
     scheduler = ocm.OCMScheduler()
     scheduler.set_timesteps(5)
     for timesteps in (scheduler.timesteps, scheduler.timesteps[2:], scheduler.timesteps.clone()):
-        assert [scheduler._number(t) for t in timesteps] == timesteps.tolist()
+        assert [scheduler._host_number(t) for t in timesteps] == timesteps.tolist()
     scheduler.timesteps[1] = 7
-    assert scheduler._number(scheduler.timesteps[1]) == 7
-    assert scheduler._number(torch.tensor(3)) == scheduler._number(3) == 3
+    assert scheduler._host_number(scheduler.timesteps[1]) == 7
+    assert scheduler._host_number(torch.tensor(3)) == scheduler._host_number(3) == 3
 
 
 def test_a_table_of_the_device_is_read_again_when_it_changes():
