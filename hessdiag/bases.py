@@ -13,7 +13,6 @@ from hessdiag.products import Products
 
 _MOST_KEPT = 16
 _KEPT: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
-# Fake tensors take no others beside them.
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 
 
@@ -70,20 +69,28 @@ def dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         >>> torch.allclose(F @ F.T, torch.eye(4, dtype=torch.float64))
         True
     """
-    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None:
+    if _is_recorded(device):
         return _computed(length, dtype, device)
     key = length, dtype, device
     if key in _KEPT:
         return _KEPT[key]
     with torch.inference_mode(False):  # no gradient could pass what is made inside of it
         F = _computed(length, dtype, device)
-    # Within a transform, or a capture, it is not yet a matrix.
-    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not (torch._C._functorch.is_functorch_wrapped_tensor(F) or is_captured):
+    if not torch._C._functorch.is_functorch_wrapped_tensor(F):  # by a transform of torch.func
         if len(_KEPT) == _MOST_KEPT:
             _KEPT.clear()
         _KEPT[key] = F
     return F
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Return whether what is made now is part of a graph, compiled or captured, or fake."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(_FAKE) is not None
+        # A captured graph may outlive what is kept here.
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def _computed(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:

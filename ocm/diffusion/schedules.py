@@ -143,6 +143,11 @@ class Schedule:
         """Signal-to-noise ratios of t = 0 .. N, float64; the first is inf."""
         return self._of_whole.exp()
 
+    @cached_property
+    def sigmas_on_devices(self) -> OnDevices:
+        """sigma_t / alpha_t for t = 1 .. N, float64; infinite where there is no signal."""
+        return OnDevices(self.snr[1:].rsqrt())
+
     @property
     def prior_std(self) -> float:
         """Standard deviation sqrt(alpha_N^2 + sigma_N^2) of the x_N from which sampling starts."""

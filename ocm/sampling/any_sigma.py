@@ -13,7 +13,6 @@ k-diffusion does with ``quantize=True``; the scaling of x and the mean use sigma
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +24,6 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.predictions import coefficients
 from ocm.diffusion.schedules import Schedule, per_sample
-from ocm.diffusion.tables import OnDevices
 from ocm.sampling.samplers import X0_RANGE
 
 
@@ -50,12 +48,7 @@ def sigmas(schedule: Schedule) -> Tensor:
         >>> round(levels[0].item(), 3), round(levels[-1].item())
         (0.01, 157)
     """
-    return schedule.snr[1:].rsqrt()
-
-
-@lru_cache(maxsize=16)
-def _sigmas(schedule: Schedule) -> OnDevices:
-    return OnDevices(sigmas(schedule))
+    return schedule.sigmas_on_devices.at(torch.device("cpu"))[0].clone()
 
 
 def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
@@ -76,7 +69,7 @@ def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
         >>> timestep_at(flow(), torch.tensor([1.0]))
         tensor([500.], dtype=torch.float64)
     """
-    (levels,) = _sigmas(schedule).at(sigma.device)
+    (levels,) = schedule.sigmas_on_devices.at(sigma.device)
     if sigma.device.type == "cpu" and not bool(((sigma > 0) & (sigma <= 2 * levels[-1])).all()):
         raise ValueError(
             f"sigma must lie in (0, {2 * levels[-1].item():.4g}], twice the largest of the "
