@@ -464,15 +464,22 @@ def rounded(number: float, dtype: torch.dtype) -> float:
     return torch.tensor(number, dtype=dtype, device="cpu").item()
 
 
-def scaled(number: float, x: Tensor, values: Tensor) -> Tensor:
-    """Return number * values, in the types of x and of the values, and at least in float32.
+def scaled(factor: float | Tensor, x: Tensor, values: Tensor) -> Tensor:
+    """Return factor * values, in the types of x and of the values, and at least in float32.
+
+    Args:
+        factor: A number, or a tensor of shape (B,).
+        x: Shape (B, ...).
+        values: Shape (B, ...).
 
     Example:
         >>> scaled(0.5, torch.zeros(1, dtype=torch.float64), torch.ones(1))
         tensor([0.5000], dtype=torch.float64)
     """
+    if isinstance(factor, Tensor):
+        return per_sample(factor, full_precision(x)) * values
     dtype = at_least_float32(x.dtype)
-    return rounded(number, dtype) * values.to(torch.promote_types(values.dtype, dtype))
+    return rounded(factor, dtype) * values.to(torch.promote_types(values.dtype, dtype))
 
 
 def full_precision(values: Tensor) -> Tensor:

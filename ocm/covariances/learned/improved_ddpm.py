@@ -137,6 +137,8 @@ def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor
         return _of_one_step(schedule, before, t, x_t, fraction)
     log_snr = schedule.log_snr(t)
     limit = per_sample(torch.sigmoid(-log_snr), x_t) * fraction
+    if not isinstance(before, Tensor) and before == 0:
+        return limit
     log_snr_before = schedule.log_snr(before)
     log_beta_bar, log_beta_bar_before = (
         functional.logsigmoid(-value) for value in (log_snr, log_snr_before)
