@@ -427,7 +427,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def _float64(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.float64, device="cpu")
+    return torch.as_tensor(number, dtype=torch.float64, device="cpu")
 
 
 def per_sample(values: float | Tensor, x: Tensor) -> Tensor:
