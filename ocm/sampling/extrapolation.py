@@ -159,4 +159,4 @@ def weight(
     missing, noise = b * left, b * k
     first, second = (a * alpha_t + noise) * (1 - common), noise * (1 - 2 * common + past)
     W = missing / (first + (first.square() + missing * second).sqrt())
-    return torch.where(k > 0, W, w0)
+    return W.masked_fill(k <= 0, w0)

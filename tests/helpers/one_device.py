@@ -13,7 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MAKERS = (torch.tensor, torch.as_tensor, torch.asarray)
-COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+# Those that copy a number of the host rather than take it with their arguments.
+COPIES = (
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.where.self,
+)
 
 
 @contextmanager
