@@ -30,7 +30,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from hessdiag.kernels import normal
@@ -146,6 +145,7 @@ def weight(
         eta: Of the noise.
 
     Example:
+        >>> import torch
         >>> k = torch.tensor([0.0, 0.1, 0.9])
         >>> weight(k, ReverseStep(0.5, 0.5, 0.0), alpha_t=1.0, q=0.25, w0=0.5, eta=0.0)
         tensor([0.5000, 0.8368, 0.2127])
