@@ -7,6 +7,7 @@ import numpy as np
 import numpy_contract
 import pytest
 import torch
+from one_device import one_device
 
 from hessdiag.kernels import StepCoefficients, gaussian_step
 from hessdiag.kernels._checks import rows_per_sample
@@ -99,6 +100,49 @@ def test_triton_kernel_is_the_reference(
     torch.testing.assert_close(result, expected, rtol=tolerance, atol=tolerance)
 
 
+def two_clamps(c, k, variance, low, high, most):
+    """The variance of the noise, as the step is defined."""
+    return (c + k * variance.clamp(low, high)).clamp(0.0, most)
+
+
+@pytest.mark.parametrize("k", [0.3, -0.3, 0.0, 1e-30])
+@pytest.mark.parametrize("c", [0.2, 0.0, -0.1, math.inf])
+@pytest.mark.parametrize(
+    ("low", "high", "most"),
+    [
+        (0.1, 0.5, 0.25),
+        (-math.inf, math.inf, math.inf),
+        (0.0, math.inf, 0.1),
+        (-math.inf, 2.0, 9.0),
+    ],
+)
+def test_one_clamp_does_what_two_do(k, c, low, high, most):
+    finite = torch.linspace(-3, 3, 61, dtype=torch.float64)
+    bounded = math.isfinite(low) and math.isfinite(high) and math.isfinite(c)
+    ends = [-math.inf, math.inf] if bounded else []
+    variance = torch.cat([finite, torch.tensor(ends, dtype=torch.float64)])
+    factor, new_low, new_high = module._noise_bounds(c, k, low, high, most)
+    one = (c + factor * variance).clamp(new_low, new_high)
+    torch.testing.assert_close(one, two_clamps(c, k, variance, low, high, most))
+    assert (c + factor * torch.tensor(math.nan)).clamp(new_low, new_high).isnan()
+
+
+@pytest.mark.parametrize("k", [0.3, -0.3, 0.0])
+@pytest.mark.parametrize("max_noise_variance", [0.25, math.inf])
+def test_kernel_with_a_factor_of_either_sign(k, max_noise_variance, kernel_device):
+    x_t, prediction, variance = inputs((2, 9))
+    variance = 2 * variance - 0.5
+    variance[0, 1], variance[1, 2] = math.inf, -math.inf
+    coefficients = list(SCALARS._replace(noise_from_variance=k))
+    clamps = module.Clamps(-1.0, 1.0, 0.1, 0.9, max_noise_variance)
+    rest = (None, coefficients, clamps, torch.tensor(5), 3, 0)
+    expected = module.gaussian_step_reference(x_t, prediction, variance, *rest)
+    assert expected.isfinite().all()
+    given = [tensor.to(kernel_device) for tensor in (x_t, prediction, variance)]
+    result = module.gaussian_step_triton(*given, None, *rest[1:3], rest[3].to(kernel_device), 3, 0)
+    torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_sample_i_is_the_same_in_any_batch():
     x_t, prediction, variance = inputs((6, 3, 5))
     whole = gaussian_step(x_t, prediction, variance, SCALARS, seed=1, step=2)
@@ -151,6 +195,29 @@ def test_custom_op_passes_opcheck():
     rest = (list(SCALARS), list(module.Clamps(-1.0, 1.0)), torch.tensor(1), 3, 0)
     arguments = (x_t, prediction, variance, None, *rest)
     torch.library.opcheck(torch.ops.hessdiag.gaussian_step.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_dispatcher_changes_nothing(dtype):
+    """A call without it, one through the custom op, and one of tensors that are not contiguous."""
+    x_t, prediction, variance = inputs((4, 6), dtype)
+    arguments = {"seed": torch.tensor(3), "step": 2, "x0_range": (-1.0, 1.0)}
+    direct = gaussian_step(x_t, prediction, variance, SCALARS, **arguments)
+    clamps = list(module.Clamps(-1.0, 1.0))
+    through = torch.ops.hessdiag.gaussian_step(
+        x_t, prediction, variance, None, list(SCALARS), clamps, torch.tensor(3), 2, 0
+    )
+    assert torch.equal(direct, through)
+    strided = [tensor.t().contiguous().t() for tensor in (x_t, prediction, variance)]
+    assert torch.equal(gaussian_step(*strided, SCALARS, **arguments), direct)
+
+
+def test_a_mode_sees_the_op():
+    """A dispatch mode, as fake tensors are one, must see a call that it stands for."""
+    x_t, prediction, variance = inputs((2, 5))
+    with one_device() as operators:
+        gaussian_step(x_t, prediction, variance, SCALARS, seed=torch.tensor(0), step=1)
+    assert "hessdiag::gaussian_step" in operators
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Planted faults: the tests are worth what they catch."""
