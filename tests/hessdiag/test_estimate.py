@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from one_device import one_device
 from scipy import stats
 from torch import nn
 
@@ -612,6 +613,14 @@ class TestReproducibility:
 
 
 class TestPasses:
+    @pytest.mark.parametrize("design", [Normal(), Rademacher()])
+    def test_all_probes_of_a_chunk_are_one_launch(self, design):
+        seed, device = torch.zeros((), dtype=torch.int64, device="meta"), torch.device("meta")
+        options = {"probe_offset": 3, "sample_offset": 0, "dtype": torch.float32, "device": device}
+        with one_device() as operators:
+            assert design.draw((64, 2, 5), seed, **options).shape == (64, 2, 5)
+        assert len(operators.launches) == 1
+
     def test_memory_running_out_halves_the_chunk(self, monkeypatch):
         A, x, sizes = random_matrix(40), torch.zeros(2, 40), []
 
