@@ -11,6 +11,10 @@ from torch import Tensor
 
 from hessdiag.products import Products
 
+_MOST_KEPT = 16
+_KEPT: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -58,13 +62,38 @@ def _along_last_axes(x: Tensor, num_axes: int, *, transpose: bool) -> Tensor:
 
 
 def dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return F of :func:`dct` along one axis, shape (length, length).
+    """Return F of :func:`dct` along one axis, shape (length, length); a few are kept.
 
     Example:
         >>> F = dct_matrix(4, torch.float64, torch.device("cpu"))
         >>> torch.allclose(F @ F.T, torch.eye(4, dtype=torch.float64))
         True
     """
+    if _is_recorded(device):
+        return _computed(length, dtype, device)
+    key = length, dtype, device
+    if key in _KEPT:
+        return _KEPT[key]
+    with torch.inference_mode(False):  # no gradient could pass what is made inside of it
+        F = _computed(length, dtype, device)
+    if not torch._C._functorch.is_functorch_wrapped_tensor(F):  # by a transform of torch.func
+        if len(_KEPT) == _MOST_KEPT:
+            _KEPT.clear()
+        _KEPT[key] = F
+    return F
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Return whether what is made now is part of a graph, compiled or captured, or fake."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_dispatch_mode(_FAKE) is not None
+        # A captured graph may outlive what is kept here.
+        or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _computed(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     place = torch.arange(length, dtype=torch.float64, device=device)
     F = torch.cos(math.pi / length * place[:, None] * (place + 0.5)) * math.sqrt(2.0 / length)
     F[0] /= math.sqrt(2.0)

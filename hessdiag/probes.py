@@ -32,8 +32,8 @@ from torch import Tensor
 
 from hessdiag.checks import check_positive_int
 from hessdiag.hadamard import hadamard, next_order
-from hessdiag.kernels import normal, rademacher
-from hessdiag.kernels.philox import STREAM_PROBES, permutation_ranks, seed_tensor, standard_normals
+from hessdiag.kernels import normal_probes, rademacher
+from hessdiag.kernels.philox import permutation_ranks, seed_tensor
 from hessdiag.lattices import lattice_colors
 
 
@@ -169,24 +169,9 @@ class Normal(ProbeDesign):
         device: torch.device,
     ) -> Tensor:
         """Return the normals of stream 1, the probe number in place of the step."""
-        if device.type != "cuda":
-            features = math.prod(shape[2:])
-            probes = standard_normals(
-                seed, STREAM_PROBES, probe_offset, shape[0], sample_offset, shape[1], features
-            )
-            return probes.reshape(shape).to(dtype)
-        steps = [
-            normal(
-                shape[1:],
-                seed,
-                step=probe_offset + m,
-                sample_offset=sample_offset,
-                stream=STREAM_PROBES,
-                device=device,
-            )
-            for m in range(shape[0])
-        ]
-        return torch.stack(steps).to(dtype)
+        return normal_probes(
+            shape, seed, probe_offset=probe_offset, sample_offset=sample_offset, device=device
+        ).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ and a tolerance is looked at after fixed numbers of probes.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -56,9 +57,14 @@ def chunk_of(chunk_size: int | str | None, x: Tensor) -> int:
     chunk = most // elements // _PROBES_PER_TILE * _PROBES_PER_TILE
     chunk = min(max(chunk, _PROBES_PER_TILE), _MOST_PROBES)
     if x.is_cuda:
-        free, _ = torch.cuda.mem_get_info(x.device)
-        chunk = min(chunk, free // (64 * elements * x.element_size()))
+        chunk = min(chunk, _free_memory(x.device) // (64 * elements * x.element_size()))
     return max(1, chunk)
+
+
+def _free_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that PyTorch can hand out: the driver's, and those it keeps."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass
@@ -92,18 +98,26 @@ class Chunks:
         """
         while first < total:
             count = min(self.size, total - first, *(stop - first % stop for stop in stops))
-            try:
-                probes = self.draw(first, count)
-                products = self.products(probes)
-            except torch.OutOfMemoryError:
-                if count == 1:
-                    raise
+            taken = self._chunk(first, count)
+            if taken is None:
                 self.size = max(1, count // 2)
                 self.notes.append(f"out of memory with {count} probes at a time, now {self.size}")
+                gc.collect()  # errors hold the frames that they passed, and tensors there
                 torch.cuda.empty_cache()
                 continue
-            yield first, probes, products
+            yield first, *taken
+            del taken  # which nobody needs while the next are made
             first += count
+
+    def _chunk(self, first: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """Return probes and products, or None where memory runs out with more than one."""
+        try:
+            probes = self.draw(first, count)
+            return probes, self.products(probes)
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+            return None
 
 
 class SignMoments:
@@ -319,6 +333,7 @@ def stream(
         # Nothing to look at before the end.
         for first, probes, taken in chunks.run(totals[0]):
             moments[0].add(first, probes, taken)
+            del probes, taken
         return _standardised(moments[0].moments(), totals[0], lanes[0].design.is_exact, None)
 
     # Looks at whole tiles for designs of single probes, at every block for larger ones.
@@ -343,6 +358,7 @@ def stream(
                 finished &= now.converged
             result = now if result is None else _where(finished, now, result)
             done |= finished
+        del probes, taken
         if tolerance and bool(done.all()):
             break
     assert result is not None

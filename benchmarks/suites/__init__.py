@@ -24,6 +24,7 @@ SUITES = {
     "structures": "the choice of probes against Rademacher on Jacobians of 60 structures",
     "parameters": "Hessian, Gauss-Newton and Fisher diagonals over parameters; other libraries",
     "sampling": "passes and time that a covariance adds to a sampling step",
+    "overhead": "host time and launches of a sampling step whose network does nothing",
     "data": "memory and time to the first step of training on image files",
     "mixtures": "every covariance on mixtures, with the true score and a learned one",
     "flow": "few steps on any path: exact moments, and samples and bits/dim of Fashion-MNIST",

@@ -40,7 +40,8 @@ class Analytic(Covariance):
         """
         levels = range(1, self.denoiser.schedule.num_timesteps + 1)
         bound = torch.inf if x0_range is None else variance_bound(x0_range)
-        return torch.stack([self._variance(t) for t in levels]).clamp(0.0, bound)
+        variances = [self._variance(t) for t in levels]
+        return torch.tensor(variances, dtype=torch.float64).clamp(0.0, bound)
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return Var_t I.
@@ -50,13 +51,9 @@ class Analytic(Covariance):
         """
         return constant(self._variance(prediction.timestep), prediction)
 
-    def _variance(self, t: float) -> Tensor:
-        return self.scaled_variances.at(None, t)[0] * _unit(self.denoiser, t)
-
-
-def _unit(denoiser: Denoiser, t: float) -> Tensor:
-    """Return 1 / (1 + SNR_t)."""
-    return torch.sigmoid(-denoiser.schedule.log_snr(t))
+    def _variance(self, t: float) -> float:
+        # beta_bar = 1 / (1 + SNR)
+        return self.scaled_variances.numbers(None, t)[0] * self.denoiser.schedule.level(t).beta_bar
 
 
 @torch.no_grad()
@@ -91,7 +88,7 @@ def fit_analytic(
     schedule = denoiser.schedule
 
     def variance(t: float) -> float:
-        alpha, sigma = schedule.alpha(t).item(), schedule.sigma(t).item()
+        alpha, sigma, *_ = schedule.level(t)
         if alpha == 0:
             return x0.double().var(dim=0).mean().item()
         squares = []
@@ -171,4 +168,4 @@ def _tabulate(
 
     ordered = sorted(set(timesteps))
     bar = tqdm(ordered, "analytic", unit="t", disable=not progress)
-    return Table({t: [variance(t) / _unit(denoiser, t).item()] for t in bar})
+    return Table({t: [variance(t) / denoiser.schedule.level(t).beta_bar] for t in bar})

@@ -44,6 +44,6 @@ def from_branches(
     return diagonal(combined, prediction.x_t.shape)
 
 
-def constant(variance: Tensor, prediction: Prediction) -> SpectralCovariance:
+def constant(variance: float | Tensor, prediction: Prediction) -> SpectralCovariance:
     """Return the covariance variance I, for one number or one for each sample."""
     return diagonal(per_sample(variance, prediction.x_t), prediction.x_t.shape)

@@ -72,7 +72,7 @@ class Calibrated(Covariance):
         Raises:
             TypeError: If one of several is no diagonal covariance.
         """
-        *scales, shift = self.weights.at(prediction.s, prediction.timestep).tolist()
+        *scales, shift = self.weights.numbers(prediction.s, prediction.timestep)
         parts = [c.at(prediction).bounded(self.x0_range) for c in self.covariances]
         if len(parts) == 1:
             return parts[0].affine(scales[0], shift)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ocm.covariances.base import Covariance, constant
 from ocm.covariances.operators import SpectralCovariance
@@ -31,8 +32,10 @@ class Beta(Covariance):
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return beta_bar_t I."""
-        log_snr = self.denoiser.schedule.log_snr(prediction.t)
-        return constant(torch.sigmoid(-log_snr), prediction)
+        schedule, t = self.denoiser.schedule, prediction.t
+        if isinstance(t, Tensor):
+            return constant(torch.sigmoid(-schedule.log_snr(t)), prediction)
+        return constant(schedule.level(t).beta_bar, prediction)
 
 
 @dataclass(frozen=True)
@@ -47,4 +50,4 @@ class BetaTilde(Covariance):
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return zero."""
-        return constant(0.0 * self.denoiser.schedule.sigma(prediction.t), prediction)
+        return constant(0.0, prediction)

@@ -152,9 +152,9 @@ class SpectralCovariance:
         if self.basis is PIXELS:
             return self.clamped(0.0, bound)
         variances = positive.diagonal()
-        if bool((variances <= bound).all()):
-            return positive
         if self.basis.rescaled is not None:
+            if bool((variances <= bound).all()):
+                return positive
             scale = (bound / variances.clamp(min=bound)).sqrt()
             # Again, since the eigenvalues of the product may be negative by rounding.
             return self.basis.rescaled(positive.eigenvalues, scale).clamped(0.0, torch.inf)
@@ -261,13 +261,12 @@ def cosine_diagonal(eigenvalues: Tensor, shape: torch.Size) -> SpectralCovarianc
         True
     """
     cosines = hessdiag.dct()
-    # F along each axis, whose squares weight the eigenvalues.
-    F_rows, F_columns = (
-        hessdiag.dct(1).synthesise(torch.eye(length).to(eigenvalues)) for length in shape[-2:]
-    )
-    basis = Eigenbasis(
-        analyse=cosines.analyse,
-        synthesise=cosines.synthesise,
-        diagonal=lambda values: F_rows.square().T @ values @ F_columns.square(),
-    )
+
+    def diagonal(values: Tensor) -> Tensor:
+        # F along each axis, whose squares weight the eigenvalues.
+        identities = (torch.eye(n, dtype=values.dtype, device=values.device) for n in shape[-2:])
+        F_rows, F_columns = map(hessdiag.dct(1).synthesise, identities)
+        return F_rows.square().T @ values @ F_columns.square()
+
+    basis = Eigenbasis(cosines.analyse, cosines.synthesise, diagonal)
     return SpectralCovariance(eigenvalues, shape, basis)

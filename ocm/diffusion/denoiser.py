@@ -45,8 +45,15 @@ from ocm.diffusion.predictions import (
     Coefficients,
     check_prediction_type,
     coefficients,
+    numbers,
 )
-from ocm.diffusion.schedules import Schedule, full_precision, per_sample
+from ocm.diffusion.schedules import (
+    Schedule,
+    at_least_float32,
+    full_precision,
+    per_sample,
+    rounded,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +65,20 @@ class Branch:
         x_t: Shape (B, ...).
         t: One timestep in (0, N], or a tensor of shape (B,); whole on a discrete schedule.
         s: Where the reverse step goes, or None.
-        x0_hat: Mean of x0 given x_t, not clipped.
+        output: What the backbone predicts, of the shape of x_t.
     """
 
     denoiser: Denoiser
     x_t: Tensor
     t: float | Tensor
     s: float | None
-    x0_hat: Tensor
+    output: Tensor
     _aux: Mapping[str, Tensor] = field(repr=False)
+
+    @property
+    def x0_hat(self) -> Tensor:
+        """Mean of x0 given x_t, not clipped."""
+        return self.denoiser.x0_hat(self.x_t, self.t, self.output)
 
     @property
     def features(self) -> Tensor:
@@ -166,17 +178,7 @@ class Prediction:
             halves = {name: values.chunk(2) for name, values in aux.items()}
             parts = [{name: both[i] for name, both in halves.items()} for i in range(2)]
         return tuple(
-            (
-                weight,
-                Branch(
-                    self.denoiser,
-                    self.x_t,
-                    self.t,
-                    self.s,
-                    self.denoiser.x0_hat(self.x_t, self.t, out),
-                    part,
-                ),
-            )
+            (weight, Branch(self.denoiser, self.x_t, self.t, self.s, out, part))
             for weight, out, part in zip(weights, outputs, parts, strict=True)
         )
 
@@ -198,7 +200,7 @@ class Prediction:
     def by(self, denoiser: Denoiser) -> Prediction:
         """Return what ``denoiser`` predicts in the same place: this, if it is the same one."""
         own = self.denoiser
-        if (
+        if denoiser is own or (
             denoiser.backbone is own.backbone
             and denoiser.schedule is own.schedule
             and denoiser.prediction_type == own.prediction_type
@@ -222,7 +224,7 @@ class Prediction:
         self.denoiser.check_states_a_mean()
         if isinstance(self.t, Tensor) or self.denoiser.schedule.has_signal(self.t):
             return *self.denoiser.covariance_coefficients(self.t, self.x_t), self.jacobian
-        one = per_sample(torch.tensor(1.0), full_precision(self.x_t[:0]))
+        one = per_sample(1.0, full_precision(self.x_t[:0]))
         data = hessdiag.Jacobian(self.denoiser.multiply_by_data_covariance, self.x_t)
         return torch.zeros_like(one), one, data
 
@@ -502,8 +504,19 @@ class Denoiser:
 
     def x0_hat(self, x_t: Tensor, t: float | Tensor, output: Tensor) -> Tensor:
         """Return the mean of x0 given x_t, p_t x_t + q_t output, which is not clipped."""
-        p, q, _ = (per_sample(values, x_t) for values in self.coefficients(t))
-        return p * x_t + q * output
+        p, q, _ = self._factors(t, x_t)
+        return p * x_t + q * output.to(torch.promote_types(output.dtype, x_t.dtype))
+
+    def numbers(self, t: float) -> tuple[float, float, float]:
+        """Return :meth:`coefficients` at one timestep as numbers, which are computed once."""
+        alpha, sigma, *_ = self.schedule.level(t)
+        return numbers(self.prediction_type, alpha, sigma, self.schedule.data_std)
+
+    def _factors(self, t: float | Tensor, x: Tensor) -> tuple[float | Tensor, ...]:
+        """Return :meth:`coefficients` as factors of x."""
+        if isinstance(t, Tensor):
+            return tuple(per_sample(values, x) for values in self.coefficients(t))
+        return tuple(rounded(number, x.dtype) for number in self.numbers(t))
 
     def covariance_coefficients(self, t: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return c and k of Cov[x0 | x_t] = c I + k J, at least float32, which broadcast to x.
@@ -561,18 +574,19 @@ class Denoiser:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the output, and what goes with it by name; both branches under guidance."""
         x = self._input(x_t, t)
-        time = self.schedule.time(torch.as_tensor(t, dtype=torch.float64))
-        is_between = torch.as_tensor(t).is_floating_point()
-        if self.schedule.is_continuous or is_between:
-            time = time.to(full_precision(x_t[:0]).dtype)
-        else:
-            time = time.long()
-        if time.dim() == 0:
-            # Filled on the device, where a copy from the host could not be part of a CUDA graph.
-            time = torch.full((len(x),), time.item(), dtype=time.dtype, device=x.device)
+        t = t.item() if isinstance(t, Tensor) and t.dim() == 0 else t
+        is_between = t.is_floating_point() if isinstance(t, Tensor) else isinstance(t, float)
+        is_real = self.schedule.is_continuous or is_between
+        dtype = at_least_float32(x_t.dtype) if is_real else torch.int64
+        if isinstance(t, Tensor):
+            time = self.schedule.time(t.double()).to(dtype)
+        else:  # filled on the device, where a copy could not be part of a CUDA graph
+            number = self.schedule.level(t).time
+            number = number if is_real else int(number)
+            time = torch.full((len(x),), number, dtype=dtype, device=x.device)
         branches: list[Arguments] = [(None, {})] if condition is None else condition.arguments(x)
-        together = joined(branches)
-        if together is not None and len(branches) > 1:
+        together = joined(branches) if len(branches) > 1 else None
+        if together is not None:
             x, time, branches = torch.cat([x, x]), torch.cat([time, time]), [together]
         called = [call(x, time, labels, **tensors) for labels, tensors in branches]
         outputs, features = zip(*called, strict=True)
@@ -600,5 +614,5 @@ class Denoiser:
     def _input(self, x_t: Tensor, t: float | Tensor) -> Tensor:
         """Return what the network is shown of x_t, in the type of its weights if that is half."""
         if self.prediction_type in PRECONDITIONED:
-            x_t = per_sample(self.coefficients(t).input_scale, x_t) * x_t
+            x_t = self._factors(t, x_t)[2] * x_t
         return in_type_of(self.backbone, x_t)

@@ -21,6 +21,7 @@ sqrt(c) / data_std x_t, every other one x_t itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -98,6 +99,21 @@ def coefficients(
     """
     check_prediction_type(prediction_type)
     return _TYPES[prediction_type](alpha, sigma, data_std)
+
+
+@lru_cache(maxsize=4096)
+def numbers(
+    prediction_type: str, alpha: float, sigma: float, data_std: float = 1.0
+) -> tuple[float, float, float]:
+    """Return :func:`coefficients` of one timestep as numbers, which are computed once.
+
+    Example:
+        >>> numbers("flow_prediction", 0.5, 0.5)
+        (1.0, -0.5, 1.0)
+    """
+    a, s = (torch.tensor(scale, dtype=torch.float64, device="cpu") for scale in (alpha, sigma))
+    p, q, input_scale = coefficients(prediction_type, a, s, data_std)
+    return p.item(), q.item(), input_scale.item()
 
 
 def check_prediction_type(prediction_type: str) -> None:

@@ -30,14 +30,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.tables import OnDevices
+
+
+class Level(NamedTuple):
+    """What a schedule says of one timestep, in numbers; ``time`` is the network's, nan at t = 0."""
+
+    alpha: float
+    sigma: float
+    log_snr: float
+    beta_bar: float
+    time: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,24 +81,42 @@ class Schedule:
 
     def alpha(self, t: float | Tensor) -> Tensor:
         """Return the scale of the data at t, float64 of the shape of t."""
-        return self.scales(_float64(t))[0]
+        return self.scales(t.double())[0] if isinstance(t, Tensor) else _float64(self.level(t)[0])
 
     def sigma(self, t: float | Tensor) -> Tensor:
         """Return the scale of the noise at t, float64 of the shape of t."""
-        return self.scales(_float64(t))[1]
+        return self.scales(t.double())[1] if isinstance(t, Tensor) else _float64(self.level(t)[1])
 
     def log_snr(self, t: float | Tensor) -> Tensor:
         """Return log SNR at t, float64: infinite at 0, and -inf where there is no signal."""
-        alpha, sigma = self.scales(_float64(t))
+        if not isinstance(t, Tensor):
+            return _float64(self.level(t).log_snr)
+        alpha, sigma = self.scales(t.double())
         return 2.0 * (alpha.log() - sigma.log())
+
+    def level(self, t: float) -> Level:
+        """Return the numbers of a timestep, which are computed once."""
+        return self._levels(t)
+
+    @cached_property
+    def _levels(self) -> Callable[[float], Level]:
+        @lru_cache(maxsize=4096)
+        def level(t: float) -> Level:
+            place = _float64(t)
+            log_snr = self.log_snr(place)
+            time = self.time(place) if t > 0 else torch.tensor(math.nan)
+            parts = *self.scales(place), log_snr, torch.sigmoid(-log_snr), time
+            return Level(*(part.item() for part in parts))
+
+        return level
 
     def beta(self, s: float, t: float) -> float:
         """Return the variance beta(s, t) of q(x_t | x_s), for 0 <= s < t <= N."""
-        return self._lost(s, t) * self.sigma(t).item() ** 2
+        return self._lost(s, t) * self.level(t).sigma ** 2
 
     def beta_tilde(self, s: float, t: float) -> float:
         """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
-        return self._lost(s, t) * self.sigma(s).item() ** 2
+        return self._lost(s, t) * self.level(s).sigma ** 2
 
     @cached_property
     def _of_whole(self) -> Tensor:
@@ -114,14 +143,19 @@ class Schedule:
         """Signal-to-noise ratios of t = 0 .. N, float64; the first is inf."""
         return self._of_whole.exp()
 
+    @cached_property
+    def sigmas_on_devices(self) -> OnDevices:
+        """sigma_t / alpha_t for t = 1 .. N, float64; infinite where there is no signal."""
+        return OnDevices(self.snr[1:].rsqrt())
+
     @property
     def prior_std(self) -> float:
         """Standard deviation sqrt(alpha_N^2 + sigma_N^2) of the x_N from which sampling starts."""
-        return math.hypot(self.alpha(self.num_timesteps), self.sigma(self.num_timesteps))
+        return math.hypot(*self.level(self.num_timesteps)[:2])
 
     def has_signal(self, t: float) -> bool:
         """Return whether x_t holds anything of x0: alpha_t > 0."""
-        return bool(self.alpha(t) > 0)
+        return self.level(t).alpha > 0
 
     def timestep_of(self, log_snr: Tensor) -> Tensor:
         """Return the t of a continuous path where log SNR is this, float64.
@@ -196,7 +230,7 @@ class Schedule:
             raise ValueError(
                 f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
             )
-        return -math.expm1((self.log_snr(t) - self.log_snr(s)).item())
+        return -math.expm1(self.level(t).log_snr - self.level(s).log_snr)
 
 
 def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule:
@@ -220,10 +254,11 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
         )
     zero = torch.zeros(1, dtype=torch.float64)
     log_alpha_bar = torch.cat([zero, torch.log1p(-betas).cumsum(0)])
-    tables = (log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt()
+    tables = OnDevices((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt())
 
     def scales(t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = (table.to(t.device)[t.long()] for table in tables)
+        # By take, since an index of no dimension would be read back from a GPU.
+        alpha, sigma = (table.take(t.long()) for table in tables.at(t.device))
         return alpha, sigma
 
     return Schedule(name, len(betas), scales, lambda t: t - 1, is_continuous=False)
@@ -391,15 +426,15 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
-def _float64(t: float | Tensor) -> Tensor:
-    return torch.as_tensor(t, dtype=torch.float64)
+def _float64(number: float) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64, device="cpu")
 
 
-def per_sample(values: Tensor, x: Tensor) -> Tensor:
+def per_sample(values: float | Tensor, x: Tensor) -> Tensor:
     """Return numbers in the dtype and on the device of x, broadcast against its features.
 
     Args:
-        values: One number, on the CPU; or one for each sample, of shape (B,).
+        values: One number, also as a tensor on the CPU; or one for each sample, of shape (B,).
         x: Shape (B, ...).
 
     Returns:
@@ -410,10 +445,41 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
         torch.Size([2, 1, 1, 1])
     """
     features = [1] * (x.dim() - 1)
-    if values.dim() == 0:
+    if not isinstance(values, Tensor) or values.dim() == 0:
         # Filled on the device, where a copy from the host could not be part of a CUDA graph.
-        return x.new_full([1, *features], values.item())
+        return x.new_full([1, *features], float(values))
     return values.to(x).reshape(-1, *features)
+
+
+@lru_cache(maxsize=4096)
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """Return a number as ``dtype`` holds it, a factor of tensors of that type.
+
+    An operator takes a number with its arguments, where :func:`per_sample` fills a tensor first.
+
+    Example:
+        >>> rounded(1.001, torch.bfloat16), rounded(2.0**-150, torch.float32)
+        (1.0, 0.0)
+    """
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
+
+
+def scaled(factor: float | Tensor, x: Tensor, values: Tensor) -> Tensor:
+    """Return factor * values, in the types of x and of the values, and at least in float32.
+
+    Args:
+        factor: A number, or a tensor of shape (B,).
+        x: Shape (B, ...).
+        values: Shape (B, ...).
+
+    Example:
+        >>> scaled(0.5, torch.zeros(1, dtype=torch.float64), torch.ones(1))
+        tensor([0.5000], dtype=torch.float64)
+    """
+    if isinstance(factor, Tensor):
+        return per_sample(factor, full_precision(x)) * values
+    dtype = at_least_float32(x.dtype)
+    return rounded(factor, dtype) * values.to(torch.promote_types(values.dtype, dtype))
 
 
 def full_precision(values: Tensor) -> Tensor:
@@ -423,4 +489,9 @@ def full_precision(values: Tensor) -> Tensor:
         >>> full_precision(torch.ones(1, dtype=torch.bfloat16)).dtype
         torch.float32
     """
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return values.to(at_least_float32(values.dtype))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the type of :func:`full_precision`."""
+    return torch.promote_types(dtype, torch.float32)

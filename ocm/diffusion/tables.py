@@ -1,4 +1,4 @@
-"""A few numbers for each timestep, interpolated between them, or for each step of a process."""
+"""Numbers by timestep: interpolated between a few, of each step of a process, or on a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,34 @@ from torch import Tensor
 
 Place = float | tuple[float, float]
 """A timestep t, or a step (s, t), s < t."""
+
+
+class OnDevices:
+    """Tensors with a copy on each device where they are looked up, made once.
+
+    Example:
+        >>> tables = OnDevices(torch.arange(3))
+        >>> tables.at(torch.device("meta"))[0] is tables.at(torch.device("meta"))[0]
+        True
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._copies = {tensors[0].device: tensors}
+
+    def at(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Return the tensors on a device."""
+        if device in self._copies:
+            return self._copies[device]
+        with torch.inference_mode(False):  # no gradient could pass what is made inside of it
+            copies = tuple(tensor.to(device) for tensor in next(iter(self._copies.values())))
+        if all(map(_is_plain, copies)):
+            self._copies[device] = copies
+        return copies
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether it means the same outside of a fake mode or a transform of torch.func."""
+    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +91,11 @@ class Table:
         return torch.from_numpy(self._columns[1])
 
     def at(self, s: float | None, t: float) -> Tensor:
-        """Return the k numbers of the step from t to s, float64; None stands for s = t - 1.
+        """Return :meth:`numbers` as a tensor, float64."""
+        return torch.tensor(self.numbers(s, t), dtype=torch.float64)
+
+    def numbers(self, s: float | None, t: float) -> list[float]:
+        """Return the k numbers of the step from t to s; None stands for s = t - 1.
 
         A table by timestep looks at t alone.
 
@@ -79,14 +111,13 @@ class Table:
                     f"the step from t = {t} to s = {step[0]} must be one of the {len(places)} that "
                     "this was fitted on; fit it on the numbers of steps that you use"
                 )
-            return torch.tensor(self.rows[step], dtype=torch.float64)
+            return list(self.rows[step])
         if not places[0] <= t <= places[-1]:
             raise ValueError(
                 f"t must lie in {places[0]} .. {places[-1]}, where this was fitted, got {t}; fit "
                 "it on the timesteps that you use"
             )
-        row = [np.interp(t, places, column) for column in columns.T]
-        return torch.tensor(row, dtype=torch.float64)
+        return [float(np.interp(t, places, column)) for column in columns.T]
 
     def covers(self, steps: Sequence[tuple[float, float]]) -> bool:
         """Return whether all of the steps (s, t), or the t of each, were measured themselves."""

@@ -176,7 +176,7 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
         x_t = hidden_states if sample is None else sample
         if x_t is None or timestep is None:
             raise ValueError("sample (or hidden_states) and timestep must be given")
-        times = torch.as_tensor(timestep, device=x_t.device)
+        times = _on_device(timestep, x_t.device)
         if times.dim() < 2:
             times = times.reshape(-1)
             if len(times) not in (1, len(x_t)):
@@ -434,6 +434,15 @@ def _config_of(backbone: Any) -> dict[str, Any]:
     """Return what the constructor takes of the configuration of a model of diffusers."""
     config: Mapping[str, Any] = getattr(unwrapped(backbone), "config", {})
     return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _on_device(timestep: float | Tensor, device: torch.device) -> Tensor:
+    """Return a timestep on a device; a single one is filled there, and nothing waits for it."""
+    if not isinstance(timestep, Tensor):
+        return torch.full((), timestep, device=device)
+    if timestep.device.type == "cpu" and timestep.dim() == 0:
+        return torch.full((), timestep.item(), dtype=timestep.dtype, device=device)
+    return timestep.to(device)
 
 
 def _first(output: tuple[Tensor, ...]) -> Tensor:

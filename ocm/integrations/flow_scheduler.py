@@ -155,7 +155,7 @@ class OCMFlowScheduler(CovarianceScheduler, FlowMatchEulerDiscreteScheduler):
             return OCMSchedulerOutput(drawn) if return_dict else (drawn,)
 
         place = self._place(timestep, moves=prev_sample is None)
-        sigma_t, sigma_s = self.sigmas[place : place + 2].double().tolist()
+        sigma_t, sigma_s = self._on_host("sigmas")[place : place + 2].double().tolist()
         N = self.config.num_train_timesteps
         path, s, t = self._flow, N * sigma_s, N * sigma_t
         step = ddpm(path, s, t) if noise is None else renoised(path, s, t, noise=noise)
@@ -165,7 +165,7 @@ class OCMFlowScheduler(CovarianceScheduler, FlowMatchEulerDiscreteScheduler):
         if s > 0 or self.config.noise_at_end:
             variance = torch.full_like(x_t, step.noise_variance)
             if ratio is not None:
-                unit = self._unit(float(timestep), torch.sigmoid(path.log_snr(t)).item())
+                unit = self._unit(t, torch.sigmoid(path.log_snr(t)).item())
                 stated = unit * full_precision(ratio).clamp(min=0.0)
                 variance = variance + step.mean_from_x0**2 * stated
         return self._finish(
@@ -180,10 +180,14 @@ class OCMFlowScheduler(CovarianceScheduler, FlowMatchEulerDiscreteScheduler):
 
     def _place(self, timestep: float | Tensor, *, moves: bool) -> int:
         """Return the number of the step, and move on to the next one if it is taken."""
-        if not moves:
-            return int(self.index_for_timestep(timestep))
-        if self.step_index is None:
-            self._init_step_index(timestep)
+        if not moves or (self.step_index is None and self.begin_index is None):
+            known, t = self._on_host("timesteps"), self._host_number(timestep)
+            place = int(self.index_for_timestep(t, known))
+            if not moves:
+                return place
+            self._step_index = place
+        elif self.step_index is None:
+            self._step_index = self.begin_index
         place = int(self.step_index)
         self._step_index = place + 1
         return place

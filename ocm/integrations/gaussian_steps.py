@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import diffusers
@@ -93,7 +94,36 @@ class CovarianceScheduler:
     _other_levels: ClassVar[tuple[str, ...]] = ()
     config: Any
     parameterisation: Parameterisation
+    timesteps: Tensor
     _has_warned = False
+    # By name, a tensor, its version and what was read of it.
+    _read: Mapping[str, tuple[Tensor, int, Tensor]] = MappingProxyType({})
+
+    def _on_host(self, name: str) -> Tensor:
+        """Return a tensor of the scheduler on the CPU, read again only when it has changed."""
+        tensor: Tensor = getattr(self, name)
+        if tensor.device.type == "cpu" or tensor.is_inference():
+            return tensor.cpu()
+        kept = self._read.get(name)
+        if kept is None or kept[0] is not tensor or kept[1] != tensor._version:
+            kept = tensor, tensor._version, tensor.cpu()
+            self._read = {**self._read, name: kept}
+        return kept[2]
+
+    def _host_number(self, timestep: float | Tensor) -> float:
+        """Return a timestep as a number; a GPU is not waited for if it is one of ``timesteps``."""
+        if not isinstance(timestep, Tensor):
+            return timestep
+        place = timestep.storage_offset() - self.timesteps.storage_offset()
+        is_part = (
+            timestep.untyped_storage()._cdata == self.timesteps.untyped_storage()._cdata
+            and timestep.dtype == self.timesteps.dtype
+            and timestep.numel() == 1
+        )
+        if is_part and 0 <= place < len(self.timesteps) and self.timesteps.is_contiguous():
+            timestep = self._on_host("timesteps")[place]
+        number: float = timestep.item()
+        return number
 
     @classmethod
     def from_config(

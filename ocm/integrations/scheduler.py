@@ -51,7 +51,6 @@ class _BetaScheduler(CovarianceScheduler):
         "use_lu_lambdas",
     )
     alphas_cumprod: Tensor
-    timesteps: Tensor
 
     def _check(self, data_std: float | None, max_last_noise: float | None) -> None:
         check_prediction_type(self.config.prediction_type)
@@ -61,7 +60,7 @@ class _BetaScheduler(CovarianceScheduler):
 
     def _alpha_bar(self, t: int) -> float:
         """Return alpha_bar at t, and refuse predictions that say nothing there."""
-        alpha_bar = self.alphas_cumprod[t].item()
+        alpha_bar = self._on_host("alphas_cumprod")[t].item()
         if alpha_bar == 0.0 and self.config.prediction_type == "epsilon":
             raise ValueError(
                 f"prediction_type must be 'v_prediction' or 'sample' at timestep {t}, where "
@@ -70,7 +69,7 @@ class _BetaScheduler(CovarianceScheduler):
         return alpha_bar
 
     def _variance(
-        self, ratio: Tensor, t: int, s: int, b: float | Tensor, noise_variance: float | Tensor
+        self, ratio: Tensor, t: int, s: int, b_squared: float, noise_variance: float
     ) -> Tensor | None:
         """Return lambda^2 + b^2 Var[x0 | x_t] within what clipped data allow; None for no noise."""
         if t == 0:
@@ -79,7 +78,7 @@ class _BetaScheduler(CovarianceScheduler):
         if config.thresholding or config.clip_sample:
             limit = 1.0 if config.thresholding else config.clip_sample_range
         variance = self._unit(t, self._alpha_bar(t)) * full_precision(ratio)
-        total = noise_variance + b**2 * variance.clamp(0.0, variance_bound((-limit, limit)))
+        total = noise_variance + b_squared * variance.clamp(0.0, variance_bound((-limit, limit)))
         if config.max_last_noise is not None and s <= config.steps_offset:
             total = total.clamp(max=config.max_last_noise**2)
         return total
@@ -119,6 +118,8 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
     """
 
     __module__ = "ocm"  # where pipelines look for it, in a process that imports ocm alone
+    # The table of alpha_bar, and numbers of steps that were made of it.
+    _made: tuple[Tensor, dict[tuple[int, int, int], tuple[float, ...]]] | None = None
 
     @register_to_config
     @takes_arguments_of(DDPMScheduler)
@@ -155,20 +156,21 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
         super().set_timesteps(None, device, levels.long().tolist())
         self.num_inference_steps, self.custom_timesteps = num_inference_steps, False
 
-    def previous_timestep(self, timestep: int | Tensor) -> int | Tensor:
+    def previous_timestep(self, timestep: int | Tensor) -> int:
         """Return the timestep after this one, -1 after the last, as ``DDPMScheduler`` does.
 
         Raises:
             ValueError: If ``timestep`` is none of those that were set.
         """
-        chosen = self.custom_timesteps or self.num_inference_steps
-        if chosen and not bool((self.timesteps == timestep).any()):
+        t = int(self._host_number(timestep))
+        if not (self.custom_timesteps or self.num_inference_steps):
+            return t - 1
+        known: list[int] = self._on_host("timesteps").tolist()
+        if t not in known:
             raise ValueError(
-                f"timestep must be one of scheduler.timesteps, {self.timesteps[:3].tolist()} ... "
-                f"{self.timesteps[-1]}, got {timestep}"
+                f"timestep must be one of scheduler.timesteps, {known[:3]} ... {known[-1]}, got {t}"
             )
-        previous: int | Tensor = super().previous_timestep(timestep)
-        return previous
+        return [*known, -1][known.index(t) + 1]
 
     def step(
         self,
@@ -203,26 +205,25 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
                 a generator and noise, a step without noise is asked for its density, or epsilon is
                 predicted where there is no signal.
         """
-        t = int(timestep)
+        t = int(self._host_number(timestep))
         self._alpha_bar(t)
         if self.variance_type in LEARNED:
             prediction, ratio = model_output[:, : sample.shape[1]], None
         else:
             prediction, ratio = self._split(model_output, sample)
         if ratio is None and variance_noise is None and prev_sample is None:
-            output = super().step(model_output, timestep, sample, generator)
+            output = super().step(model_output, t, sample, generator)
             if return_log_prob:
                 drawn = output.prev_sample.detach()
-                again = self.step(model_output, timestep, sample, prev_sample=drawn)
+                again = self.step(model_output, t, sample, prev_sample=drawn)
                 output = OCMSchedulerOutput(**output, log_prob=again.log_prob)
             return output if return_dict else output.to_tuple()
-        s = int(self.previous_timestep(t))
-        a, b = self._mean_from(t, s)
+        s = self.previous_timestep(t)
+        signal, noise, a, b, b_squared, small = self._numbers(t, s)
         x_t = full_precision(sample)
-        x0_hat = self._x0_hat(full_precision(prediction), x_t, t)
+        x0_hat = self._x0_hat(full_precision(prediction), x_t, signal, noise)
         if ratio is not None:
-            small = self._get_variance(t, variance_type="fixed_small")
-            variance = self._variance(ratio, t, s, b, small)
+            variance = self._variance(ratio, t, s, b_squared, small)
         else:
             learned = model_output[:, sample.shape[1] :]
             variance = self._parents_variance(t, full_precision(learned))
@@ -238,21 +239,28 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
 
     # The arithmetic of these three is diffusers', float32 tables included: with other tables the
     # steps of a model whose variance is 0 would not be diffusers' at many steps.
-    def _mean_from(self, t: int, s: int) -> tuple[Tensor, Tensor]:
-        """Return a and b of the mean a x_t + b x0_hat."""
-        alpha_bar_t = self.alphas_cumprod[t]
-        alpha_bar_s = self.alphas_cumprod[s] if s >= 0 else self.one
-        alpha, beta_bar = alpha_bar_t / alpha_bar_s, 1 - alpha_bar_t
-        b = alpha_bar_s**0.5 * (1 - alpha) / beta_bar
-        return alpha**0.5 * (1 - alpha_bar_s) / beta_bar, b
+    def _numbers(self, t: int, s: int) -> tuple[float, ...]:
+        """Return sqrt(alpha_bar_t) and sqrt(beta_bar_t), a, b, b^2 and lambda^2, made once."""
+        table = self._on_host("alphas_cumprod")
+        if self._made is None or self._made[0] is not table or table.is_inference():
+            self._made = table, {}
+        place = t, s, 0 if table.is_inference() else table._version
+        if place not in self._made[1]:
+            alpha_bar_t, alpha_bar_s = table[t], table[s] if s >= 0 else self.one
+            alpha, beta_bar = alpha_bar_t / alpha_bar_s, 1 - alpha_bar_t
+            a = alpha**0.5 * (1 - alpha_bar_s) / beta_bar
+            b = alpha_bar_s**0.5 * (1 - alpha) / beta_bar
+            small = ((1 - alpha_bar_s) / beta_bar * (1 - alpha)).clamp(min=1e-20)
+            numbers = alpha_bar_t**0.5, beta_bar**0.5, a, b, b**2, small
+            self._made[1][place] = tuple(number.item() for number in numbers)
+        return self._made[1][place]
 
-    def _x0_hat(self, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
-        alpha_bar, kind = self.alphas_cumprod[t], self.config.prediction_type
-        x0_hat = prediction
+    def _x0_hat(self, prediction: Tensor, x_t: Tensor, signal: float, noise: float) -> Tensor:
+        kind, x0_hat = self.config.prediction_type, prediction
         if kind == "epsilon":
-            x0_hat = (x_t - (1 - alpha_bar) ** 0.5 * prediction) / alpha_bar**0.5
+            x0_hat = (x_t - noise * prediction) / signal
         elif kind == "v_prediction":
-            x0_hat = alpha_bar**0.5 * x_t - (1 - alpha_bar) ** 0.5 * prediction
+            x0_hat = signal * x_t - noise * prediction
         if self.config.thresholding:
             return torch.as_tensor(self._threshold_sample(x0_hat))
         limit = self.config.clip_sample_range
@@ -369,27 +377,28 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
         """
         eta = self.config.eta if eta is None else eta
         _check_eta(eta)
-        t = int(timestep)
+        t = int(self._host_number(timestep))
         alpha_bar_t = self._alpha_bar(t)
         prediction, ratio = self._split(model_output, sample)
         if ratio is None and prev_sample is None:
             parents = (eta, use_clipped_model_output, generator, variance_noise)
-            output = super().step(model_output, timestep, sample, *parents)
+            output = super().step(model_output, t, sample, *parents)
             if return_log_prob:
                 drawn = output.prev_sample.detach()
-                again = self.step(model_output, timestep, sample, *parents[:2], prev_sample=drawn)
+                again = self.step(model_output, t, sample, *parents[:2], prev_sample=drawn)
                 output = OCMSchedulerOutput(**output, log_prob=again.log_prob)
             return output if return_dict else output.to_tuple()
         x0_and_epsilon, x0_hat = super().step(
             full_precision(prediction),
-            timestep,
+            t,
             full_precision(sample),
             0.0,
             use_clipped_model_output,
             return_dict=False,
         )
         s = t - self.config.num_train_timesteps // self.num_inference_steps
-        alpha_bar_s = (self.alphas_cumprod[s] if s >= 0 else self.final_alpha_cumprod).item()
+        table = self._on_host("alphas_cumprod")
+        alpha_bar_s = (table[s] if s >= 0 else self.final_alpha_cumprod).item()
         beta_bar_s, beta_bar_t = 1.0 - alpha_bar_s, 1.0 - alpha_bar_t
         noise_variance = eta**2 * beta_bar_s / beta_bar_t * (1.0 - alpha_bar_t / alpha_bar_s)
         # Of epsilon; the parent's rounds below 0 without signal, and gives nan.
@@ -397,9 +406,9 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
         from_x0 = math.sqrt(alpha_bar_s) * x0_hat
         mean = from_x0 + math.sqrt(share) * (x0_and_epsilon - from_x0)
         b = math.sqrt(alpha_bar_s) - math.sqrt(share * beta_bar_s * alpha_bar_t / beta_bar_t)
-        variance: Tensor | None = mean.new_tensor(noise_variance)
+        variance: Tensor | None = mean.new_full((), noise_variance)
         if ratio is not None and (s >= 0 or self.config.noise_at_end):
-            variance = self._variance(ratio, t, s, b, noise_variance)
+            variance = self._variance(ratio, t, s, b**2, noise_variance)
         return self._finish(
             GaussianStep(mean, variance, x0_hat),
             sample,

@@ -48,7 +48,7 @@ def sigmas(schedule: Schedule) -> Tensor:
         >>> round(levels[0].item(), 3), round(levels[-1].item())
         (0.01, 157)
     """
-    return schedule.snr[1:].rsqrt()
+    return schedule.sigmas_on_devices.at(torch.device("cpu"))[0].clone()
 
 
 def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
         >>> timestep_at(flow(), torch.tensor([1.0]))
         tensor([500.], dtype=torch.float64)
     """
-    levels = sigmas(schedule).to(sigma.device)
+    (levels,) = schedule.sigmas_on_devices.at(sigma.device)
     if sigma.device.type == "cpu" and not bool(((sigma > 0) & (sigma <= 2 * levels[-1])).all()):
         raise ValueError(
             f"sigma must lie in (0, {2 * levels[-1].item():.4g}], twice the largest of the "
@@ -149,7 +149,7 @@ def _at_nearest(
             f"sigma must be one number, or one for each of {len(x)} samples, got {len(levels)}"
         )
     schedule = denoiser.schedule
-    t = timestep_at(schedule, levels).to(x.device)
+    t = timestep_at(schedule, levels)
     if schedule.is_continuous:
         alpha, sigma_t = schedule.alpha(t), schedule.sigma(t)
     else:  # at sigma itself, beside the level
@@ -159,9 +159,8 @@ def _at_nearest(
     if len(levels) == 1:
         p, q, alpha = p[0].cpu(), q[0].cpu(), alpha[0].cpu()
     x_t = per_sample(alpha, x) * x
-    prediction = denoiser.predict(
-        x_t, t.item() if len(t) == 1 else t, condition=condition, sample_offset=sample_offset
-    )
+    timestep = t.item() if len(t) == 1 else t.to(x.device)
+    prediction = denoiser.predict(x_t, timestep, condition=condition, sample_offset=sample_offset)
     return prediction, per_sample(p, x), per_sample(q, x)
 
 

@@ -30,7 +30,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
-import torch
 from torch import Tensor
 
 from hessdiag.kernels import normal
@@ -119,7 +118,7 @@ class _Run:
         W = weight(
             C.eigenvalues.double() * L_t.exp().item(),
             step,
-            alpha_t=denoiser.schedule.alpha(t).item(),
+            alpha_t=denoiser.schedule.level(t).alpha,
             q=(L_p - L_t).exp().item(),
             w0=((L_s - L_t) / (L_t - L_p)).item() / 2,
             eta=self.eta,
@@ -146,16 +145,18 @@ def weight(
         eta: Of the noise.
 
     Example:
+        >>> import torch
         >>> k = torch.tensor([0.0, 0.1, 0.9])
         >>> weight(k, ReverseStep(0.5, 0.5, 0.0), alpha_t=1.0, q=0.25, w0=0.5, eta=0.0)
         tensor([0.5000, 0.8368, 0.2127])
     """
     a, b, _ = step
     k = k.clamp(0.0, _LARGEST_K)
-    past = q / (q + (1 - k) * (1 - q))
-    common = (past * (1 - eta**2 * (1 - k) * (1 - q))).sqrt()
+    left = 1 - k
+    past = q / (q + left * (1 - q))
+    common = (past * (1 - eta**2 * left * (1 - q))).sqrt() if eta > 0 else past.sqrt()
     # The equation is missing = 2 W first + W^2 second.
-    missing = b * (1 - k)
-    first, second = (a * alpha_t + b * k) * (1 - common), b * k * (1 - 2 * common + past)
+    missing, noise = b * left, b * k
+    first, second = (a * alpha_t + noise) * (1 - common), noise * (1 - 2 * common + past)
     W = missing / (first + (first.square() + missing * second).sqrt())
-    return torch.where(k > 0, W, w0)
+    return W.masked_fill(k <= 0, w0)

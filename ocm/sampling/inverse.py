@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hessdiag.kernels import normal
+from hessdiag.kernels import normal, seed_tensor
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import PosteriorCovariance
 from ocm.diffusion import draws
@@ -200,6 +200,7 @@ def sample_given_measurement(
             "covariance of x0 given x_t and y belongs to them"
         )
     schedule, timesteps = denoiser.schedule, timesteps_of(denoiser.schedule, steps)
+    seed = seed_tensor(seed, denoiser.device)
     x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
 
     def z(like: Tensor, draw: int) -> Tensor:

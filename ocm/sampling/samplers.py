@@ -82,7 +82,7 @@ def ddpm(schedule: Schedule, s: float, t: float) -> ReverseStep:
         1.0
     """
     noise_variance = schedule.beta_tilde(s, t)
-    alpha_s, sigma_s, alpha_t, sigma_t = _scales(schedule, s, t)
+    (alpha_s, sigma_s, *_), (alpha_t, sigma_t, *_) = schedule.level(s), schedule.level(t)
     a = alpha_t * sigma_s**2 / (alpha_s * sigma_t**2)
     b = alpha_s if s == 0 else alpha_s * noise_variance / sigma_s**2
     return ReverseStep(a, b, noise_variance)
@@ -129,23 +129,16 @@ def renoised(schedule: Schedule, s: float, t: float, *, noise: float = 1.0) -> R
     if not 0.0 <= noise <= 1.0:
         raise ValueError(f"noise must lie in [0, 1], got {noise}")
     schedule.beta_tilde(s, t)  # raises unless s < t
-    return _keeping_marginals(schedule, s, t, (noise * schedule.sigma(s).item()) ** 2)
+    return _keeping_marginals(schedule, s, t, (noise * schedule.level(s).sigma) ** 2)
 
 
 def _keeping_marginals(
     schedule: Schedule, s: float, t: float, noise_variance: float
 ) -> ReverseStep:
     """Return the step of this lambda^2 whose x_s, given x_0, has its own mean and variance."""
-    alpha_s, sigma_s, alpha_t, sigma_t = _scales(schedule, s, t)
+    (alpha_s, sigma_s, *_), (alpha_t, sigma_t, *_) = schedule.level(s), schedule.level(t)
     a = math.sqrt(max(sigma_s**2 - noise_variance, 0.0)) / sigma_t
     return ReverseStep(a, alpha_s - a * alpha_t, noise_variance)
-
-
-def _scales(schedule: Schedule, s: float, t: float) -> list[float]:
-    """Return alpha_s, sigma_s, alpha_t and sigma_t."""
-    return [
-        scale.item() for place in (s, t) for scale in (schedule.alpha(place), schedule.sigma(place))
-    ]
 
 
 def last_step_noise(levels: float) -> float:
@@ -250,7 +243,7 @@ def starting_noise(
     """Return noise of the standard deviation that x_t has for data of variance 1."""
     schedule, device = denoiser.schedule, denoiser.device
     z = normal(shape, seed, step=draws.START, sample_offset=sample_offset, device=device)
-    return z * math.hypot(schedule.alpha(t), schedule.sigma(t))
+    return z * math.hypot(*schedule.level(t)[:2])
 
 
 def reverse_step(
@@ -275,8 +268,8 @@ def reverse_step(
     x_t, offset = prediction.x_t, prediction.sample_offset
     draw = draws.of_level(prediction.timestep)
     a, b, noise_variance = step
-    p, q, _ = prediction.denoiser.coefficients(prediction.timestep)
-    coefficients = StepCoefficients(p.item(), q.item(), a, b, noise_variance, b**2)
+    p, q, _ = prediction.denoiser.numbers(prediction.timestep)
+    coefficients = StepCoefficients(p, q, a, b, noise_variance, b**2)
     if isinstance(covariance, SpectralCovariance) and covariance.basis is PIXELS:
         bound = math.inf if x0_range is None else variance_bound(x0_range)
         return gaussian_step(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hessdiag.kernels import normal
+from hessdiag.kernels import normal, seed_tensor
 from ocm.covariances.base import Covariance
 from ocm.covariances.operators import PosteriorCovariance, spectral
 from ocm.diffusion import draws
@@ -53,18 +53,30 @@ class Transition:
             TypeError: If the covariance has no density (Lanczos).
             ValueError: If the step adds no noise in some direction, where there is no density.
         """
+        log_prob, is_positive = self.density(x_s)
+        _check_positive(is_positive)
+        return log_prob
+
+    def density(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log p(x_s | x_t), shape (B,), and whether there is a density, shape ().
+
+        Nothing is read back from a GPU.
+        """
         known = spectral(self.covariance)
         # Of one sample, an eigenvalue may stand for several dimensions.
         whitened = known.basis.analyse(full_precision(x_s) - self.mean)
         variance = known.eigenvalues.expand(whitened.shape)
-        if not bool((variance > 0).all()):
-            raise ValueError(
-                "covariance must be positive for log p(x_s | x_t), and this step adds no noise in "
-                "some direction: take a sampler with noise (ocm.ddpm, ocm.renoised), or a "
-                "covariance that is positive"
-            )
         terms = whitened.square() / variance + variance.log() + math.log(2.0 * math.pi)
-        return -0.5 * terms.flatten(1).sum(dim=1)
+        return -0.5 * terms.flatten(1).sum(dim=1), (known.eigenvalues > 0).all()
+
+
+def _check_positive(is_positive: Tensor) -> None:
+    if not bool(is_positive.all()):
+        raise ValueError(
+            "covariance must be positive for log p(x_s | x_t), and this step adds no noise in some "
+            "direction: take a sampler with noise (ocm.ddpm, ocm.renoised), or a covariance that "
+            "is positive"
+        )
 
 
 def transition(
@@ -144,9 +156,9 @@ def sample_trajectory(
         TypeError: If the covariance has no density (Lanczos).
         ValueError: As :func:`ocm.sample`, or if a step but the last adds no noise.
     """
-    timesteps = timesteps_of(denoiser.schedule, steps)
-    x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
-    states, log_probs = [x], []
+    timesteps, number = timesteps_of(denoiser.schedule, steps), seed_tensor(seed, denoiser.device)
+    x = starting_noise(denoiser, shape, timesteps[-1], number, sample_offset).to(dtype)
+    states, densities = [x], []
     for s, t in reverse_steps(timesteps):
         prediction = denoiser.predict(
             full_precision(x), t, s=s, condition=condition, sample_offset=sample_offset
@@ -155,13 +167,13 @@ def sample_trajectory(
         law = transition(prediction, covariance, step, x0_range=x0_range)
         if s > 0 or noise_at_end:
             draw = draws.of_level(t)
-            z = normal(shape, seed, step=draw, sample_offset=sample_offset, device=x.device)
+            z = normal(shape, number, step=draw, sample_offset=sample_offset, device=x.device)
             x = law.draw(z).to(dtype)
-            log_probs.append(law.log_prob(x))
+            densities.append(law.density(x))
         else:
             x = law.mean.to(dtype)
         states.append(x)
-    log_prob = torch.stack(log_probs, dim=1) if log_probs else x.new_zeros(len(x), 0).float()
+    log_prob = _stacked(densities) if densities else x.new_zeros(len(x), 0).float()
     return Trajectory([*timesteps[::-1], 0], torch.stack(states), log_prob, sample_offset)
 
 
@@ -192,7 +204,7 @@ def trajectory_log_prob(
         ValueError: If a step adds no noise.
     """
     times, states = trajectory.timesteps, trajectory.states
-    log_probs = []
+    densities = []
     for k in range(trajectory.log_prob.shape[1]):
         t, s = times[k], times[k + 1]
         prediction = denoiser.predict(
@@ -204,5 +216,12 @@ def trajectory_log_prob(
         )
         step = sampler(denoiser.schedule, s, t)
         law = transition(prediction, covariance, step, x0_range=x0_range)
-        log_probs.append(law.log_prob(states[k + 1]))
-    return torch.stack(log_probs, dim=1) if log_probs else trajectory.log_prob
+        densities.append(law.density(states[k + 1]))
+    return _stacked(densities) if densities else trajectory.log_prob
+
+
+def _stacked(densities: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return log p of all steps, shape (B, steps), and look once whether there is a density."""
+    log_probs, are_positive = zip(*densities, strict=True)
+    _check_positive(torch.stack(are_positive))
+    return torch.stack(log_probs, dim=1)

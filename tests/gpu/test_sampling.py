@@ -1,6 +1,8 @@
 """On a CUDA device: samples against those of the CPU, captured and not (``pytest -m gpu``)."""
 
 import math
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -8,10 +10,82 @@ from small_backbone import small_denoiser, small_head
 
 import ocm
 from ocm.covariances.names import LEARNED
+from ocm.diffusion.tables import Table
 
 pytestmark = pytest.mark.gpu
 
 SHAPE = (3, 2, 8, 8)
+
+
+@contextmanager
+def waiting_for_nothing():
+    """Raise where the host waits for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class FrequencyHead(torch.nn.Module):
+    def forward(self, features, energies, log_snr):
+        return energies + log_snr[:, None, None, None]
+
+
+def frequencies(denoiser, head):
+    variances, colours = torch.ones(2, 8, 8, device="cuda"), torch.eye(2, device="cuda")
+    return ocm.FrequencyLikelihood(denoiser, FrequencyHead(), variances=variances, colours=colours)
+
+
+COVARIANCES = {
+    **LEARNED,
+    "beta": lambda denoiser, head: ocm.Beta(denoiser),
+    "analytic": lambda denoiser, head: ocm.Analytic(denoiser, Table({1: [0.5], 1000: [1.0]})),
+    "calibrated": lambda denoiser, head: ocm.Calibrated(
+        (ocm.OptimalCovarianceMatching(denoiser, head),),
+        Table({1: [0.5, 0.1], 1000: [1.0, 0.2]}),
+    ),
+    "frequencies": frequencies,
+}
+SAMPLERS = {
+    "ddpm": ocm.ddpm,
+    "ddim": partial(ocm.ddim, eta=0.5),
+    "renoised": partial(ocm.renoised, noise=0.5),
+    "second order": ocm.SecondOrder(0.5),
+}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("name", COVARIANCES)
+def test_a_whole_sampling_loop_waits_for_nothing(name, sampler):
+    denoiser = small_denoiser("cuda")
+    covariance = COVARIANCES[name](denoiser, small_head("cuda"))
+    draw = partial(
+        ocm.sample, denoiser, covariance, SHAPE, [1, 400, 700, 1000], sampler=SAMPLERS[sampler]
+    )
+    expected = draw(seed=3)  # compiles the kernels, and moves what is kept on the device
+    with waiting_for_nothing():
+        drawn = draw(seed=3)
+    torch.testing.assert_close(drawn, expected)
+
+
+@pytest.mark.parametrize("kind", ["OCMScheduler", "OCMDDIMScheduler", "OCMFlowScheduler"])
+def test_steps_of_a_scheduler_wait_for_nothing(kind):
+    """From the second on: the first reads the tables."""
+    pytest.importorskip("diffusers", reason="steps of its schedulers")
+    scheduler = getattr(ocm, kind)(data_std=0.5)
+    scheduler.set_timesteps(5, device="cuda")
+    if kind != "OCMFlowScheduler":
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.cuda()  # as add_noise leaves it
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(SHAPE, device="cuda", generator=generator)
+    stated = torch.cat([x, x.abs()], dim=1)
+    first, *others = scheduler.timesteps
+    x = scheduler.step(stated, first, x, generator=generator).prev_sample
+    with waiting_for_nothing():
+        for t in others:
+            x = scheduler.step(stated, t, x, generator=generator).prev_sample
+    assert torch.isfinite(x).all()
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -1,16 +1,20 @@
 """estimate: variances, coverage, tolerances, choice of probes, reproducibility, errors."""
 
+import gc
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
+from one_device import one_device
 from scipy import stats
 from torch import nn
 
 import hessdiag
 from hessdiag.hadamard import hadamard, next_order
 from hessdiag.probes import BalancedColoring, Coloring, Normal, Rademacher, UnitVectors
+from hessdiag.streaming import chunk_of
 
 IMAGE = (2, 4, 4)
 D = math.prod(IMAGE)
@@ -609,6 +613,14 @@ class TestReproducibility:
 
 
 class TestPasses:
+    @pytest.mark.parametrize("design", [Normal(), Rademacher()])
+    def test_all_probes_of_a_chunk_are_one_launch(self, design):
+        seed, device = torch.zeros((), dtype=torch.int64, device="meta"), torch.device("meta")
+        options = {"probe_offset": 3, "sample_offset": 0, "dtype": torch.float32, "device": device}
+        with one_device() as operators:
+            assert design.draw((64, 2, 5), seed, **options).shape == (64, 2, 5)
+        assert len(operators.launches) == 1
+
     def test_memory_running_out_halves_the_chunk(self, monkeypatch):
         A, x, sizes = random_matrix(40), torch.zeros(2, 40), []
 
@@ -626,6 +638,63 @@ class TestPasses:
         assert max(sizes[3:]) <= 6
         assert "out of memory with 16 probes at a time, now 8" in result.note
         assert "now 2" in result.note
+
+    @pytest.mark.parametrize("mode", ["vjp", "jvp"])
+    def test_nothing_of_a_chunk_is_left_when_the_next_is_made(self, mode):
+        """Whether it ran out of memory or not: no more than one chunk is held."""
+        drawn, alive = [], []
+
+        class Watched(Normal):
+            def draw(self, *arguments, **options):
+                alive.append(sum(probes() is not None for probes in drawn))
+                probes = super().draw(*arguments, **options)
+                drawn.append(weakref.ref(probes))
+                return probes
+
+        def run_out(gradient=None):
+            if len(drawn) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        def limited(z):
+            y = z.sin()
+            if mode == "vjp":
+                y.register_hook(run_out)
+            else:
+                run_out()
+            return y
+
+        arguments = {"max_probes": 24, "chunk_size": 8, "mode": mode, "batching": "loop"}
+        gc.disable()  # what is freed is freed at once
+        try:
+            result = hessdiag.estimate(limited, torch.zeros(2, 4), probes=Watched(), **arguments)
+        finally:
+            gc.enable()
+        assert "out of memory with 8 probes at a time, now 4" in result.note
+        assert alive == [0] * 6
+        expected = hessdiag.estimate(torch.sin, torch.zeros(2, 4), probes=Normal(), **arguments)
+        assert torch.equal(result.diagonal, expected.diagonal)
+
+    def test_memory_that_pytorch_keeps_is_free(self, monkeypatch):
+        class OnGPU:
+            is_cuda, device = True, torch.device("cuda", 1)
+
+            def numel(self):
+                return 4096
+
+            def element_size(self):
+                return 4
+
+        asked = []
+
+        def bytes_of(number):
+            return lambda device: asked.append(device) or number
+
+        chunk = 64 * 4096 * 4  # of one probe
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 * chunk, 0))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", bytes_of(50 * chunk))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", bytes_of(10 * chunk))
+        assert chunk_of("auto", OnGPU()) == 43
+        assert asked == [OnGPU.device] * 2
 
     def test_memory_that_holds_no_probe_raises(self):
         def hungry(z):

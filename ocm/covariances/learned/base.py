@@ -63,8 +63,7 @@ class LearnedCovariance(Covariance, Protocol):
 def scaled_ratio(covariance: LearnedCovariance, branch: Branch) -> Tensor:
     """Return c_t ratio(o), o what the head puts out for the features of the prediction."""
     units, schedule = covariance.parameterisation, covariance.denoiser.schedule
-    ratio = units.ratio(covariance.head(branch.features))
-    return units.scale(schedule, branch.t, branch.x_t) * ratio
+    return units.variance(schedule, branch.t, branch.x_t, covariance.head(branch.features))
 
 
 def regression_loss(

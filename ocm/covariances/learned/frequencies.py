@@ -15,7 +15,7 @@ from ocm.covariances.learned.heads import outside_autocast, start_at_zero
 from ocm.covariances.learned.maximum_likelihood import MaximumLikelihood
 from ocm.covariances.operators import Eigenbasis, SpectralCovariance, cosine_diagonal
 from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
-from ocm.diffusion.schedules import full_precision, per_sample
+from ocm.diffusion.schedules import at_least_float32, full_precision, per_sample
 
 # Of a coefficient's variance, so that the logarithm of its energy is finite.
 _LEAST_ENERGY = 1e-3
@@ -147,10 +147,17 @@ class FrequencyLikelihood(MaximumLikelihood):
         """Return the covariance, by the variance of each coefficient."""
         return replace(super().at(prediction), basis=_basis(self.colours, self.fold))
 
-    def _unit(self, t: float | Tensor, x_t: Tensor) -> Tensor:
-        schedule, like = self.denoiser.schedule, full_precision(x_t)
-        alpha, sigma = (per_sample(of, like) for of in (schedule.alpha(t), schedule.sigma(t)))
-        return sigma.square() / (alpha.square() + sigma.square() / self.variances)
+    def _scaled(self, branch: Branch, output: Tensor) -> Tensor:
+        schedule, t, x_t = self.denoiser.schedule, branch.t, branch.x_t
+        dtype = at_least_float32(x_t.dtype)
+        scales = schedule.alpha(t), schedule.sigma(t)
+        if isinstance(t, Tensor):
+            alpha, sigma = (per_sample(of, full_precision(x_t)) for of in scales)
+        else:  # numbers of the host, that operators take with their arguments
+            alpha, sigma = (of.to(dtype) for of in scales)
+        variances = self.variances.to(torch.promote_types(self.variances.dtype, dtype))
+        unit = sigma.square() / (alpha.square() + sigma.square() / variances)
+        return unit * self.parameterisation.ratio(output)
 
     def _output(self, branch: Branch, head: nn.Module) -> Tensor:
         x0_hat = full_precision(branch.x0_hat)
@@ -158,7 +165,7 @@ class FrequencyLikelihood(MaximumLikelihood):
             x0_hat = x0_hat.clamp(*self.x0_range)
         energies = self._analysed(x0_hat).square() / self.variances + _LEAST_ENERGY
         log_snr = self.denoiser.schedule.log_snr(branch.t).clamp(-_MOST_LOG_SNR, _MOST_LOG_SNR)
-        levels = log_snr.to(x0_hat).expand(len(x0_hat))
+        levels = per_sample(log_snr, x0_hat).flatten().expand(len(x0_hat))
         output: Tensor = head(branch.features, energies.log(), levels)
         return output
 

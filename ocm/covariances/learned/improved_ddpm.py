@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 from ocm.diffusion.divergences import gaussian_step_kl
 from ocm.diffusion.noise import noisy
-from ocm.diffusion.schedules import Schedule, full_precision, per_sample
+from ocm.diffusion.schedules import Schedule, full_precision, per_sample, rounded
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class ImprovedDDPM(Covariance):
     def _variance(self, place: Branch | Prediction, output: Tensor) -> Tensor:
         schedule = self.denoiser.schedule
         if math.isfinite(self.parameterisation.data_std):
-            unit = self.parameterisation.scale(schedule, place.t, place.x_t)
-            return unit * self.parameterisation.ratio(output)
+            return self.parameterisation.variance(schedule, place.t, place.x_t, output)
         return _interpolated(schedule, place, output)
 
     def loss(
@@ -133,6 +133,8 @@ def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor
     s, t, x_t = place.s, place.t, place.x_t
     fraction = (1.0 + full_precision(output)) / 2.0
     before = t - 1 if s is None else s
+    if not isinstance(t, Tensor) and not isinstance(before, Tensor):
+        return _of_one_step(schedule, before, t, x_t, fraction)
     log_snr = schedule.log_snr(t)
     limit = per_sample(torch.sigmoid(-log_snr), x_t) * fraction
     if not isinstance(before, Tensor) and before == 0:
@@ -145,3 +147,22 @@ def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor
     snr_difference = per_sample(log_snr_before.exp() - log_snr.exp(), x_t)
     variance = torch.expm1(fraction * step_log) / snr_difference
     return torch.where(torch.isfinite(snr_difference), variance, limit)
+
+
+def _of_one_step(schedule: Schedule, s: float, t: float, x_t: Tensor, fraction: Tensor) -> Tensor:
+    """Return the same for a whole batch, by numbers that no device has to be told."""
+    fraction = fraction.to(torch.promote_types(fraction.dtype, x_t.dtype))
+    level = schedule.level(t)
+    change, snr_difference = _changes(schedule.level(s).log_snr, level.log_snr)
+    snr_difference = rounded(snr_difference, x_t.dtype)
+    if s == 0 or not math.isfinite(snr_difference):
+        return rounded(level.beta_bar, x_t.dtype) * fraction
+    return torch.expm1(fraction * rounded(change, x_t.dtype)) / snr_difference
+
+
+@lru_cache(maxsize=4096)
+def _changes(log_snr_s: float, log_snr_t: float) -> tuple[float, float]:
+    """Return log beta_bar_t / beta_bar_s and SNR(s) - SNR(t)."""
+    log_snr = torch.tensor([log_snr_s, log_snr_t], dtype=torch.float64)
+    log_beta_bar, snr = functional.logsigmoid(-log_snr), log_snr.exp()
+    return (log_beta_bar[1] - log_beta_bar[0]).item(), (snr[0] - snr[1]).item()

@@ -108,9 +108,6 @@ class MaximumLikelihood(Covariance):
 
     # What another basis than the pixels replaces, and the decoder below.
 
-    def _unit(self, t: float | Tensor, x_t: Tensor) -> Tensor:
-        return self.parameterisation.scale(self.denoiser.schedule, t, x_t)
-
     def _output(self, branch: Branch, head: nn.Module) -> Tensor:
         output: Tensor = head(branch.features)
         return output
@@ -119,8 +116,11 @@ class MaximumLikelihood(Covariance):
         return error
 
     def _variance(self, branch: Branch, head: nn.Module) -> Tensor:
-        ratio = self.parameterisation.ratio(self._output(branch, head))
-        return self._unit(branch.t, branch.x_t) * ratio
+        return self._scaled(branch, self._output(branch, head))
+
+    def _scaled(self, branch: Branch, output: Tensor) -> Tensor:
+        units, schedule = self.parameterisation, self.denoiser.schedule
+        return units.variance(schedule, branch.t, branch.x_t, output)
 
     def loss(
         self,

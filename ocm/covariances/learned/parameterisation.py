@@ -17,10 +17,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ocm.diffusion.schedules import Schedule, full_precision, per_sample
+from ocm.diffusion.schedules import (
+    Schedule,
+    full_precision,
+    per_sample,
+    scaled,
+)
 
 # softplus(o + this) is 1 at o = 0.
 _SOFTPLUS_OF_ONE = math.log(math.e - 1.0)
@@ -58,23 +64,45 @@ class Parameterisation:
             ValueError: If ``data_std`` is infinite and x_t holds no signal at one number t, where
                 the papers' unit is infinite.
         """
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        if math.isinf(self.data_std) and not isinstance(t, Tensor) and not alpha > 0:
-            raise ValueError(
-                f"data_std must be finite on a path without signal at t = {t}, got infinity: the "
-                "papers' unit sigma^2 / alpha^2 is infinite there"
-            )
-        unit = sigma**2 / (alpha**2 + (sigma / self.data_std) ** 2)
+        unit = torch.as_tensor(self._unit(schedule, t)[0], dtype=torch.float64)
         return unit if x is None else per_sample(unit, full_precision(x))
+
+    def variance(
+        self, schedule: Schedule, t: float | Tensor, x_t: Tensor, output: Tensor
+    ) -> Tensor:
+        """Return c_t ratio(o), at least in the type of x_t and in float32.
+
+        Raises:
+            ValueError: As :meth:`scale`.
+        """
+        return scaled(self._unit(schedule, t)[0], x_t, self.ratio(output))
 
     def gaussian_mean(self, schedule: Schedule, t: float | Tensor, x_t: Tensor) -> Tensor:
         """Return the posterior mean of centred Gaussian data, alpha c_t / sigma^2 x_t.
 
         For infinite ``data_std`` this is x_t / alpha.
+
+        Raises:
+            ValueError: As :meth:`scale`.
         """
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-        factor = alpha / (alpha**2 + (sigma / self.data_std) ** 2)
-        return per_sample(factor, full_precision(x_t)) * x_t
+        return scaled(self._unit(schedule, t)[1], x_t, x_t)
+
+    def _unit(self, schedule: Schedule, t: float | Tensor) -> tuple[Any, Any]:
+        """Return c_t and alpha c_t / sigma^2, numbers at one number t."""
+        alpha: Any
+        sigma: Any
+        if isinstance(t, Tensor):
+            alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        else:
+            alpha, sigma, *_ = schedule.level(t)
+            if math.isinf(self.data_std) and not alpha > 0:
+                raise ValueError(
+                    f"data_std must be finite on a path without signal at t = {t}, got infinity: "
+                    "the papers' unit sigma^2 / alpha^2 is infinite there"
+                )
+        size = sigma / self.data_std
+        total = alpha * alpha + size * size
+        return sigma * sigma / total, alpha / total
 
     def ratio(self, output: Tensor) -> Tensor:
         """Return 1 + o, or softplus(o + log(e - 1)), which is 1 at 0 too; at least in float32."""

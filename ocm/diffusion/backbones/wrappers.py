@@ -20,9 +20,9 @@ def unwrapped(backbone: Any) -> Any:
     while True:
         if isinstance(backbone, nn.parallel.DistributedDataParallel):
             backbone = backbone.module
-        elif hasattr(backbone, "_orig_mod"):  # of torch.compile
+        elif "_orig_mod" in getattr(backbone, "_modules", ()):  # of torch.compile
             backbone = backbone._orig_mod
-        elif hasattr(backbone, "get_base_model"):  # of peft
+        elif hasattr(type(backbone), "get_base_model"):  # of peft
             backbone = backbone.get_base_model()
         else:
             return backbone
