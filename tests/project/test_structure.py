@@ -27,7 +27,7 @@ MOST_FILES = 12
 # What trains, stores, scores and commands is a rig around the method, and stays small.
 RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
 MOST_LINES_OF_THE_RIG = 5_700
-MOST_LINES = 16_120
+MOST_LINES = 16_350
 
 
 def sources_of(folder, package):
