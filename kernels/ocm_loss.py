@@ -277,7 +277,7 @@ def _launch(
             as_int32(num_probes),
             tiles.first,
             tiles.first_probe,
-            tiles.count,
+            tiles.num_tiles,
             *lay.numbers,
             as_int32(sample_offset),
             weight,

@@ -182,13 +182,13 @@ class SignTiles(NamedTuple):
     Attributes:
         first: Number of the first tile, below 2**28.
         first_probe: Which of its probes is the first of the run.
-        count: How many tiles.
+        num_tiles: How many tiles.
         whole: Whether the run is all of their probes.
     """
 
     first: int
     first_probe: int
-    count: int
+    num_tiles: int
     whole: bool
 
     @classmethod
@@ -197,12 +197,12 @@ class SignTiles(NamedTuple):
 
         Example:
             >>> SignTiles.of(probe_offset=30, num_probes=5)
-            SignTiles(first=1, first_probe=14, count=2, whole=False)
+            SignTiles(first=1, first_probe=14, num_tiles=2, whole=False)
         """
         first, first_probe = divmod(probe_offset, PROBES_PER_SIGN_TILE)
-        count = -(-(first_probe + num_probes) // PROBES_PER_SIGN_TILE)
+        num_tiles = -(-(first_probe + num_probes) // PROBES_PER_SIGN_TILE)
         whole = first_probe == 0 and num_probes % PROBES_PER_SIGN_TILE == 0
-        return cls(first, first_probe, count, whole)
+        return cls(first, first_probe, num_tiles, whole)
 
 
 def philox(

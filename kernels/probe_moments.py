@@ -329,7 +329,7 @@ def probe_moments_triton(
             as_int32(num_probes),
             tiles.first,
             tiles.first_probe,
-            tiles.count,
+            tiles.num_tiles,
             as_int32(count),
             *lay.numbers,
             as_int32(sample_offset),

@@ -143,7 +143,7 @@ def rademacher_triton(
     tiles = philox.SignTiles.of(probe_offset, num_probes)
     launch(
         _rademacher_kernel,
-        (lay.num_programs, *rows_of_grid(tiles.count)),
+        (lay.num_programs, *rows_of_grid(tiles.num_tiles)),
         (seed, out),
         (
             as_int32(num_probes),

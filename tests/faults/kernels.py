@@ -232,8 +232,8 @@ FAULTS = [
     Fault(
         "tiles without the first probe's place",
         "hessdiag/kernels/philox.py",
-        "count = -(-(first_probe + num_probes) // PROBES_PER_SIGN_TILE)",
-        "count = -(-num_probes // PROBES_PER_SIGN_TILE)",
+        "num_tiles = -(-(first_probe + num_probes) // PROBES_PER_SIGN_TILE)",
+        "num_tiles = -(-num_probes // PROBES_PER_SIGN_TILE)",
         LAUNCH,
     ),
     Fault(

@@ -75,7 +75,7 @@ def test_tiles_of_probes():
         for num_probes in (1, 15, 16, 17, 32, 40):
             tiles = SignTiles.of(probe_offset, num_probes)
             touched = {p // 16 for p in range(probe_offset, probe_offset + num_probes)}
-            assert (tiles.first, tiles.count) == (min(touched), len(touched))
+            assert (tiles.first, tiles.num_tiles) == (min(touched), len(touched))
             assert tiles.first * 16 + tiles.first_probe == probe_offset
             assert tiles.whole == (num_probes == 16 * len(touched))
 
