@@ -133,6 +133,7 @@ def _attention_jvp_kernel(
     BLOCK_VALUE: tl.constexpr,
     CHUNK: tl.constexpr,
     PROBES: tl.constexpr,
+    UNIT: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     # A program: a block of queries of one head of one sample, and PROBES tangents. MASK: 0 for
@@ -147,13 +148,15 @@ def _attention_jvp_kernel(
     probe = (index // batch) * PROBES
     key_head = head // heads_per_key
 
-    query_ptr += sample * q_batch + head * q_head
-    key_ptr += sample * k_batch + key_head * k_head
-    value_ptr += sample * v_batch + key_head * v_head
+    # Strides of rows are in units of 16 bytes where they can be, which lets the compiler load so
+    # many at a time.
+    query_ptr += (sample * q_batch + head * q_head) * UNIT
+    key_ptr += (sample * k_batch + key_head * k_head) * UNIT
+    value_ptr += (sample * v_batch + key_head * v_head) * UNIT
     first_probe = probe.to(tl.int64)
-    query_tangent_ptr += first_probe * dq_probe + sample * dq_batch + head * dq_head
-    key_tangent_ptr += first_probe * dk_probe + sample * dk_batch + key_head * dk_head
-    value_tangent_ptr += first_probe * dv_probe + sample * dv_batch + key_head * dv_head
+    query_tangent_ptr += (first_probe * dq_probe + sample * dq_batch + head * dq_head) * UNIT
+    key_tangent_ptr += (first_probe * dk_probe + sample * dk_batch + key_head * dk_head) * UNIT
+    value_tangent_ptr += (first_probe * dv_probe + sample * dv_batch + key_head * dv_head) * UNIT
     mask_ptr += (sample % mask_batch) * mask_sample + head * mask_head
     mask_ptr += first.to(tl.int64) * mask_row
 
@@ -162,16 +165,16 @@ def _attention_jvp_kernel(
     query_tangents = ()
     if CHUNK == BLOCK_HEAD:
         query = _load_tile(
-            query_ptr, first, num_queries, q_row, True, 0, HEAD, QUERIES, BLOCK_HEAD, WIDE
+            query_ptr, first, num_queries, q_row * UNIT, True, 0, HEAD, QUERIES, BLOCK_HEAD, WIDE
         )
         if QUERY_TANGENT:
             for i in tl.static_range(PROBES):
                 query_tangents += (
                     _load_tile(
-                        query_tangent_ptr + i * dq_probe,
+                        query_tangent_ptr + i * (dq_probe * UNIT),
                         first,
                         num_queries,
-                        dq_row,
+                        dq_row * UNIT,
                         probe + i < num_probes,
                         0,
                         HEAD,
@@ -202,7 +205,9 @@ def _attention_jvp_kernel(
             slopes += (tl.zeros([QUERIES, KEYS], tl.float32),)
         if CHUNK == BLOCK_HEAD:
             key = tl.trans(
-                _load_tile(key_ptr, start, num_keys, k_row, True, 0, HEAD, KEYS, BLOCK_HEAD, WIDE)
+                _load_tile(
+                    key_ptr, start, num_keys, k_row * UNIT, True, 0, HEAD, KEYS, BLOCK_HEAD, WIDE
+                )
             )
             scores = _add_product(query, key, scores, UPCAST)
             sums = ()
@@ -212,10 +217,10 @@ def _attention_jvp_kernel(
                     slope = _add_product(query_tangents[i], key, slope, UPCAST)
                 if KEY_TANGENT:
                     key_tangent = _load_tile(
-                        key_tangent_ptr + i * dk_probe,
+                        key_tangent_ptr + i * (dk_probe * UNIT),
                         start,
                         num_keys,
-                        dk_row,
+                        dk_row * UNIT,
                         probe + i < num_probes,
                         0,
                         HEAD,
@@ -229,11 +234,29 @@ def _attention_jvp_kernel(
         else:
             for column in range(0, HEAD, CHUNK):
                 query = _load_tile(
-                    query_ptr, first, num_queries, q_row, True, column, HEAD, QUERIES, CHUNK, WIDE
+                    query_ptr,
+                    first,
+                    num_queries,
+                    q_row * UNIT,
+                    True,
+                    column,
+                    HEAD,
+                    QUERIES,
+                    CHUNK,
+                    WIDE,
                 )
                 key = tl.trans(
                     _load_tile(
-                        key_ptr, start, num_keys, k_row, True, column, HEAD, KEYS, CHUNK, WIDE
+                        key_ptr,
+                        start,
+                        num_keys,
+                        k_row * UNIT,
+                        True,
+                        column,
+                        HEAD,
+                        KEYS,
+                        CHUNK,
+                        WIDE,
                     )
                 )
                 scores = _add_product(query, key, scores, UPCAST)
@@ -242,10 +265,10 @@ def _attention_jvp_kernel(
                     slope = slopes[i]
                     if QUERY_TANGENT:
                         query_tangent = _load_tile(
-                            query_tangent_ptr + i * dq_probe,
+                            query_tangent_ptr + i * (dq_probe * UNIT),
                             first,
                             num_queries,
-                            dq_row,
+                            dq_row * UNIT,
                             probe + i < num_probes,
                             column,
                             HEAD,
@@ -256,10 +279,10 @@ def _attention_jvp_kernel(
                         slope = _add_product(query_tangent, key, slope, UPCAST)
                     if KEY_TANGENT:
                         key_tangent = _load_tile(
-                            key_tangent_ptr + i * dk_probe,
+                            key_tangent_ptr + i * (dk_probe * UNIT),
                             start,
                             num_keys,
-                            dk_row,
+                            dk_row * UNIT,
                             probe + i < num_probes,
                             column,
                             HEAD,
@@ -299,7 +322,7 @@ def _attention_jvp_kernel(
         # The sums are over what the products of half types see, rounded: so what is constant over
         # keys cancels.
         value = _load_tile(
-            value_ptr, start, num_keys, v_row, True, 0, VALUE_HEAD, KEYS, BLOCK_VALUE, WIDE
+            value_ptr, start, num_keys, v_row * UNIT, True, 0, VALUE_HEAD, KEYS, BLOCK_VALUE, WIDE
         )
         rounded = weights.to(value.dtype)
         weights = rounded.to(tl.float32)
@@ -312,10 +335,10 @@ def _attention_jvp_kernel(
             change = changes[i]
             if VALUE_TANGENT:
                 value_tangent = _load_tile(
-                    value_tangent_ptr + i * dv_probe,
+                    value_tangent_ptr + i * (dv_probe * UNIT),
                     start,
                     num_keys,
-                    dv_row,
+                    dv_row * UNIT,
                     probe + i < num_probes,
                     0,
                     VALUE_HEAD,
@@ -442,6 +465,9 @@ def attention_jvp_triton(
     strides = [stride for tensor in rows for stride in tensor.stride()[:-1]]
     for change in changes:
         strides += [0] * 4 if change is None else change.stride()[:-1]
+    vector = 16 // query.itemsize
+    unit = vector if all(stride % vector == 0 for stride in strides) else 1
+    strides = [stride // unit for stride in strides]
     strides += [0] * 4 if attn_mask is None else attn_mask.stride()
     if attn_mask is None:
         mask_kind, mask = 0, query
@@ -478,14 +504,15 @@ def attention_jvp_triton(
             VALUE_TANGENT=value_tangent is not None,
             MASK=mask_kind,
             CAUSAL=is_causal,
-            # Offsets inside of a tile, of at most 128 rows.
-            WIDE=max(strides) >= 2**23,
+            # Offsets inside of a tile: at most 64 rows, of strides of at most 8 elements a unit.
+            WIDE=max(strides) >= 2**20,
             QUERIES=tile.queries,
             KEYS=tile.keys,
             BLOCK_HEAD=block_head,
             BLOCK_VALUE=block_value,
             CHUNK=min(tile.chunk, block_head),
             PROBES=probes,
+            UNIT=unit,
             # Triton's interpreter multiplies the bits of bfloat16, as integers.
             UPCAST=not isinstance(_attention_jvp_kernel, triton.JITFunction),
             num_warps=tile.num_warps,
