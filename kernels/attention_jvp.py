@@ -19,7 +19,8 @@ At the end o = a / l and do = (b - c o) / l. t needs no tangent: o does not depe
 
 A block of S and exp(S - t) serves several probes in one program, which keeps c and b for each.
 Beyond inputs and outputs the kernel takes no memory. The reference holds the scores of a block of
-queries at a time, at most ``TEMPORARY_BYTES`` of them, or one row where that alone is more.
+queries at a time, at most ``TEMPORARY_BYTES`` of them for the type of the device, or one row where
+that alone is more.
 
 A query that may look at no key has o = 0 and do = 0, as in PyTorch.
 """
@@ -36,9 +37,9 @@ from torch import Tensor
 from hessdiag.kernels._checks import FLOAT_TYPES
 from hessdiag.kernels._triton import on_device_of, tl, triton
 
-# What the reference holds at a time: scores, and what is made of them. They stay in the cache of a
-# processor, where more is slower.
-TEMPORARY_BYTES = 2**22
+# What the reference holds at a time: scores, and what is made of them. On a processor they stay in
+# its cache; a GPU needs many to be busy.
+TEMPORARY_BYTES = {"cpu": 2**22, "cuda": 2**28}
 # Head sizes above take the reference.
 _LARGEST_HEAD = 128
 
@@ -557,8 +558,9 @@ def attention_jvp_reference(
         *(None if change is None else change.flatten(1, 2) for change in changes),
     )
     dtype = torch.promote_types(query.dtype, torch.float32)
+    most = TEMPORARY_BYTES.get(query.device.type, TEMPORARY_BYTES["cuda"])
     outs, tangents = out.flatten(0, 1), tangent.flatten(1, 2)
-    for group, first, last in _blocks(batch * heads, num_queries, num_keys, dtype.itemsize):
+    for group, first, last in _blocks(batch * heads, num_queries, num_keys * dtype.itemsize, most):
         some_keys = min(num_keys, last) if is_causal else num_keys
         part = flat.part(group, first, last, some_keys, heads // key.shape[1], dtype)
         scores = torch.baddbmm(_nothing(query, dtype), part.query, part.key.mT, beta=0, alpha=scale)
@@ -649,11 +651,11 @@ class _Flat(NamedTuple):
 
 
 def _blocks(
-    num_heads: int, num_queries: int, num_keys: int, itemsize: int
+    num_heads: int, num_queries: int, row_bytes: int, most_bytes: int
 ) -> Iterator[tuple[slice, int, int]]:
     """Return groups of heads and ranges of their queries whose scores fit the temporary memory."""
     # Scores and weights, and as much again for the elementwise functions between them.
-    rows = max(1, TEMPORARY_BYTES // max(1, 3 * num_keys * itemsize))
+    rows = max(1, most_bytes // max(1, 3 * row_bytes))
     heads = max(1, rows // max(1, num_queries))
     for head in range(0, num_heads, heads):
         group = slice(head, min(head + heads, num_heads))

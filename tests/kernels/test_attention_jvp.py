@@ -150,16 +150,17 @@ def assert_right(points, tangents, device, *, mask=None, causal=False, scale=Non
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(5, 7), (37, 18), (18, 37)])
 def test_masks(kind, causal, queries, keys, kernel_device):
-    points = inputs(queries=queries, keys=keys, probes=3, dtype=torch.float32)
-    mask = mask_of(kind, 2, 2, queries, keys)
+    heads = 2 if queries < 10 else 1
+    points = inputs(2, heads, queries, keys, probes=2, dtype=torch.float32)
+    mask = mask_of(kind, 2, heads, queries, keys)
     assert_right(points[:3], points[3:], kernel_device, mask=mask, causal=causal)
 
 
 @pytest.mark.parametrize("head", [16, 32, 40, 64, 72, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_head_sizes_and_types(head, dtype, kernel_device):
-    points = inputs(batch=1, queries=35, keys=34, head=head, probes=2, dtype=dtype)
-    mask = mask_of("additive", 1, 2, 35, 34)
+    points = inputs(1, 1, queries=9, keys=34, head=head, probes=2, dtype=dtype)
+    mask = mask_of("additive", 1, 1, 9, 34)
     assert_right(points[:3], points[3:], kernel_device, mask=mask)
 
 
@@ -187,8 +188,7 @@ def test_no_tangents_at_all(kernel_device):
         assert torch.equal(tangent.squeeze(0) if tangent.dim() == 5 else tangent, 0 * out)
 
 
-@pytest.mark.parametrize("key_heads", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["none", "additive", "boolean"])
+@pytest.mark.parametrize(("key_heads", "kind"), [(1, "none"), (2, "additive"), (3, "boolean")])
 def test_grouped_queries(key_heads, kind, kernel_device):
     points = inputs(heads=6, key_heads=key_heads, probes=2, dtype=torch.float32)
     mask = mask_of(kind, 2, 6, 5, 7)
@@ -297,7 +297,6 @@ def test_strides(layout, kernel_device):
 def test_large_strides_are_counted_in_64_bits(kernel_device, monkeypatch):
     """The same program as for offsets that do not fit, on small tensors."""
     points = inputs(queries=9, keys=20, probes=2, dtype=torch.float32)
-    wide = torch.empty(2, 2, 1, 1).expand(2, 2, 9, 20)
     mask = torch.randn(9, 20)
     seen = []
 
@@ -315,7 +314,6 @@ def test_large_strides_are_counted_in_64_bits(kernel_device, monkeypatch):
     result = by_kernel(points[:3], points[3:], mask, device=kernel_device)
     assert_near(result, wanted, torch.float32)
     assert seen == [False]
-    assert wide.shape == (2, 2, 9, 20)
 
 
 @pytest.mark.parametrize("empty", ["queries", "keys", "batch", "probes"])
@@ -353,32 +351,31 @@ class TestTemporaryMemory:
     @pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
     @pytest.mark.parametrize("causal", [False, True])
     def test_results_do_not_depend_on_the_blocks(self, limit, kind, causal, monkeypatch):
-        monkeypatch.setattr(module, "TEMPORARY_BYTES", limit)
+        monkeypatch.setitem(module.TEMPORARY_BYTES, "cpu", limit)
         points = inputs(2, 4, 5, 7, probes=2, key_heads=2)
         mask = mask_of(kind, 2, 4, 5, 7)
         wanted = expected_of_probes(points[:3], points[3:], mask=mask, causal=causal)
         results = attention_jvp(*points, attn_mask=mask, is_causal=causal, enable_gqa=True)
         assert_near(results, wanted, torch.float64)
 
-    def test_blocks_cover_every_query_once(self, monkeypatch):
-        monkeypatch.setattr(module, "TEMPORARY_BYTES", 3 * 7 * 4 * 10)
+    @pytest.mark.parametrize("rows", [1, 3, 4, 10, 24, 100])
+    def test_blocks_cover_every_query_once(self, rows):
         seen = torch.zeros(6, 4, dtype=torch.int)
-        for group, first, last in module._blocks(6, 4, 7, 4):
-            assert (group.stop - group.start) * (last - first) <= 10
+        for group, first, last in module._blocks(6, 4, 28, 3 * 28 * rows):
+            assert (group.stop - group.start) * (last - first) <= rows
             seen[group, first:last] += 1
         assert (seen == 1).all()
 
     @pytest.mark.parametrize("size", [1024, 4096])
     def test_it_does_not_grow_with_the_scores(self, size):
         """Bytes that the CPU allocates, of the op and of PyTorch's rule."""
-        q, k, v, dq, dk, dv = inputs(1, 2, size, size, head=16, dtype=torch.float32)
+        q, k, v, dq, dk, dv = inputs(1, 1, size, size, head=16, dtype=torch.float32)
         ours = peak_bytes(lambda: attention_jvp(q, k, v, dq, dk, dv))
         theirs = peak_bytes(lambda: torch.func.jvp(by_mathematics(), (q, k, v), (dq, dk, dv)))
         outputs = 2 * q.nbytes
-        # Two buffers of scores and, for each, what small tensors take.
-        assert ours <= outputs + module.TEMPORARY_BYTES + 4 * q.nbytes
-        assert theirs >= 3 * 2 * size * size * 4
-        assert theirs >= (4 if size == 1024 else 40) * ours
+        assert ours <= outputs + module.TEMPORARY_BYTES["cpu"] + 4 * q.nbytes
+        assert theirs >= 3 * size * size * 4
+        assert theirs >= (3 if size == 1024 else 25) * ours
 
 
 def test_under_vmap_and_jvp():
