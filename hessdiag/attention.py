@@ -29,8 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hessdiag.kernels import attention_jvp
 
-# Bytes of the scores of all heads and tangents from which on the op is the faster one on a CPU
-# (benchmark suite attention): below, fewer and larger calls of operators win.
+# Bytes of the scores of all heads and tangents from which on the op is not the slower one on a CPU
+# (benchmark suite attention): below, what it costs to call it shows.
 _SMALL_SCORES = 2**22
 # Triton and the shared memory of a tile ask for an A100 or later.
 _LEAST_CAPABILITY = (8, 0)
@@ -70,7 +70,7 @@ def attention(
             any(tangent is not None for tangent in tangents)
             and _constant(mask)
             and not _has_graph([*points, *tangents, mask])
-            and _is_worth_it(query, key, tangents)
+            and takes_op(query, key, next(t for t in tangents if t is not None))
         ):
             # (E, L) and (B, L, E) are heads without batch, and samples of one head.
             dims = query.dim()
@@ -225,12 +225,22 @@ def _has_graph(tensors: list[Tensor | None]) -> bool:
     return any(tensor is not None and _innermost(tensor).requires_grad for tensor in tensors)
 
 
-def _is_worth_it(query: Tensor, key: Tensor, tangents: list[Tensor | None]) -> bool:
-    """Say whether the op is not the slower way: always on a GPU, by the scores on a CPU."""
+def takes_op(query: Tensor, key: Tensor, tangent: Tensor) -> bool:
+    """Say whether the op is not the slower way: always on a GPU, by the size of scores on a CPU.
+
+    Args:
+        query: Shape (..., L, E).
+        key: Shape (..., S, E).
+        tangent: Of one of the arguments; its samples, heads and probes are counted, those of vmap
+            included.
+
+    Example:
+        >>> few, many = torch.zeros(1, 1, 64, 8), torch.zeros(1, 4, 1024, 8)
+        >>> takes_op(few, few, few), takes_op(many, many, many)
+        (False, True)
+    """
     if query.device.type != "cpu":
         return True
-    tangent = next(tangent for tangent in tangents if tangent is not None)
-    # Samples, heads and probes, those of vmap included.
     rows = _innermost(tangent).numel() // max(1, tangent.shape[-1] * tangent.shape[-2])
     return rows * query.shape[-2] * key.shape[-2] * query.itemsize >= _SMALL_SCORES
 

@@ -70,6 +70,12 @@ def _load_tile(
 
 
 @triton.jit
+def _no_tiles():
+    # By a function, whose result type checkers take for a tuple of any length.
+    return ()
+
+
+@triton.jit
 def _add_product(a, b, total, UPCAST: tl.constexpr):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
@@ -163,7 +169,7 @@ def _attention_jvp_kernel(
 
     # Half types keep whole rows of queries in shared memory. Products of float32 go through
     # registers, which hold CHUNK columns at a time.
-    query_tangents = ()
+    query_tangents = _no_tiles()
     if CHUNK == BLOCK_HEAD:
         query = _load_tile(
             query_ptr, first, num_queries, q_row * UNIT, True, 0, HEAD, QUERIES, BLOCK_HEAD, WIDE
@@ -187,8 +193,8 @@ def _attention_jvp_kernel(
     top = tl.full([QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     out = tl.zeros([QUERIES, BLOCK_VALUE], tl.float32)
-    tangents = ()
-    changes = ()
+    tangents = _no_tiles()
+    changes = _no_tiles()
     for _ in tl.static_range(PROBES):
         tangents += (tl.zeros([QUERIES, BLOCK_VALUE], tl.float32),)
         changes += (tl.zeros([QUERIES], tl.float32),)
@@ -201,7 +207,7 @@ def _attention_jvp_kernel(
     for start in range(0, end, KEYS):
         # S and dS, without their scale.
         scores = tl.zeros([QUERIES, KEYS], tl.float32)
-        slopes = ()
+        slopes = _no_tiles()
         for _ in tl.static_range(PROBES):
             slopes += (tl.zeros([QUERIES, KEYS], tl.float32),)
         if CHUNK == BLOCK_HEAD:
@@ -211,7 +217,7 @@ def _attention_jvp_kernel(
                 )
             )
             scores = _add_product(query, key, scores, UPCAST)
-            sums = ()
+            sums = _no_tiles()
             for i in tl.static_range(PROBES):
                 slope = slopes[i]
                 if QUERY_TANGENT:
@@ -261,7 +267,7 @@ def _attention_jvp_kernel(
                     )
                 )
                 scores = _add_product(query, key, scores, UPCAST)
-                sums = ()
+                sums = _no_tiles()
                 for i in tl.static_range(PROBES):
                     slope = slopes[i]
                     if QUERY_TANGENT:
@@ -329,8 +335,8 @@ def _attention_jvp_kernel(
         weights = rounded.to(tl.float32)
         total = total * shrink + tl.sum(weights, axis=1)
         out = _add_product(rounded, value, out * shrink[:, None], UPCAST)
-        new_tangents = ()
-        new_changes = ()
+        new_tangents = _no_tiles()
+        new_changes = _no_tiles()
         for i in tl.static_range(PROBES):
             tangent = tangents[i] * shrink[:, None]
             change = changes[i]
@@ -524,7 +530,7 @@ def attention_jvp_triton(
 
 def _power_of_two(size: int) -> int:
     """Return the least power of two from 16 on that is not below ``size``."""
-    return max(16, 2 ** math.ceil(math.log2(max(size, 1))))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _with_whole_rows(tensor: Tensor) -> Tensor:
@@ -725,41 +731,45 @@ def _(
     info: Any, in_dims: Sequence[int | None], *arguments: Any
 ) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int]]:
     """Take what is batched as further probes where only tangents are, else as further samples."""
-    size, tensors, rest = info.batch_size, arguments[:7], arguments[7:]
+    size: int = info.batch_size
+    points, changes, mask, rest = arguments[:3], arguments[3:6], arguments[6], arguments[7:]
+    dims_of_points, dims_of_changes, dim_of_mask = in_dims[:3], in_dims[3:6], in_dims[6]
 
-    def batched(which: int, place: int) -> Tensor | None:
-        tensor, dim = tensors[which], in_dims[which]
-        if tensor is None:
-            return None
-        if dim is None:
-            return tensor.unsqueeze(place).expand(
-                *tensor.shape[:place], size, *tensor.shape[place:]
-            )
-        return tensor.movedim(dim, place)
+    def folded(tensor: Tensor | None, dim: int | None, place: int) -> Tensor | None:
+        """Return a tensor with what is batched in front of dimension ``place``, and part of it."""
+        return (
+            None
+            if tensor is None
+            else _in_front(tensor, dim, place, size).flatten(place, place + 1)
+        )
 
-    if all(dim is None for dim in (*in_dims[:3], in_dims[6])):
-        changes = [batched(which, 0) for which in (3, 4, 5)]
-        num_probes = next(change.shape[1] for change in changes if change is not None)
-        folded = [None if change is None else change.flatten(0, 1) for change in changes]
-        out, tangent = _attention_jvp(*tensors[:3], *folded, tensors[6], *rest)
-        return (out, tangent.unflatten(0, (size, num_probes))), (None, 0)
+    if all(dim is None for dim in (*dims_of_points, dim_of_mask)):
+        batched = [folded(*change, 0) for change in zip(changes, dims_of_changes, strict=True)]
+        out, tangent = _attention_jvp(*points, *batched, mask, *rest)
+        return (out, tangent.unflatten(0, (size, len(tangent) // size))), (None, 0)
 
-    points = [batched(which, 0) for which in (0, 1, 2)]
-    batch = points[0].shape[1]
-    changes = [batched(which, 1) for which in (3, 4, 5)]
-    mask = tensors[6]
-    # Sample b of the mask is b modulo their number: one for all stays as it is.
-    if in_dims[6] is not None:
-        mask = batched(6, 0)
+    # Sample b takes mask b modulo their number: one that is not batched stays as it is.
+    if dim_of_mask is not None:
+        mask = mask.movedim(dim_of_mask, 0)
+        batch = _in_front(points[0], dims_of_points[0], 0, size).shape[1]
         repeats = batch // mask.shape[1]
         mask = mask.unsqueeze(1).expand(size, repeats, *mask.shape[1:]).flatten(0, 2)
     out, tangent = _attention_jvp(
-        *(point.flatten(0, 1) for point in points),
-        *(None if change is None else change.flatten(1, 2) for change in changes),
+        *(folded(*point, 0) for point in zip(points, dims_of_points, strict=True)),
+        *(folded(*change, 1) for change in zip(changes, dims_of_changes, strict=True)),
         mask,
         *rest,
     )
+    batch = len(out) // size
     return (out.unflatten(0, (size, batch)), tangent.unflatten(1, (size, batch))), (0, 1)
+
+
+def _in_front(tensor: Tensor, dim: int | None, place: int, size: int) -> Tensor:
+    """Return a tensor with its batched dimension at ``place``; one without is expanded."""
+    if dim is not None:
+        return tensor.movedim(dim, place)
+    shape = tensor.shape
+    return tensor.unsqueeze(place).expand(*shape[:place], size, *shape[place:])
 
 
 def attention_jvp(
@@ -862,7 +872,7 @@ def _check_points(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -
 
 def _check_tangents(tangents: dict[str, tuple[Tensor | None, Tensor]]) -> bool:
     """Return whether the tangents have a probe dimension, which all must have, or none."""
-    numbers = {}
+    numbers: dict[str, int | None] = {}
     for name, (tangent, point) in tangents.items():
         if tangent is None:
             continue

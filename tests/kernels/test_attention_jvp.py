@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from allocated import peak_bytes
+from harness.memory import allocated_bytes
 from torch.nn import functional
 
 from hessdiag.kernels import attention_jvp
@@ -370,8 +370,8 @@ class TestTemporaryMemory:
     def test_it_does_not_grow_with_the_scores(self, size):
         """Bytes that the CPU allocates, of the op and of PyTorch's rule."""
         q, k, v, dq, dk, dv = inputs(1, 1, size, size, head=16, dtype=torch.float32)
-        ours = peak_bytes(lambda: attention_jvp(q, k, v, dq, dk, dv))
-        theirs = peak_bytes(lambda: torch.func.jvp(by_mathematics(), (q, k, v), (dq, dk, dv)))
+        ours = allocated_bytes(lambda: attention_jvp(q, k, v, dq, dk, dv))
+        theirs = allocated_bytes(lambda: torch.func.jvp(by_mathematics(), (q, k, v), (dq, dk, dv)))
         outputs = 2 * q.nbytes
         assert ours <= outputs + module.TEMPORARY_BYTES["cpu"] + 4 * q.nbytes
         assert theirs >= 3 * size * size * 4
