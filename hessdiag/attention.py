@@ -5,7 +5,8 @@ Its mathematical backend has one, which holds several tensors of L x S for each 
 :func:`hessdiag.kernels.attention_jvp` takes the place of that where it can:
 
 - for one level of forward mode, inside of any number of vmaps (probes, samples), on plain tensors
-  of 2 to 4 dimensions, of one floating-point type, on a CPU or a CUDA device that runs Triton;
+  of 2 to 4 dimensions, of one floating-point type that autocast leaves alone, on a CPU or a CUDA
+  device that runs Triton;
 - where nothing else differentiates through it: no ``torch.func.grad``, no second level, no graph;
 - without dropout, and with a mask that has no tangent and requires no gradient;
 - in eager mode: what is compiled or traced holds operators of PyTorch alone;
@@ -32,6 +33,7 @@ from hessdiag.kernels import attention_jvp
 # Bytes of the scores of all heads and tangents from which on the op is not the slower one on a CPU
 # (benchmark suite attention): below, what it costs to call it shows.
 _SMALL_SCORES = 2**22
+_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Triton and the shared memory of a tile ask for an A100 or later.
 _LEAST_CAPABILITY = (8, 0)
 
@@ -56,42 +58,55 @@ def attention(
         >>> tangent.shape
         torch.Size([1, 2, 4, 8])
     """
+    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    attended = _by_op(*arguments)
+    return _mathematical(*arguments) if attended is None else attended
+
+
+def _by_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """Return attention with its tangent by the op, or None where that cannot be or is slower."""
     points, mask = (query, key, value), attn_mask
-    if (
+    if not (
         _is_eager()
         and dropout_p == 0.0
         and not (is_causal and mask is not None)
         and _one_level_of_forward_mode()
         and _fits(points, mask, enable_gqa)
     ):
-        duals = [forward_ad.unpack_dual(point) for point in points]
-        tangents = [dual.tangent for dual in duals]
-        if (
-            any(tangent is not None for tangent in tangents)
-            and _constant(mask)
-            and not _has_graph([*points, *tangents, mask])
-            and takes_op(query, key, next(t for t in tangents if t is not None))
-        ):
-            # (E, L) and (B, L, E) are heads without batch, and samples of one head.
-            dims = query.dim()
-            primals = [_with_four_dims(dual.primal) for dual in duals]
-            changes = [
-                None if tangent is None else _with_four_dims(tangent) for tangent in tangents
-            ]
-            if mask is not None and dims == 3 and mask.dim() == 3:
-                mask = mask.unsqueeze(1)
-            out, tangent = attention_jvp(
-                *primals,
-                *changes,
-                attn_mask=mask,
-                is_causal=is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-            shape = (*query.shape[:-1], value.shape[-1])
-            attended: Tensor = forward_ad.make_dual(out.reshape(shape), tangent.reshape(shape))
-            return attended
-    return _mathematical(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
+        return None
+    duals = [forward_ad.unpack_dual(point) for point in points]
+    tangents = [dual.tangent for dual in duals]
+    given = next((tangent for tangent in tangents if tangent is not None), None)
+    if (
+        given is None
+        or not _constant(mask)
+        or _has_graph([*points, *tangents, mask])
+        or not takes_op(query, key, given)
+    ):
+        return None
+    # (L, E) has no heads, (H, L, E) no samples; a head is a sample there.
+    if mask is not None and query.dim() == 3 and mask.dim() == 3:
+        mask = mask.unsqueeze(1)
+    out, change = attention_jvp(
+        *(_with_four_dims(dual.primal) for dual in duals),
+        *(None if tangent is None else _with_four_dims(tangent) for tangent in tangents),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )
+    shape = (*query.shape[:-1], value.shape[-1])
+    attended: Tensor = forward_ad.make_dual(out.reshape(shape), change.reshape(shape))
+    return attended
 
 
 def _mathematical(
@@ -120,22 +135,22 @@ def multi_head_attention(
 
     It is Python code, within which a mode of torch functions is not heeded.
     """
-    if not _is_eager():
-        # The switch is that of the whole process, but only one thread at a time is in forward mode.
-        with sdpa_kernel(SDPBackend.MATH):
+    # The switch is that of the whole process, but only one thread at a time is in forward mode.
+    with sdpa_kernel(SDPBackend.MATH):
+        if not _is_eager():
             return func(*args, **kwargs)
-    with _attention_in_place():
-        return func(*args, **kwargs)
+        with _op_in_place():
+            return func(*args, **kwargs)
 
 
 @contextmanager
-def _attention_in_place() -> Iterator[None]:
-    """Let this thread meet :func:`attention` where PyTorch's Python code calls its own."""
+def _op_in_place() -> Iterator[None]:
+    """Let this thread meet the op, where it can be taken, in PyTorch's Python code."""
     original, here = functional.scaled_dot_product_attention, threading.get_ident()
 
     def chosen(*args: Any, **kwargs: Any) -> Any:
-        function = attention if threading.get_ident() == here else original
-        return function(*args, **kwargs)
+        attended = _by_op(*args, **kwargs) if threading.get_ident() == here else None
+        return original(*args, **kwargs) if attended is None else attended
 
     functional.scaled_dot_product_attention = chosen
     try:
@@ -181,7 +196,8 @@ def _fits(points: tuple[Tensor, ...], mask: Tensor | None, enable_gqa: bool) -> 
         return False
     heads = -3 if dims == 4 else -2
     return (
-        query.is_floating_point()
+        query.dtype in _TYPES
+        and not _is_cast(query)
         and all(t.dtype == query.dtype and t.device == device for t in points)
         and query.shape[-1] == key.shape[-1]
         and key.shape[:-1] == value.shape[:-1]
@@ -192,6 +208,12 @@ def _fits(points: tuple[Tensor, ...], mask: Tensor | None, enable_gqa: bool) -> 
             or (enable_gqa and key.shape[1] > 0 and query.shape[1] % key.shape[1] == 0)
         )
     )
+
+
+def _is_cast(query: Tensor) -> bool:
+    """Say whether autocast would compute attention in another type."""
+    kind = query.device.type
+    return torch.is_autocast_enabled(kind) and query.dtype != torch.get_autocast_dtype(kind)
 
 
 def _mask_fits(mask: Tensor, query: Tensor, key: Tensor) -> bool:

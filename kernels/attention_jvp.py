@@ -554,22 +554,46 @@ def attention_jvp_reference(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Compute the same in PyTorch; the arguments are those of :func:`attention_jvp_triton`."""
-    batch, heads, num_queries, _ = query.shape
-    num_keys, value_size = value.shape[2:]
     changes = (query_tangent, key_tangent, value_tangent)
-    out = query.new_empty(batch, heads, num_queries, value_size)
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
     tangent = query.new_empty(_num_probes(*changes), *out.shape)
     flat = _Flat(
         *(tensor.flatten(0, 1) for tensor in (query, key, value)),
         *(None if change is None else change.flatten(1, 2) for change in changes),
     )
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    most = TEMPORARY_BYTES.get(query.device.type, TEMPORARY_BYTES["cuda"])
-    outs, tangents = out.flatten(0, 1), tangent.flatten(1, 2)
-    for group, first, last in _blocks(batch * heads, num_queries, num_keys * dtype.itemsize, most):
+    # Autocast would lower the precision of the products.
+    with torch.autocast(query.device.type, enabled=False):
+        _attend(
+            flat,
+            out.flatten(0, 1),
+            tangent.flatten(1, 2),
+            attn_mask,
+            query.shape[1],
+            key.shape[1],
+            is_causal,
+            scale,
+        )
+    return out, tangent
+
+
+def _attend(
+    flat: _Flat,
+    outs: Tensor,
+    tangents: Tensor,
+    attn_mask: Tensor | None,
+    heads: int,
+    key_heads: int,
+    is_causal: bool,
+    scale: float,
+) -> None:
+    """Write o (N, L, Ev) and do (M, N, L, Ev), a block of queries after the other."""
+    num_queries, num_keys = flat.query.shape[1], flat.key.shape[1]
+    dtype = torch.promote_types(outs.dtype, torch.float32)
+    most = TEMPORARY_BYTES.get(outs.device.type, TEMPORARY_BYTES["cuda"])
+    for group, first, last in _blocks(len(outs), num_queries, num_keys * dtype.itemsize, most):
         some_keys = min(num_keys, last) if is_causal else num_keys
-        part = flat.part(group, first, last, some_keys, heads // key.shape[1], dtype)
-        scores = torch.baddbmm(_nothing(query, dtype), part.query, part.key.mT, beta=0, alpha=scale)
+        part = flat.part(group, first, last, some_keys, heads // key_heads, dtype)
+        scores = torch.baddbmm(_nothing(outs, dtype), part.query, part.key.mT, beta=0, alpha=scale)
         if attn_mask is not None:
             _add_mask(scores, _mask_of(attn_mask, group, heads, first, last, some_keys))
         if is_causal:
@@ -581,11 +605,10 @@ def attention_jvp_reference(
             none = scores.amax(dim=-1, keepdim=True) == -torch.inf
             weights.masked_fill_(none, 0.0)
         attended = torch.bmm(weights, part.value)
-        outs[group, first:last] = attended.to(out.dtype)
+        outs[group, first:last] = attended.to(outs.dtype)
         # In the place of the scores, which nobody needs any more.
         for probe, row in enumerate(tangents):
             row[group, first:last] = part.change(probe, weights, attended, scores, scale)
-    return out, tangent
 
 
 class _Flat(NamedTuple):

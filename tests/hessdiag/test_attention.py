@@ -333,6 +333,16 @@ class TestPyTorchsOwnRule:
             assert "hessdiag" not in graph.code
             torch.testing.assert_close(graph(self.x, self.x), product(self.x, self.x))
 
+    def test_autocast(self, taken):
+        """Of another type than autocast's it casts, of its own there is nothing to cast."""
+        x = self.x.float()
+        with forward_mode_operators(), torch.autocast("cpu", torch.bfloat16):
+            torch.func.jvp(self_attention(), (x,), (x,))
+            assert not taken
+            low = torch.func.jvp(self_attention(), (x.bfloat16(),), (x.bfloat16(),))
+        assert len(taken) == 1
+        assert [t.dtype for t in low] == [torch.bfloat16] * 2
+
     def test_without_tangents(self, taken):
         with forward_mode_operators():
             result = self_attention()(self.x)
@@ -384,6 +394,11 @@ class TestMultiHeadAttention:
     def test_other_threads_have_their_own(self, taken, monkeypatch):
         """While one thread is inside of the layer, another takes attention as PyTorch has it."""
         x, y, found, original = point(2, 3, 5, 8), point(2, 4, 8), [], functional.linear
+        threads, by_op = [], module._by_op
+
+        def seen(*args, **kwargs):
+            threads.append(threading.get_ident())
+            return by_op(*args, **kwargs)
 
         def elsewhere():
             found.append(functional.scaled_dot_product_attention(x, x, x))
@@ -398,10 +413,25 @@ class TestMultiHeadAttention:
 
         layer = self.layer()
         monkeypatch.setattr(functional, "linear", linear)
+        monkeypatch.setattr(module, "_by_op", seen)
         with forward_mode_operators():
             torch.func.jvp(lambda y: layer(y, y, y, need_weights=False)[0], (y,), (y,))
         assert len(taken) == 1
-        assert torch.equal(found[0], scaled_dot_product_attention(x, x, x))
+        assert threads == [threading.get_ident()]
+        torch.testing.assert_close(found[0], scaled_dot_product_attention(x, x, x))
+
+    @pytest.mark.parametrize("small", [0, 2**60])
+    def test_autocast(self, small, monkeypatch):
+        monkeypatch.setattr(module, "_SMALL_SCORES", small)
+        layer, x = self.layer().float(), point(2, 4, 8).float()
+        mask = point(4, 4, seed=1).float()
+
+        def score_fn(x):
+            return layer(x, x, x, attn_mask=mask, need_weights=False)[0].float()
+
+        exact = hessdiag.exact(score_fn, x, mode="jvp", batching="vmap")
+        low = hessdiag.exact(score_fn, x, mode="jvp", batching="vmap", autocast=torch.bfloat16)
+        assert 0 < (low - exact).norm() < 0.05 * exact.norm()
 
     def test_a_second_derivative(self):
         layer, x = self.layer(), point(2, 4, 8)

@@ -213,6 +213,14 @@ def test_probes_at_once_are_each_alone(probes, dtype, kernel_device):
         torch.testing.assert_close(alone[0], on_kernel[m], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype):
+    points = inputs(probes=2, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = attention_jvp(*points)
+    torch.testing.assert_close(results, attention_jvp(*points), rtol=0, atol=0)
+
+
 def test_scores_far_apart(kernel_device):
     """The largest score grows from block to block, by more than exp can hold."""
     points = inputs(1, 1, 3, 100, probes=2, dtype=torch.float32)
