@@ -5,7 +5,7 @@ CPU tensors take the reference, CUDA tensors the Triton kernel; the numbers are 
 
 from hessdiag.kernels.attention_jvp import attention_jvp
 from hessdiag.kernels.gaussian_step import StepCoefficients, gaussian_step
-from hessdiag.kernels.normal import normal
+from hessdiag.kernels.normal import normal, normal_probes
 from hessdiag.kernels.ocm_loss import ocm_loss
 from hessdiag.kernels.philox import seed_tensor
 from hessdiag.kernels.probe_moments import Moments, probe_moments
@@ -17,6 +17,7 @@ __all__ = [
     "attention_jvp",
     "gaussian_step",
     "normal",
+    "normal_probes",
     "ocm_loss",
     "probe_moments",
     "rademacher",

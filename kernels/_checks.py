@@ -50,15 +50,15 @@ def check_tensor(name: str, tensor: object, device: torch.device | None = None) 
         )
 
 
-def is_eager_cpu(*tensors: Tensor) -> bool:
-    """Say whether the tensors lie on a CPU, and nobody but the caller sees what is done to them.
+def is_eager(*tensors: Tensor) -> bool:
+    """Say whether nobody but the caller sees what is done to the tensors.
 
-    Only then may values be read and computed outside of PyTorch. A compiler, a tracer, a transform
-    of ``torch.func``, automatic differentiation or a dispatch mode (fake tensors) would not see
-    it; for these there are the ops and PyTorch's operators.
+    Only then may an op go without the dispatcher. A compiler, a tracer, a transform of
+    ``torch.func``, automatic differentiation or a dispatch mode (fake tensors) would not see it;
+    for these there are the custom ops and PyTorch's operators.
 
     Example:
-        >>> is_eager_cpu(torch.tensor(7)), is_eager_cpu(torch.ones(2, device="meta"))
+        >>> is_eager(torch.ones(2)), is_eager(torch.ones(2, requires_grad=True))
         (True, False)
     """
     return (
@@ -66,8 +66,19 @@ def is_eager_cpu(*tensors: Tensor) -> bool:
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(type(t) is Tensor and t.is_cpu and not t.requires_grad for t in tensors)
+        and torch.autograd.forward_ad._current_level < 0
+        and all(type(t) is Tensor and not t.requires_grad for t in tensors)
     )
+
+
+def is_eager_cpu(*tensors: Tensor) -> bool:
+    """Say whether, besides, the tensors lie on a CPU, and may be read and computed in NumPy.
+
+    Example:
+        >>> is_eager_cpu(torch.tensor(7)), is_eager_cpu(torch.ones(2, device="meta"))
+        (True, False)
+    """
+    return is_eager(*tensors) and all(t.is_cpu for t in tensors)
 
 
 def check_shape(shape: Sequence[int]) -> list[int]:

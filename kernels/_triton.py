@@ -39,4 +39,9 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-__all__ = ["on_device_of", "tl", "triton"]
+def has_kernels(tensor: torch.Tensor) -> bool:
+    """Say whether ops on ``tensor`` are done by the Triton kernels, and not by the references."""
+    return tensor.is_cuda
+
+
+__all__ = ["has_kernels", "on_device_of", "tl", "triton"]

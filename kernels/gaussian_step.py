@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from hessdiag.kernels import philox
-from hessdiag.kernels._checks import check_tensor, rows_per_sample
-from hessdiag.kernels._triton import on_device_of, tl, triton
-
-_GROUPS_PER_PROGRAM = 256
+from hessdiag.kernels import _tuning, philox, philox_triton
+from hessdiag.kernels._checks import FLOAT_TYPES, check_tensor, rows_per_sample
+from hessdiag.kernels._launch import launch, way
+from hessdiag.kernels._layout import as_int32, layout
+from hessdiag.kernels._triton import tl, triton
 
 # How the variance lies in memory.
 _NO_VARIANCE: tl.constexpr = tl.constexpr(0)
 _ONE_VARIANCE: tl.constexpr = tl.constexpr(1)
 _VARIANCE_PER_SAMPLE: tl.constexpr = tl.constexpr(2)
 _VARIANCE_PER_ELEMENT: tl.constexpr = tl.constexpr(3)
+_SAMPLERS: tl.constexpr = tl.constexpr(philox.STREAM_SAMPLERS)
 
 
 class StepCoefficients(NamedTuple):
@@ -68,7 +69,18 @@ def _clamp(x, low, high):
     return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit(do_not_specialize=["step", "sample_offset"])
+_NUMBERS = [
+    "step",
+    "batch",
+    "groups_per_sample",
+    "multiplier",
+    "shift",
+    "features",
+    "sample_offset",
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _gaussian_step_kernel(
     seed_ptr,
     rows_ptr,
@@ -76,10 +88,12 @@ def _gaussian_step_kernel(
     prediction_ptr,
     variance_ptr,
     out_ptr,
-    num_groups,
-    groups_per_sample,
-    features,
     step,
+    batch,
+    groups_per_sample,
+    multiplier,
+    shift,
+    features,
     sample_offset,
     p,
     q,
@@ -89,8 +103,8 @@ def _gaussian_step_kernel(
     k,
     x0_low,
     x0_high,
-    variance_low,
-    variance_high,
+    low,
+    high,
     noise_variance_high,
     VARIANCE: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
@@ -98,38 +112,75 @@ def _gaussian_step_kernel(
     WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
-    offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 4, ALIGNED)
-    x_t = tl.load(x_t_ptr + offset, mask=inside).to(tl.float32)
-    prediction = tl.load(prediction_ptr + offset, mask=inside).to(tl.float32)
+    # The bounds low and high are those of the noise's variance, and PER_SAMPLE of the variance.
+    sample, group, offset, room = philox_triton.locate(
+        tl.program_id(0),
+        batch,
+        groups_per_sample,
+        multiplier,
+        shift,
+        features,
+        4,
+        ALIGNED,
+        WIDE,
+        GROUPS,
+    )
+    x_t = philox_triton.load(x_t_ptr, offset, room, 4, ALIGNED, 1).to(tl.float32)
+    prediction = philox_triton.load(prediction_ptr, offset, room, 4, ALIGNED, 1).to(tl.float32)
     if VARIANCE == _VARIANCE_PER_ELEMENT:
-        variance = tl.load(variance_ptr + offset, mask=inside).to(tl.float32)
+        variance = philox_triton.load(variance_ptr, offset, room, 4, ALIGNED, 1).to(tl.float32)
     elif VARIANCE == _VARIANCE_PER_SAMPLE:
-        exists = (index < num_groups)[:, None]
-        variance = tl.load(variance_ptr + sample[:, None], mask=exists).to(tl.float32)
+        place = variance_ptr + sample.to(tl.int64)[:, None]
+        variance = tl.load(place, mask=room > 0).to(tl.float32)
     elif VARIANCE == _ONE_VARIANCE:
         variance = tl.load(variance_ptr).to(tl.float32)
     if PER_SAMPLE:
-        exists = (index < num_groups)[:, None]
         row = rows_ptr + sample.to(tl.int64)[:, None] * 6
-        p = tl.load(row + 0, mask=exists)
-        q = tl.load(row + 1, mask=exists)
-        a = tl.load(row + 2, mask=exists)
-        b = tl.load(row + 3, mask=exists)
-        c = tl.load(row + 4, mask=exists)
-        k = tl.load(row + 5, mask=exists)
-    z = philox.normal_groups(
-        tl.load(seed_ptr), group, sample + sample_offset, step, philox.SAMPLERS
-    )
+        p = tl.load(row + 0, mask=room > 0)
+        q = tl.load(row + 1, mask=room > 0)
+        a = tl.load(row + 2, mask=room > 0)
+        b = tl.load(row + 3, mask=room > 0)
+        c = tl.load(row + 4, mask=room > 0)
+        k = tl.load(row + 5, mask=room > 0)
+    number = sample + sample_offset.to(tl.uint32)
+    z = philox_triton.normal_groups(tl.load(seed_ptr), group, number, step, _SAMPLERS)
 
     x0_hat = _clamp(p * x_t + q * prediction, x0_low, x0_high)
     if VARIANCE == _NO_VARIANCE:
-        noise_variance = c
+        noise_variance = _clamp(c, 0.0, noise_variance_high)
+    elif PER_SAMPLE:
+        noise_variance = c + k * _clamp(variance, low, high)
+        noise_variance = _clamp(noise_variance, 0.0, noise_variance_high)
     else:
-        noise_variance = c + k * _clamp(variance, variance_low, variance_high)
-    noise_std = tl.sqrt(_clamp(noise_variance, 0.0, noise_variance_high))
-    x_s = a * x_t + b * x0_hat + noise_std * z
-    tl.store(out_ptr + offset, x_s.to(out_ptr.dtype.element_ty), mask=inside)
+        noise_variance = _clamp(c + k * variance, low, high)
+    x_s = a * x_t + b * x0_hat + tl.sqrt(noise_variance) * z
+    philox_triton.store(out_ptr, x_s, offset, room, 4, ALIGNED, 1)
+
+
+def _noise_bounds(
+    c: float, k: float, low: float, high: float, most: float
+) -> tuple[float, float, float]:
+    """Return k' and bounds with which one clamp of c + k' variance does what the two clamps do.
+
+    c + k clamp(v) = clamp(c + k v) between the images of the bounds, so that the second clamp, to
+    0 and ``most``, only moves these. With k = 0 the variance shall change nothing, be it infinite,
+    but let NaN through.
+
+    Example:
+        >>> _noise_bounds(0.5, 2.0, low=0.0, high=1.0, most=9.0)
+        (2.0, 0.5, 2.5)
+        >>> _noise_bounds(0.5, 0.0, low=0.0, high=1.0, most=9.0)
+        (1.0, 0.5, 0.5)
+    """
+    if k == 0.0:
+        k, low, high = 1.0, c, c
+    else:
+        if k < 0.0:
+            low, high = high, low
+        # An infinite bound is none, also where c is infinite and their sum would be NaN.
+        low = 0.0 if math.isinf(low) else c + k * low
+        high = most if math.isinf(high) else c + k * high
+    return k, min(max(low, 0.0), most), min(max(high, 0.0), most)
 
 
 def gaussian_step_reference(
@@ -197,56 +248,50 @@ def gaussian_step_triton(
             x_t, prediction, variance, rows, coefficients, clamps, seed, step, sample_offset
         )
     out = torch.empty_like(x_t)
-    batch, features = len(x_t), x_t[0].numel()
+    batch = x_t.shape[0]
     if variance is None:
-        layout = 0
+        kind = 0
     elif variance.numel() == 1:
-        layout = 1
+        kind = 1
     else:
-        layout = 2 if variance.numel() == batch else 3
-    groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_NORMAL_GROUP)
-    num_groups = batch * groups_per_sample
-    with on_device_of(seed):
-        _gaussian_step_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
+        kind = 2 if variance.numel() == batch else 3
+    x0_low, x0_high, low, high, noise_variance_high = clamps
+    p, q, a, b, c, k = coefficients
+    if rows is None and variance is not None:
+        k, low, high = _noise_bounds(c, k, low, high, noise_variance_high)
+    groups, warps = _tuning.GAUSSIAN_STEP[x_t.itemsize]
+    lay = layout(batch, x_t.numel() // batch, philox.FEATURES_PER_NORMAL_GROUP, groups)
+    launch(
+        _gaussian_step_kernel,
+        (lay.num_programs, 1, 1),
+        (
             seed,
             seed if rows is None else rows,
             x_t,
             prediction,
             seed if variance is None else variance,
             out,
-            num_groups,
-            groups_per_sample,
-            features,
-            step,
-            sample_offset,
-            *coefficients,
-            *clamps,
-            VARIANCE=layout,
-            PER_SAMPLE=rows is not None,
-            ALIGNED=features % philox.FEATURES_PER_NORMAL_GROUP == 0,
-            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-            GROUPS=_GROUPS_PER_PROGRAM,
-        )
+        ),
+        (
+            as_int32(step),
+            *lay.numbers,
+            as_int32(sample_offset),
+            *(p, q, a, b, c, k),
+            x0_low,
+            x0_high,
+            low,
+            high,
+            noise_variance_high,
+        ),
+        (kind, rows is not None, lay.aligned, lay.wide, groups),
+        warps,
+    )
     return out
 
 
-@torch.library.custom_op("hessdiag::gaussian_step", mutates_args=())
-def _gaussian_step(
-    x_t: Tensor,
-    prediction: Tensor,
-    variance: Tensor | None,
-    rows: Tensor | None,
-    coefficients: Sequence[float],
-    clamps: Sequence[float],
-    seed: Tensor,
-    step: int,
-    sample_offset: int,
-) -> Tensor:
-    return gaussian_step_reference(
-        x_t, prediction, variance, rows, coefficients, clamps, seed, step, sample_offset
-    )
-
-
+_gaussian_step = torch.library.custom_op(
+    "hessdiag::gaussian_step", gaussian_step_reference, mutates_args=()
+)
 _gaussian_step.register_kernel("cuda")(gaussian_step_triton)
 
 
@@ -308,6 +353,71 @@ def gaussian_step(
         tensor([[1., 1., 1.],
                 [1., 1., 1.]])
     """
+    common = _is_common(x_t, prediction, variance)
+    if not common:
+        _check(x_t, prediction)
+    step = philox.check_counter("step", step)
+    sample_offset = philox.check_counter("sample_offset", sample_offset, x_t.shape[0])
+    x0_low, x0_high = _range("x0_range", x0_range)
+    variance_low, variance_high = _range("variance_range", variance_range)
+    if max_noise_std is not None and not max_noise_std >= 0.0:
+        raise ValueError(f"max_noise_std must be at least 0, got {max_noise_std}")
+    noise_variance_high = math.inf if max_noise_std is None else float(max_noise_std) ** 2
+    clamps = Clamps(x0_low, x0_high, variance_low, variance_high, noise_variance_high)
+    read: Tensor | None = None
+    if common:
+        read = cast("Tensor", variance)
+    elif isinstance(variance, Tensor):
+        read = _variance_layout(variance, x_t)
+    else:
+        # A number is part of the step's own variance: nothing to read.
+        fixed = min(max(float(variance), variance_low), variance_high)
+        coefficients = coefficients._replace(
+            noise_variance=coefficients.noise_variance + coefficients.noise_from_variance * fixed,
+            noise_from_variance=0.0,
+        )
+    rows: Tensor | None = None
+    if set(map(type, coefficients)) == {float}:
+        numbers = cast("Sequence[float]", coefficients)
+    else:
+        rows, numbers = rows_per_sample(coefficients._asdict(), x_t)
+    if x_t.numel() == 0:
+        return torch.empty_like(x_t)
+    if not common:
+        x_t, prediction = x_t.contiguous(), prediction.contiguous()
+
+    seed = philox.seed_tensor(seed, x_t.device)
+    compute = way(
+        _gaussian_step,
+        gaussian_step_triton,
+        gaussian_step_reference,
+        *(x_t, prediction, seed, read, rows),
+    )
+    result: Tensor = compute(
+        x_t, prediction, read, rows, numbers, clamps, seed, step, sample_offset
+    )
+    return result
+
+
+def _is_common(x_t: Tensor, prediction: Tensor, variance: Tensor | float) -> bool:
+    """Say at little cost whether the tensors are plain, alike and contiguous: nothing to mend."""
+    return (
+        type(x_t) is type(prediction) is type(variance) is Tensor
+        and x_t.shape == prediction.shape == variance.shape
+        and x_t.dtype is prediction.dtype
+        and x_t.dtype in FLOAT_TYPES
+        and variance.dtype in FLOAT_TYPES
+        and x_t.device == prediction.device == variance.device
+        and x_t.is_contiguous()
+        and prediction.is_contiguous()
+        and variance.is_contiguous()
+        and x_t.dim() > 0
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def _check(x_t: Tensor, prediction: Tensor) -> None:
+    """Raise unless the step can read the tensors."""
     check_tensor("x_t", x_t)
     check_tensor("prediction", prediction, x_t.device)
     if x_t.dim() < 1:
@@ -317,37 +427,6 @@ def gaussian_step(
             f"prediction must have the shape and dtype of x_t, {tuple(x_t.shape)} and "
             f"{x_t.dtype}, got {tuple(prediction.shape)} and {prediction.dtype}"
         )
-    philox.check_counter("step", step)
-    sample_offset = philox.check_counter("sample_offset", sample_offset, len(x_t))
-    x0_low, x0_high = _range("x0_range", x0_range)
-    variance_low, variance_high = _range("variance_range", variance_range)
-    if max_noise_std is not None and not max_noise_std >= 0.0:
-        raise ValueError(f"max_noise_std must be at least 0, got {max_noise_std}")
-    noise_variance_high = math.inf if max_noise_std is None else max_noise_std**2
-    clamps = Clamps(x0_low, x0_high, variance_low, variance_high, noise_variance_high)
-    if not isinstance(variance, Tensor):
-        # A number is part of the step's own variance: nothing to read.
-        fixed = min(max(float(variance), variance_low), variance_high)
-        coefficients = coefficients._replace(
-            noise_variance=coefficients.noise_variance + coefficients.noise_from_variance * fixed,
-            noise_from_variance=0.0,
-        )
-    rows, numbers = rows_per_sample(coefficients._asdict(), x_t)
-    if x_t.numel() == 0:
-        return torch.empty_like(x_t)
-
-    result: Tensor = _gaussian_step(
-        x_t.contiguous(),
-        prediction.contiguous(),
-        _variance_layout(variance, x_t) if isinstance(variance, Tensor) else None,
-        rows,
-        numbers,
-        clamps,
-        philox.seed_tensor(seed, x_t.device),
-        step,
-        sample_offset,
-    )
-    return result
 
 
 def _range(name: str, bounds: tuple[float, float] | None) -> tuple[float, float]:

@@ -16,64 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hessdiag.kernels import philox
+from hessdiag.kernels import _tuning, philox, philox_triton
 from hessdiag.kernels._checks import check_tensor, rows_per_sample
-from hessdiag.kernels._triton import on_device_of, tl, triton
+from hessdiag.kernels._launch import launch
+from hessdiag.kernels._layout import Layout, as_int32, layout
+from hessdiag.kernels._triton import tl, triton
 
-_GROUPS_PER_PROGRAM = 128
-
-
-@triton.jit
-def _residual(
-    seed,
-    rows_ptr,
-    head_ptr,
-    products_ptr,
-    index,
-    sample,
-    group,
-    offset,
-    inside,
-    num_probes,
-    num_groups,
-    row_length,
-    probe_offset,
-    sample_offset,
-    weight,
-    scale,
-    shift,
-    PER_SAMPLE: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
-    """Return h - a y - b and the weight w, as [G, 8] blocks; the residual is 0 outside."""
-    head = tl.load(head_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-    total = tl.zeros([GROUPS, 8], tl.float32)
-    # An offset below 2**31 comes as int32, in which its sum with a number of probes may overflow.
-    probe_offset = probe_offset.to(tl.int64)
-    for m in range(0, num_probes):
-        probe = probe_offset + m
-        tile = probe // 16
-        w0, w1, w2, w3 = philox.sign_words(seed, group, sample + sample_offset, tile)
-        # Four probes share a word, and each has a byte of it.
-        place = (probe - tile * 16).to(tl.int32)
-        low = tl.where(place < 4, w0, w1)
-        high = tl.where(place < 12, w2, w3)
-        word = tl.where(place < 8, low, high) >> (8 * (place % 4)).to(tl.uint32)
-        negative = philox.is_negative(word, 0)
-        row = products_ptr + (tl.zeros_like(probe) + m).to(tl.int64) * row_length
-        product = tl.load(row + offset, mask=inside, other=0.0).to(tl.float32)
-        total += tl.where(negative != 0, -product, product)
-    if PER_SAMPLE:
-        exists = (index < num_groups)[:, None]
-        row = rows_ptr + sample.to(tl.int64)[:, None] * 3
-        weight = tl.load(row + 0, mask=exists, other=0.0)
-        scale = tl.load(row + 1, mask=exists, other=0.0)
-        shift = tl.load(row + 2, mask=exists, other=0.0)
-    residual = head - scale * (total / num_probes) - shift
-    return tl.where(inside, residual, 0.0), weight
+_NUMBERS = [
+    "num_probes",
+    "first_tile",
+    "first_probe",
+    "num_tiles",
+    "batch",
+    "groups_per_sample",
+    "multiplier",
+    "shift",
+    "features",
+    "sample_offset",
+]
 
 
-@triton.jit(do_not_specialize=["num_probes", "probe_offset", "sample_offset"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def _ocm_loss_kernel(
     seed_ptr,
     rows_ptr,
@@ -82,52 +45,98 @@ def _ocm_loss_kernel(
     upstream_ptr,
     out_ptr,
     num_probes,
-    num_groups,
+    first_tile,
+    first_probe,
+    num_tiles,
+    batch,
     groups_per_sample,
+    multiplier,
+    shift,
     features,
-    row_length,
-    probe_offset,
     sample_offset,
     weight,
     scale,
-    shift,
+    offset_of_target,
     factor,
     BACKWARD: tl.constexpr,
     PER_SAMPLE: tl.constexpr,
+    ONE_PROBE: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
+    HALVES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     # Forward: out[program] = its share of the loss. Backward: out = the gradient for the head.
-    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
-    offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 8, ALIGNED)
-    residual, weight = _residual(
-        tl.load(seed_ptr),
-        rows_ptr,
-        head_ptr,
-        products_ptr,
-        index,
-        sample,
-        group,
-        offset,
-        inside,
-        num_probes,
-        num_groups,
-        row_length,
-        probe_offset,
-        sample_offset,
-        weight,
-        scale,
+    sample, group, offset, room = philox_triton.locate(
+        tl.program_id(0),
+        batch,
+        groups_per_sample,
+        multiplier,
         shift,
-        PER_SAMPLE,
+        features,
+        8,
+        ALIGNED,
+        WIDE,
         GROUPS,
     )
+    # What is read is asked for before the random words are made, which then cost no time to wait.
+    head = philox_triton.load(head_ptr, offset, room, 8, ALIGNED, HALVES)
+    seed, number = tl.load(seed_ptr), sample + sample_offset.to(tl.uint32)
+    if ONE_PROBE:
+        product = philox_triton.load(products_ptr, offset, room, 8, ALIGNED, HALVES)
+        words = philox_triton.sign_words(seed, group, number, first_tile)
+        total = _signed(product, words, first_probe, HALVES)
+    else:
+        if HALVES == 2:
+            total = tl.zeros([GROUPS, 4, 2], tl.float32)
+        else:
+            total = tl.zeros([GROUPS, 8], tl.float32)
+        length = philox_triton.row_length(batch, groups_per_sample, features, 8, ALIGNED)
+        for tile in range(0, num_tiles):
+            words = philox_triton.sign_words(seed, group, number, first_tile + tile)
+            row = tl.cast(tile, tl.int64) * 16 - first_probe
+            rows_left = num_probes.to(tl.uint32).to(tl.int64) - row
+            place = products_ptr + row * length
+            first = tl.maximum(-row, 0).to(tl.int32)
+            for probe in range(first, tl.minimum(rows_left, 16).to(tl.int32)):
+                product = philox_triton.load(
+                    place + probe * length, offset, room, 8, ALIGNED, HALVES
+                )
+                total += _signed(product, words, probe, HALVES)
+
+    if PER_SAMPLE:
+        row_ptr = rows_ptr + sample.to(tl.int64)[:, None] * 3
+        weight = tl.load(row_ptr, mask=room > 0)
+        # The argument is one over the number of probes here.
+        scale = scale * tl.load(row_ptr + 1, mask=room > 0)
+        offset_of_target = tl.load(row_ptr + 2, mask=room > 0)
+        if HALVES == 2:
+            weight = weight[:, :, None]
+            scale = scale[:, :, None]
+            offset_of_target = offset_of_target[:, :, None]
+    residual = head.to(tl.float32) - scale * total - offset_of_target
     if BACKWARD:
         gradient = tl.load(upstream_ptr) * factor * weight * residual
-        tl.store(out_ptr + offset, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+        philox_triton.store(out_ptr, gradient, offset, room, 8, ALIGNED, HALVES)
     else:
-        share = tl.sum(tl.sum(weight * residual * residual, axis=1), axis=0)
-        tl.store(out_ptr + tl.program_id(0), share * factor)
+        square = residual * residual
+        if PER_SAMPLE:
+            square = weight * square
+        else:
+            factor = factor * weight
+        if HALVES == 2:
+            feature = tl.arange(0, 4)[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]
+            exists = philox_triton.exists_at(room[:, :, None], feature, ALIGNED)
+        else:
+            exists = philox_triton.exists_at(room, tl.arange(0, 8)[None, :], ALIGNED)
+        tl.store(out_ptr + tl.program_id(0), tl.sum(tl.where(exists, square, 0.0)) * factor)
+
+
+@triton.jit
+def _signed(product, words, probe, HALVES: tl.constexpr):
+    """Return v * (J v) of one probe, in float32."""
+    signs = philox_triton.sign_bits(philox_triton.byte_of_probe(words, probe), HALVES)
+    return philox_triton.flip(product.to(tl.float32), signs)
 
 
 def _residual_reference(
@@ -208,8 +217,7 @@ def ocm_loss_triton(
     """
     if head.dtype == torch.float64:
         return ocm_loss_reference(head, products, rows, numbers, seed, probe_offset, sample_offset)
-    num_programs = triton.cdiv(_num_groups(head), _GROUPS_PER_PROGRAM)
-    shares = torch.empty(num_programs, device=head.device)
+    shares = torch.empty(_layout(head).num_programs, device=head.device)
     _launch(seed, rows, head, products, None, shares, numbers, probe_offset, sample_offset)
     return shares.sum()
 
@@ -234,9 +242,9 @@ def ocm_loss_backward_triton(
     return gradient
 
 
-def _num_groups(head: Tensor) -> int:
-    groups: int = len(head) * triton.cdiv(head[0].numel(), philox.FEATURES_PER_SIGN_TILE)
-    return groups
+def _layout(head: Tensor) -> Layout:
+    groups = _tuning.OCM_LOSS[head.dtype.itemsize].groups
+    return layout(len(head), head[0].numel(), philox.FEATURES_PER_SIGN_TILE, groups)
 
 
 def _launch(
@@ -250,62 +258,50 @@ def _launch(
     probe_offset: int,
     sample_offset: int,
 ) -> None:
-    features, num_groups = head[0].numel(), _num_groups(head)
-    backward = upstream is not None
-    with on_device_of(seed):
-        _ocm_loss_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
+    backward, num_probes = upstream is not None, len(products)
+    lay, tiles = _layout(head), philox.SignTiles.of(probe_offset, num_probes)
+    weight, scale, shift = numbers if rows is None else (1.0, 1.0, 0.0)
+    size = head.dtype.itemsize
+    launch(
+        _ocm_loss_kernel,
+        (lay.num_programs, 1, 1),
+        (
             seed,
             seed if rows is None else rows,
             head,
             products,
-            upstream if backward else seed,
+            seed if upstream is None else upstream,
             out,
-            len(products),
-            num_groups,
-            triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE),
-            features,
-            head.numel(),
-            probe_offset,
-            sample_offset,
-            *numbers,
+        ),
+        (
+            as_int32(num_probes),
+            tiles.first,
+            tiles.first_probe,
+            tiles.count,
+            *lay.numbers,
+            as_int32(sample_offset),
+            weight,
+            scale / num_probes,
+            shift,
             (2.0 if backward else 1.0) / head.numel(),
-            BACKWARD=backward,
-            PER_SAMPLE=rows is not None,
-            ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
-            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-            GROUPS=_GROUPS_PER_PROGRAM,
-        )
-
-
-@torch.library.custom_op("hessdiag::ocm_loss", mutates_args=())
-def _ocm_loss(
-    head: Tensor,
-    products: Tensor,
-    rows: Tensor | None,
-    numbers: Sequence[float],
-    seed: Tensor,
-    probe_offset: int,
-    sample_offset: int,
-) -> Tensor:
-    return ocm_loss_reference(head, products, rows, numbers, seed, probe_offset, sample_offset)
-
-
-@torch.library.custom_op("hessdiag::ocm_loss_backward", mutates_args=())
-def _ocm_loss_backward(
-    upstream: Tensor,
-    head: Tensor,
-    products: Tensor,
-    rows: Tensor | None,
-    numbers: Sequence[float],
-    seed: Tensor,
-    probe_offset: int,
-    sample_offset: int,
-) -> Tensor:
-    return ocm_loss_backward_reference(
-        upstream, head, products, rows, numbers, seed, probe_offset, sample_offset
+        ),
+        (
+            backward,
+            rows is not None,
+            num_probes == 1,
+            lay.aligned,
+            lay.wide,
+            1 if size == 2 else 2,
+            _tuning.OCM_LOSS[size].groups,
+        ),
+        _tuning.OCM_LOSS[size].warps,
     )
 
 
+_ocm_loss = torch.library.custom_op("hessdiag::ocm_loss", ocm_loss_reference, mutates_args=())
+_ocm_loss_backward = torch.library.custom_op(
+    "hessdiag::ocm_loss_backward", ocm_loss_backward_reference, mutates_args=()
+)
 _ocm_loss.register_kernel("cuda")(ocm_loss_triton)
 _ocm_loss_backward.register_kernel("cuda")(ocm_loss_backward_triton)
 

@@ -26,16 +26,16 @@ Random permutations of the features, stream 3
 Designs that all samples share, stream 4
     ``counter = (n // 4, purpose, block, 4)``, and word ``n % 4`` is number n for that purpose.
 
-This module holds the PyTorch reference of these maps, the Triton functions that the kernels share,
-and the checks of seeds and offsets. On a CPU the reference takes the same words from
-:mod:`hessdiag.kernels.philox_cpu`, in a fraction of the time.
+This module holds the PyTorch reference of these maps, and the checks of seeds and offsets. On a CPU
+the reference takes the same words from :mod:`hessdiag.kernels.philox_cpu`, in a fraction of the
+time; on a GPU the kernels make them by :mod:`hessdiag.kernels.philox_triton`.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from typing import SupportsIndex, TypeAlias
+from typing import NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
@@ -43,7 +43,6 @@ from torch import Tensor
 
 from hessdiag.kernels import philox_cpu
 from hessdiag.kernels._checks import is_eager_cpu
-from hessdiag.kernels._triton import tl, triton
 from hessdiag.kernels.philox_cpu import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
 
 Seed: TypeAlias = int | Tensor | torch.Generator
@@ -57,14 +56,6 @@ STREAM_DESIGNS = 4
 FEATURES_PER_SIGN_TILE = philox_cpu.FEATURES_PER_SIGN_TILE
 PROBES_PER_SIGN_TILE = philox_cpu.PROBES_PER_SIGN_TILE
 FEATURES_PER_NORMAL_GROUP = 4
-
-# Triton functions may read only such globals as are declared compile-time constants.
-SAMPLERS: tl.constexpr = tl.constexpr(STREAM_SAMPLERS)
-_SCALE: tl.constexpr = tl.constexpr(2.0**-32)
-_HALF_STEP: tl.constexpr = tl.constexpr(2.0**-33)
-_BELOW_ONE: tl.constexpr = tl.constexpr(1.0 - 2.0**-24)
-# An exponent field that grows by one adds 2**23 to the number read as an integer.
-_LN2_PER_EXPONENT_STEP: tl.constexpr = tl.constexpr(math.log(2.0) * 2.0**-23)
 
 
 def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
@@ -95,6 +86,8 @@ def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
             raise TypeError(f"seed must be an int or an int64 tensor, got a {seed.dtype} tensor")
         if seed.numel() != 1:
             raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        if seed.dim() == 0 and seed.device == device:
+            return seed
         return seed.reshape(()).to(device)
     number = _checked_seed(seed)
     return _number(number - 2**64 if number >= 2**63 else number, device)
@@ -183,12 +176,33 @@ def check_counter(name: str, first: int, count: int = 1) -> int:
     return number
 
 
-def needs_wide_index(num_groups: int, groups_per_program: int) -> bool:
-    """Say whether group numbers, the last program's included, overflow int32 in a kernel.
+class SignTiles(NamedTuple):
+    """The tiles of 16 probes that a run of probes touches.
 
-    Division in int32 costs a fraction of that in int64, and offsets of elements are int64 anyway.
+    Attributes:
+        first: Number of the first tile, below 2**28.
+        first_probe: Which of its probes is the first of the run.
+        count: How many tiles.
+        whole: Whether the run is all of their probes.
     """
-    return num_groups + groups_per_program > 2**31
+
+    first: int
+    first_probe: int
+    count: int
+    whole: bool
+
+    @classmethod
+    def of(cls, probe_offset: int, num_probes: int) -> SignTiles:
+        """Return the tiles of probes probe_offset .. probe_offset + num_probes - 1.
+
+        Example:
+            >>> SignTiles.of(probe_offset=30, num_probes=5)
+            SignTiles(first=1, first_probe=14, count=2, whole=False)
+        """
+        first, first_probe = divmod(probe_offset, PROBES_PER_SIGN_TILE)
+        count = -(-(first_probe + num_probes) // PROBES_PER_SIGN_TILE)
+        whole = first_probe == 0 and num_probes % PROBES_PER_SIGN_TILE == 0
+        return cls(first, first_probe, count, whole)
 
 
 def philox(
@@ -254,7 +268,7 @@ def signs(
     last_tile = (probe_offset + num_probes - 1) // PROBES_PER_SIGN_TILE
     tiles = torch.arange(first_tile, last_tile + 1, device=device)[:, None, None]
     samples = torch.arange(sample_offset, sample_offset + batch, device=device)[:, None]
-    groups = torch.arange(triton.cdiv(features, FEATURES_PER_SIGN_TILE), device=device)
+    groups = torch.arange(-(-features // FEATURES_PER_SIGN_TILE), device=device)
     stream = _number(STREAM_RADEMACHER, device)
     words = torch.stack(philox(seed, groups, samples, tiles, stream), dim=1)
     # A word is 4 probes x 8 features; only the bytes of the probes asked for are unpacked.
@@ -295,7 +309,7 @@ def standard_normals(
         >>> standard_normals(torch.tensor(0), 2, 0, 1, 0, 1, 3).shape
         torch.Size([1, 1, 3])
     """
-    groups = triton.cdiv(features, FEATURES_PER_NORMAL_GROUP)
+    groups = -(-features // FEATURES_PER_NORMAL_GROUP)
     words = _grid_words(seed, groups, sample_offset, batch, first_step, num_steps, stream)
     normals = []
     for radius_word, angle_word in (words[:2], words[2:]):
@@ -352,129 +366,3 @@ def _grid_words(
     samples = torch.arange(first_sample, first_sample + batch, device=device)[:, None]
     groups = torch.arange(num_groups, device=device)
     return philox(seed, groups, samples, steps, _number(stream, device))
-
-
-@triton.jit
-def uniform_from_word(word):
-    """Map a uint32 word to float32 in (0, 1)."""
-    return tl.minimum(word.to(tl.float32) * _SCALE + _HALF_STEP, _BELOW_ONE)
-
-
-@triton.jit
-def log_of_normal_number(u):
-    """Return ln(u) of a positive normal float32, to about one unit in the last place.
-
-    u = m 2^e with m in [2/3, 4/3), and ln(m) = f - f^2/2 + f^3 P(f), f = m - 1, with P a minimax
-    polynomial of degree 7. Half the instructions of the library's, which also handles what a
-    uniform number in (0, 1) never is.
-    """
-    bits = u.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F2AAAAB) & -0x800000
-    f = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    p = 0.1396254003047943 + f * -0.13191379606723785
-    p = -0.12115179002285004 + f * p
-    p = 0.14010900259017944 + f * p
-    p = -0.1668546348810196 + f * p
-    p = 0.20010045170783997 + f * p
-    p = -0.24999688565731049 + f * p
-    p = 0.33333224058151245 + f * p
-    p = -0.5 + f * p
-    return exponent.to(tl.float32) * _LN2_PER_EXPONENT_STEP + (f + f * f * p)
-
-
-@triton.jit
-def cos_sin_of_turns(u):
-    """Return cos(2 pi u) and sin(2 pi u) for u in [0, 1], to about one unit in the last place.
-
-    u = quarters / 4 + r is exact with |r| <= 1/8, where minimax polynomials of degree 8 and 7
-    do; the quarter turns swap and negate them. No slow path, and so no memory for one.
-    """
-    quarters = (u * 4.0 + 0.5).to(tl.int32)
-    r = u - quarters.to(tl.float32) * 0.25
-    s = r * r
-    sin_r = 81.5925521850586 + s * -75.40206909179688
-    sin_r = r * (6.2831854820251465 + s * (-41.3416633605957 + s * sin_r))
-    cos_r = -85.44374084472656 + s * 59.24595642089844
-    cos_r = 1.0 + s * (-19.739208221435547 + s * (64.93932342529297 + s * cos_r))
-    odd = (quarters & 1) != 0
-    cosine = tl.where(odd, sin_r, cos_r).to(tl.int32, bitcast=True)
-    sine = tl.where(odd, cos_r, sin_r).to(tl.int32, bitcast=True)
-    cosine = cosine ^ (((quarters + 1) & 2) << 30)
-    sine = sine ^ ((quarters & 2) << 30)
-    return cosine.to(tl.float32, bitcast=True), sine.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def box_muller(radius_word, angle_word):
-    """Map two uint32 words to two standard normals."""
-    radius = tl.sqrt(-2.0 * log_of_normal_number(uniform_from_word(radius_word)))
-    cosine, sine = cos_sin_of_turns(uniform_from_word(angle_word))
-    return radius * cosine, radius * sine
-
-
-@triton.jit
-def normal_groups(seed, group, sample, step, stream):
-    """Return the normals of [G] groups of 4 features as a [G, 4] block."""
-    zero = group * 0
-    w0, w1, w2, w3 = tl.philox(
-        seed,
-        group.to(tl.uint32),
-        sample.to(tl.uint32),
-        (zero + step).to(tl.uint32),
-        (zero + stream).to(tl.uint32),
-    )
-    n0, n1 = box_muller(w0, w1)
-    n2, n3 = box_muller(w2, w3)
-    return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [group.shape[0], 4])
-
-
-@triton.jit
-def locate_groups(groups_per_sample, GROUPS: tl.constexpr, WIDE: tl.constexpr):
-    """Return the numbers of this program's groups, their samples, and their places in these."""
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    index = program * GROUPS + tl.arange(0, GROUPS)
-    sample = index // groups_per_sample
-    return index, sample, index - sample * groups_per_sample
-
-
-@triton.jit
-def group_offsets(
-    index, sample, group, num_groups, features, WIDTH: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Return the int64 offsets [G, WIDTH] of the features of [G] groups, and which of them exist.
-
-    With a whole number of groups a sample (ALIGNED) the offset is WIDTH times the group's number:
-    contiguous, which lets a thread read and write 16 bytes at a time.
-    """
-    feature_in_group = tl.arange(0, WIDTH)[None, :]
-    if ALIGNED:
-        offset = index.to(tl.int64)[:, None] * WIDTH + feature_in_group
-        inside = (index < num_groups)[:, None]
-    else:
-        # A group's number fits int32; that of its features may not.
-        feature = group.to(tl.int64)[:, None] * WIDTH + feature_in_group
-        offset = sample.to(tl.int64)[:, None] * features + feature
-        inside = (index < num_groups)[:, None] & (feature < features)
-    return offset, inside
-
-
-@triton.jit
-def sign_words(seed, group, sample, tile):
-    """Return the four words that hold the signs of [G] groups of 8 features x 16 probes."""
-    zero = group * 0
-    return tl.philox(
-        seed,
-        group.to(tl.uint32),
-        sample.to(tl.uint32),
-        (zero + tile).to(tl.uint32),
-        zero.to(tl.uint32),
-    )
-
-
-@triton.jit
-def is_negative(word, byte: tl.constexpr):
-    """Return 1 where the sign is -1, as a uint32 [G, 8] block, for one byte (probe) of a word."""
-    bit = tl.arange(0, 8).to(tl.uint32)
-    return ((word[:, None] >> (8 * byte + bit)[None, :]) & 1) ^ 1

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hessdiag.kernels import philox, philox_cpu
+from hessdiag.kernels import _tuning, philox, philox_cpu, philox_triton
 from hessdiag.kernels._checks import check_tensor, is_eager_cpu
-from hessdiag.kernels._triton import on_device_of, tl, triton
-
-_GROUPS_PER_PROGRAM = 128
+from hessdiag.kernels._launch import launch, way
+from hessdiag.kernels._layout import as_int32, layout
+from hessdiag.kernels._triton import tl, triton
 
 # In NumPy: numbers of a row, and of a block of rows, that stay in the cache; and the longest rows
 # whose sum is faster down the columns, one number after the other, than a row at a time.
@@ -47,7 +47,22 @@ class Moments(NamedTuple):
     squared_deviations: Tensor
 
 
-@triton.jit(do_not_specialize=["count", "probe_offset", "sample_offset", "num_probes"])
+_NUMBERS = [
+    "num_probes",
+    "first_tile",
+    "first_probe",
+    "num_tiles",
+    "count",
+    "batch",
+    "groups_per_sample",
+    "multiplier",
+    "shift",
+    "features",
+    "sample_offset",
+]
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _probe_moments_kernel(
     seed_ptr,
     products_ptr,
@@ -56,49 +71,100 @@ def _probe_moments_kernel(
     mean_out_ptr,
     deviations_out_ptr,
     num_probes,
-    num_groups,
-    groups_per_sample,
-    features,
-    row_length,
+    first_tile,
+    first_probe,
+    num_tiles,
     count,
-    probe_offset,
+    batch,
+    groups_per_sample,
+    multiplier,
+    shift,
+    features,
     sample_offset,
     CONTINUED: tl.constexpr,
+    WHOLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
+    HALVES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
-    offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 8, ALIGNED)
+    sample, group, offset, room = philox_triton.locate(
+        tl.program_id(0),
+        batch,
+        groups_per_sample,
+        multiplier,
+        shift,
+        features,
+        8,
+        ALIGNED,
+        WIDE,
+        GROUPS,
+    )
     dtype: tl.constexpr = mean_out_ptr.dtype.element_ty
     if CONTINUED:
-        mean = tl.load(mean_ptr + offset, mask=inside)
-        deviations = tl.load(deviations_ptr + offset, mask=inside)
+        mean = philox_triton.load(mean_ptr, offset, room, 8, ALIGNED, HALVES)
+        deviations = philox_triton.load(deviations_ptr, offset, room, 8, ALIGNED, HALVES)
+    elif HALVES == 2:
+        mean = tl.zeros([GROUPS, 4, 2], dtype)
+        deviations = tl.zeros([GROUPS, 4, 2], dtype)
     else:
         mean = tl.zeros([GROUPS, 8], dtype)
         deviations = tl.zeros([GROUPS, 8], dtype)
 
-    seed = tl.load(seed_ptr)
-    # An offset below 2**31 comes as int32, in which its sum with a number of probes may overflow.
-    probe_offset = probe_offset.to(tl.int64)
-    first_tile = probe_offset // 16
-    last_tile = (probe_offset + num_probes - 1) // 16
-    for tile in range(first_tile, last_tile + 1):
-        words = philox.sign_words(seed, group, sample + sample_offset, tile)
-        for probe_in_tile in tl.static_range(16):
-            row = (tile * 16 + probe_in_tile - probe_offset).to(tl.int64)
-            # As a block, since the interpreter turns a block of booleans & a scalar into int32.
-            rows = tl.zeros_like(index)[:, None] + row
-            wanted = inside & (rows >= 0) & (rows < num_probes)
-            product = tl.load(products_ptr + row * row_length + offset, mask=wanted, other=0.0)
-            negative = philox.is_negative(words[probe_in_tile // 4], probe_in_tile % 4)
-            y = tl.where(negative != 0, -product.to(dtype), product.to(dtype))
-            delta = tl.where(wanted, y - mean, 0.0)
-            weight = 1.0 / tl.maximum(count + row + 1, 1).to(dtype)
-            mean += delta * weight
-            deviations += delta * (y - mean)
-    tl.store(mean_out_ptr + offset, mean, mask=inside)
-    tl.store(deviations_out_ptr + offset, deviations, mask=inside)
+    seed, sample = tl.load(seed_ptr), sample + sample_offset.to(tl.uint32)
+    length = philox_triton.row_length(batch, groups_per_sample, features, 8, ALIGNED)
+    for tile in range(0, num_tiles):
+        words = philox_triton.sign_words(seed, group, sample, first_tile + tile)
+        # The row of the tile's first probe, which may lie before the first.
+        row = tl.cast(tile, tl.int64) * 16 - first_probe
+        rows_left = num_probes.to(tl.uint32).to(tl.int64) - row
+        place = products_ptr + row * length
+        before = count.to(tl.uint32).to(tl.int64) + row
+        first = tl.maximum(-row, 0).to(tl.int32)
+        end = tl.minimum(rows_left, 16).to(tl.int32)
+        if WHOLE or end - first == 16:
+            mean, deviations = _add_tile(
+                mean, deviations, place, length, before, words, offset, room, ALIGNED, HALVES
+            )
+        else:
+            for probe in range(first, end):
+                product = philox_triton.load(
+                    place + probe * length, offset, room, 8, ALIGNED, HALVES
+                )
+                word = philox_triton.byte_of_probe(words, probe)
+                mean, deviations = _add(mean, deviations, product, word, before + probe, HALVES)
+    philox_triton.store(mean_out_ptr, mean, offset, room, 8, ALIGNED, HALVES)
+    philox_triton.store(deviations_out_ptr, deviations, offset, room, 8, ALIGNED, HALVES)
+
+
+@triton.jit
+def _add_tile(
+    mean,
+    deviations,
+    place,
+    length,
+    before,
+    words,
+    offset,
+    room,
+    ALIGNED: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """Return the moments with all probes of a tile added."""
+    for probe in tl.static_range(16):
+        product = philox_triton.load(place + probe * length, offset, room, 8, ALIGNED, HALVES)
+        word = words[probe // 4] >> (8 * (probe % 4))
+        mean, deviations = _add(mean, deviations, product, word, before + probe, HALVES)
+    return mean, deviations
+
+
+@triton.jit
+def _add(mean, deviations, product, word, before, HALVES: tl.constexpr):
+    """Return the moments with one probe added to the ``before`` that are in them."""
+    y = philox_triton.flip(product.to(mean.dtype), philox_triton.sign_bits(word, HALVES))
+    delta = y - mean
+    mean += delta * (1.0 / (before + 1).to(mean.dtype))
+    return mean, deviations + delta * (y - mean)
 
 
 def probe_moments_reference(
@@ -111,6 +177,7 @@ def probe_moments_reference(
     sample_offset: int,
 ) -> tuple[Tensor, Tensor]:
     """Compute the moments in PyTorch; the arguments are those of :func:`probe_moments_triton`."""
+    products = products.detach()  # an op is below automatic differentiation, and this has no rule
     dtype = _accumulator_dtype(products)
     signs = philox.signs(seed, probe_offset, *_sizes(products, sample_offset), dtype)
     return _moments_of_tensors(products, signs.reshape(products.shape), mean, deviations, count)
@@ -239,52 +306,43 @@ def probe_moments_triton(
         sample_offset: Number of the first sample.
     """
     num_probes, batch, *sample_shape = products.shape
-    features = products[0, 0].numel()
     dtype = _accumulator_dtype(products)
     mean_out = torch.empty((batch, *sample_shape), dtype=dtype, device=products.device)
     deviations_out = torch.empty_like(mean_out)
-    groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE)
-    num_groups = batch * groups_per_sample
-    with on_device_of(seed):
-        _probe_moments_kernel[(triton.cdiv(num_groups, _GROUPS_PER_PROGRAM),)](
+    size = products.dtype.itemsize
+    groups, warps = _tuning.PROBE_MOMENTS[size]
+    features = math.prod(sample_shape)
+    lay = layout(batch, features, philox.FEATURES_PER_SIGN_TILE, groups)
+    tiles = philox.SignTiles.of(probe_offset, num_probes)
+    launch(
+        _probe_moments_kernel,
+        (lay.num_programs, 1, 1),
+        (
             seed,
             products,
             mean_out if mean is None else mean,
             deviations_out if deviations is None else deviations,
             mean_out,
             deviations_out,
-            num_probes,
-            num_groups,
-            groups_per_sample,
-            features,
-            batch * features,
-            count,
-            probe_offset,
-            sample_offset,
-            CONTINUED=mean is not None,
-            ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
-            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-            GROUPS=_GROUPS_PER_PROGRAM,
-        )
+        ),
+        (
+            as_int32(num_probes),
+            tiles.first,
+            tiles.first_probe,
+            tiles.count,
+            as_int32(count),
+            *lay.numbers,
+            as_int32(sample_offset),
+        ),
+        (mean is not None, tiles.whole, lay.aligned, lay.wide, 1 if size == 2 else 2, groups),
+        warps,
+    )
     return mean_out, deviations_out
 
 
-@torch.library.custom_op("hessdiag::probe_moments", mutates_args=())
-def _probe_moments(
-    products: Tensor,
-    seed: Tensor,
-    mean: Tensor | None,
-    deviations: Tensor | None,
-    count: int,
-    probe_offset: int,
-    sample_offset: int,
-) -> tuple[Tensor, Tensor]:
-    # An op is below automatic differentiation, for which this one has no rule.
-    return probe_moments_reference(
-        products.detach(), seed, mean, deviations, count, probe_offset, sample_offset
-    )
-
-
+_probe_moments = torch.library.custom_op(
+    "hessdiag::probe_moments", probe_moments_reference, mutates_args=()
+)
 _probe_moments.register_kernel("cuda")(probe_moments_triton)
 
 
@@ -345,9 +403,16 @@ def probe_moments(
         signs = philox_cpu.signs(number, probe_offset, *sizes, dtype).reshape(num_probes, -1)
         mean, deviations = _moments_of_arrays(products, signs, mean, deviations, count)
     else:
-        mean, deviations = _probe_moments(
+        seed = philox.seed_tensor(seed, products.device)
+        compute = way(
+            _probe_moments,
+            probe_moments_triton,
+            probe_moments_reference,
+            *(products, seed, mean, deviations),
+        )
+        mean, deviations = compute(
             products.contiguous(),
-            philox.seed_tensor(seed, products.device),
+            seed,
             None if mean is None else mean.contiguous(),
             None if deviations is None else deviations.contiguous(),
             count,

@@ -12,49 +12,91 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hessdiag.kernels import philox, philox_cpu
+from hessdiag.kernels import _tuning, philox, philox_cpu, philox_triton
 from hessdiag.kernels._checks import FLOAT_TYPES, check_shape
-from hessdiag.kernels._triton import on_device_of, tl, triton
+from hessdiag.kernels._launch import launch, way
+from hessdiag.kernels._layout import as_int32, layout
+from hessdiag.kernels._triton import tl, triton
 
-_GROUPS_PER_PROGRAM = 256
+_NUMBERS = [
+    "num_probes",
+    "first_tile",
+    "first_probe",
+    "batch",
+    "groups_per_sample",
+    "multiplier",
+    "shift",
+    "features",
+    "sample_offset",
+]
 
 
-@triton.jit(do_not_specialize=["probe_offset", "sample_offset"])
+@triton.jit(do_not_specialize=_NUMBERS)
 def _rademacher_kernel(
     seed_ptr,
     out_ptr,
     num_probes,
-    num_groups,
+    first_tile,
+    first_probe,
+    batch,
     groups_per_sample,
+    multiplier,
+    shift,
     features,
-    row_length,
-    probe_offset,
     sample_offset,
+    WHOLE: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    # Program (i, j) writes up to 16 probes of the j-th tile for GROUPS groups of 8 features.
-    index, sample, group = philox.locate_groups(groups_per_sample, GROUPS, WIDE)
-    # An offset below 2**31 comes as int32, in which its sum with a number of probes may overflow.
-    probe_offset = probe_offset.to(tl.int64)
-    tile = probe_offset // 16 + tl.program_id(1)
-    words = philox.sign_words(tl.load(seed_ptr), group, sample + sample_offset, tile)
+    # Program (i, j, k) writes the probes of one tile of 16 for GROUPS groups of 8 features.
+    sample, group, offset, room = philox_triton.locate(
+        tl.program_id(0),
+        batch,
+        groups_per_sample,
+        multiplier,
+        shift,
+        features,
+        8,
+        ALIGNED,
+        WIDE,
+        GROUPS,
+    )
+    tile = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+    seed, sample = tl.load(seed_ptr), sample + sample_offset.to(tl.uint32)
+    words = philox_triton.sign_words(seed, group, sample, first_tile + tile)
+    length = philox_triton.row_length(batch, groups_per_sample, features, 8, ALIGNED)
+    # The row of the tile's first probe, which may lie before the first.
+    row = tl.cast(tile, tl.int64) * 16 - first_probe
+    rows_left = num_probes.to(tl.uint32).to(tl.int64) - row
+    place = out_ptr + row * length
+    if WHOLE:
+        if rows_left > 0:
+            for probe in tl.static_range(16):
+                signs = philox_triton.sign_bits(words[probe // 4] >> (8 * (probe % 4)), 1)
+                values = _signed_one(signs, out_ptr.dtype.element_ty)
+                philox_triton.store(place + probe * length, values, offset, room, 8, ALIGNED, 1)
+    else:
+        for probe in range(
+            tl.maximum(-row, 0).to(tl.int32), tl.minimum(rows_left, 16).to(tl.int32)
+        ):
+            signs = philox_triton.sign_bits(philox_triton.byte_of_probe(words, probe), 1)
+            values = _signed_one(signs, out_ptr.dtype.element_ty)
+            philox_triton.store(place + probe * length, values, offset, room, 8, ALIGNED, 1)
 
-    offset, inside = philox.group_offsets(index, sample, group, num_groups, features, 8, ALIGNED)
-    for probe_in_tile in tl.static_range(16):
-        word = words[probe_in_tile // 4]
-        row = (tile * 16 + probe_in_tile - probe_offset).to(tl.int64)
-        # As a block, since the interpreter turns a block of booleans & a scalar into int32.
-        rows = tl.zeros_like(index) + row
-        wanted = (rows >= 0) & (rows < num_probes)
-        out_row = out_ptr + row * row_length
-        negative = philox.is_negative(word, probe_in_tile % 4)
-        if out_ptr.dtype.element_ty == tl.float32:
-            sign = ((negative << 31) | 0x3F800000).to(tl.float32, bitcast=True)
-        else:
-            sign = (1.0 - 2.0 * negative.to(tl.float32)).to(out_ptr.dtype.element_ty)
-        tl.store(out_row + offset, sign, mask=inside & wanted[:, None])
+
+@triton.jit
+def _signed_one(signs, dtype: tl.constexpr):
+    """Return +1 or -1 in a type by its bits, from the sign bits of float32."""
+    if dtype == tl.float64:
+        bits = (signs.to(tl.uint64) << 32) | 0x3FF0000000000000
+    elif dtype == tl.float32:
+        bits = signs | 0x3F800000
+    elif dtype == tl.bfloat16:
+        bits = ((signs | 0x3F800000) >> 16).to(tl.uint16)
+    else:
+        bits = ((signs | 0x3C000000) >> 16).to(tl.uint16)
+    return bits.to(dtype, bitcast=True)
 
 
 def rademacher_reference(
@@ -93,44 +135,32 @@ def rademacher_triton(
         dtype: A floating-point type.
     """
     num_probes, batch, *sample_shape = shape
-    features = math.prod(sample_shape)
     out = torch.empty(shape, dtype=dtype, device=seed.device)
     if out.numel() == 0:
         return out
-    tile_width = philox.PROBES_PER_SIGN_TILE
-    groups_per_sample = triton.cdiv(features, philox.FEATURES_PER_SIGN_TILE)
-    num_groups = batch * groups_per_sample
-    num_tiles = (probe_offset + num_probes - 1) // tile_width - probe_offset // tile_width + 1
-    grid = (triton.cdiv(num_groups, _GROUPS_PER_PROGRAM), num_tiles)
-    with on_device_of(seed):
-        _rademacher_kernel[grid](
-            seed,
-            out,
-            num_probes,
-            num_groups,
-            groups_per_sample,
-            features,
-            batch * features,
-            probe_offset,
-            sample_offset,
-            ALIGNED=features % philox.FEATURES_PER_SIGN_TILE == 0,
-            WIDE=philox.needs_wide_index(num_groups, _GROUPS_PER_PROGRAM),
-            GROUPS=_GROUPS_PER_PROGRAM,
-        )
+    groups, warps = _tuning.RADEMACHER[dtype.itemsize]
+    lay = layout(batch, math.prod(sample_shape), philox.FEATURES_PER_SIGN_TILE, groups)
+    tiles = philox.SignTiles.of(probe_offset, num_probes)
+    # CUDA takes at most 65,535 programs in the second direction and in the third.
+    rows = min(tiles.count, 2**15)
+    launch(
+        _rademacher_kernel,
+        (lay.num_programs, rows, -(-tiles.count // rows)),
+        (seed, out),
+        (
+            as_int32(num_probes),
+            tiles.first,
+            tiles.first_probe,
+            *lay.numbers,
+            as_int32(sample_offset),
+        ),
+        (tiles.whole, lay.aligned, lay.wide, groups),
+        warps,
+    )
     return out
 
 
-@torch.library.custom_op("hessdiag::rademacher", mutates_args=())
-def _rademacher(
-    seed: Tensor,
-    shape: Sequence[int],
-    probe_offset: int,
-    sample_offset: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    return rademacher_reference(seed, shape, probe_offset, sample_offset, dtype)
-
-
+_rademacher = torch.library.custom_op("hessdiag::rademacher", rademacher_reference, mutates_args=())
 _rademacher.register_kernel("cuda")(rademacher_triton)
 
 
@@ -195,7 +225,7 @@ def rademacher(
             number, probe_offset, shape[0], sample_offset, shape[1], features, dtype
         )
         return philox_cpu.as_tensor(signs.reshape(shape), dtype)
-    result: Tensor = _rademacher(
-        philox.seed_tensor(seed, device), shape, probe_offset, sample_offset, dtype
-    )
+    seed = philox.seed_tensor(seed, device)
+    compute = way(_rademacher, rademacher_triton, rademacher_reference, seed)
+    result: Tensor = compute(seed, shape, probe_offset, sample_offset, dtype)
     return result

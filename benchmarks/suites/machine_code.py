@@ -1,10 +1,14 @@
 """The kernels' machine code for an H100 or H200 (sm_90), compiled without a GPU.
 
-Counts what bounds a kernel besides bytes: instructions per element, and whether global memory is
-read and written 16 bytes at a time and local memory not at all. An H200 moves 4.3 TB/s and issues
-about 29.6e12 instructions of a lane a second (132 multiprocessors x 128 lanes x 1.75 GHz), so a
-kernel that moves b bytes an element is bound by memory while it needs fewer than 6.9 b
-instructions an element.
+Counts what bounds a kernel besides bytes: instructions an element by the pipe that executes them,
+whether global memory is read and written 16 bytes at a time, and local memory not at all.
+
+A scheduler of Hopper issues one instruction of a warp a cycle. Integer and logic instructions have
+half of the lanes and so take two cycles of theirs, as do products of integers, on one of the two
+pipes that share the products of floats; special functions take eight. The slowest of these is the
+number of cycles. An H200 moves 4.3 TB/s, and its schedulers' 132 x 4 x 32 lanes have 29.6e12 cycles
+a second at 1.75 GHz; the ceiling is what these allow, as a share of the time of a copy. From 130%
+on a kernel is expected to reach nine tenths of a copy.
 
 The count is of the code as it stands: 16 probes in the unrolled loops, one in ``ocm_loss``.
 """
@@ -22,17 +26,34 @@ from typing import Any
 
 from harness.timing import Setting
 
+from hessdiag.kernels import _tuning
 from ocm.evaluation.environment import Row, environment
 from ocm.evaluation.markdown import markdown_table
 
-INSTRUCTIONS_PER_BYTE = 29.6 / 4.3
-THREADS = 128
+CYCLES_PER_BYTE = 29.6 / 4.3
+
+# The pipes, by how the names of their instructions begin; the first that fits counts.
+PIPES = {
+    "special": r"MUFU|I2F\b|F2I\b|F2F\b",
+    "float": r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|DFMA|DMUL|DADD|HGMMA|HMMA",
+    "product": r"IMAD",
+    "uniform": r"U[A-Z0-9]+|R2UR|S2UR",
+    "memory": r"LD|ST|RED|ATOM",
+    "control": r"BRA|BSSY|BSYNC|EXIT|BAR|CALL|RET|WARPSYNC|S2R|CS2R|DEPBAR|WARPGROUP|BREAK|YIELD",
+    "integer": r"",
+}
 
 COLUMNS = {
     "kernel": "",
     "instructions_per_element": ".1f",
-    "budget": ".0f",
+    "integer": ".1f",
+    "product": ".1f",
+    "float": ".1f",
+    "special": ".1f",
+    "cycles_per_element": ".1f",
     "bytes_per_element": ".1f",
+    "ceiling": ".0%",
+    "registers": "d",
     "wide_loads": "d",
     "wide_stores": "d",
     "local_accesses": "d",
@@ -46,90 +67,125 @@ class Variant:
     Attributes:
         name: How the table calls it.
         module: Module of ``hessdiag.kernels`` and name of the kernel in it.
-        types: Triton type of each argument that is no number of int32.
+        types: Triton type of each argument that is neither an int32 nor, in a small letter, a
+            float32.
         constants: Values of the compile-time arguments.
-        elements_per_group: Elements that a group of features stands for.
+        elements: How many elements a program takes.
         bytes_per_element: Least traffic.
+        warps: Warps of a program.
     """
 
     name: str
     module: tuple[str, str]
     types: dict[str, str]
     constants: dict[str, Any]
-    elements_per_group: int
+    elements: int
     bytes_per_element: float
+    warps: int
 
 
 def variants() -> list[Variant]:
     """Return what is compiled: whole groups, everything 16-byte aligned."""
-    flags = {"ALIGNED": True, "WIDE": False}
-    counters = dict.fromkeys(("probe_offset", "sample_offset", "step", "num_probes"), "i64")
-    coefficients = ("p", "q", "a", "b", "c", "k", "weight", "scale", "shift", "factor")
-    clamps = ("x0_low", "x0_high", "variance_low", "variance_high", "noise_variance_high")
-    floats = dict.fromkeys((*coefficients, *clamps), "fp32")
-    common = {"seed_ptr": "*i64", "rows_ptr": "*fp32", **counters, **floats}
+    result = []
+    for dtype, pointer, size in (("float32", "*fp32", 4), ("bfloat16", "*bf16", 2)):
+        result += _of_signs(dtype, pointer, size)
+        result += _of_normals(dtype, pointer, size)
+    return result
+
+
+def _of_signs(dtype: str, pointer: str, size: int) -> list[Variant]:
+    halves = 1 if size == 2 else 2
+    groups, warps = _tuning.RADEMACHER[size]
     result = [
         Variant(
-            f"rademacher, {name}",
+            f"rademacher{probes}, {dtype}",
             ("rademacher", "_rademacher_kernel"),
-            {**common, "out_ptr": pointer},
-            {**flags, "GROUPS": 256},
-            8 * 16,
+            {"out_ptr": pointer},
+            {**_PLAIN, "WHOLE": whole, "GROUPS": groups},
+            groups * 8 * (16 if whole else 1),
             size,
+            warps,
         )
-        for name, pointer, size in (("float32", "*fp32", 4), ("bfloat16", "*bf16", 2))
+        for probes, whole in (("", True), (" of one probe", False))
     ]
+    groups, warps = _tuning.PROBE_MOMENTS[size]
     result.append(
         Variant(
-            "normal, float32",
-            ("normal", "_normal_kernel"),
-            {**common, "out_ptr": "*fp32"},
-            {**flags, "STREAM": 2, "GROUPS": 256},
-            4,
-            4,
+            f"probe_moments, {dtype}",
+            ("probe_moments", "_probe_moments_kernel"),
+            {"products_ptr": pointer},
+            {**_PLAIN, "CONTINUED": False, "WHOLE": True, "HALVES": halves, "GROUPS": groups},
+            groups * 8 * 16,
+            size,
+            warps,
         )
     )
-    for name, pointer, size in (("float32", "*fp32", 4), ("bfloat16", "*bf16", 2)):
-        tensors = ("x_t_ptr", "prediction_ptr", "variance_ptr", "out_ptr")
+    groups, warps = _tuning.OCM_LOSS[size]
+    for backward in (False, True):
         result.append(
             Variant(
-                f"gaussian_step, {name}",
-                ("gaussian_step", "_gaussian_step_kernel"),
-                {**common, **dict.fromkeys(tensors, pointer)},
-                {**flags, "VARIANCE": 3, "PER_SAMPLE": False, "GROUPS": 256},
-                4,
-                4 * size,
+                f"ocm_loss {'backward' if backward else 'forward'}, {dtype}",
+                ("ocm_loss", "_ocm_loss_kernel"),
+                {
+                    "head_ptr": pointer,
+                    "products_ptr": pointer,
+                    "out_ptr": pointer if backward else "*fp32",
+                },
+                {
+                    **_PLAIN,
+                    "BACKWARD": backward,
+                    "PER_SAMPLE": False,
+                    "ONE_PROBE": True,
+                    "HALVES": halves,
+                    "GROUPS": groups,
+                },
+                groups * 8,
+                size * (3 if backward else 2),
+                warps,
             )
         )
-        state = ("mean_ptr", "deviations_ptr", "mean_out_ptr", "deviations_out_ptr")
-        result.append(
-            Variant(
-                f"probe_moments, {name}",
-                ("probe_moments", "_probe_moments_kernel"),
-                {**common, "products_ptr": pointer, **dict.fromkeys(state, "*fp32")},
-                {**flags, "CONTINUED": False, "GROUPS": 128},
-                8 * 16,
-                size,
-            )
-        )
-        for backward in (False, True):
-            result.append(
-                Variant(
-                    f"ocm_loss {'backward' if backward else 'forward'}, {name}",
-                    ("ocm_loss", "_ocm_loss_kernel"),
-                    {
-                        **common,
-                        "head_ptr": pointer,
-                        "products_ptr": pointer,
-                        "upstream_ptr": "*fp32",
-                        "out_ptr": pointer if backward else "*fp32",
-                    },
-                    {**flags, "BACKWARD": backward, "PER_SAMPLE": False, "GROUPS": 128},
-                    8,
-                    size * (3 if backward else 2),
-                )
-            )
     return result
+
+
+def _of_normals(dtype: str, pointer: str, size: int) -> list[Variant]:
+    groups, warps = _tuning.GAUSSIAN_STEP[size]
+    tensors = ("x_t_ptr", "prediction_ptr", "variance_ptr", "out_ptr")
+    result = [
+        Variant(
+            f"gaussian_step, {dtype}",
+            ("gaussian_step", "_gaussian_step_kernel"),
+            dict.fromkeys(tensors, pointer),
+            {**_PLAIN, "VARIANCE": 3, "PER_SAMPLE": False, "GROUPS": groups},
+            groups * 4,
+            4 * size,
+            warps,
+        )
+    ]
+    if dtype == "float32":
+        groups, warps = _tuning.NORMAL[4]
+        result.append(
+            Variant(
+                "normal, float32",
+                ("normal", "_normal_kernel"),
+                {"out_ptr": pointer},
+                {**_PLAIN, "STREAM": 2, "GROUPS": groups},
+                groups * 4,
+                4,
+                warps,
+            )
+        )
+    return result
+
+
+_PLAIN = {"ALIGNED": True, "WIDE": False}
+_FLOATS = (
+    *("p", "q", "a", "b", "c", "k", "x0_low", "x0_high", "low", "high", "noise_variance_high"),
+    *("weight", "scale", "offset_of_target", "factor"),
+)
+_POINTERS = {"seed_ptr": "*i64", "rows_ptr": "*fp32", "upstream_ptr": "*fp32"} | dict.fromkeys(
+    ("mean_ptr", "deviations_ptr", "mean_out_ptr", "deviations_out_ptr"), "*fp32"
+)
+_TYPES = _POINTERS | dict.fromkeys(_FLOATS, "fp32")
 
 
 def compile_variant(variant: Variant) -> Any:
@@ -144,17 +200,19 @@ def compile_variant(variant: Variant) -> Any:
     signature = {
         argument: "constexpr"
         if argument in variant.constants
-        else variant.types.get(argument, "i32")
+        else (_TYPES | variant.types).get(argument, "i32")
         for argument in names
     }
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(names)
-        if signature[argument].startswith("*") or argument == "row_length"
+        if signature[argument].startswith("*")
     }
     constants = {(names.index(key),): value for key, value in variant.constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return triton.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": variant.warps}
+    )
 
 
 def disassemble(compiled: Any) -> list[str]:
@@ -172,17 +230,74 @@ def disassemble(compiled: Any) -> list[str]:
     return [line for line in lines if not line.startswith("NOP")]
 
 
+def registers(compiled: Any) -> int:
+    """Return how many registers a thread has, by the ptxas that comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        said = subprocess.run(
+            [tool, "--gpu-name=sm_90a", "--verbose", "--output-file=/dev/null", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    found = re.search(r"Used (\d+) registers", said)
+    if found is None:
+        raise RuntimeError(f"ptxas does not say how many registers it used: {said!r}")
+    return int(found[1])
+
+
+def count_by_pipe(instructions: list[str]) -> dict[str, int]:
+    """Return how many instructions each pipe executes.
+
+    Example:
+        >>> counts = count_by_pipe(["@!P0 IMAD.WIDE.U32 R2, R0, R4, RZ", "LOP3.LUT R0, R1, R2"])
+        >>> counts["product"], counts["integer"], counts["float"]
+        (1, 1, 0)
+    """
+    counts = dict.fromkeys(PIPES, 0)
+    for instruction in instructions:
+        name = re.sub(r"^@!?U?P\w+\s+", "", instruction)
+        counts[next(pipe for pipe, start in PIPES.items() if re.match(start, name))] += 1
+    return counts
+
+
+def cycles(counts: dict[str, int]) -> int:
+    """Return how many cycles a scheduler needs for the instructions of a warp, at the least.
+
+    Example:
+        >>> cycles(dict.fromkeys(PIPES, 0) | {"integer": 10, "float": 5, "special": 1})
+        20
+    """
+    products = counts["product"]
+    return max(
+        sum(counts.values()),
+        2 * counts["integer"],
+        2 * products,
+        products + counts["float"],
+        8 * counts["special"],
+    )
+
+
 def measure(variant: Variant) -> Row:
     """Return the counts of one specialisation."""
     compiled = compile_variant(variant)
     instructions, ptx = disassemble(compiled), compiled.asm["ptx"]
-    elements = variant.constants["GROUPS"] * variant.elements_per_group / THREADS
+    elements = variant.elements / (32 * variant.warps)  # of a thread
+    by_pipe = count_by_pipe(instructions)
+    cycles_per_element = cycles(by_pipe) / elements
     return {
         "kernel": variant.name,
         "instructions": len(instructions),
         "instructions_per_element": len(instructions) / elements,
+        **{pipe: count / elements for pipe, count in by_pipe.items()},
+        "cycles_per_element": cycles_per_element,
         "bytes_per_element": variant.bytes_per_element,
-        "budget": INSTRUCTIONS_PER_BYTE * variant.bytes_per_element,
+        "ceiling": CYCLES_PER_BYTE * variant.bytes_per_element / cycles_per_element,
+        "registers": registers(compiled),
         "wide_loads": count_accesses(instructions, "LDG", 128),
         "wide_stores": count_accesses(instructions, "STG", 128),
         "half_wide_loads": count_accesses(instructions, "LDG", 64),

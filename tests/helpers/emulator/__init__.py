@@ -1,0 +1,49 @@
+"""Run the PTX that Triton compiles, in NumPy, so that compiled kernels are tested without a GPU.
+
+All threads of many blocks (CTAs) go through the program together. Every access to memory is
+checked: inside of a live allocation, and aligned to its full width. What is not known is refused,
+with the line of the program: an instruction, a modifier of one, a register that nobody wrote.
+
+It shows what a compiled program computes and where it reads and writes. It cannot show:
+
+- a race between threads, since they take turns in a fixed order;
+- the last bit of functions that the hardware approximates (``ex2.approx``, ``div.full``, ...),
+  which are rounded correctly here;
+- mistakes of the assembler that makes machine code of PTX.
+
+| module | has one task |
+|---|---|
+| ``parsing`` | text of a program -> instructions and their operands |
+| ``values`` | bits <-> numbers, each rounded once |
+| ``integers``, ``floats``, ``conversions`` | what instructions compute from operands |
+| ``memory`` | allocations, and what may be accessed |
+| ``accesses``, ``warps``, ``matrices`` | instructions that reach memory or other threads |
+| ``machine`` | registers, branches and the order of execution |
+| ``driver`` | a device for Triton, which launches into the machine |
+"""
+
+from emulator.driver import (
+    capability,
+    install,
+    launches,
+    only_programs,
+    without_execution,
+)
+from emulator.machine import Executable, prepare, run
+from emulator.memory import GlobalMemory
+from emulator.parsing import EmulationError, Program, parse
+
+__all__ = [
+    "EmulationError",
+    "Executable",
+    "GlobalMemory",
+    "Program",
+    "capability",
+    "install",
+    "launches",
+    "only_programs",
+    "parse",
+    "prepare",
+    "run",
+    "without_execution",
+]
