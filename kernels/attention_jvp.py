@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels._checks import FLOAT_TYPES
+from hessdiag.kernels._launch import way
 from hessdiag.kernels._triton import on_device_of, tl, triton
 
 # What the reference holds at a time: scores, and what is made of them. On a processor they stay in
@@ -867,7 +868,9 @@ def attention_jvp(
     ]
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
-    out, tangent = _attention_jvp(query, key, value, *changes, mask, is_causal, float(scale))
+    tensors = (query, key, value, *changes, mask)
+    compute = way(_attention_jvp, attention_jvp_triton, attention_jvp_reference, *tensors)
+    out, tangent = compute(*tensors, is_causal, float(scale))
     return out, tangent if has_probes else tangent[0]
 
 
