@@ -30,7 +30,7 @@ CASES = [
 
 
 def compiled(dtype, head, mask, causal):
-    """The kernel as it is launched for contiguous inputs with a tangent each, S a multiple of 16."""
+    """The kernel as it is launched for contiguous inputs, each with a tangent, and S of 16 n."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -85,6 +85,17 @@ def test_samples_and_heads_may_lack(shape, batching, taken):
     torch.testing.assert_close(exact, hessdiag.exact(score_fn, x, mode="vjp", batching="loop"))
 
 
+@pytest.mark.parametrize("mask_shape", [(5, 5), (1, 5, 5), (3, 5, 5), (3, 1, 5)])
+def test_masks_of_three_dimensions(mask_shape, taken):
+    """(H, L, E) has a mask for each head."""
+    x, mask = point(3, 5, 8), point(*mask_shape, seed=1)
+    with forward_mode_operators():
+        _, tangent = torch.func.jvp(self_attention(attn_mask=mask), (x,), (x,))
+    assert len(taken) == 1
+    jacobian = torch.autograd.functional.jacobian(self_attention(attn_mask=mask), x)
+    torch.testing.assert_close(tangent, torch.tensordot(jacobian, x, dims=3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types(dtype, taken):
     x = point(2, 3, 5, 8).to(dtype)

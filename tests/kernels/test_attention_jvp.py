@@ -411,6 +411,16 @@ def test_under_vmap_and_jvp():
     assert_near([both[0][:, 0, 0], both[1][:, :, 0]], wanted, torch.float64)
 
 
+def test_blocks_of_probes_under_vmap():
+    q, k, v, *tangents = inputs(probes=6)
+    blocks = [tangent.unflatten(0, (2, 3)) for tangent in tangents]
+    _, found = torch.func.vmap(lambda *block: attention_jvp(q, k, v, *block), out_dims=(None, 0))(
+        *blocks
+    )
+    wanted = attention_jvp(q, k, v, *tangents)[1]
+    torch.testing.assert_close(found.flatten(0, 1), wanted)
+
+
 @pytest.mark.parametrize("kind", ["boolean", "additive", "keys alone"])
 @pytest.mark.parametrize("mask_too", [False, True])
 @pytest.mark.parametrize("batch", [1, 2])
