@@ -863,12 +863,12 @@ def attention_jvp(
             "in eval mode"
         )
     mask = None if attn_mask is None else _full_mask(attn_mask, query, key)
-    changes = [
+    dq, dk, dv = (
         change if change is None or has_probes else change[None] for change, _ in tangents.values()
-    ]
+    )
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
-    tensors = (query, key, value, *changes, mask)
+    tensors = (query, key, value, dq, dk, dv, mask)
     compute = way(_attention_jvp, attention_jvp_triton, attention_jvp_reference, *tensors)
     out, tangent = compute(*tensors, is_causal, float(scale))
     return out, tangent if has_probes else tangent[0]
