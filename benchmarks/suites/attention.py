@@ -68,7 +68,7 @@ class Case:
 def run(setting: Setting) -> tuple[Row, str]:
     """Return the record of the suite and its tables."""
     device = setting.device
-    rounds = 3 if setting.quick else 15
+    rounds = 3 if setting.quick else 7
     rows = [_row(case, device, rounds) for case in _cases(device, setting.quick)]
     record = {
         "suite": "attention",
