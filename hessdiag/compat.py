@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from hessdiag.attention import attention, multi_head_attention
 
 TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
@@ -195,7 +196,7 @@ class ForwardModeOperators(TorchFunctionMode):
     - A custom operator of ``torch.library`` has no forward-mode rule in any version so far, and
       what it returns carries no tangent, which reads as a derivative of zero: it is refused.
     - ``scaled_dot_product_attention`` has no forward-mode rule in its flash and memory-efficient
-      backends in any version so far, and one in the mathematical backend, which is called.
+      backends in any version so far: :mod:`hessdiag.attention` says what is called.
     - ``as_strided_scatter``, whose rule is wrong in any version so far, is refused.
     - ``group_norm`` is given a contiguous input, and so a contiguous tangent. For torch below
       2.15, where the forward-mode rule of ``native_group_norm`` calls ``view`` on a tangent that
@@ -225,34 +226,6 @@ class ForwardModeOperators(TorchFunctionMode):
 Mend = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
-def _mathematical_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> torch.Tensor:
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        # The public function does this before it calls a backend.
-        attn_mask = torch.where(attn_mask, 0.0, -torch.inf).to(query.dtype)
-    attended: torch.Tensor = torch.ops.aten._scaled_dot_product_attention_math(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )[0]
-    return attended
-
-
-def _inside_multi_head_attention(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    # It is Python code, within which a mode of torch functions is not heeded. The switch is that
-    # of the whole process, but only one thread at a time is in forward mode.
-    with sdpa_kernel(SDPBackend.MATH):
-        return func(*args, **kwargs)
-
-
 def _contiguous_input(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
@@ -271,10 +244,8 @@ def _refuse_scatter(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 
 _FORWARD_MENDS: dict[Any, Mend] = {
-    functional.scaled_dot_product_attention: lambda _, args, kwargs: _mathematical_attention(
-        *args, **kwargs
-    ),
-    functional.multi_head_attention_forward: _inside_multi_head_attention,
+    functional.scaled_dot_product_attention: lambda _, args, kwargs: attention(*args, **kwargs),
+    functional.multi_head_attention_forward: multi_head_attention,
     functional.group_norm: _contiguous_input,
     torch.group_norm: _contiguous_input,
     torch.as_strided_scatter: _refuse_scatter,

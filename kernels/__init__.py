@@ -3,6 +3,7 @@
 CPU tensors take the reference, CUDA tensors the Triton kernel; the numbers are the same.
 """
 
+from hessdiag.kernels.attention_jvp import attention_jvp
 from hessdiag.kernels.gaussian_step import StepCoefficients, gaussian_step
 from hessdiag.kernels.normal import normal, normal_probes
 from hessdiag.kernels.ocm_loss import ocm_loss
@@ -13,6 +14,7 @@ from hessdiag.kernels.rademacher import rademacher
 __all__ = [
     "Moments",
     "StepCoefficients",
+    "attention_jvp",
     "gaussian_step",
     "normal",
     "normal_probes",

@@ -19,6 +19,7 @@ SUITES = {
     "host": "what the ops take of the host: to launch on a GPU, to compute on a CPU",
     "divergence": "the trace in the right-hand side of an ODE beside the lines one writes by hand",
     "kernels": "the ops against eager PyTorch, torch.compile and diffusers' schedulers",
+    "attention": "attention with tangents against the mathematical backend of PyTorch",
     "machine_code": "the Triton kernels compiled for sm_90, which takes no GPU",
     "estimators": "every estimator on a trained U-Net: cost, error and memory; other libraries",
     "structures": "the choice of probes against Rademacher on Jacobians of 60 structures",

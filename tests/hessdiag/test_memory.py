@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness.memory import peak_bytes
+from harness.memory import allocated_bytes, peak_bytes
 from torch import nn
 
 import hessdiag
@@ -19,6 +19,7 @@ def test_the_counter_counts():
         return b + c
 
     assert peak_bytes(run) == 3 * x.nbytes
+    assert allocated_bytes(run) == 3 * x.nbytes
 
 
 def peak(depth, mode, batching):
