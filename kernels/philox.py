@@ -329,7 +329,7 @@ def permutation_ranks(
 
     Example:
         >>> permutation_ranks(torch.tensor(0), 0, 1, 0, 1, 5)
-        tensor([[[0, 3, 1, 2, 4]]])
+        tensor([[[1, 4, 0, 3, 2]]])
     """
     groups = -(-features // 4)
     words = _grid_words(

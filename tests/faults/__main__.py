@@ -23,10 +23,11 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
+from faults.attention import FAULTS as ATTENTION  # noqa: E402
 from faults.fault import Fault  # noqa: E402
 from faults.kernels import FAULTS as KERNELS  # noqa: E402
 
-FAULTS = [*KERNELS]
+FAULTS = [*KERNELS, *ATTENTION]
 RECORD = ROOT / ".cache" / "faults.json"
 COPIED = ("hessdiag", "ocm", "tests", "benchmarks", "examples", "pyproject.toml")
 LIMIT = 600  # seconds; a fault that keeps the tests from ending is noticed too
@@ -125,8 +126,10 @@ def _outcome(copy: Path, tests: tuple[str, ...]) -> tuple[str, str]:
         )
     except subprocess.TimeoutExpired:
         return "caught", f"the tests did not end within {LIMIT} s"
-    # 0: all passed; 1: one failed; else nothing was tested.
+    # 0: all passed; 1: one failed; below 0: the process died of it; else nothing was tested.
     outcome = {0: "lived", 1: "caught"}.get(done.returncode, "untried")
+    if done.returncode < 0:
+        outcome = "caught"
     return outcome, "\n".join((done.stdout + done.stderr).splitlines()[-15:])
 
 
