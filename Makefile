@@ -31,7 +31,8 @@ demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare c
 test: $(VENV)/.installed-test ## Run the tests (15 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
-soak: $(VENV)/.installed-test ## The tests that take many minutes: every input of PyTorch's operators (6 minutes)
+# The emulated kernels run as compiled by the oldest Triton too.
+soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that take many minutes (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m soak
 
 # See CONTRIBUTING.md. A forced ATEN_CPU_CAPABILITY breaks the C++ code that torch.compile writes,
@@ -91,6 +92,11 @@ gpu-kernels: gpu-install ## The benchmark suite of the kernels
 
 clean: ## Remove the environment, caches and results
 	rm -rf $(VENV) .cache build dist runs *.egg-info
+
+.cache/triton-3.6/.installed: | $(BIN)/python
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==3.6.0
+	@touch $@
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,9 @@
-"""Shared set-up. Without a CUDA device the Triton kernels run under Triton's interpreter."""
+"""Shared set-up. Without a CUDA device Triton's kernels are interpreted, or emulated if asked."""
 
 import os
+import sys
+from collections import Counter
+from pathlib import Path
 
 import torch
 
@@ -16,11 +19,53 @@ torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
 
+EMULATED_CACHE = Path(__file__).parents[1] / ".cache" / "triton-emulated"
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--vary-rounding",
         action="store_true",
         help="let products of matrices round as they may on another machine (CONTRIBUTING.md)",
+    )
+    parser.addoption(
+        "--emulate",
+        action="store_true",
+        help="run the Triton kernels as compiled for a GPU, by tests/helpers/emulator",
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Tests of what only compiled kernels show are no tests without ``--emulate``."""
+    if collection_path.name == "emulated" and not config.getoption("--emulate"):
+        return True
+    return None
+
+
+def pytest_configure(config):
+    if not config.getoption("--emulate"):
+        return
+    if "hessdiag.kernels" in sys.modules:
+        raise pytest.UsageError("--emulate must be known before hessdiag.kernels is imported")
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TRITON_CACHE_DIR", str(EMULATED_CACHE))
+    import emulator
+
+    emulator.install()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--emulate"):
+        return
+    import emulator
+    import triton
+
+    made = emulator.launches()
+    programs = {launch.key: launch.kernel for launch in made}
+    kernels = ", ".join(f"{name} {count}" for name, count in Counter(programs.values()).items())
+    terminalreporter.write_line(
+        f"emulated {len(made)} launches of {len(programs)} programs by triton "
+        f"{triton.__version__}: {kernels}"
     )
 
 
@@ -36,8 +81,8 @@ def rounding(request):
         yield
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+def pytest_collection_modifyitems(config, items):
+    if torch.cuda.is_available() and not config.getoption("--emulate"):
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
@@ -46,9 +91,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def kernel_device():
-    """Device on which the Triton kernels run: a GPU, or the CPU under the interpreter."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def kernel_device(request):
+    """Device on which the Triton kernels run: a GPU, or the CPU, interpreted or emulated."""
+    emulated = request.config.getoption("--emulate")
+    return "cuda" if torch.cuda.is_available() and not emulated else "cpu"
 
 
 @pytest.fixture

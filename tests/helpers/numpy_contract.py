@@ -26,11 +26,13 @@ def _key(seed):
     return seed & 0xFFFFFFFF, seed >> 32
 
 
-def rademacher(num_probes, batch, features, seed, probe_offset=0, sample_offset=0):
+def rademacher(
+    num_probes, batch, features, seed, probe_offset=0, sample_offset=0, feature_offset=0
+):
     m, b, d = np.meshgrid(
         np.arange(probe_offset, probe_offset + num_probes),
         np.arange(sample_offset, sample_offset + batch),
-        np.arange(features),
+        np.arange(feature_offset, feature_offset + features),
         indexing="ij",
     )
     words = np.stack(philox4x32_10((d // 8, b, m // 16, 0 * d), _key(seed)))
@@ -40,9 +42,11 @@ def rademacher(num_probes, batch, features, seed, probe_offset=0, sample_offset=
     return np.where(bit == 1, 1.0, -1.0)
 
 
-def normal(batch, features, seed, stream, step=0, sample_offset=0):
+def normal(batch, features, seed, stream, step=0, sample_offset=0, feature_offset=0):
     b, d = np.meshgrid(
-        np.arange(sample_offset, sample_offset + batch), np.arange(features), indexing="ij"
+        np.arange(sample_offset, sample_offset + batch),
+        np.arange(feature_offset, feature_offset + features),
+        indexing="ij",
     )
     words = philox4x32_10((d // 4, b, 0 * d + step, 0 * d + stream), _key(seed))
     first = d % 4 < 2
