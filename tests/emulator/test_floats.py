@@ -94,6 +94,17 @@ def test_a_fused_sum_is_rounded_once():
     assert int(made[0]) - int(made[1]) == 1
 
 
+def test_a_fused_sum_is_rounded_once_among_subnormal_numbers():
+    """A product just below half of the least number, and a sum whose ties are not at bit 24."""
+    unit = Fraction(2) ** -75
+    factors = (unit * (1 + Fraction(2) ** -23), unit * (1 - Fraction(2) ** -23))
+    a, b = (np.array([rounded(factor, "f32")], np.uint32) for factor in factors)
+    c = np.array([rounded(Fraction(2) ** -127 + Fraction(2) ** -149, "f32")], np.uint32)
+    made = evaluate("fma.rn.f32 %w0, %w1, %w2, %w3;", 32, a, b, c)
+    assert int(made[0]) == int(c[0])
+    check("fma.rn.f32", "f32", lambda x, y, z: total(product(x, y), z), a, b, c)
+
+
 @pytest.mark.parametrize("format_", ["f16", "bf16"])
 def test_pairs_are_two_numbers(format_):
     a, b = pairs(format_)

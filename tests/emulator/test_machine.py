@@ -227,8 +227,11 @@ def test_threads_that_wrote_nothing_hold_no_number():
 def test_a_module_must_be_understood():
     with pytest.raises(EmulationError, match=r"one \.entry, got 0"):
         parse("")
-    with pytest.raises(EmulationError, match=r"by \.reqntid"):
+    with pytest.raises(EmulationError, match=r"must state its threads, in x alone, by \.reqntid"):
         parse(program("").replace(".reqntid 32", ""))
+    with pytest.raises(EmulationError, match="in x alone"):
+        parse(program("").replace(".reqntid 32", ".reqntid 32, 2, 1"))
+    assert parse(program("").replace(".reqntid 32", ".reqntid 32, 1, 1")).threads == 32
     with pytest.raises(EmulationError, match=r"line \d+: cannot read the operand #"):
         parse(program("mov.u32 %w0, #;"))
     with pytest.raises(EmulationError, match=r"declared as \.b64 and \.b32"):

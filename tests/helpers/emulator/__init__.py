@@ -6,18 +6,22 @@ with the line of the program: an instruction, a modifier of one, a register that
 
 It shows what a compiled program computes and where it reads and writes. It cannot show:
 
-- a race between threads, since they take turns in a fixed order;
+- a race between threads or blocks, since they go on in a fixed order, or a barrier, a fence or a
+  wait that is missing, as for ``cp.async`` and ``wgmma``, which are done at once;
 - the last bit of functions that the hardware approximates (``ex2.approx``, ``div.full``, ...),
   which are rounded correctly here;
-- mistakes of the assembler that makes machine code of PTX.
+- mistakes of the assembler that makes machine code of PTX, and registers that it spills;
+- an access beyond its own tensor that hits another one of the same launch.
+
+Not emulated, and refused: clusters, tensor descriptors, scratch memory, calls of functions, and
+blocks of more than one dimension, which Triton does not make.
 
 | module | has one task |
 |---|---|
 | ``parsing`` | text of a program -> instructions and their operands |
 | ``values`` | bits <-> numbers, each rounded once |
-| ``integers``, ``floats``, ``conversions`` | what instructions compute from operands |
 | ``memory`` | allocations, and what may be accessed |
-| ``accesses``, ``warps``, ``matrices`` | instructions that reach memory or other threads |
+| ``instructions`` | what each does, in modules of its own |
 | ``machine`` | registers, branches and the order of execution |
 | ``driver`` | a device for Triton, which launches into the machine |
 """

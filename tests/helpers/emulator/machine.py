@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from emulator import accesses, conversions, floats, integers, matrices, warps
+from emulator import instructions
+from emulator.instructions import Operation
 from emulator.memory import GlobalMemory, SharedMemory
 from emulator.parsing import (
     Address,
@@ -29,7 +30,6 @@ from emulator.parsing import (
     Register,
     Symbol,
 )
-from emulator.rules import Operation
 from emulator.values import UNSIGNED, Array, decode, encode, width
 
 WARP = 32
@@ -305,14 +305,11 @@ def _decoded(instruction: Instruction) -> Execute | str:
         return "bra"
     if opcode in ("ret", "exit"):
         return "ret"
-    for rules in (integers.rules, floats.rules, conversions.rules):
-        operation = rules.find(opcode)
-        if operation is not None:
-            return _pure(operation, instruction)
-    for rules in (accesses.rules, warps.rules, matrices.rules):
-        execute = rules.find(opcode)
-        if execute is not None:
-            return execute
+    found = instructions.find(opcode)
+    if isinstance(found, Operation):
+        return _pure(found, instruction)
+    if found is not None:
+        return found
     raise EmulationError(f"unknown instruction {opcode}: {instruction.place}")
 
 
@@ -340,13 +337,13 @@ def _run_strand(
     strand: Strand, code: tuple[Execute | str, ...], statistics: Statistics
 ) -> list[Strand]:
     """Execute a strand to its end or to where it is split; return the parts."""
-    instructions = strand.program.instructions
+    program = strand.program.instructions
     while True:
         if strand.waiting and strand.place >= strand.waiting[-1][0]:
             _meet(strand)
         if strand.place >= len(code):
             raise EmulationError("the program ends without ret")
-        instruction, execute = instructions[strand.place], code[strand.place]
+        instruction, execute = program[strand.place], code[strand.place]
         statistics.opcodes[instruction.opcode] += 1
         try:
             if execute == "ret":

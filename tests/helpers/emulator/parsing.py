@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TypeAlias
 
 import numpy as np
@@ -144,9 +145,9 @@ def parse(text: str) -> Program:
         raise EmulationError(f"a program must have one .entry, got {len(entries)}")
     (entry,) = entries
     name, parameters, attributes = entry.groups()
-    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)(?:\s*,\s*(\d+))*", attributes)
-    if threads is None:
-        raise EmulationError(f"entry {name} must state its number of threads by .reqntid")
+    threads = re.search(r"\.(?:reqntid|maxntid)\s+(\d+)((?:\s*,\s*1\b)*)\s*(,)?", attributes)
+    if threads is None or threads.group(3):
+        raise EmulationError(f"entry {name} must state its threads, in x alone, by .reqntid")
     end = _end_of_block(text, entry.end())
     body = _DEBUG_LINE.sub("", text[entry.end() : end])
     first_line = text.count("\n", 0, entry.end()) + 1
@@ -264,6 +265,8 @@ def _instruction(statement: str, line: int) -> Instruction:
 
 def _split(text: str) -> list[str]:
     """Split at the commas that are outside of brackets and braces."""
+    if "{" not in text and "[" not in text:
+        return [part.strip() for part in text.split(",") if part.strip()]
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         if character in "[{":
@@ -277,6 +280,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+@cache
 def _operand(text: str) -> Operand:
     if text.startswith("{"):
         return Vector(tuple(_operand(part) for part in _split(text[1:-1])))

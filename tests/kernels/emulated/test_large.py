@@ -21,8 +21,15 @@ SEED = 77
 # How many elements at the end are compared; two programs make more than 128 groups.
 LAST = 400
 # Samples and features of each: more than 2**31 groups, of which one sample has one, whole or not;
-# and one sample of more than 2**31 features, whole groups or not.
-SIZES = [(2**31 + 300, 8), (2**31 + 300, 3), (1, 2**31 + 2**12), (1, 2**31 + 4099)]
+# one sample of more than 2**31 features, whole groups or not; and few samples and groups, but more
+# than 2**31 features in all.
+SIZES = [
+    (2**31 + 300, 8),
+    (2**31 + 300, 3),
+    (1, 2**31 + 2**12),
+    (1, 2**31 + 4099),
+    (3, 2**30 + 3),
+]
 
 sizes = pytest.mark.parametrize(("batch", "features"), SIZES)
 
@@ -36,8 +43,8 @@ def first_and_last(grid):
 
 def tail(batch, features):
     """The last elements: how many samples and features, and the number of the first of each."""
-    if batch == 1:
-        return (1, LAST), 0, features - LAST
+    if features > LAST:
+        return (1, LAST), batch - 1, features - LAST
     return (LAST // features, features), batch - LAST // features, 0
 
 

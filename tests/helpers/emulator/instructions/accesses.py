@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emulator.instructions.rules import Rules
 from emulator.parsing import (
     Address,
     Both,
@@ -17,7 +18,6 @@ from emulator.parsing import (
     Symbol,
     Vector,
 )
-from emulator.rules import Rules
 from emulator.values import UNSIGNED, Array, add_to_odd, decode, encode, halves, pack, width
 
 if TYPE_CHECKING:

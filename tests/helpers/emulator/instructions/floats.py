@@ -14,8 +14,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from emulator.integers import combine
-from emulator.rules import Operation, Rules
+from emulator.instructions.integers import combine
+from emulator.instructions.rules import Operation, Rules
 from emulator.values import Array, add_to_odd, decode, encode, flush, halves, pack
 
 rules: Rules[Operation] = Rules()
@@ -82,9 +82,9 @@ def fma(a: Array, b: Array, c: Array) -> Array:
 
 def _odd_where_it_matters(total: Array, product: Array, c: Array) -> Array:
     # Only a float64 halfway between two float32 can be a tie that is none, and only subnormal
-    # numbers have their ties elsewhere.
+    # numbers have their ties elsewhere. A sum that is zero is exact.
     tail = total.view(np.uint64) & np.uint64(0x1FFFFFFF)
-    unclear = (tail == 0x10000000) | (np.abs(total) < 2.0**-126)
+    unclear = (tail == 0x10000000) | ((np.abs(total) < 2.0**-126) & (total != 0))
     return add_to_odd(product, c) if unclear.any() else total
 
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from emulator.rules import Operation, Rules
+from emulator.instructions.rules import Operation, Rules
 from emulator.values import SIGNED, UNSIGNED, Array, encode, width
 
 rules: Rules[Operation] = Rules()

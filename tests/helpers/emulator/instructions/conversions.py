@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from emulator.rules import Operation, Rules
+from emulator.instructions.rules import Operation, Rules
 from emulator.values import (
     SIGNED,
     UNSIGNED,

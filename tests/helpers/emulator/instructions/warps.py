@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emulator.accesses import Execute, chosen_threads, items
+from emulator.instructions.accesses import Execute, chosen_threads, items
+from emulator.instructions.rules import Rules
 from emulator.parsing import Both, EmulationError, Instruction
-from emulator.rules import Rules
 from emulator.values import SIGNED, Array, encode
 
 if TYPE_CHECKING:
