@@ -10,6 +10,8 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 SPREAD := --numprocesses 2 --dist loadfile
 
 GPU_PYTHON ?= python3
+# What `make gpu-suites` measures, the shortest first.
+GPU_SUITES ?= host attention overhead sampling products estimators
 # Files of wheels to install beside the project, where the machine lacks diffusers say.
 GPU_WHEELS ?=
 GPU_INSTALL ?= PIP_BREAK_SYSTEM_PACKAGES=1 $(GPU_PYTHON) -m pip install --quiet --no-index --no-deps \
@@ -20,7 +22,7 @@ GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak mutation test-portable lint types bench bench-small clean
-.PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels
+.PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels gpu-suites
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -87,11 +89,17 @@ gpu-memory: gpu-install ## The kernels under CUDA's memory checker
 	@if command -v compute-sanitizer >/dev/null; then \
 		PYTHONSAFEPATH=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 		$(GPU_LIMIT) compute-sanitizer --error-exitcode 1 $(GPU_PYTEST) \
-			tests/gpu/test_kernels.py -k 'against_float64 or those_of_the_cpu_bit'; \
+			tests/gpu/test_kernels.py tests/gpu/test_attention.py \
+			-k 'against_float64 or those_of_the_cpu_bit'; \
 	else echo "compute-sanitizer is not installed: memory accesses are not checked"; fi
 
 gpu-kernels: gpu-install ## The benchmark suite of the kernels
 	$(GPU_LIMIT) $(GPU_PYTHON) benchmarks/run.py --suite kernels --device cuda
+
+gpu-suites: gpu-install ## Further benchmark suites on a GPU, each in at most 9 minutes
+	for suite in $(GPU_SUITES); do \
+		$(GPU_LIMIT) $(GPU_PYTHON) benchmarks/run.py --suite $$suite --device cuda || exit 1; \
+	done
 
 clean: ## Remove the environment, caches and results
 	rm -rf $(VENV) .cache build dist runs *.egg-info

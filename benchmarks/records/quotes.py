@@ -23,7 +23,7 @@ from harness import budget
 from heads import report as heads
 from likelihoods import report as likelihoods
 from mixtures import report as mixtures
-from suites import divergence, host
+from suites import attention, divergence, host, overhead
 from suites.digits import likelihood, structure
 
 from ocm.evaluation.environment import Row
@@ -133,6 +133,8 @@ BLOCKS = {
     "digits": Block("cpu/digits.json", _digits),
     "digits-samples": Block("cpu/digits.json", _digits_samples),
     "host": Block("cpu/host.json", host.report),
+    "overhead": Block("cpu/overhead.json", overhead.report),
+    "attention": Block("cpu/attention.json", attention.report),
     "machine-code": Block("cpu/machine_code.json", _machine_code),
     "sampling": Block("cpu/sampling.json", _sampling),
 }

@@ -107,7 +107,7 @@ FAULTS = [
         DEVICE,
         "left = tl.minimum(features - first, FEATURES)",
         "left = tl.minimum(features - first + 1, FEATURES)",
-        (*COMPILED, "test_signs and 3-7"),
+        (*COMPILED, "test_signs and 3x7"),
     ),
     Fault(
         "one feature too few",
@@ -170,7 +170,7 @@ FAULTS = [
         DEVICE,
         "high = tl.load(place + width, mask=exists_at(room, feature + width, ALIGNED))",
         "high = tl.load(place + width, mask=exists_at(room, feature, ALIGNED))",
-        (*COMPILED, "test_moments and 3-7 or test_moments and 1-1-1"),
+        (*COMPILED, "test_moments and (3x7 or 1x1x1)"),
     ),
     Fault(
         "the sign bit of float64",
@@ -249,7 +249,7 @@ FAULTS = [
         RADEMACHER,
         "tl.minimum(rows_left, 16).to(tl.int32)",
         "tl.minimum(rows_left + 1, 16).to(tl.int32)",
-        (*COMPILED, "test_signs and 5-2-12"),
+        (*COMPILED, "test_signs and 5x2x12"),
     ),
     Fault(
         "filling programs write",
@@ -331,7 +331,7 @@ FAULTS = [
         GAUSSIAN_STEP,
         "place = variance_ptr + sample.to(tl.int64)[:, None]",
         "place = variance_ptr + group.to(tl.int64)[:, None]",
-        (*COMPILED, "test_step and per and 1-72"),
+        (*COMPILED, "test_step and sample and 3x7"),
     ),
     # Moments.
     Fault(
@@ -376,7 +376,7 @@ FAULTS = [
         OCM_LOSS,
         "tl.sum(tl.where(exists, square, 0.0))",
         "tl.sum(square)",
-        (*COMPILED, "test_loss and 7"),
+        (*COMPILED, "test_loss and 3x7"),
     ),
     Fault(
         "the gradient halved",
