@@ -35,7 +35,7 @@ def compiled(dtype, head, mask, causal):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module = importlib.import_module("hessdiag.kernels.attention_jvp")
+    module = importlib.import_module("hessdiag.kernels.attention_triton")
     kernel, block = module._attention_jvp_kernel, module._power_of_two(head)
     tile = module.tile_of(dtype, block, mask != NO_MASK)
     constants = {

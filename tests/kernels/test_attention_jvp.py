@@ -13,6 +13,7 @@ from torch.nn import functional
 from hessdiag.kernels import attention_jvp
 
 module = importlib.import_module("hessdiag.kernels.attention_jvp")
+reference = importlib.import_module("hessdiag.kernels.attention_reference")
 
 # Errors relative to the largest element: float32 rounds sums of some hundred terms, half types
 # round inputs of the last product, and the interpreter truncates where a GPU rounds.
@@ -316,8 +317,9 @@ def test_large_strides_are_counted_in_64_bits(kernel_device, monkeypatch):
 
             return launch
 
-    kernel = module._attention_jvp_kernel
-    monkeypatch.setattr(module, "_attention_jvp_kernel", Launched())
+    by_triton = importlib.import_module("hessdiag.kernels.attention_triton")
+    kernel = by_triton._attention_jvp_kernel
+    monkeypatch.setattr(by_triton, "_attention_jvp_kernel", Launched())
     wanted = expected_of_probes(points[:3], points[3:], mask=mask)
     result = by_kernel(points[:3], points[3:], mask, device=kernel_device)
     assert_near(result, wanted, torch.float32)
@@ -359,7 +361,7 @@ class TestTemporaryMemory:
     @pytest.mark.parametrize("kind", ["none", "boolean", "additive"])
     @pytest.mark.parametrize("causal", [False, True])
     def test_results_do_not_depend_on_the_blocks(self, limit, kind, causal, monkeypatch):
-        monkeypatch.setitem(module.TEMPORARY_BYTES, "cpu", limit)
+        monkeypatch.setitem(reference.TEMPORARY_BYTES, "cpu", limit)
         points = inputs(2, 4, 5, 7, probes=2, key_heads=2)
         mask = mask_of(kind, 2, 4, 5, 7)
         wanted = expected_of_probes(points[:3], points[3:], mask=mask, causal=causal)
@@ -369,7 +371,7 @@ class TestTemporaryMemory:
     @pytest.mark.parametrize("rows", [1, 3, 4, 10, 24, 100])
     def test_blocks_cover_every_query_once(self, rows):
         seen = torch.zeros(6, 4, dtype=torch.int)
-        for group, first, last in module._blocks(6, 4, 28, 3 * 28 * rows):
+        for group, first, last in reference._blocks(6, 4, 28, 3 * 28 * rows):
             assert (group.stop - group.start) * (last - first) <= rows
             seen[group, first:last] += 1
         assert (seen == 1).all()
@@ -381,7 +383,7 @@ class TestTemporaryMemory:
         ours = allocated_bytes(lambda: attention_jvp(q, k, v, dq, dk, dv))
         theirs = allocated_bytes(lambda: torch.func.jvp(by_mathematics(), (q, k, v), (dq, dk, dv)))
         outputs = 2 * q.nbytes
-        assert ours <= outputs + module.TEMPORARY_BYTES["cpu"] + 4 * q.nbytes
+        assert ours <= outputs + reference.TEMPORARY_BYTES["cpu"] + 4 * q.nbytes
         assert theirs >= 3 * size * size * 4
         assert theirs >= (3 if size == 1024 else 25) * ours
 

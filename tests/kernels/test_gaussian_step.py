@@ -129,17 +129,20 @@ def test_one_clamp_does_what_two_do(k, c, low, high, most):
 
 @pytest.mark.parametrize("k", [0.3, -0.3, 0.0])
 @pytest.mark.parametrize("max_noise_variance", [0.25, math.inf])
-def test_kernel_with_a_factor_of_either_sign(k, max_noise_variance, kernel_device):
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_kernel_with_a_factor_of_either_sign(k, max_noise_variance, per_sample, kernel_device):
     x_t, prediction, variance = inputs((2, 9))
     variance = 2 * variance - 0.5
     variance[0, 1], variance[1, 2] = math.inf, -math.inf
     coefficients = list(SCALARS._replace(noise_from_variance=k))
     clamps = module.Clamps(-1.0, 1.0, 0.1, 0.9, max_noise_variance)
-    rest = (None, coefficients, clamps, torch.tensor(5), 3, 0)
+    rows = torch.tensor([coefficients, coefficients]) if per_sample else None
+    rest = (rows, coefficients, clamps, torch.tensor(5), 3, 0)
     expected = module.gaussian_step_reference(x_t, prediction, variance, *rest)
     assert expected.isfinite().all()
-    given = [tensor.to(kernel_device) for tensor in (x_t, prediction, variance)]
-    result = module.gaussian_step_triton(*given, None, *rest[1:3], rest[3].to(kernel_device), 3, 0)
+    given = (x_t, prediction, variance, *rest)
+    on_device = [a.to(kernel_device) if isinstance(a, torch.Tensor) else a for a in given]
+    result = module.gaussian_step_triton(*on_device)
     torch.testing.assert_close(result.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -54,6 +54,19 @@ def test_reference_and_kernel_against_numpy(features, num_probes, offset, kernel
         np.testing.assert_allclose(squares.cpu(), deviations, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("probe_offset", [0, 1, 15])
+@pytest.mark.parametrize("num_probes", [1, 2, 15, 16, 17, 31, 32, 33])
+def test_tiles_of_probes_that_are_whole_and_not(num_probes, probe_offset, kernel_device):
+    values = products(num_probes, 1, 9)
+    mean, deviations = expected(values, probe_offset, 0)
+    seed = torch.tensor(SEED, device=kernel_device)
+    kernel = module.probe_moments_triton(
+        values.to(kernel_device), seed, None, None, 0, probe_offset, 0
+    )
+    np.testing.assert_allclose(kernel[0].cpu(), mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(kernel[1].cpu(), deviations, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("on_kernel", [False, True])
 @pytest.mark.parametrize("features", [8, 9])
 def test_any_split_of_the_probes_gives_the_same_bits(on_kernel, features, kernel_device):
