@@ -61,14 +61,18 @@ def is_eager(*tensors: Tensor) -> bool:
         >>> is_eager(torch.ones(2)), is_eager(torch.ones(2, requires_grad=True))
         (True, False)
     """
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
-        and all(type(t) is Tensor and not t.requires_grad for t in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    for tensor in tensors:  # a generator would take longer than the checks
+        if type(tensor) is not Tensor or tensor.requires_grad:
+            return False
+    return True
 
 
 def is_eager_cpu(*tensors: Tensor) -> bool:

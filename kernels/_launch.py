@@ -20,6 +20,8 @@ Way = TypeVar("Way", bound=Callable[..., Any])
 
 # Compiled kernels by all that they depend on.
 _COMPILED: dict[tuple[object, ...], Any] = {}
+# Kept, so that no other object gets the identity of one.
+_KERNELS: dict[int, Any] = {}
 
 
 def way(op: Any, kernel: Way, reference: Way, *tensors: Tensor | None) -> Way:
@@ -58,14 +60,18 @@ def launch(
     aligned = 0
     for tensor in tensors:
         aligned = aligned << 1 | (tensor.data_ptr() & 15 == 0)
-    key = (kernel, index, aligned, num_warps, constants, *[tensor.dtype for tensor in tensors])
-    compiled = _COMPILED.get(key)
+    # By its identity, for Triton computes the hash of a kernel from its code.
+    key = (id(kernel), index, aligned, num_warps, constants, *[tensor.dtype for tensor in tensors])
+    known = _COMPILED.get(key)
     arguments = (*tensors, *numbers, *constants)
     if index < 0 or index == torch.cuda.current_device():
-        _COMPILED[key] = _call(compiled, kernel, grid, arguments, num_warps)
+        compiled = _call(known, kernel, grid, arguments, num_warps)
     else:
         with on_device_of(first):
-            _COMPILED[key] = _call(compiled, kernel, grid, arguments, num_warps)
+            compiled = _call(known, kernel, grid, arguments, num_warps)
+    if known is None:
+        _COMPILED[key] = compiled
+        _KERNELS[id(kernel)] = kernel
 
 
 def _call(

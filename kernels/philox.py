@@ -79,8 +79,6 @@ def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
         >>> bool(seed_tensor(one, "cpu") == seed_tensor(other, "cpu"))
         True
     """
-    if isinstance(seed, torch.Generator):
-        return torch.randint(2**63 - 1, (), generator=seed, device=seed.device).to(device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor, got a {seed.dtype} tensor")
@@ -89,6 +87,8 @@ def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
         if seed.dim() == 0 and seed.device == device:
             return seed
         return seed.reshape(()).to(device)
+    if isinstance(seed, torch.Generator):
+        return torch.randint(2**63 - 1, (), generator=seed, device=seed.device).to(device)
     number = _checked_seed(seed)
     return _number(number - 2**64 if number >= 2**63 else number, device)
 
