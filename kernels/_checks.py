@@ -69,7 +69,7 @@ def is_eager(*tensors: Tensor) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
-    for tensor in tensors:  # a generator would take longer than the checks
+    for tensor in tensors:  # noqa: SIM110 (a generator would take longer than the checks)
         if type(tensor) is not Tensor or tensor.requires_grad:
             return False
     return True

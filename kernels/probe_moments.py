@@ -30,6 +30,8 @@ from hessdiag.kernels._triton import tl, triton
 _ROW = 2**14
 _BLOCK = 2**15
 _SHORT_ROW = 32
+# From this length on a call of NumPy takes less than its work, and rows are best taken one by one.
+_LONG_ROW = 2**13
 
 
 class Moments(NamedTuple):
@@ -244,9 +246,29 @@ def _add_rows(
     with np.errstate(over="ignore", invalid="ignore"):  # infinities are seen in the result
         for first in range(0, len(mean), _ROW):
             columns = slice(first, first + _ROW)
-            _add_columns(
-                products[:, columns], probes[:, columns], mean[columns], deviations[columns], count
-            )
+            part = (products[:, columns], probes[:, columns], mean[columns], deviations[columns])
+            add = _add_long_rows if len(part[2]) >= _LONG_ROW else _add_columns
+            add(*part, count)
+
+
+def _add_long_rows(
+    products: NDArray[Any],
+    probes: NDArray[Any],
+    mean: NDArray[Any],
+    deviations: NDArray[Any],
+    count: int,
+) -> None:
+    subtract, divide, add, multiply = np.subtract, np.divide, np.add, np.multiply
+    y, delta, share = (np.empty_like(mean) for _ in range(3))
+    numbers = np.arange(count + 1, count + len(products) + 1).astype(mean.dtype)
+    for i, (probe, product) in enumerate(zip(probes, products, strict=True)):
+        multiply(probe, product, y)
+        subtract(y, mean, delta)
+        divide(delta, numbers[i, ...], share)
+        add(mean, share, mean)
+        subtract(y, mean, y)
+        multiply(y, delta, y)
+        add(deviations, y, deviations)
 
 
 def _add_columns(

@@ -369,6 +369,13 @@ FAULTS = [
         "word = words[probe // 4] >> (8 * (3 - probe % 4))",
         KERNEL_MOMENTS,
     ),
+    Fault(
+        "long rows from the mean before",
+        PROBE_MOMENTS,
+        "add(mean, share, mean)\n        subtract(y, mean, y)",
+        "subtract(y, mean, y)\n        add(mean, share, mean)",
+        (*MOMENTS, "-k", "operators_of_pytorch"),
+    ),
     # The loss.
     Fault("a sum in place of a mean", OCM_LOSS, "scale / num_probes,", "scale,", KERNEL_LOSS),
     Fault(

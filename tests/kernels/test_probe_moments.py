@@ -107,7 +107,7 @@ def test_the_bits_are_those_of_the_recurrence(num_probes, features, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("features", [5, 64])
+@pytest.mark.parametrize("features", [5, 64, 9000])  # few numbers, and more than a long row
 def test_numpy_and_the_operators_of_pytorch_agree(features, dtype, monkeypatch):
     values = products(35, 2, features, dtype)
     state = probe_moments(products(3, 2, features, dtype), 1)
