@@ -61,7 +61,7 @@ def _along_last_axes(x: Tensor, num_axes: int, *, transpose: bool) -> Tensor:
     return x
 
 
-def dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def dct_matrix(length: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Return F of :func:`dct` along one axis, shape (length, length); a few are kept.
 
     Example:
@@ -69,6 +69,7 @@ def dct_matrix(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         >>> torch.allclose(F @ F.T, torch.eye(4, dtype=torch.float64))
         True
     """
+    device = torch.device(device)
     if _is_recorded(device):
         return _computed(length, dtype, device)
     key = length, dtype, device

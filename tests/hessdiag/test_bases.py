@@ -26,6 +26,7 @@ def test_it_is_made_once_for_each_length_type_and_device():
     F = dct_matrix(5, torch.float64, CPU)
     torch.testing.assert_close(F, closed_form(5))
     assert dct_matrix(5, torch.float64, CPU) is F
+    assert dct_matrix(5, torch.float64, "cpu") is F
     assert dct_matrix(5, torch.float32, CPU).dtype == torch.float32
     assert dct_matrix(5, torch.float64, torch.device("meta")).is_meta
     assert dct_matrix(6, torch.float64, CPU).shape == (6, 6)
