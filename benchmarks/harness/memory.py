@@ -67,7 +67,9 @@ def allocated_bytes(run: Callable[[], object], device: torch.device | str = "cpu
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         run()
-    events = trace.profiler.kineto_results.events()  # type: ignore[union-attr]
+    if trace.profiler is None or trace.profiler.kineto_results is None:
+        raise RuntimeError("PyTorch's profiler recorded nothing, so no bytes can be counted")
+    events = trace.profiler.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     now = peak = 0
     for _, change in sorted(changes, key=lambda change: change[0]):

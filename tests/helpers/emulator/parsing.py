@@ -204,9 +204,11 @@ def _read_body(
     registers: dict[str, str] = {}
     position, line, counted = 0, first_line, 0
     label = re.compile(r"\s*([\w$]+):(?!:)")
+    # Braces around statements are scopes; those of operands are inside of a statement.
+    between = re.compile(r"[\s{}]+")
     while True:
-        # Braces around statements are scopes; those of operands are inside of a statement.
-        position = re.compile(r"[\s{}]*").match(body, position).end()  # type: ignore[union-attr]
+        if found := between.match(body, position):
+            position = found.end()
         if position == len(body):
             return instructions, labels, registers
         if found := label.match(body, position):
