@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import ocm
 from ocm import data
+from ocm.checkpoints import Checkpoint, save
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
-from ocm.checkpoints.checkpoint import Checkpoint, save
 from ocm.cli.options import Device, Quiet, Seed, prepare_directory, resolve_device
 from ocm.covariances.learned.base import LearnedCovariance
 from ocm.covariances.names import label

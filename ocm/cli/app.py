@@ -65,9 +65,29 @@ def _main(
 
 
 def run() -> None:
-    """Run the command line; an error of input or arithmetic ends in one line and status 2."""
+    """Run the command line; what goes wrong ends in one line.
+
+    Status 2 says that the command cannot be run as it was given: an option, a file or a checkpoint
+    is not what it must be. Status 1 says that it failed on the way: a full disk, memory, a loss
+    that is not finite. Ctrl-C ends in 130.
+    """
     try:
         app(prog_name="ocm")
-    except (ValueError, FloatingPointError, OSError) as error:
+    except Exception as error:
+        status = _status(error)
+        if status is None:
+            raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(status)
+
+
+def _status(error: Exception) -> int | None:
+    """Return the exit status of an error that its message explains; others show where they are."""
+    wrong_use = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    if isinstance(error, wrong_use):
+        return 2
+    # PyTorch's errors of memory are RuntimeErrors, of a name on GPUs alone.
+    of_memory = isinstance(error, RuntimeError) and "memory" in str(error)
+    if isinstance(error, (ArithmeticError, OSError, MemoryError)) or of_memory:
+        return 1
+    return None

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ocm.cli import options
+from ocm.files import write_json
 
 
 def calibrate(
@@ -92,7 +93,7 @@ def calibrate(
         "calibrations": {name: result.calibrations[name].to_json() for name in names},
         "environment": environment(place),
     }
-    options.write_json((out or checkpoint) / "calibration.json", record)
+    write_json((out or checkpoint) / "calibration.json", record)
     typer.echo("covariance       scale a and shift b at the lowest, a middle and the highest t")
     for name in names:
         table = result.calibrations[name]

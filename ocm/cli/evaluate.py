@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from ocm.cli import options
+from ocm.files import write_json, write_text
 
 
 def evaluate(
@@ -127,8 +128,8 @@ def evaluate(
         "environment": environment(place),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    options.write_json(out / "evaluation.json", record)
-    (out / "report.md").write_text(f"# {checkpoint}\n\n{text}\n\n![Curves](evaluation.png)\n")
+    write_json(out / "evaluation.json", record)
+    write_text(out / "report.md", f"# {checkpoint}\n\n{text}\n\n![Curves](evaluation.png)\n")
     evaluation_plot(record, out / "evaluation.png", title=f"{checkpoint}, {images.name}")
     typer.echo(text)
     typer.echo(f"\nfigures: {out / 'evaluation.json'}   picture: {out / 'evaluation.png'}")

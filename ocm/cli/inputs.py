@@ -34,7 +34,10 @@ def model_at(
         return checkpoints.load(path, place)
     folder, schedule, prediction_type = checkpoints.pipeline_parts(path)
     learned: dict[str, Any] = {}
-    if json.loads((folder / "config.json").read_text()).get("_class_name") == "CovarianceModel":
+    if (
+        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
+        == "CovarianceModel"
+    ):
         from ocm.integrations.attached import CovarianceModel
 
         model = CovarianceModel.from_pretrained(folder).to(place)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -71,8 +70,3 @@ def prepare_directory(path: Path) -> None:
         TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(f"--out {path} must be a directory to write to: {error}") from error
-
-
-def write_json(file: Path, record: dict[str, Any]) -> None:
-    """Write a record, refusing NaN, which is no JSON."""
-    file.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")

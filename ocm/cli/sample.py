@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ocm.cli import options
+from ocm.files import replacing, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,14 +180,15 @@ def sample(
         "pixel_std": images.std().item(),
         "environment": environment(place),
     }
-    save_file({"images": images.contiguous()}, out / "samples.safetensors")
+    with replacing(out / "samples.safetensors") as file:
+        save_file({"images": images.contiguous()}, file)
     shown = images[:_IMAGES_SHOWN]
     if shown.shape[1] not in (1, 3):  # latents: their first channel
         shown = shown[:, :1]
     rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
     title = f"{sampler}, {steps} steps, covariance {name}, seed {seed}"
     sample_rows(rows, out / "samples.png", title=title)
-    options.write_json(out / "samples.json", record)
+    write_json(out / "samples.json", record)
     typer.echo(
         f"{num_images} images in {record['seconds']:.1f} s, pixel mean {images.mean():.3f}, "
         f"standard deviation {images.std():.3f}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ocm.cli import options
+from ocm.files import write_json
 
 if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
@@ -285,7 +286,7 @@ def train(
     if vae is not None:
         trained = replace(trained, x0_range=None)
     checkpoints.save(trained, out)
-    options.write_json(out / "train.json", record | {"environment": environment(place)})
+    write_json(out / "train.json", record | {"environment": environment(place)})
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
     typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")

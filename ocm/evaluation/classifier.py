@@ -224,7 +224,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
     """
     file = Path(path) / "config.json"
     try:
-        classifier = Classifier(**json.loads(file.read_text()))
+        classifier = Classifier(**json.loads(file.read_text(encoding="utf-8")))
     except (OSError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{file} describes no classifier: {reason}") from error

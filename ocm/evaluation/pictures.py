@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ocm.covariances.names import CALIBRATED, NAMES, label
+from ocm.files import replacing
 
 # Times the lowest value that an evaluation's plot reaches up to.
 _TALLEST = 2.5
@@ -121,6 +122,7 @@ def pyplot() -> Any:
 
 def save_figure(figure: Any, path: str | Path) -> None:
     """Write a figure on white, for readers of dark pages too, and close it."""
-    figure.savefig(path, dpi=150, facecolor="white")
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150, facecolor="white")
     figure.clear()
     pyplot().close(figure)

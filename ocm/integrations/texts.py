@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocm.checkpoints.checkpoint import pipeline_parts
+from ocm.checkpoints.reading import pipeline_parts
 from ocm.diffusion.backbones.wrappers import class_of
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
@@ -149,11 +149,11 @@ def encode_by(path: Path, texts: Sequence[str], device: torch.device | str) -> d
     from diffusers import DiffusionPipeline
 
     folder, _, _ = pipeline_parts(path)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("backbone_class", config["_class_name"])  # of an attached model
     config |= config.get("backbone_config", {})
     others = ("unet", "transformer", "transformer_2", "vae")
-    parts = json.loads((path / "model_index.json").read_text())
+    parts = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
     left_out = [name for name in parts if name in others or parts[name] == [None, None]]
     pipeline = DiffusionPipeline.from_pretrained(path, **dict.fromkeys(left_out)).to(device)
     # Without one of its encoders, a pipeline asks the backbone how wide its embeddings would be.

@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ocm.files import flush
+
 _VERSION = 3
 _NAME = "training-state-"
 _DESCRIPTION = "state.json"
@@ -73,12 +75,12 @@ def write_state(
         max_shard_size=max_file_bytes,
     )
     description = {"version": _VERSION, "run": dict(run), "files": _digests(partial)}
-    (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     for path in (*partial.iterdir(), partial):
-        _flush(path)
+        flush(path)
     folder = directory / f"{_NAME}{len(tensors['losses']):08d}"
     os.rename(partial, folder)
-    _flush(directory)
+    flush(directory)
     for other in _folders(directory):
         if other != folder:
             shutil.rmtree(other)
@@ -95,7 +97,7 @@ def read_state(directory: Path, run: Mapping[str, object]) -> dict[str, Tensor] 
     folder = folders[-1]
     file = folder / _DESCRIPTION
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(file.read_text(encoding="utf-8"))
         version, written = description["version"], dict(description["run"])
         expected = dict(description["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -207,14 +209,3 @@ def _digests(folder: Path) -> dict[str, str]:
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.glob("*.safetensors"))
     }
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ import hessdiag.kernels
 ROOT = Path(__file__).parents[2]
 # Every floor imports from itself and from those below.
 FLOORS = (
-    {"ocm.diffusion"},
+    {"ocm.diffusion", "ocm.files"},
     {"ocm.covariances", "ocm.data", "ocm.images"},
     {"ocm.sampling", "ocm.training", "ocm.checkpoints"},
     {"ocm.likelihoods"},
@@ -26,8 +26,8 @@ PUBLIC = {module.__name__: set(module.__all__) for module in (hessdiag, hessdiag
 MOST_FILES = 12
 # What trains, stores, scores and commands is a rig around the method, and stays small.
 RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
-MOST_LINES_OF_THE_RIG = 5_700
-MOST_LINES = 16_350
+MOST_LINES_OF_THE_RIG = 6_700
+MOST_LINES = 17_500
 
 
 def sources_of(folder, package):

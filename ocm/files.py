@@ -1,0 +1,69 @@
+"""Files that are whole or not there: written beside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_PARTIAL = ".partial-"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write a file to, which then takes the place of ``path``.
+
+    Whenever the process is killed, or the disk is full, ``path`` is what it was before or what it
+    was to become. The path yielded ends as ``path`` does, since some writers go by that. What a
+    killed process leaves there is replaced by the next one that writes the same file.
+
+    Raises:
+        OSError: If the file cannot be written; it is named, and ``path`` is what it was before.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     with replacing(f"{folder}/scores.txt") as beside:
+        ...         _ = beside.write_text("3.2 bits/dim", encoding="utf-8")
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['scores.txt']
+    """
+    path = Path(path)
+    beside = path.with_name(_PARTIAL + path.name)
+    try:
+        yield beside
+        flush(beside)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of text in UTF-8 by :func:`replacing`."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Write a record by :func:`replacing`, refusing NaN and infinity, which are no JSON.
+
+    Raises:
+        ValueError: If the record holds one of them.
+    """
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

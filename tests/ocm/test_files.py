@@ -1,0 +1,57 @@
+"""Files are what they were before, or what they were to become."""
+
+import errno
+import json
+import math
+
+import pytest
+
+from ocm.files import replacing, write_json, write_text
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path):
+    file = tmp_path / "record.json"
+    file.write_text("before")
+    with replacing(file) as beside:
+        beside.write_text("half")
+        assert file.read_text() == "before"
+        assert beside.suffix == ".json"  # matplotlib goes by it
+        beside.write_text("whole")
+    assert file.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_what_fails_on_the_way_changes_nothing(tmp_path, error):
+    file = tmp_path / "record.json"
+    file.write_text("before")
+    with pytest.raises(type(error)), replacing(file) as beside:
+        beside.write_text("half")
+        raise error
+    assert file.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_that_was_never_written_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_replaced(tmp_path):
+    with replacing(tmp_path / "a") as beside:
+        beside.write_text("left")
+        name = beside.name
+    (tmp_path / name).write_text("left by a killed process, and longer than what follows")
+    write_text(tmp_path / "a", "±")
+    assert (tmp_path / "a").read_bytes() == "±".encode()
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_json_has_no_nan(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"loss": value})
+    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "a.json", {"loss": 1.5})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"loss": 1.5}
