@@ -3,6 +3,7 @@
 import os
 import sys
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +19,21 @@ import pytest
 torch.backends.cudnn.allow_tf32 = False
 torch.backends.cuda.matmul.allow_tf32 = False
 
+# Property-based tests draw the same examples in every run, and `make soak` draws more of them
+# (--hypothesis-profile=thorough). A GPU machine may lack hypothesis.
+if find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    for profile, count in {"quick": 15, "thorough": 200}.items():
+        settings.register_profile(
+            profile,
+            max_examples=count,
+            deadline=None,  # nothing here is timed
+            derandomize=True,
+            database=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        )
+    settings.load_profile("quick")
 
 EMULATED_CACHE = Path(__file__).parents[1] / ".cache" / "triton-emulated"
 

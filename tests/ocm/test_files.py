@@ -25,9 +25,14 @@ def test_a_file_is_replaced_when_it_is_whole(tmp_path):
 def test_what_fails_on_the_way_changes_nothing(tmp_path, error):
     file = tmp_path / "record.json"
     file.write_text("before")
-    with pytest.raises(type(error)), replacing(file) as beside:
-        beside.write_text("half")
-        raise error
+
+    def fail_halfway():
+        with replacing(file) as beside:
+            beside.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail_halfway()
     assert file.read_text() == "before"
     assert list(tmp_path.iterdir()) == [file]
 
