@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from bad_input import command
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -496,10 +497,23 @@ def test_help_explains(invoke, command):
             assert option in answer.output
 
 
+def test_wrong_input_ends_a_process_in_one_line_and_status_2(tmp_path):
+    answer = subprocess.run(
+        [sys.executable, "-m", "ocm", "sample", "nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={"PATH": ""},
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("error: no checkpoint at nowhere")
+    assert "Traceback" not in answer.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "nowhere"], "error: no checkpoint at nowhere"),
         (["train", "--data", "letters"], "error: data must be"),
         (["train", "--device", "abacus"], "error: --device abacus cannot be used here"),
         (["train", "--out", "file"], "error: --out file must be a directory"),
@@ -510,16 +524,14 @@ def test_help_explains(invoke, command):
         (["train", "--vae", "nowhere"], "error: path must be the folder of AutoencoderKL"),
     ],
 )
-def test_wrong_input_ends_in_one_line_and_status_2(arguments, message, tmp_path):
+def test_wrong_input_ends_in_one_line_and_status_2(
+    arguments, message, tmp_path, monkeypatch, capfd
+):
     (tmp_path / "file").touch()
-    answer = subprocess.run(
-        [sys.executable, "-m", "ocm", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-        env={"PATH": "", "COLUMNS": "200", "NO_COLOR": "1"},
-    )
-    assert answer.returncode == 2
-    assert message in answer.stderr
-    assert "Traceback" not in answer.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    status, _, said = command(capfd, *arguments)
+    assert status == 2
+    assert message in said
+    assert "Traceback" not in said
