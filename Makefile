@@ -22,7 +22,7 @@ GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
 GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak mutation test-portable test-lowest lint types bench bench-small clean
+.PHONY: help demo test coverage soak mutation test-portable test-lowest lint types bench bench-small clean
 .PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels gpu-suites
 
 help: ## Show this list
@@ -33,6 +33,9 @@ demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare c
 
 test: $(VENV)/.installed-test ## Run the tests (15 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
+
+coverage: $(VENV)/.installed-test ## Which lines and branches the tests run, 95% at least (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --cov --cov-report=term
 
 # The emulated kernels run as compiled by the oldest Triton too.
 soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that take many minutes (15 minutes)
