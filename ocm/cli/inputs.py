@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,16 +27,14 @@ def model_at(
     it.
     """
     from ocm import checkpoints
+    from ocm.checkpoints.entries import naming, read_json
     from ocm.diffusion.backbones.families import architecture_of
 
     if not checkpoints.is_pipeline(path):
         return checkpoints.load(path, place)
     folder, schedule, prediction_type = checkpoints.pipeline_parts(path)
     learned: dict[str, Any] = {}
-    if (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-        == "CovarianceModel"
-    ):
+    if read_json(folder / "config.json").get("_class_name") == "CovarianceModel":
         from ocm.integrations.attached import CovarianceModel
 
         model = CovarianceModel.from_pretrained(folder).to(place)
@@ -57,32 +54,31 @@ def model_at(
             f"{folder / 'config.json'} must state sample_size, and does not: only `ocm train`, "
             "whose images have a size, takes such a pipeline; its checkpoint is sampled"
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    return checkpoints.Checkpoint(
-        denoiser,
-        (architecture.channels(backbone), height, width),
-        levels=256,
-        data="",
-        learned=learned,
-        x0_range=None if (path / "vae").is_dir() else (-1.0, 1.0),
-    )
+    with naming(folder / "config.json"):
+        height, width = (size, size) if isinstance(size, int) else size
+        return checkpoints.Checkpoint(
+            denoiser,
+            (architecture.channels(backbone), height, width),
+            levels=256,
+            data="",
+            learned=learned,
+            x0_range=None if (path / "vae").is_dir() else (-1.0, 1.0),
+        )
 
 
 def conditions_of(
     file: Path | None, texts: Sequence[str] | None, encoders: Path | None, place: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the conditions in a file, or of texts by the encoders of a pipeline, and null ones."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from ocm.checkpoints import is_pipeline
+    from ocm.checkpoints import CheckpointError, is_pipeline
+    from ocm.checkpoints.weights import load_tensors
     from ocm.integrations.texts import encode_by, without_null
 
     if file is not None:
         try:
-            return without_null(load_file(file))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"--conditions {file} cannot be read: {error}") from error
+            return without_null(load_tensors(file))
+        except CheckpointError as error:
+            raise CheckpointError(f"--conditions {error}") from error
     if texts is None:
         return {}, {}
     if encoders is None or not is_pipeline(encoders):
