@@ -59,6 +59,8 @@ def load_model(kind: Any, path: str | Path) -> Any:
         )
     config = read_json(folder / "config.json")
     try:
+        if (name := config.get("_class_name", kind.__name__)) != kind.__name__:
+            raise CheckpointError(f"config.json is that of another class, {name!r:.80}")
         return load_built(lambda: kind.from_config(config), weight_files(folder), "config.json")
     except CheckpointError as error:
         raise CheckpointError(f"{path} holds no {kind.__name__} that fits: {error}") from error

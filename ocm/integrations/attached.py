@@ -110,6 +110,7 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
             )
         if backbone is None:
             backbone = known.from_config(dict(backbone_config))
+        Parameterisation.from_json({"data_std": data_std, "positive": positive})
         self.backbone: Any = backbone
         self.head: nn.Module = HEADS[head_class](**head_config) if head is None else head
         self._given_architecture = architecture
