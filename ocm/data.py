@@ -315,10 +315,23 @@ def _read(name: str, cache_dir: str | Path | None) -> tuple[dict[str, Any], list
             f"set on the Hugging Face Hub, with no folder 'owner' here, got {name!r}"
         )
     try:
-        found = datasets.load_dataset(**source, cache_dir=cache_dir)
+        with _uncounted():
+            found = datasets.load_dataset(**source, cache_dir=cache_dir)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"{origin}: {_reason(error)}") from error
     return _choose_splits(name, dict(found)), folders
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keep ``datasets`` from telling a server that its loaders are used, on local files too."""
+    from datasets import config
+
+    counted, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counted
 
 
 def _is_name_of_hub(name: str, path: Path) -> bool:

@@ -153,7 +153,7 @@ def _header(
     value: Mapping[str, Any] | None, where: str, column: str, folders: Sequence[str]
 ) -> tuple[int, int, int]:
     """Return channels, width and height of an image."""
-    from PIL import ExifTags, Image
+    from PIL import ExifTags, Image, UnidentifiedImageError
 
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise ValueError(f"{where} must hold an image, got none")
@@ -175,6 +175,8 @@ def _header(
             f"{where} is too large: {error} It is read where PIL.Image.MAX_IMAGE_PIXELS is set to "
             "more"
         ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{where} holds no image that PIL can read: of no known format") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
     if encoding == "EPS":

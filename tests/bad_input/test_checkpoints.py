@@ -366,7 +366,7 @@ SIZES = [
         "layers of eight million channels",
         to(CONFIG, "block_out_channels", value=[8 * 10**6, 8 * 10**6]),
         NO_UNET,
-        "must be F16 or BF16 or F32 or F64 of shape",
+        "is of another model: Unexpected key(s) 'down_blocks.1.resnets.0.conv_shortcut.bias'",
     ),
 ]
 MODELS = [
