@@ -299,9 +299,10 @@ def _read(name: str, cache_dir: str | Path | None) -> tuple[dict[str, Any], list
         # Tables are splits by their names: train*, test* and so on.
         tables = any(path.glob("*.parquet"))
         source = {"path": "parquet", "data_dir": str(path)} if tables else _image_folder(path)
-        # Archives in a folder of images are unpacked there.
+        # Splits may be links; archives in a folder of images are unpacked in the cache.
+        images = (path, *(path / split for split in ("train", *_TEST_SPLITS)))
         unpacked = os.path.join(cache, "downloads", "extracted")
-        folders = [] if tables else [str(path.resolve()), unpacked]
+        folders = [] if tables else [*(str(folder.resolve()) for folder in images), unpacked]
         origin = f"data {name!r} cannot be read as {source['path']}"
     elif path.is_file() and path.suffix == ".parquet":
         source, folders = {"path": "parquet", "data_files": {"train": str(path)}}, []

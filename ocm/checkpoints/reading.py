@@ -72,7 +72,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     description = read_json(file)
     found = {name: description.get(name) for name in FORMAT}
     if found != FORMAT:
-        raise CheckpointError(f"{file} must have {FORMAT}, got {found}")
+        raise CheckpointError(f"{file} must have {FORMAT}, got {str(found)[:200]}")
     with naming(file):
         check_entries(description, _RULES, _OPTIONAL)
         check_prediction_type(description["prediction_type"])
@@ -209,10 +209,10 @@ def load_backbone(directory: str | Path) -> Any:
     import diffusers
 
     directory = Path(directory)
-    name = read_json(directory / "config.json").get("_class_name")
+    name = str(read_json(directory / "config.json").get("_class_name"))
     if name not in ARCHITECTURES:
         raise CheckpointError(
-            f"{directory} must hold one of {', '.join(ARCHITECTURES)}, got {name!r}"
+            f"{directory} must hold one of {', '.join(ARCHITECTURES)}, got {name[:80]!r}"
         )
     return load_model(getattr(diffusers, name), directory)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import torch
     from torch import Tensor
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
     from ocm.data import Images
     from ocm.diffusion.denoiser import Denoiser
+
+# Arguments of a denoiser that are none of its conditions.
+_OWN = {"sample", "hidden_states", "timestep", "class_labels", "return_dict"}
 
 
 def model_at(
@@ -112,8 +116,9 @@ def conditioned(
     return replace(images, train_conditions=conditions, null_conditions=nulls)
 
 
-def check_conditions(denoiser: Denoiser, conditions: object) -> None:
+def check_conditions(denoiser: Denoiser, conditions: Collection[str]) -> None:
     """Raise unless there are conditions for a denoiser that takes texts, and for no other."""
+    from ocm.diffusion.backbones.wrappers import unwrapped
     from ocm.integrations.texts import takes_texts
 
     if takes_texts(denoiser) and not conditions:
@@ -123,6 +128,13 @@ def check_conditions(denoiser: Denoiser, conditions: object) -> None:
         )
     if conditions and not takes_texts(denoiser):
         raise ValueError("texts and --conditions are for a denoiser that takes texts, got another")
+    known = inspect.signature(unwrapped(denoiser.backbone).forward).parameters.keys() - _OWN
+    for name in conditions:
+        if name not in known:
+            raise ValueError(
+                f"--conditions must be arguments of the denoiser, of {', '.join(sorted(known))}, "
+                f"got {name[:80]!r}"
+            )
 
 
 def existing(path: Path, images: Images, hold_out: int | None, place: torch.device) -> Checkpoint:

@@ -155,7 +155,7 @@ def encode_by(path: Path, texts: Sequence[str], device: torch.device | str) -> d
     folder, _, _ = pipeline_parts(path)
     config = read_json(folder / "config.json")
     with naming(folder / "config.json"):
-        name = config.get("backbone_class", config["_class_name"])  # of an attached model
+        name = str(config.get("backbone_class", config["_class_name"]))  # of an attached model
         config |= config.get("backbone_config", {})
     parts = _parts_of(path)
     others = ("unet", "transformer", "transformer_2", "vae")

@@ -13,13 +13,14 @@ import torch
 from bad_input import Case, run, table
 from safetensors.torch import load_file, save_file
 from small_autoencoders import make_vae
+from text_pipelines import unet as small_conditional_unet
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 import ocm
 from ocm import checkpoints
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.entries import MOST_BYTES, CheckpointError
-from ocm.cli.inputs import conditions_of, model_at
+from ocm.cli.inputs import check_conditions, conditions_of, model_at
 from ocm.diffusion.tables import Table
 from ocm.evaluation import classifier
 from ocm.integrations.attached import CovarianceModel
@@ -378,6 +379,11 @@ MODELS = [
     config("channels of text", "block_out_channels", "8, 16"),
     config("an unknown activation", "act_fn", "exec"),
     config("channels beyond 64 bits", "in_channels", 2**70),
+    wrong(
+        "a class in a list",
+        to(CONFIG, "_class_name", value=["UNet2DModel"]),
+        "denoiser must hold one of UNet2DModel",
+    ),
     wrong("a deep configuration", text(CONFIG, DEEP), "config.json cannot be read as JSON"),
     wrong(
         "a pipe for a configuration", instead(CONFIG, os.mkfifo), CONFIG, "must be a regular file"
@@ -751,6 +757,14 @@ CONDITIONS = [
 @table(CONDITIONS)
 def test_a_file_of_conditions(case, originals, tmp_path):
     run(case, shutil.copytree(originals / "conditions", tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", ["return_dict", "sample", "x", "class_labels"])
+def test_conditions_by_other_names_are_refused(name):
+    denoiser = ocm.Denoiser(small_conditional_unet(), ocm.cosine())
+    check_conditions(denoiser, {"encoder_hidden_states": torch.zeros(2, 3, 8)})
+    with pytest.raises(ValueError, match=f"--conditions must be arguments .* got '{name}'"):
+        check_conditions(denoiser, {name: torch.zeros(2)})
 
 
 def state(name, change, *says):

@@ -216,6 +216,14 @@ FOLDERS = [
         ),
         count=4,
     ),
+    works(
+        "a split behind a link",
+        lambda folder: (
+            folder.rename(folder.parent / "other"),
+            folder.mkdir(),
+            (folder / "train").symlink_to(folder.parent / "other"),
+        ),
+    ),
     works("names in other scripts", file("ünïcödé ☃ 图.png", PNGS[0]), count=4),
     works("images smaller than their size", lambda folder: None, image_size=9, shape=(3, 9, 9)),
     works("a limit beyond all", lambda folder: None, limit=10**30),
