@@ -3,14 +3,19 @@
 The parts of a table share a folder that is right, of which each case gets a copy to spoil.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import struct
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from bad_input import Case, run, table
+from families import FAMILIES
+from hypothesis import given, strategies
 from safetensors.torch import load_file, save_file
 from small_autoencoders import make_vae
 from text_pipelines import unet as small_conditional_unet
@@ -570,6 +575,76 @@ def test_what_is_right_loads_and_is_built_once(built, originals):
     count = len(load_file(originals / "checkpoint" / UNET))
     assert count <= built["meta"] <= 2 * count + 64
     assert built["elsewhere"] > count
+
+
+POSITIONS = {
+    "DiTTransformer2DModel": ("sample_size", 10**5),
+    "PixArtTransformer2DModel": ("sample_size", 10**5),
+    "WanTransformer3DModel": ("rope_max_seq_len", 10**9),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_tables_of_positions_are_bounded(name, built, tmp_path):
+    FAMILIES[name].make().save_pretrained(tmp_path)
+    built["elsewhere"] = 0
+    key, value = POSITIONS[name]
+    to("config.json", key, value=value)(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"config\.json asks for tables of [0-9]{10,} numbers"
+    ):
+        checkpoints.load_backbone(tmp_path)
+    assert built["elsewhere"] == 0
+
+
+def test_a_tensor_in_two_files_is_refused(originals, tmp_path):
+    folder = shutil.copytree(originals / "checkpoint" / "denoiser", tmp_path / "denoiser")
+    names = ["a.safetensors", "b.safetensors"]
+    for name in names:
+        shutil.copy(folder / WEIGHTS, folder / name)
+    (folder / WEIGHTS).unlink()
+    index = {"weight_map": dict(zip("xy", names, strict=True))}
+    text(WEIGHTS + ".index.json", json.dumps(index))(folder)
+    with pytest.raises(CheckpointError, match=r"b\.safetensors holds .*, and so does another file"):
+        checkpoints.load_backbone(folder)
+
+
+VALUES = strategies.recursive(
+    strategies.none()
+    | strategies.booleans()
+    | strategies.integers(-(2**70), 2**70)
+    | strategies.floats()
+    | strategies.text(max_size=8),
+    lambda inner: (
+        strategies.lists(inner, max_size=3)
+        | strategies.dictionaries(strategies.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places_in(record, before=()):
+    """The keys that lead to each value of a record."""
+    for name, value in record.items():
+        yield (*before, name)
+        if isinstance(value, dict):
+            yield from places_in(value, (*before, name))
+
+
+@given(
+    name=strategies.sampled_from(["ocm.json", "tables.json", CONFIG]),
+    choice=strategies.randoms(use_true_random=False),
+    value=VALUES,
+)
+def test_any_value_of_any_entry_loads_or_is_named(name, choice, value, originals):
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, "copy")
+        shutil.copytree(originals / "checkpoint", folder)
+        record = json.loads((folder / name).read_text(encoding="utf-8"))
+        to(name, *choice.choice(sorted(places_in(record))), value=value)(folder)
+        # Whatever else is raised would end the test.
+        with contextlib.suppress(CheckpointError):
+            checkpoints.load(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not bind the user root")
