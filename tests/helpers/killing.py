@@ -58,9 +58,9 @@ def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, limit=300.0):
     """
     log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
-    start = time.monotonic()
     process = _forked.Process(target=_run, args=([*map(str, arguments)], str(log)))
-    process.start()
+    process.start()  # returns once the server, which may have to be started too, has forked it
+    start = time.monotonic()
     if callable(after):
         while process.is_alive() and not after():
             assert time.monotonic() < start + limit, f"nothing came of {arguments}"
@@ -81,7 +81,7 @@ def _run(arguments, log):
     os.dup2(file, 1)
     os.dup2(file, 2)
     # In place of what pytest may have given to the server.
-    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
     sys.argv = ["ocm", *arguments]
     from ocm.cli.app import run
 
