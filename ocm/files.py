@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -70,14 +71,30 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: If the file cannot be written: a full disk, say; it is named.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with replacing(path) as beside:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+    with replacing(path) as beside, naming_unwritten(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+
+
+@contextmanager
+def naming_unwritten(path: str | Path) -> Iterator[None]:
+    """Raise errors of safetensors, on a full disk say, as an OSError that names ``path``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits, without holding the file in memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:
