@@ -127,8 +127,8 @@ def announcement(
     variances, calibrations = lacking(checkpoint, settings)
     counts = _listed(map(str, settings.step_counts))
     lines = [
-        f"bits/dim of {settings.num_images} images in K = {counts} steps by the covariances "
-        f"{_listed(settings.scored)}"
+        f"bits/dim of {settings.num_images} images in K = {counts} steps (--steps) by the "
+        f"covariances {_listed(settings.scored)}"
     ]
     if variances or calibrations:
         lines.append(

@@ -376,7 +376,9 @@ def test_an_evaluation_says_first_what_it_will_do(trained, tmp_path, monkeypatch
     arguments = ("evaluate", trained, "--out", tmp_path, "--all", *_SMALL)
     answer = interrupted(monkeypatch, classifier, "train_classifier", 1, *arguments)
     said = " ".join(answer.output.split())
-    assert "bits/dim of 64 images in K = 5, 10, 25 steps by the covariances beta, " in said
+    assert (
+        "bits/dim of 64 images in K = 5, 10, 25 steps (--steps) by the covariances beta, " in said
+    )
     assert "256 samples for each of 12 covariances, each K and each of ddpm, ddim" in said
     assert re.search(r"[\d,]+ evaluations of the denoiser .* an estimated \d+\.\d minutes", said)
     assert "left out: exact, full, which take 64 products a step" in said
