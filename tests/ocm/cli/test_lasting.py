@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -52,11 +53,18 @@ def trained(tmp_path_factory):
     return out
 
 
+def fewer(images):
+    """Of the training images the last, which distances between samples take no time for."""
+    train, labels = images.train[-200:], images.train_labels[-200:]
+    return replace(images, train=train, train_labels=labels)
+
+
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
-    """The classifier of an evaluation learns next to nothing, which takes no time."""
-    quick = partial(classifier.train_classifier, num_steps=3)
+    """The classifier of an evaluation learns next to nothing, and there are few images."""
+    quick, load = partial(classifier.train_classifier, num_steps=3), data.load
     monkeypatch.setattr(classifier, "train_classifier", quick)
+    monkeypatch.setattr(data, "load", lambda *names, **options: fewer(load(*names, **options)))
 
 
 class Calls:
@@ -356,7 +364,7 @@ def test_what_an_evaluation_takes_is_counted(trained, tmp_path, step_counts):
     counts = []
     backbone = loaded.denoiser.backbone
     handle = backbone.register_forward_pre_hook(lambda module, given: counts.append(len(given[0])))
-    evaluate(loaded, data.digits(), settings, tmp_path, progress=False)
+    evaluate(loaded, fewer(data.digits()), settings, tmp_path, progress=False)
     handle.remove()
     work = work_of(loaded, settings, 4)
     assert work == (sum(counts), 0)
