@@ -110,7 +110,8 @@ def left_out(checkpoint: Checkpoint, settings: EvaluationSettings) -> str | None
     products = math.prod(checkpoint.image_shape)
     parts = [f"{_listed(scored)}, which take {products} products a step"] if scored else []
     parts += [f"from the samples {_listed(drawn)}, which take products"] if drawn else []
-    return f"left out: {'; '.join(parts)}; --covariance NAME takes what is named" if parts else None
+    said = "left out, unless --covariance names them:"
+    return f"{said} {'; '.join(parts)}" if parts else None
 
 
 def announcement(

@@ -69,8 +69,8 @@ def calibrate(
     place = options.resolve_device(device)
     record_folder = out or checkpoint
     loaded = checkpoints.load(checkpoint, place)
-    for folder in {record_folder, checkpoint}:
-        options.prepare_directory(folder)
+    options.prepare_directory(checkpoint, "CHECKPOINT")
+    options.prepare_directory(record_folder)
     trajectories = steps_of(loaded.denoiser.schedule, steps or [5, 10, 25, 50])
     chosen = list(dict.fromkeys(name.value for name in covariance or []))
     names = chosen or [n for n in available(loaded) if n in named("fitted", "learned")]

@@ -72,10 +72,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def prepare_directory(path: Path) -> None:
-    """Make the directory of --out, or say that it cannot be, before any work is done."""
+def prepare_directory(path: Path, option: str = "--out") -> None:
+    """Make the directory of an option, or say that it cannot be, before any work is done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(f"--out {path} must be a directory to write to: {error}") from error
+        raise ValueError(f"{option} {path} must be a directory to write to: {error}") from error

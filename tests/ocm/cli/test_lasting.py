@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 from ocm import checkpoints, data
 from ocm.checkpoints.catalogue import CovarianceSettings
 from ocm.cli import app as cli
+from ocm.cli import options
 from ocm.cli.announcing import work_of
 from ocm.covariances import calibrated
 from ocm.evaluation import classifier, samples, scores
@@ -160,6 +161,12 @@ def test_batches_of_another_checkpoint_are_not_taken(trained, tmp_path, monkeypa
     checkpoints.save(loaded, copy)
     answer = invoke("sample", copy, "--out", out, *_DRAWN)
     assert "fingerprint of the checkpoint was" in answer.output
+
+
+def test_a_checkpoint_that_cannot_be_written_to_is_not_called_out(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"CHECKPOINT .*file must be a directory to write to"):
+        options.prepare_directory(tmp_path / "file", "CHECKPOINT")
 
 
 def test_neither_the_device_nor_quiet_decides(trained, tmp_path, monkeypatch):
@@ -390,7 +397,7 @@ def test_an_evaluation_says_first_what_it_will_do(trained, tmp_path, monkeypatch
     )
     assert "256 samples for each of 12 covariances, each K and each of ddpm, ddim" in said
     assert re.search(r"[\d,]+ evaluations of the denoiser .* an estimated \d+\.\d minutes", said)
-    assert "left out: exact, full, which take 64 products a step" in said
+    assert "left out, unless --covariance names them: exact, full, which take 64 products" in said
     assert "from the samples hutchinson, coloring, cosine, lanczos" in said
 
 
