@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.layout import (
+    DATA_COVARIANCE,
+    DENOISER,
+    DESCRIPTION,
+    FORMAT,
+    HEADS,
+    TABLES,
+    part_of,
+)
 from ocm.checkpoints.weights import CheckpointError, load_model, load_weights
-from ocm.checkpoints.writing import DATA_COVARIANCE, FORMAT
 from ocm.covariances import Analytic
 from ocm.covariances.learned.heads import kinds_of
 from ocm.covariances.learned.parameterisation import Parameterisation
@@ -35,7 +43,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             another format, or holds other weights than its model has.
     """
     directory = Path(path)
-    file = directory / "ocm.json"
+    file = directory / DESCRIPTION
     if is_pipeline(directory):
         raise CheckpointError(
             f"{directory} is a pipeline of diffusers, where a checkpoint is needed; `ocm train "
@@ -50,14 +58,16 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
     found = {name: description.get(name) for name in FORMAT}
     if found != FORMAT:
         raise CheckpointError(f"{file} must have {FORMAT}, got {found}")
-    backbone = load_backbone(directory / "denoiser").to(device)
+    with _naming_entries_of(file):
+        place = part_of(directory, description, DENOISER)
+    backbone = load_backbone(place).to(device)
     with _naming_entries_of(file):
         schedule = _schedule(description["schedule"])
         denoiser = Denoiser(
             backbone,
             schedule,
             description["prediction_type"],
-            data_covariance=_data_covariance(directory),
+            data_covariance=_data_covariance(directory, description),
         ).freeze()
         channels, height, width = description["image_shape"]
         if channels != (known := architecture_of(backbone).channels(backbone)):
@@ -83,7 +93,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             # Absent in earlier checkpoints.
             data_options=description.get("data_options", {}),
         )
-    file = directory / "tables.json"
+    file = part_of(directory, description, TABLES)
     tables = _read_json(file)
     with _naming_entries_of(file):
         if "analytic" in tables:
@@ -96,18 +106,21 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             for kind in ("scaled_variances", "calibrations")
         )
     for name, covariance in learned.items():
-        load_weights(covariance.head, directory / "heads" / f"{name}.safetensors")
+        load_weights(
+            covariance.head, part_of(directory, description, f"{HEADS}/{name}.safetensors")
+        )
         covariance.head.to(device).eval().requires_grad_(False)
     analytic = {name: Analytic(denoiser, table) for name, table in scaled.items()}
     return replace(checkpoint, analytic=analytic, calibrations=weights)
 
 
-def _data_covariance(directory: Path) -> Tensor | None:
+def _data_covariance(directory: Path, description: dict[str, Any]) -> Tensor | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = directory / DATA_COVARIANCE
-    if not file.exists():
+    file = part_of(directory, description, DATA_COVARIANCE)
+    # Earlier checkpoints have the file where there is one, and do not say so.
+    if not description.get("data_covariance", file.exists()):
         return None
     try:
         tensor: Tensor = load_file(file)["data_covariance"]
