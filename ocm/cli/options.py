@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,6 +14,14 @@ from ocm.covariances.names import LEARNED, NAMES
 
 if TYPE_CHECKING:
     import torch
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value of an option, if it is finite: ranges let NaN pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="Directory of a checkpoint, as `ocm train` writes it.")

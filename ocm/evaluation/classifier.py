@@ -9,8 +9,10 @@ compare methods with one another only.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -19,6 +21,7 @@ from torch.nn import functional
 
 from ocm.checkpoints.weights import load_weights
 from ocm.diffusion.checks import check_positive_int
+from ocm.files import replacing
 from ocm.images import ArrowImages
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
@@ -26,6 +29,7 @@ from ocm.training.settings import TrainingSettings
 _MIN_SIZE = 4  # two halvings leave a pixel
 _WIDTHS = (32, 64, 128)
 _IMAGES_AT_ONCE = 500
+NUM_FEATURES = 64
 
 
 class Classifier(nn.Module, PyTorchModelHubMixin):
@@ -97,7 +101,7 @@ def train_classifier(
     labels: Tensor,
     num_classes: int,
     *,
-    num_features: int = 64,
+    num_features: int = NUM_FEATURES,
     seed: int = 0,
     num_steps: int = 600,
     batch_size: int = 64,
@@ -205,7 +209,12 @@ def save(classifier: Classifier, path: str | Path) -> None:
         ...     torch.equal(load(directory)(images), classifier(images))
         True
     """
-    classifier.save_pretrained(path)
+    with TemporaryDirectory() as folder:
+        classifier.save_pretrained(folder)
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for file in Path(folder).iterdir():
+            with replacing(Path(path) / file.name) as beside:
+                shutil.copyfile(file, beside)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:

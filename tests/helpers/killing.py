@@ -23,6 +23,9 @@ _forked.set_forkserver_preload(
 )
 
 
+_GOLDEN = 0.618
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One time that a command was given.
@@ -45,7 +48,7 @@ class Attempt:
         return self.status == -signal.SIGKILL
 
 
-def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, limit=300.0):
+def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, first=None, limit=300.0):
     """Run ``ocm`` with these arguments in a process of its own, which is sent a signal.
 
     Args:
@@ -54,11 +57,12 @@ def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, limit=300.0):
         after: Seconds until the signal, or a function that says whether the time has come; None
             for none.
         by: The signal.
+        first: A function of a module, called in the process before the command.
         limit: Seconds after which the process must have ended.
     """
     log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
-    process = _forked.Process(target=_run, args=([*map(str, arguments)], str(log)))
+    process = _forked.Process(target=_run, args=([*map(str, arguments)], str(log), first))
     process.start()  # returns once the server, which may have to be started too, has forked it
     start = time.monotonic()
     if callable(after):
@@ -75,7 +79,7 @@ def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, limit=300.0):
     return Attempt(folder, process.exitcode, said, time.monotonic() - start)
 
 
-def _run(arguments, log):
+def _run(arguments, log, first):
     """Run the command line as the console script does, in the process that was forked."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(file, 1)
@@ -83,47 +87,52 @@ def _run(arguments, log):
     # In place of what pytest may have given to the server.
     sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
     sys.argv = ["ocm", *arguments]
+    if first is not None:
+        first()
     from ocm.cli.app import run
 
     run()
 
 
 def killings(
-    command: Callable[[Path], list], root: Path, *, kills: int, seconds: float, seed: int
+    command: Callable[[Path], list],
+    root: Path,
+    *,
+    kills: int,
+    seconds: float,
+    seed: int,
+    first: Callable[[], None] | None = None,
 ) -> Iterator[Attempt]:
     """Give a command again and again, killed at random moments, until it was killed often enough.
 
-    Yields every attempt. After one that ended by itself the next folder is begun, and the last
-    folder is brought to its end too.
+    Yields every attempt. One that ended by itself is the last in its folder, and the last folder is
+    brought to its end.
 
     Args:
         command: Makes the arguments for a new folder, which it may fill first.
         root: Where the folders are made.
         kills: How often the command is killed.
-        seconds: How long it runs if nobody kills it. One moment lies in each of ``kills`` equal
-            parts of that; they come in random order.
+        seconds: How long it runs if nobody kills it. The first moments in the folders are spread
+            over that; further ones lie in what may be left.
         seed: Of the moments.
+        first: As in :func:`attempt`.
     """
     chance = random.Random(seed)
-    moments = [seconds * (part + chance.random()) / kills for part in range(kills)]
-    chance.shuffle(moments)
-    round_number = 0
-    while True:
-        round_number += 1
-        folder = root / f"round-{round_number}"
+    place = chance.random()
+    left = kills
+    while left:
+        place = (place + _GOLDEN) % 1.0  # no two of these are close
+        folder = root / f"after-{kills - left}-kills"
         folder.mkdir()
-        arguments = command(folder)
-        while True:
-            found = attempt(arguments, folder, after=moments[-1] if moments else None)
-            if found.killed:
-                moments.pop()
+        arguments, moment, spent = command(folder), place * seconds, 0.0
+        killed = True
+        while killed:
+            found = attempt(arguments, folder, after=moment if left else None, first=first)
+            killed = found.killed
+            left -= killed
+            spent += found.seconds
+            moment = chance.uniform(0.0, max(seconds - spent, 0.1 * seconds))
             yield found
-            if not found.killed:
-                break
-        if not moments:
-            return
-        # What ended before its moment leaves the moment to an earlier part of the next folder.
-        chance.shuffle(moments)
 
 
 def assert_whole(folder: Path):
