@@ -141,7 +141,7 @@ def assert_whole(folder: Path):
     from safetensors.torch import load_file
 
     for file in folder.rglob("*"):
-        if file.name.startswith(".partial-"):  # beside the file it was to become
+        if any(map(_is_unfinished, file.relative_to(folder).parts)):
             continue
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
@@ -153,5 +153,10 @@ def assert_whole(folder: Path):
 
 
 def left_beside(folder: Path):
-    """Return the files that were being written when a process was killed."""
-    return [*folder.rglob(".partial-*")]
+    """Return the files and folders that were being written when a process was killed."""
+    return [path for path in folder.rglob("*") if _is_unfinished(path.name)]
+
+
+def _is_unfinished(name):
+    """Whether it lies beside the file or the folder that it was to become."""
+    return name.startswith(".partial-") or name == "training-state.partial"
