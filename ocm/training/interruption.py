@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Within this time a second signal is the first one again: torchrun passes on a Ctrl-C that the
@@ -25,7 +28,7 @@ class Interruption:
     def __init__(self) -> None:
         self._pending: int | None = None
         self._since = 0.0
-        self._handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._handlers: dict[int, Handler] = {n: signal.getsignal(n) for n in _SIGNALS}
 
     @property
     def pending(self) -> bool:

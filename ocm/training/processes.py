@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ocm.diffusion.backbones.wrappers import class_of
 from ocm.training.settings import TrainingSettings
@@ -144,7 +145,7 @@ def join(device: torch.device | str | None) -> Processes:
         return Processes(0, 1, place)
     if not distributed.is_initialized():
         with naming_lost(count, lambda: "before all had come together"):
-            store, rank, _ = next(distributed.rendezvous("env://", timeout=_MEETING))
+            store, rank, _ = next(rendezvous("env://", timeout=_MEETING))
             store.set_timeout(distributed.default_pg_timeout)
             backend = "nccl" if place.type == "cuda" else "gloo"
             distributed.init_process_group(backend, store=store, rank=rank, world_size=count)

@@ -169,8 +169,8 @@ def test_a_training_in_a_thread_takes_no_signals(tmp_path):
 
 
 def test_processes_that_read_images_outlive_the_signal(tmp_path):
-    """A terminal sends Ctrl-C to them too."""
-    settings = dataclasses.replace(SELDOM, num_workers=1)
+    """A terminal sends Ctrl-C to them too, and the step needs more than they have read ahead."""
+    settings = dataclasses.replace(SELDOM, num_workers=1, gradient_accumulation_steps=8)
 
     def to_all():
         (reader,) = multiprocessing.active_children()
