@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from bad_input import command
+from full_disk import files_of_at_most
 from killing import assert_whole, attempt, killings, left_beside
 from typer.testing import CliRunner
 
@@ -108,21 +110,21 @@ def test_a_head_to_start_from_must_be_there(made, tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_stays_until_heads_trained_in_place_are_finished(made, copy, stopped):
-    command = ("--denoiser", copy, "--out", copy, "--head", "sn", "--head-steps", 2)
-    answer = train(*command)
+    given = ("--denoiser", copy, "--out", copy, "--head", "sn", "--head-steps", 2)
+    answer = train(*given)
     assert "--overwrite replaces this one" in str(answer.exception)
     assert "unfinished" not in str(answer.exception)
-    answer = stopped(*command, "--overwrite")
+    answer = stopped(*given, "--overwrite")
     assert f"kept in {copy / 'training'}: sn at step 2. The same command goes on" in answer.stderr
     kept = files(copy)
     assert all(
         kept[name] == content for name, content in files(made).items() if "train" not in name
     )
-    answer = train(*command)
+    answer = train(*given)
     assert "its unfinished training, sn at step 2, goes on with --overwrite too" in str(
         answer.exception
     )
-    assert train(*command, "--overwrite").exit_code == 0
+    assert train(*given, "--overwrite").exit_code == 0
     found, before = checkpoints.load(copy), checkpoints.load(made)
     assert list(found.learned) == ["npr", "sn"]
     for name, content in files(made).items():
@@ -132,8 +134,8 @@ def test_a_checkpoint_stays_until_heads_trained_in_place_are_finished(made, copy
 
 
 def test_overwrite_goes_on_with_the_training_of_the_same_settings(copy, stopped, monkeypatch):
-    command = ("--out", copy, "--overwrite", "--denoiser-steps", 2, "--head-steps", 3, *NARROW)
-    stopped(*command)
+    given = ("--out", copy, "--overwrite", "--denoiser-steps", 2, "--head-steps", 3, *NARROW)
+    stopped(*given)
     steps = []
     whole = workflow.train_denoiser
 
@@ -142,19 +144,19 @@ def test_overwrite_goes_on_with_the_training_of_the_same_settings(copy, stopped,
         return whole(*arguments, **options)
 
     monkeypatch.setattr(workflow, "train_denoiser", counted)
-    assert train(*command).exit_code == 0
+    assert train(*given).exit_code == 0
     assert steps == [1]
     # Finished, it is replaced and not continued.
     assert not list((copy / "training").rglob("training-state*"))
-    assert train(*command).exit_code == 0
+    assert train(*given).exit_code == 0
     assert steps == [1, 0]
 
 
 def test_overwrite_replaces_the_training_of_other_settings_and_says_so(tmp_path, stopped):
     out = tmp_path / "out"
-    command = ("--out", out, *NARROW, "--denoiser-steps", 2, "--head-steps", 2)
-    stopped(*command)
-    other = (*command[:-1], 3)
+    given = ("--out", out, *NARROW, "--denoiser-steps", 2, "--head-steps", 2)
+    stopped(*given)
+    other = (*given[:-1], 3)
     answer = train(*other)
     assert "num_steps was 2, now it is 3" in str(answer.exception)
     answer = train(*other, "--overwrite")
@@ -163,6 +165,25 @@ def test_overwrite_replaces_the_training_of_other_settings_and_says_so(tmp_path,
     assert len(said) == 1  # the denoiser's is the same, and stays
     assert "removed the unfinished training of the npr head in" in said[0]
     assert json.loads((out / "train.json").read_text())["head"]["num_steps"] == 3
+
+
+def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(made, copy, capfd):
+    """A file may hold the state of the small head, and not the weights of the denoiser."""
+    arguments = (
+        *("train", "--denoiser", copy, "--out", copy, "--head", "npr", "--overwrite"),
+        *("--head-kind", "simple", "--head-steps", 2, *SMALL),
+    )
+    with files_of_at_most(50_000):
+        status, _, said = command(capfd, *arguments)
+    assert status == 1
+    (line,) = said.strip().splitlines()
+    assert line.startswith(f"error: {copy} cannot be written")
+    assert "File too large" in line
+    same = {name: content for name, content in files(made).items() if name != "train.json"}
+    assert {name: files(copy)[name] for name in same} == same
+    status, _, said = command(capfd, *arguments)
+    assert (status, said) == (0, "")
+    assert type(checkpoints.load(copy).learned["npr"].head).__name__ == "CovarianceHead"
 
 
 # Killed
@@ -223,7 +244,7 @@ def test_a_training_that_is_killed_ends_with_the_same_bits(tmp_path):
 
 @pytest.mark.soak
 def test_heads_trained_in_place_and_killed_leave_the_checkpoint_whole(made, tmp_path):
-    def command(folder):
+    def in_place(folder):
         shutil.copytree(made, folder, dirs_exist_ok=True)
         return [
             *("train", "--denoiser", folder, "--out", folder, "--head", "sn", "--head-steps", 40),
@@ -231,10 +252,10 @@ def test_heads_trained_in_place_and_killed_leave_the_checkpoint_whole(made, tmp_
         ]
 
     (tmp_path / "whole").mkdir()
-    whole = attempt(command(tmp_path / "whole"), tmp_path / "whole")
+    whole = attempt(in_place(tmp_path / "whole"), tmp_path / "whole")
     assert whole.status == 0, whole.said
     killed = 0
-    for found in killings(command, tmp_path, kills=7, seconds=whole.seconds, seed=4):
+    for found in killings(in_place, tmp_path, kills=7, seconds=whole.seconds, seed=4):
         killed += found.killed
         assert_whole(found.folder)
         is_new = "sn" in checkpoints.load(found.folder).learned
@@ -267,7 +288,7 @@ def test_a_process_whose_other_is_killed_ends_within_a_minute(tmp_path, victim):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     out = tmp_path / "out"
-    command = [
+    endless = [
         *("train", "--out", out, "--denoiser-steps", 100_000, "--checkpoint-every", 2),
         *("--limit", 40, *NARROW, *SMALL),
     ]
@@ -279,7 +300,7 @@ def test_a_process_whose_other_is_killed_ends_within_a_minute(tmp_path, victim):
         runs = [
             pool.submit(
                 attempt,
-                command,
+                endless,
                 tmp_path / f"process-{rank}",
                 after=started if rank == victim else None,
                 first=functools.partial(joined, rank, port),
