@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ocm.checkpoints.entries import OBJECT, Rule, check_entries, read_json
 from ocm.files import flush, sha256, write_json
 
 DESCRIPTION = "ocm.json"
@@ -32,17 +33,26 @@ TABLES = "tables.json"
 DATA_COVARIANCE = "data_covariance.safetensors"
 FORMAT = {"format": "ocm-checkpoint", "version": 2}
 
+# Of the entries of ``ocm.json`` that say where the parts are.
+LAYOUT_RULES = {
+    "revision": Rule(
+        "16 hexadecimal digits",
+        lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None,
+    ),
+    "data_covariance": Rule("true or false", lambda value: isinstance(value, bool)),
+    "learned": OBJECT,
+}
+
 _UNFINISHED = ".partial-checkpoint"
 _PARTS = ".parts-"
 
 
 def part_of(directory: Path, description: Mapping[str, Any], name: str) -> Path:
-    """Return where the part called ``name`` is, by what ``ocm.json`` in the directory says.
-
-    Raises:
-        ValueError: If the revision is not one that is written here.
-    """
-    moving = _folder_of(directory, description) / name
+    """Return where the part called ``name`` is, by what ``ocm.json`` in the directory says."""
+    # Checkpoints of earlier versions name no revision, and have all parts in their places.
+    if "revision" not in description:
+        return directory / name
+    moving = _folder_of(directory, description["revision"]) / name
     return moving if moving.exists() else directory / name
 
 
@@ -65,13 +75,13 @@ def replacing_parts(directory: Path, description: Mapping[str, Any]) -> Iterator
     try:
         yield beside
         digests = _digests(beside)
-        named = {**description, "revision": _revision(description, digests)}
+        revision = _revision(description, digests)
         _leave_out_what_is_there(beside, directory, digests)
         for path in (*beside.rglob("*"), beside):
             flush(path)
-        beside.replace(_folder_of(directory, named))
+        beside.replace(_folder_of(directory, revision))
         flush(directory)
-        write_json(directory / DESCRIPTION, named)
+        write_json(directory / DESCRIPTION, {**description, "revision": revision})
     finally:
         settle(directory)
 
@@ -83,7 +93,7 @@ def settle(directory: Path) -> None:
     """
     shutil.rmtree(directory / _UNFINISHED, ignore_errors=True)
     description = _described(directory)
-    own = None if description is None else _folder_of(directory, description)
+    own = None if description is None else _folder_of(directory, description["revision"])
     for folder in directory.glob(f"{_PARTS}*"):
         if folder != own:
             shutil.rmtree(folder)
@@ -100,34 +110,26 @@ def settle(directory: Path) -> None:
             (own / name).rename(place)
             flush(place.parent)
         shutil.rmtree(own)
-    if "data_covariance" in description and not description["data_covariance"]:
+    if not description["data_covariance"]:
         (directory / DATA_COVARIANCE).unlink(missing_ok=True)
     for head in (directory / HEADS).glob("*.safetensors"):
         if head.stem not in description["learned"]:
             head.unlink()
 
 
-def _folder_of(directory: Path, description: Mapping[str, Any]) -> Path:
+def _folder_of(directory: Path, revision: str) -> Path:
     """Return the folder of the parts that may not be in their places yet."""
-    # Checkpoints of earlier versions name no revision, and have all parts in their places.
-    revision = description.get("revision", "")
-    if not (isinstance(revision, str) and re.fullmatch("[0-9a-f]*", revision)):
-        raise ValueError(f"revision must be hexadecimal digits, got {revision!r}")
     return directory / f"{_PARTS}{revision}"
 
 
 def _described(directory: Path) -> dict[str, Any] | None:
-    """Return what ``ocm.json`` says, or None if there is none that was written here."""
-    file = directory / DESCRIPTION
-    if not file.is_file():
-        return None
+    """Return what ``ocm.json`` says, or None if there is none that was written by this version."""
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-        _folder_of(directory, description)
-    except (AttributeError, RecursionError, ValueError):
+        description = read_json(directory / DESCRIPTION)
+        check_entries(description, LAYOUT_RULES)
+    except ValueError:
         return None
-    ours = {name: description.get(name) for name in FORMAT} == FORMAT
-    return description if ours and isinstance(description.get("learned"), dict) else None
+    return description if {name: description.get(name) for name in FORMAT} == FORMAT else None
 
 
 def _parts_in(folder: Path) -> list[str]:

@@ -8,7 +8,6 @@ compare methods with one another only.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ocm.checkpoints.weights import load_weights
+from ocm.checkpoints.entries import read_json
+from ocm.checkpoints.weights import load_built
 from ocm.diffusion.checks import check_positive_int
 from ocm.files import replacing
 from ocm.images import ArrowImages
@@ -221,21 +221,18 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
     """Read a classifier that :func:`save` wrote; nothing is unpickled, and nothing downloaded.
 
     Raises:
-        ValueError: That names the file, if one is missing or damaged, or holds other weights than
-            its configuration says, or NaN.
+        CheckpointError: A ValueError that names the file, if one is missing or damaged, or holds
+            other weights than its configuration says, or NaN.
 
     Example:
         >>> load("nowhere")
         Traceback (most recent call last):
         ...
-        ValueError: nowhere/config.json describes no classifier: FileNotFoundError: [Errno 2] No
-        such file or directory: 'nowhere/config.json'
+        ocm.checkpoints.entries.CheckpointError: nowhere/config.json cannot be read as JSON: No such
+        file or directory
     """
     file = Path(path) / "config.json"
-    try:
-        classifier = Classifier(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} describes no classifier: {reason}") from error
-    load_weights(classifier, Path(path) / "model.safetensors")
+    config = read_json(file)
+    weights = Path(path) / "model.safetensors"
+    classifier = load_built(lambda: Classifier(**config), [weights], str(file))
     return classifier.to(device).eval().requires_grad_(False)

@@ -194,7 +194,7 @@ def test_a_revision_that_is_no_name_is_refused_and_nothing_is_moved_by_it(tmp_pa
     (tmp_path / "elsewhere" / "mine").touch()
     description = json.loads((directory / "ocm.json").read_text()) | {"revision": revision}
     (directory / "ocm.json").write_text(json.dumps(description))
-    with pytest.raises(checkpoints.CheckpointError, match="revision must be hexadecimal digits"):
+    with pytest.raises(checkpoints.CheckpointError, match="revision must be 16 hexadecimal digits"):
         checkpoints.load(directory)
     layout.settle(directory)
     checkpoints.save(make(3), directory)
