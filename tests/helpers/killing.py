@@ -119,10 +119,11 @@ def killings(
     """
     chance = random.Random(seed)
     place = chance.random()
-    left = kills
+    left, begun = kills, 0
     while left:
+        begun += 1
         place = (place + _GOLDEN) % 1.0  # no two of these are close
-        folder = root / f"after-{kills - left}-kills"
+        folder = root / f"folder-{begun}"
         folder.mkdir()
         arguments, moment, spent = command(folder), place * seconds, 0.0
         killed = True
