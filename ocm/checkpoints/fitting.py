@@ -54,7 +54,8 @@ def fitted(
         "batch_size": batch_size,
         "progress": progress,
     }
-    denoiser, bounds = checkpoint.denoiser, {"x0_range": checkpoint.x0_range}
+    denoiser = checkpoint.denoiser
+    bounds: dict[str, Any] = {"x0_range": checkpoint.x0_range}
 
     def variances(name: str) -> dict[str, Any]:
         bounded = {} if name == "analytic" else bounds

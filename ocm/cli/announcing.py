@@ -104,13 +104,13 @@ def _seconds(call: Callable[[], None]) -> float:
 
 
 def left_out(checkpoint: Checkpoint, settings: EvaluationSettings) -> str | None:
-    """Return a sentence on the covariances that are not scored or drawn with, or None."""
+    """Return a sentence on the covariances that a choice by default leaves out, or None."""
     scored = [name for name in available(checkpoint) if name not in settings.names]
     drawn = [name for name in settings.names if settings.quality and name not in settings.drawn]
     products = math.prod(checkpoint.image_shape)
-    parts = [f"{_listed(scored)} (a step takes {products} products)"] if scored else []
-    parts += [f"from the samples {_listed(drawn)} (a step takes products)"] if drawn else []
-    return f"left out: {'; '.join(parts)}. --covariance takes them" if parts else None
+    parts = [f"{_listed(scored)}, which take {products} products a step"] if scored else []
+    parts += [f"from the samples {_listed(drawn)}, which take products"] if drawn else []
+    return f"left out: {'; '.join(parts)}; --covariance NAME takes what is named" if parts else None
 
 
 def announcement(
@@ -127,8 +127,8 @@ def announcement(
     variances, calibrations = lacking(checkpoint, settings)
     counts = _listed(map(str, settings.step_counts))
     lines = [
-        f"bits/dim of {settings.num_images} images in K = {counts} steps by "
-        f"{len(settings.scored)} covariances: {_listed(settings.scored)}"
+        f"bits/dim of {settings.num_images} images in K = {counts} steps (--steps) by the "
+        f"covariances {_listed(settings.scored)}"
     ]
     if variances or calibrations:
         lines.append(
@@ -137,8 +137,8 @@ def announcement(
         )
     if settings.quality:
         lines.append(
-            f"{settings.num_samples} samples for each of {len(settings.drawn)} covariances, of K "
-            f"and of {_listed(SAMPLERS)}, compared with {num_real} images"
+            f"{settings.num_samples} samples for each of {len(settings.drawn)} covariances, each K "
+            f"and each of {_listed(SAMPLERS)}, compared with {num_real} images"
         )
         caution = frechet_caution(num_real, settings.num_samples, settings.num_features)
         if caution is not None:

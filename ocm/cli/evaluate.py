@@ -106,7 +106,7 @@ def evaluate(
     from ocm.cli.announcing import announcement, left_out
     from ocm.cli.inputs import images_for, model_at
     from ocm.evaluation.environment import environment
-    from ocm.evaluation.evaluation import EvaluationSettings
+    from ocm.evaluation.evaluation import EvaluationSettings, check
     from ocm.evaluation.evaluation import evaluate as evaluated
     from ocm.evaluation.pictures import evaluation_plot
 
@@ -140,11 +140,12 @@ def evaluate(
     start = time.perf_counter()
     images = images_for(loaded, data, progress=not quiet)
     loaded = replace(loaded, levels=images.levels)  # those of --data
+    check(loaded, images, settings)
     held_out = images.test[:num_images]
     x0, labels = held_back(loaded, images, fit_images)
     for line in announcement(loaded, settings, len(x0), len(images.train)):
         typer.echo(line)
-    left = left_out(loaded, settings)
+    left = None if chosen else left_out(loaded, settings)
     if left is not None:
         typer.echo(left)
     deciding = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 # In the picture; all of them are in samples.safetensors.
 _IMAGES_SHOWN = 256
-# Of a process that has drawn its samples for the others.
+# Of a process that has drawn its samples for one that starts again.
 _LONGEST_WAIT = timedelta(days=7)
 
 
@@ -114,7 +115,6 @@ def sample(
     from ocm.cli.inputs import check_conditions, conditions_of, model_at
     from ocm.covariances.names import CALIBRATED
     from ocm.evaluation.environment import environment
-    from ocm.evaluation.pictures import sample_rows
     from ocm.evaluation.samples import draw
     from ocm.sampling import samplers
     from ocm.sampling.extrapolation import SecondOrder
@@ -140,8 +140,7 @@ def sample(
     name = preferred(loaded) if covariance is None else covariance.value
     name += CALIBRATED if calibrated else ""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if processes > 1:
-        _join()
+    group = _join() if processes > 1 else None
     first, end = (num_images * r // processes for r in (rank, rank + 1))
     chosen = {
         "covariance": name,
@@ -172,9 +171,8 @@ def sample(
         count = sum(min(batch_size, end - offset) for offset in offsets)
         return f"{count} of {end - first} images"
 
-    folder = (
-        out / "unfinished" / (f"sample {rank + 1} of {processes}" if processes > 1 else "sample")
-    )
+    own = f" {rank + 1} of {processes}" if processes > 1 else ""
+    folder = out / "unfinished" / f"sample{own}"
     start = time.perf_counter()
     with lasting.kept_parts(folder, deciding, drawn) as parts:
         found = len(parts.names())
@@ -197,7 +195,7 @@ def sample(
             progress=not quiet and rank == 0,
         )
         if processes > 1:
-            images = _gathered(images, processes)
+            images = _gathered(images, processes, group)
         if rank != 0:
             return
         if vae is not None:
@@ -213,21 +211,29 @@ def sample(
             "pixel_std": images.std().item(),
             "environment": environment(place),
         }
-        write_tensors(out / "samples.safetensors", {"images": images})
-        shown = images[:_IMAGES_SHOWN]
-        if shown.shape[1] not in (1, 3):  # latents: their first channel
-            shown = shown[:, :1]
-        rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
-        title = f"{sampler}, {steps} steps, covariance {name}, seed {seed}"
-        sample_rows(rows, out / "samples.png", title=title)
-        write_json(out / "samples.json", record)
+        _write(out, images, record)
     for finished in (out / "unfinished").glob("sample*"):
         Parts(finished).remove()
     typer.echo(
         f"{num_images} images in {record['seconds']:.1f} s, pixel mean {images.mean():.3f}, "
         f"standard deviation {images.std():.3f}"
     )
-    typer.echo(f"first {len(shown)}: {out / 'samples.png'}   all: {out / 'samples.safetensors'}")
+    shown = min(num_images, _IMAGES_SHOWN)
+    typer.echo(f"first {shown}: {out / 'samples.png'}   all: {out / 'samples.safetensors'}")
+
+
+def _write(out: Path, images: Tensor, record: Mapping[str, Any]) -> None:
+    """Write samples, a picture of the first of them, and what is known of them."""
+    from ocm.evaluation.pictures import sample_rows
+
+    write_tensors(out / "samples.safetensors", {"images": images})
+    shown = images[:_IMAGES_SHOWN]
+    if shown.shape[1] not in (1, 3):  # latents: their first channel
+        shown = shown[:, :1]
+    rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
+    title = "{sampler}, {steps} steps, covariance {covariance}, seed {seed}".format_map(record)
+    sample_rows(rows, out / "samples.png", title=title)
+    write_json(out / "samples.json", record)
 
 
 def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
@@ -247,22 +253,23 @@ def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
     return timesteps.optimal_timesteps(schedule, variances, steps)
 
 
-def _join() -> None:
-    """Find the other processes; from here on each notices when another ends."""
+def _join() -> Any:
+    """Find the other processes, and return their group: each notices when another ends."""
     from torch import distributed
 
-    distributed.init_process_group("gloo", timeout=_LONGEST_WAIT)
+    distributed.init_process_group("gloo")
+    return distributed.new_group(timeout=_LONGEST_WAIT)
 
 
-def _gathered(images: Tensor, processes: int) -> Tensor:
+def _gathered(images: Tensor, processes: int, group: Any) -> Tensor:
     """Return the samples of all processes in order."""
     import torch
     from torch import distributed
 
     parts = [images] * processes
     try:
-        distributed.all_gather_object(parts, images)
-        distributed.barrier()  # not while another process still sends
+        distributed.all_gather_object(parts, images, group)
+        distributed.barrier(group)  # not while another process still sends
     except RuntimeError as error:
         raise ConnectionError(
             "another process ended before all samples were drawn; those that were are kept, and "

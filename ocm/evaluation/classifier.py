@@ -21,7 +21,7 @@ from torch.nn import functional
 from ocm.checkpoints.entries import read_json
 from ocm.checkpoints.weights import load_built
 from ocm.diffusion.checks import check_positive_int
-from ocm.files import replacing
+from ocm.files import naming_unwritten, replacing
 from ocm.images import ArrowImages
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
@@ -209,11 +209,12 @@ def save(classifier: Classifier, path: str | Path) -> None:
         ...     torch.equal(load(directory)(images), classifier(images))
         True
     """
-    with TemporaryDirectory() as folder:
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder, naming_unwritten(directory):
         classifier.save_pretrained(folder)
-        Path(path).mkdir(parents=True, exist_ok=True)
         for file in Path(folder).iterdir():
-            with replacing(Path(path) / file.name) as beside:
+            with replacing(directory / file.name) as beside:
                 shutil.copyfile(file, beside)
 
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from tqdm import tqdm
 
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
@@ -121,22 +120,10 @@ def evaluate(
         ValueError: If there is nothing to score, or the data have too few images or no labels for
             what is asked.
     """
-    if settings.num_images > len(images.test):
-        raise ValueError(
-            f"num_images must be at most {len(images.test)}, the held-out images of "
-            f"{images.name}, got {settings.num_images}"
-        )
-    scored = settings.scored
-    if not scored and not settings.quality and not settings.by_ode:
-        raise ValueError(
-            f"covariance {' '.join(settings.names)} has no density, and so no bits/dim; ask for "
-            "quality"
-        )
-    for name in settings.names:
-        if name not in named("fitted"):
-            build_covariance(name, checkpoint, settings.covariances)  # raises without its head
+    check(checkpoint, images, settings)
     extractor = _features(images, settings, out, parts, progress) if settings.quality else None
     checkpoint = _fitted(checkpoint, images, settings, parts, progress)
+    scored = settings.scored
     table = likelihood_table(
         checkpoint,
         images.test[: settings.num_images],
@@ -186,6 +173,32 @@ def evaluate(
         record |= part
         sections += more
     return record, "\n\n".join(sections)
+
+
+def check(checkpoint: Checkpoint, images: Images, settings: EvaluationSettings) -> None:
+    """Raise unless there is something to score, and what it needs.
+
+    Raises:
+        ValueError: If there is not.
+    """
+    if settings.num_images > len(images.test):
+        raise ValueError(
+            f"num_images must be at most {len(images.test)}, the held-out images of "
+            f"{images.name}, got {settings.num_images}"
+        )
+    if not settings.scored and not settings.quality and not settings.by_ode:
+        raise ValueError(
+            f"covariance {' '.join(settings.names)} has no density, and so no bits/dim; ask for "
+            "quality"
+        )
+    for name in settings.names:
+        if name not in named("fitted"):
+            build_covariance(name, checkpoint, settings.covariances)  # raises without its head
+    if settings.quality and settings.inception is None and images.train_labels is None:
+        raise ValueError(
+            f"quality needs labels to train a classifier on, and {images.name} has none; give "
+            "inception, the weights of torch-fidelity"
+        )
 
 
 def lacking(checkpoint: Checkpoint, settings: EvaluationSettings) -> tuple[list[str], list[str]]:
@@ -296,13 +309,9 @@ def _features(
     if settings.inception is not None:
         extractor = features.inception(settings.inception)
         return extractor, f"Features: {extractor.name}."
-    labels: Tensor | None = images.train_labels
-    if labels is None or images.num_classes is None:
-        raise ValueError(
-            f"quality needs labels to train a classifier on, and {images.name} has none; give "
-            "inception, the weights of torch-fidelity"
-        )
-    num_classes = images.num_classes
+    labels, num_classes = images.train_labels, images.num_classes
+    assert labels is not None  # check saw to it
+    assert num_classes is not None
 
     def train() -> str:
         trained = classifiers.train_classifier(

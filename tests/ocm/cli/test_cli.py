@@ -163,15 +163,16 @@ def test_evaluate_by_ode(trained, invoke, tmp_path):
 def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
     quick = partial(classifier.train_classifier, num_steps=20)
     monkeypatch.setattr(classifier, "train_classifier", quick)
+    # One channel, no density, and a backbone that states none.
+    densities = set(NAMES) - {"blocks", "lanczos", "variance_channels"}
+    named = [argument for name in (*densities, "lanczos") for argument in ("--covariance", name)]
     answer = invoke(
         "evaluate", trained, "--all", "--out", tmp_path, "--steps", 2, "--steps", 3,
         "--num-images", 2, "--num-samples", 8, "--num-probes", 2, "--fit-images", 2,
-        "--device", "cpu", "--quiet",
+        *named, "--device", "cpu", "--quiet",
     )  # fmt: skip
     assert answer.exit_code == 0, answer.output
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    # One channel, no density, and a backbone that states none.
-    densities = set(NAMES) - {"blocks", "lanczos", "variance_channels"}
     rows = densities | {f"{name}_calibrated" for name in densities}
     assert set(record["nll_bits_per_dim"]) == rows
     for sampler in ("ddpm", "ddim"):

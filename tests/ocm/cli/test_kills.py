@@ -1,7 +1,10 @@
 """Commands that are killed lose nothing: given again, they end as if nobody had killed them."""
 
 import json
+import os
 import shutil
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -85,11 +88,12 @@ def test_a_sampling_that_is_killed_loses_and_repeats_no_sample(checkpoint, tmp_p
     assert whole.status == 0, whole.said
     wanted = images(whole.folder)
 
-    killed = 0
+    killed = went_on = 0
     for found in killings(
         lambda out: sample(checkpoint, out), tmp_path, kills=_KILLS, seconds=whole.seconds, seed=0
     ):
         killed += found.killed
+        went_on += "going on from" in found.said
         assert_whole(found.folder)
         if not found.killed:
             assert found.status == 0, found.said
@@ -101,6 +105,7 @@ def test_a_sampling_that_is_killed_loses_and_repeats_no_sample(checkpoint, tmp_p
             assert not (found.folder / "unfinished").exists()
             assert not left_beside(found.folder)
     assert killed == _KILLS
+    assert went_on > 0
     checkpoints.load(checkpoint)
 
 
@@ -109,7 +114,7 @@ def test_an_evaluation_that_is_killed_ends_with_the_same_figures(checkpoint, tmp
     whole = attempt(evaluate(checkpoint, tmp_path / "whole"), tmp_path / "whole", first=quickly)
     assert whole.status == 0, whole.said
 
-    killed = 0
+    killed = went_on = 0
     for found in killings(
         lambda out: evaluate(checkpoint, out),
         tmp_path,
@@ -119,6 +124,7 @@ def test_an_evaluation_that_is_killed_ends_with_the_same_figures(checkpoint, tmp
         first=quickly,
     ):
         killed += found.killed
+        went_on += "going on from" in found.said
         assert_whole(found.folder)
         if not found.killed:
             assert found.status == 0, found.said
@@ -129,6 +135,7 @@ def test_an_evaluation_that_is_killed_ends_with_the_same_figures(checkpoint, tmp
             assert not (found.folder / "unfinished").exists()
             assert not left_beside(found.folder)
     assert killed == _KILLS
+    assert went_on > 0
     checkpoints.load(checkpoint)
 
 
@@ -144,9 +151,10 @@ def test_a_calibration_that_is_killed_leaves_a_checkpoint_and_ends_with_the_same
     assert whole.status == 0, whole.said
     wanted = (whole.folder / "tables.json").read_text(encoding="utf-8")
 
-    killed = 0
+    killed = went_on = 0
     for found in killings(command, tmp_path, kills=_KILLS, seconds=whole.seconds, seed=2):
         killed += found.killed
+        went_on += "going on from" in found.said
         assert_whole(found.folder)
         checkpoints.load(found.folder)
         if not found.killed:
@@ -159,3 +167,51 @@ def test_a_calibration_that_is_killed_leaves_a_checkpoint_and_ends_with_the_same
             assert not (found.folder / "unfinished").exists()
             assert not left_beside(found.folder)
     assert killed == _KILLS
+    assert went_on > 0
+
+
+def one_of_two(rank, port):
+    """Let the command be one of two processes, as torchrun starts them."""
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+    }  # fmt: skip
+
+
+def both(checkpoint, out, *, second_until=None):
+    """Draw in two processes; the second is killed when the time has come."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    with ThreadPoolExecutor(2) as pool:
+        started = [
+            pool.submit(
+                attempt, sample(checkpoint, out), out.with_name(f"process-{rank}"),
+                after=second_until if rank else None, first=partial(one_of_two, rank, port),
+                limit=120.0,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        return [process.result() for process in started]
+
+
+@pytest.mark.soak
+def test_a_process_ends_when_another_was_killed_and_both_go_on(checkpoint, tmp_path):
+    whole = both(checkpoint, tmp_path / "whole")
+    assert [found.status for found in whole] == [0, 0], whole
+
+    out = tmp_path / "out"
+    batches = out / "unfinished" / "sample 2 of 2"
+    first, second = both(checkpoint, out, second_until=lambda: [*batches.glob("from *")])
+    assert second.killed
+    assert first.status == 1
+    assert "another process ended before all samples were drawn" in first.said
+    assert_whole(out)
+    kept = len([*batches.glob("from *")])
+    assert 1 <= kept < 6
+
+    again = both(checkpoint, out)
+    assert [found.status for found in again] == [0, 0], again
+    assert "going on from 12 of 12 images" in again[0].said
+    assert f"going on from {2 * kept} of 12 images" in again[1].said
+    assert torch.equal(images(out), images(tmp_path / "whole"))
+    assert not (out / "unfinished").exists()
