@@ -23,8 +23,17 @@ from ocm.checkpoints.entries import (
     one_of,
     read_json,
 )
+from ocm.checkpoints.layout import (
+    DATA_COVARIANCE,
+    DENOISER,
+    DESCRIPTION,
+    FORMAT,
+    HEADS,
+    LAYOUT_RULES,
+    TABLES,
+    part_of,
+)
 from ocm.checkpoints.weights import load_model, load_tensors, load_weights
-from ocm.checkpoints.writing import DATA_COVARIANCE, FORMAT
 from ocm.covariances import Analytic
 from ocm.covariances.learned.heads import kinds_of
 from ocm.covariances.learned.parameterisation import Parameterisation
@@ -38,12 +47,12 @@ from ocm.diffusion.tables import Table
 
 _RULES = {
     **DATA_RULES,
+    **LAYOUT_RULES,
     "schedule": OBJECT,
     "prediction_type": TEXT,
-    "learned": OBJECT,
 }
 # Absent in earlier checkpoints.
-_OPTIONAL = ("data_options",)
+_OPTIONAL = ("data_options", "data_covariance", "revision")
 _HEAD_RULES = {"head": TEXT, "config": OBJECT, "parameterisation": OBJECT}
 # The variance, and the scale and shift of a calibration.
 _WIDTHS = {"scaled_variances": 1, "calibrations": 2}
@@ -58,7 +67,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             model has. No more is built than the files hold.
     """
     directory = Path(path)
-    file = directory / "ocm.json"
+    file = directory / DESCRIPTION
     if is_pipeline(directory):
         raise CheckpointError(
             f"{directory} is a pipeline of diffusers, where a checkpoint is needed; `ocm train "
@@ -80,13 +89,13 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         check_names("learned", description["learned"], LEARNED)
     shape: tuple[int, int, int] = tuple(description["image_shape"])
     bounds = description["x0_range"]
-    backbone = load_backbone(directory / "denoiser").to(device)
+    backbone = load_backbone(part_of(directory, description, DENOISER)).to(device)
     with naming(file):
         denoiser = Denoiser(
             backbone,
             schedule,
             description["prediction_type"],
-            data_covariance=_data_covariance(directory, shape),
+            data_covariance=_data_covariance(directory, description, shape),
         ).freeze()
         if shape[0] != (known := architecture_of(backbone).channels(backbone)):
             raise ValueError(f"image_shape has {shape[0]} channels, the denoiser beside it {known}")
@@ -108,7 +117,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
             num_calibration=description["num_calibration"],
             data_options=description.get("data_options", {}),
         )
-    file = directory / "tables.json"
+    file = part_of(directory, description, TABLES)
     tables = read_json(file)
     with naming(file):
         if "analytic" in tables:
@@ -123,7 +132,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
         check_entries(tables, dict.fromkeys(fitting, OBJECT))
         scaled, weights = (_tables(kind, tables[kind], fitting[kind]) for kind in fitting)
     for name, covariance in learned.items():
-        load_weights(covariance.head, directory / "heads" / f"{name}.safetensors")
+        load_weights(
+            covariance.head, part_of(directory, description, f"{HEADS}/{name}.safetensors")
+        )
         covariance.head.to(device).eval().requires_grad_(False)
     analytic = {name: Analytic(denoiser, table) for name, table in scaled.items()}
     return replace(checkpoint, analytic=analytic, calibrations=weights)
@@ -141,9 +152,12 @@ def _tables(kind: str, entries: Mapping[str, Any], names: Collection[str]) -> di
     return tables
 
 
-def _data_covariance(directory: Path, shape: tuple[int, int, int]) -> Tensor | None:
-    file = directory / DATA_COVARIANCE
-    if not file.exists():
+def _data_covariance(
+    directory: Path, description: Mapping[str, Any], shape: tuple[int, int, int]
+) -> Tensor | None:
+    file = part_of(directory, description, DATA_COVARIANCE)
+    # Earlier checkpoints have the file where there is one, and do not say so.
+    if not description.get("data_covariance", file.exists()):
         return None
     with naming(file):
         tensors = load_tensors(file)

@@ -44,7 +44,8 @@ def originals(tmp_path_factory):
     from diffusers import DDPMPipeline, DDPMScheduler
 
     unet = small_unet((1, 4, 4), width=8)
-    denoiser = ocm.Denoiser(unet, ocm.cosine()).freeze()
+    values = torch.ones(1, 4, 4)
+    denoiser = ocm.Denoiser(unet, ocm.cosine(), data_covariance=values).freeze()
     covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser, "simple"))
     checkpoints.save(
         Checkpoint(
@@ -60,8 +61,6 @@ def originals(tmp_path_factory):
         ),
         root / "checkpoint",
     )
-    values = torch.ones(1, 4, 4)
-    save_file({"data_covariance": values}, root / "checkpoint" / "data_covariance.safetensors")
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(root / "pipeline")
     ocm.attach(unet).save_pretrained(root / "attached")
     make_vae().save_pretrained(root / "vae")

@@ -119,10 +119,11 @@ def killings(
     """
     chance = random.Random(seed)
     place = chance.random()
-    left = kills
+    left, begun = kills, 0
     while left:
+        begun += 1
         place = (place + _GOLDEN) % 1.0  # no two of these are close
-        folder = root / f"after-{kills - left}-kills"
+        folder = root / f"folder-{begun}"
         folder.mkdir()
         arguments, moment, spent = command(folder), place * seconds, 0.0
         killed = True
@@ -141,7 +142,7 @@ def assert_whole(folder: Path):
     from safetensors.torch import load_file
 
     for file in folder.rglob("*"):
-        if file.name.startswith(".partial-"):  # beside the file it was to become
+        if any(map(_is_unfinished, file.relative_to(folder).parts)):
             continue
         if file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
@@ -153,5 +154,10 @@ def assert_whole(folder: Path):
 
 
 def left_beside(folder: Path):
-    """Return the files that were being written when a process was killed."""
-    return [*folder.rglob(".partial-*")]
+    """Return the files and folders that were being written when a process was killed."""
+    return [path for path in folder.rglob("*") if _is_unfinished(path.name)]
+
+
+def _is_unfinished(name):
+    """Whether it lies beside the file or the folder that it was to become."""
+    return name.startswith(".partial-") or name == "training-state.partial"

@@ -401,13 +401,20 @@ def test_the_likelihood_head_starts_from_another(trained, invoke, tmp_path):
     assert "--start-from npr is for --head ml and a --denoiser" in str(answer.exception)
 
 
-def test_a_head_of_another_denoiser_is_not_taken_for_finished(trained, invoke, tmp_path):
+def test_a_head_of_another_denoiser_is_not_taken_for_finished(
+    trained, invoke, tmp_path, monkeypatch
+):
     sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
     other = tmp_path / "other"
     assert invoke("train", "--out", other, "--denoiser-steps", 2, *sizes).exit_code == 0
     out = tmp_path / "out"
-    assert invoke("train", "--out", out, "--denoiser", trained, *sizes).exit_code == 0
-    (out / "ocm.json").unlink()
+
+    def interrupted(checkpoint, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", interrupted)
+        assert invoke("train", "--out", out, "--denoiser", trained, *sizes).exit_code == 130
     answer = invoke("train", "--out", out, "--denoiser", other, *sizes)
     assert "--overwrite" in str(answer.exception)
     assert "denoiser" in str(answer.exception)
