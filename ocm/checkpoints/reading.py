@@ -144,10 +144,16 @@ def _tables(kind: str, entries: Mapping[str, Any], names: Collection[str]) -> di
     check_names(kind, entries, names)
     tables = {name: Table.from_json(entry) for name, entry in entries.items()}
     for name, table in tables.items():
-        if table.values.shape[1] != _WIDTHS[kind] or bool((table.values < 0).any()):
+        if table.values.shape[1] != _WIDTHS[kind]:
             raise ValueError(
-                f"{kind}.{name} must have {_WIDTHS[kind]} numbers of at least 0 in a row, got "
-                f"{table.values.shape[1]}, the least {table.values.min()}"
+                f"{kind}.{name} must have {_WIDTHS[kind]} numbers in a row, got "
+                f"{table.values.shape[1]}"
+            )
+        # Variances that were fitted from few images come out below 0, and are cut off in use.
+        if kind == "calibrations" and bool((table.values < 0).any()):
+            raise ValueError(
+                f"{kind}.{name} must have a scale and a shift of at least 0, got "
+                f"{table.values.min()}"
             )
     return tables
 

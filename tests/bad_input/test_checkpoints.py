@@ -494,9 +494,6 @@ FITTED = [
         "a name out of the folder", "scaled_variances", {"../x": {}}, "must be named analytic"
     ),
     entry_of_table(
-        "a negative variance", "scaled_variances", variances([[0.1], [-0.1]]), "of at least 0"
-    ),
-    entry_of_table(
         "two variances", "scaled_variances", variances([[1, 2], [1, 2]]), "must have 1 numbers"
     ),
     wrong("a head of NaN", tensors(HEAD, first(to_nan)), HEAD, "NaN or infinite values in 'conv"),
