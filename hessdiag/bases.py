@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hessdiag.checks import check_positive_int
 from hessdiag.products import Products
 
 _MOST_KEPT = 16
@@ -23,6 +24,7 @@ class Basis:
     Attributes:
         analyse: From (..., *sample_shape) to coefficients of the same shape: F.
         synthesise: Back: F^T, its inverse.
+        num_axes: How many axes a sample must have, so that no axis of the batch is mixed.
 
     Example:
         >>> flip = Basis(lambda x: x.flip(-1), lambda x: x.flip(-1))
@@ -32,6 +34,29 @@ class Basis:
 
     analyse: Callable[[Tensor], Tensor]
     synthesise: Callable[[Tensor], Tensor]
+    num_axes: int = 0
+
+
+def check_basis(basis: Basis, x: Tensor) -> None:
+    """Raise unless ``basis`` is one of the samples of x.
+
+    Raises:
+        TypeError: If it is no basis.
+        ValueError: If samples have fewer axes than it mixes.
+
+    Example:
+        >>> check_basis(dct(), torch.zeros(2, 3))
+        Traceback (most recent call last):
+        ...
+        ValueError: basis must mix at most the 1 axes of a sample of x, got one of 2: dct(1) say
+    """
+    if not isinstance(basis, Basis):
+        raise TypeError(f"basis must be a hessdiag.Basis or None, got {type(basis).__name__}")
+    if basis.num_axes >= x.dim():
+        raise ValueError(
+            f"basis must mix at most the {x.dim() - 1} axes of a sample of x, got one of "
+            f"{basis.num_axes}: dct({max(1, x.dim() - 1)}) say"
+        )
 
 
 def dct(num_axes: int = 2) -> Basis:
@@ -42,19 +67,28 @@ def dct(num_axes: int = 2) -> Basis:
     Args:
         num_axes: Number of axes, counted from the last; 2 for images.
 
+    Raises:
+        TypeError: If ``num_axes`` is no int.
+        ValueError: If it is below 1.
+
     Example:
         >>> basis = dct()
         >>> basis.analyse(torch.ones(1, 1, 2, 2)).round(decimals=3) + 0.0
         tensor([[[[2., 0.],
                   [0., 0.]]]])
     """
+    num_axes = check_positive_int("num_axes", num_axes)
     return Basis(
         lambda x: _along_last_axes(x, num_axes, transpose=False),
         lambda x: _along_last_axes(x, num_axes, transpose=True),
+        num_axes,
     )
 
 
 def _along_last_axes(x: Tensor, num_axes: int, *, transpose: bool) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < num_axes:
+        got = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be a floating-point tensor of {num_axes} axes or more, got {got}")
     for axis in range(-num_axes, 0):
         F = dct_matrix(x.shape[axis], x.dtype, x.device)
         x = torch.movedim(torch.movedim(x, axis, -1) @ (F if transpose else F.T), -1, axis)
@@ -96,6 +130,8 @@ def _is_recorded(device: torch.device) -> bool:
 
 def _computed(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     place = torch.arange(length, dtype=torch.float64, device=device)
+    if length == 0:
+        return torch.empty(0, 0, dtype=dtype, device=device)
     F = torch.cos(math.pi / length * place[:, None] * (place + 0.5)) * math.sqrt(2.0 / length)
     F[0] /= math.sqrt(2.0)
     return F.to(dtype)

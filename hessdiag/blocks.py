@@ -91,6 +91,10 @@ def block_diagonal(
                  [[5., 0.],
                   [0., 0.]]]])
     """
+    if not isinstance(probes, (Rademacher, UnitVectors)):
+        raise TypeError(
+            f"probes must be hessdiag.UnitVectors() or hessdiag.Rademacher(), got {probes!r}"
+        )
     J, notes = as_jacobian(score_fn, x, ways), list[str]()
     x = J.x
     labels, ranks = _labels_and_ranks(partition, x)
@@ -166,10 +170,11 @@ def _labels_and_ranks(partition: Tensor | Literal["channels"], x: Tensor) -> tup
     """Return the block of each feature and its rank within that block, flat."""
     shape = tuple(x.shape[1:])
     if isinstance(partition, Tensor):
-        if partition.is_floating_point() or partition.shape != shape:
+        kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        if partition.dtype not in kinds or partition.shape != shape or partition.is_meta:
             raise ValueError(
                 f"partition must be an integer tensor of the shape of a sample, {shape}, got "
-                f"{partition.dtype} of shape {tuple(partition.shape)}"
+                f"{partition.dtype} of shape {tuple(partition.shape)} on {partition.device}"
             )
         labels = partition.to(x.device, torch.int64).flatten()
     elif partition == "channels":
@@ -183,7 +188,10 @@ def _labels_and_ranks(partition: Tensor | Literal["channels"], x: Tensor) -> tup
         raise ValueError(f"partition must be a tensor or 'channels', got {partition!r}")
     counts = torch.bincount(labels.clamp(min=0)) if len(labels) else labels
     if len(labels) == 0 or int(labels.min()) < 0 or bool((counts == 0).any()):
-        raise ValueError("partition must have values 0 .. L - 1, each of them at least once")
+        raise ValueError(
+            f"partition must have values 0 .. L - 1, each of them at least once, of {len(labels)} "
+            "features"
+        )
     order = labels.argsort(stable=True)
     starts = counts.cumsum(0) - counts
     ranks = torch.empty_like(labels)

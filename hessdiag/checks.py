@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
 
 from hessdiag.compat import has_tangent
 from hessdiag.kernels.philox import integer_of
+
+_LEAST_SIZE = 2
 
 
 def check_positive_int(name: str, value: object) -> int:
@@ -58,9 +61,9 @@ def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
         differentiable: Whether x may take part in torch.func.grad and jvp.
 
     Raises:
-        TypeError: If it is no tensor, of an integer, boolean or complex type, or inside of a
-            transform of torch.func.
-        ValueError: If it has no dimension, or holds NaN or infinity.
+        TypeError: If it is no dense tensor, of an integer, boolean, complex or 8-bit type, or
+            inside of a transform of torch.func.
+        ValueError: If it has no dimension, holds NaN or infinity, or is on the meta device.
 
     Example:
         >>> check_batch("x", torch.zeros(2, 3, dtype=torch.int64))
@@ -72,6 +75,12 @@ def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}")
+    if x.itemsize < _LEAST_SIZE:
+        raise TypeError(f"{name} must be of a type of at least 16 bits, got {x.dtype}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {x.layout}; pass {name}.to_dense()")
+    if x.is_meta:
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
     if x.dim() < 1:
         raise ValueError(f"{name} must have shape (B, ...), got a 0-dimensional tensor")
     wrapped = _is_wrapped(x)
@@ -88,6 +97,22 @@ def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
         raise ValueError(
             f"{name} must be finite, got {count} NaN or infinite of {x.numel()} values"
         )
+
+
+def check_real(name: str, value: object) -> None:
+    """Raise unless ``value`` is a real number; booleans are none.
+
+    Raises:
+        TypeError: If it is none.
+
+    Example:
+        >>> check_real("rtol", "0.1")
+        Traceback (most recent call last):
+        ...
+        TypeError: rtol must be a number, got '0.1' of type str
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
 
 
 def check_output(output: object, x: Tensor, *, rectangular: bool = False) -> None:

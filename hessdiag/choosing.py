@@ -93,6 +93,8 @@ def checked_design(probes: ProbeDesign) -> ProbeDesign:
         >>> checked_design(Rademacher())
         Rademacher()
     """
+    if isinstance(probes, type):
+        raise TypeError(f"probes must be an object, got the class {probes.__name__}: call it")
     # By descent first: to ask a protocol takes longer than all else here.
     if ProbeDesign in type(probes).__mro__ or isinstance(probes, ProbeDesign):
         return probes

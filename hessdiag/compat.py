@@ -56,6 +56,10 @@ _ADVICE = (
         "out of place, or use mode='jvp'",
     ),
     (
+        "Can't call numpy|Cannot access data pointer|can't be converted to NumPy",
+        "score_fn computes outside of PyTorch, in NumPy say, where no derivative can follow",
+    ),
+    (
         "requires_grad_\\(\\).* inside of a function being transformed|"
         "does not require grad and does not have a grad_fn",
         "score_fn takes a gradient by torch.autograd.grad, which only mode='vjp' with "

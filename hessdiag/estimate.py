@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import numbers
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from hessdiag.checks import check_positive_int
+from hessdiag.checks import check_positive_int, check_real
 from hessdiag.choosing import ProbeName, Request, Start, checked_design, choose_start
 from hessdiag.fixed import FixedProbes
 from hessdiag.intervals import half_width, merge
@@ -80,6 +80,7 @@ class DiagonalEstimate:
         probes come next. Two of one block each have a standard error together.
 
         Raises:
+            TypeError: If the other one is none of a diagonal.
             ValueError: If the shapes differ, or one is exact already.
 
         Example:
@@ -90,6 +91,8 @@ class DiagonalEstimate:
             >>> both.num_probes, both.num_blocks
             (tensor([8]), tensor([8]))
         """
+        if not isinstance(other, DiagonalEstimate):
+            raise TypeError(f"other must be a DiagonalEstimate, got {type(other).__name__}")
         diagonal, stderr, num_blocks = merge(
             (self.diagonal, self.stderr, self.num_blocks),
             (other.diagonal, other.stderr, other.num_blocks),
@@ -283,7 +286,7 @@ def tolerance_of(rtol: float | None, atol: float | None) -> Tolerance | None:
 
     Raises:
         TypeError: If a part is no number.
-        ValueError: If a part is negative, or neither is positive.
+        ValueError: If a part is negative, infinite or NaN, or neither is positive.
 
     Example:
         >>> tolerance_of(0.1, None)
@@ -291,14 +294,13 @@ def tolerance_of(rtol: float | None, atol: float | None) -> Tolerance | None:
     """
     if rtol is None and atol is None:
         return None
-    relative, absolute = rtol or 0.0, atol or 0.0
+    relative, absolute = (0.0 if part is None else part for part in (rtol, atol))
     for name, value in (("rtol", relative), ("atol", absolute)):
-        if not isinstance(value, numbers.Real):
-            raise TypeError(
-                f"{name} must be a number, got {value!r} of type {type(value).__name__}"
-            )
+        check_real(name, value)
         if not value >= 0.0:
             raise ValueError(f"{name} must be at least 0, got {value}")
+        if value == math.inf:
+            raise ValueError(f"{name} must be finite, got {value}")
     if relative == absolute == 0.0:
         raise ValueError(
             "rtol or atol must be positive, got 0: use hessdiag.exact for the diagonal"

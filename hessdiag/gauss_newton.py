@@ -83,6 +83,8 @@ def gauss_newton_diagonal(
         outputs = model(tree.restore(leaves))
         if not isinstance(outputs, Tensor):
             raise TypeError(f"model must return a torch.Tensor, got {type(outputs).__name__}")
+        if outputs.is_complex():
+            raise TypeError(f"model must return real numbers, got {outputs.dtype}")
         return outputs
 
     products = FirstThatWorks(

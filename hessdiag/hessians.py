@@ -65,6 +65,8 @@ def hessian_diagonal(
         value = f(point)
         if not isinstance(value, Tensor):
             raise TypeError(f"f must return a torch.Tensor, got {type(value).__name__}")
+        if value.is_complex():
+            raise TypeError(f"f must return real numbers, got {value.dtype}")
         if value.shape not in ((), (len(point),)):
             raise ValueError(
                 f"f must return one number for each sample, shape ({len(point)},), or their sum, "

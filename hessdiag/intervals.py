@@ -9,6 +9,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from hessdiag.checks import check_real
+
 # Above this chance that entries agree by luck, agreement is no knowledge.
 _LUCK = 0.01
 # A variance below this part of the others' is rounding.
@@ -136,6 +138,7 @@ def half_width(stderr: Tensor, num_blocks: Tensor, level: float) -> Tensor:
         >>> half_width(torch.tensor([[1.0, 1.0]]), torch.tensor([2]), 0.5)
         tensor([[1., 1.]])
     """
+    check_real("level", level)
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must lie between 0 and 1, got {level}")
     counts = num_blocks.tolist()

@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from hessdiag.bases import Basis, in_basis
+from hessdiag.bases import Basis, check_basis, in_basis
 from hessdiag.checks import check_batch
 from hessdiag.compat import NotDifferentiableError, explained, inside_transform
 from hessdiag.coupling import check_samples_alone
@@ -134,8 +134,14 @@ class Jacobian:
     ) -> None:
         check_batch("x", x, differentiable=differentiable)
         _check_differentiable(differentiable, compile, batching)
-        if rectangular and basis is not None:
-            raise ValueError("basis must be left out with rectangular=True: it is that of x alone")
+        if not callable(score_fn):
+            raise TypeError(f"score_fn must be callable, got {type(score_fn).__name__}")
+        if basis is not None:
+            check_basis(basis, x)
+            if rectangular:
+                raise ValueError(
+                    "basis must be left out with rectangular=True: it is that of x alone"
+                )
         self.x, self.basis, self.asked_mode = x, basis, mode
         self.differentiable, self.rectangular = differentiable, rectangular
         prepared_fn, mode = prepared(score_fn, x, compile=compile, autocast=autocast, mode=mode)
@@ -183,17 +189,26 @@ class Jacobian:
         """Return J^T v in mode "vjp", J v in mode "jvp", of probes of shape (m, B, ...).
 
         Raises:
-            ValueError: If the probes have another shape, or no way is left in which ``score_fn``
-                can be differentiated.
+            TypeError: If the probes are no tensor of the dtype of x.
+            ValueError: If they have another shape or device, or no way is left in which
+                ``score_fn`` can be differentiated.
         """
+        x = self.x
+        if not isinstance(probes, Tensor) or probes.dtype != x.dtype:
+            got = probes.dtype if isinstance(probes, Tensor) else type(probes).__name__
+            raise TypeError(f"probes must be a tensor of {x.dtype}, as x is, got {got}")
+        if probes.device != x.device:
+            raise ValueError(f"probes must be on {x.device}, as x is, got {probes.device}")
         # The output may show that the mode has to be another one.
-        output_shape = self.output.shape if self.rectangular else self.x.shape
-        shape = output_shape if self.mode == "vjp" else self.x.shape
+        output_shape = self.output.shape if self.rectangular else x.shape
+        shape, other = (output_shape, x.shape) if self.mode == "vjp" else (x.shape, output_shape)
         if probes.shape[1:] != shape:
             raise ValueError(
                 f"probes must have shape (m, {', '.join(map(str, shape))}) in mode "
                 f"'{self.mode}', got {tuple(probes.shape)}"
             )
+        if len(probes) == 0:
+            return probes.new_empty(0, *other)
         plain = self._evaluator.products
         return plain(probes) if self.basis is None else in_basis(plain, self.basis)(probes)
 
@@ -240,6 +255,8 @@ class Jacobian:
             >>> J.in_basis(Basis(torch.negative, torch.negative)).products(torch.ones(1, 1, 2))
             tensor([[[1., 1.]]])
         """
+        if basis is not None:
+            check_basis(basis, self.x)
         other = copy.copy(self)
         other.basis = basis
         return other

@@ -30,8 +30,8 @@ def lanczos(products: Products, start: Tensor, num_probes: int) -> tuple[Tensor,
         V of shape (k, B, ...) and T of shape (B, k, k).
 
     Raises:
-        TypeError: If ``num_probes`` is not an int.
-        ValueError: If it is below 1.
+        TypeError: If ``num_probes`` is not an int, or ``start`` no floating-point tensor.
+        ValueError: If it is below 1, or products are of another shape.
 
     Example:
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
@@ -41,14 +41,21 @@ def lanczos(products: Products, start: Tensor, num_probes: int) -> tuple[Tensor,
                  [1., 3.]]])
     """
     check_positive_int("num_probes", num_probes)
+    if not isinstance(start, Tensor) or not start.is_floating_point() or start.dim() < 1:
+        got = start.dtype if isinstance(start, Tensor) else type(start).__name__
+        raise TypeError(f"start must be a floating-point tensor of shape (B, ...), got {got}")
     batch, tiny = len(start), torch.finfo(start.dtype).eps
-    v = start.reshape(batch, -1)
+    v = start.reshape(batch, start.shape[1:].numel())
     v = v / v.norm(dim=1, keepdim=True).clamp(min=torch.finfo(start.dtype).tiny)
     basis = v[:, None]  # (B, j, D)
     T = start.new_zeros(batch, num_probes, num_probes)
     exhausted = torch.zeros(batch, dtype=torch.bool, device=start.device)
     for j in range(num_probes):
-        w = products(basis[:, j].reshape(1, *start.shape))[0].reshape(batch, -1)
+        taken = products(basis[:, j].reshape(1, *start.shape))
+        if not isinstance(taken, Tensor) or taken.shape != (1, *start.shape):
+            made = tuple(taken.shape) if isinstance(taken, Tensor) else type(taken).__name__
+            raise ValueError(f"products must return shape {(1, *start.shape)}, got {made}")
+        w = taken.to(start.dtype).reshape(v.shape)
         size = w.norm(dim=1)
         alpha = (basis[:, j] * w).sum(dim=1)
         # A diagonal entry that f may take, where nothing is left to learn.

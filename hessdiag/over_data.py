@@ -248,8 +248,12 @@ def _parameters_of(
 def _batches(
     data: Iterable[Any], sample_offset: int, device: torch.device
 ) -> Iterator[tuple[Any, Any, Tensor]]:
-    first = sample_offset
-    for batch in data:
+    first = check_counter("sample_offset", sample_offset, 0)
+    try:
+        batches = iter(data)
+    except TypeError:
+        raise TypeError(f"data must yield batches, got {type(data).__name__}") from None
+    for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             got = type(batch).__name__
             raise TypeError(
@@ -264,6 +268,8 @@ def _batches(
         numbers = rest[0] if rest else torch.arange(first, first + count)
         if not isinstance(numbers, Tensor) or numbers.shape != (count,):
             raise ValueError(f"numbers of data must be a tensor of shape ({count},)")
+        if numbers.dtype != torch.int64:
+            raise TypeError(f"numbers of data must be int64, got {numbers.dtype}")
         check_counter("sample_offset", first, count)
         first += count
         if count:

@@ -24,7 +24,7 @@ from hessdiag.parameter_vectors import (
     sign_vectors,
 )
 from hessdiag.probes import ProbeDesign, Rademacher
-from hessdiag.streaming import Tolerance
+from hessdiag.streaming import Tolerance, chunk_of
 
 TreeMode = Literal["auto", "vjp", "jvp"]
 TreeProduct = Callable[[Leaves], Leaves]
@@ -300,11 +300,14 @@ def as_number(name: str, value: object) -> Tensor:
     """Return ``value``, which ``name`` returned.
 
     Raises:
+        TypeError: If it is complex.
         ValueError: If it is no 0-dimensional tensor.
     """
     if not isinstance(value, Tensor) or value.dim() != 0:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{name} must return a 0-dimensional tensor, got {got}")
+    if value.is_complex():
+        raise TypeError(f"{name} must return a real number, got {value.dtype}")
     return value
 
 
@@ -329,6 +332,8 @@ def estimate_over_parameters(
     """
     check_positive_int("max_probes", max_probes)
     probe_offset = check_counter("probe_offset", probe_offset, max_probes)
+    # A probe is as large as all parameters.
+    chunk = 1 if chunk_size == "auto" else chunk_of(chunk_size, tree.leaves[0])
     if tolerance and not stderr:
         raise ValueError("stderr must be True with rtol or atol, which stop by it, got False")
     if probes == "rademacher" or isinstance(probes, Rademacher):
@@ -355,7 +360,7 @@ def estimate_over_parameters(
             max_probes=max_probes,
             probes=probes,
             tolerance=tolerance,
-            chunk_size=1 if chunk_size == "auto" else chunk_size,
+            chunk_size=chunk,
             seed=seed,
             probe_offset=probe_offset,
         )

@@ -68,6 +68,7 @@ class TraceEstimate:
         probes come next. Two of one block each have a standard error together.
 
         Raises:
+            TypeError: If the other one is none of a trace.
             ValueError: If the shapes differ, or one is exact already.
 
         Example:
@@ -78,6 +79,8 @@ class TraceEstimate:
             >>> both.num_probes, both.num_blocks
             (tensor([8]), tensor([8]))
         """
+        if not isinstance(other, TraceEstimate):
+            raise TypeError(f"other must be a TraceEstimate, got {type(other).__name__}")
         trace, stderr, num_blocks = merge(
             (self.trace, self.stderr, self.num_blocks),
             (other.trace, other.stderr, other.num_blocks),

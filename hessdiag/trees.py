@@ -54,6 +54,9 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     sizes = [shape.numel() for shape in shapes_of_samples]
 
     def restore(values: Tensor) -> Tree:
+        if not isinstance(values, Tensor) or values.shape[-1:] != (sum(sizes),):
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"values must be a tensor of shape (..., {sum(sizes)}), got {got}")
         parts = values.split(sizes, dim=-1)
         return pytree.tree_unflatten(
             [

@@ -100,7 +100,7 @@ def check_shape(shape: Sequence[int]) -> list[int]:
     try:
         return [operator.index(size) for size in shape]
     except TypeError:
-        raise TypeError(f"shape must hold integers, got {tuple(shape)}") from None
+        raise TypeError(f"shape must hold integers, got {shape!r}") from None
 
 
 def rows_per_sample(

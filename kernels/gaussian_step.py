@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple, cast
 
 import torch
@@ -356,6 +357,8 @@ def gaussian_step(
     common = _is_common(x_t, prediction, variance)
     if not common:
         _check(x_t, prediction)
+    if not isinstance(coefficients, StepCoefficients):
+        raise TypeError(f"coefficients must be StepCoefficients, got {type(coefficients).__name__}")
     step = philox.check_counter("step", step)
     sample_offset = philox.check_counter("sample_offset", sample_offset, x_t.shape[0])
     x0_low, x0_high = _range("x0_range", x0_range)
@@ -369,6 +372,8 @@ def gaussian_step(
         read = cast("Tensor", variance)
     elif isinstance(variance, Tensor):
         read = _variance_layout(variance, x_t)
+    elif not isinstance(variance, Real):
+        raise TypeError(f"variance must be a number or a tensor, got {type(variance).__name__}")
     else:
         # A number is part of the step's own variance: nothing to read.
         fixed = min(max(float(variance), variance_low), variance_high)
@@ -430,6 +435,8 @@ def _check(x_t: Tensor, prediction: Tensor) -> None:
 
 
 def _range(name: str, bounds: tuple[float, float] | None) -> tuple[float, float]:
+    if bounds is not None and (not isinstance(bounds, Sequence) or len(bounds) != 2):
+        raise TypeError(f"{name} must be (low, high) or None, got {bounds!r}")
     low, high = (-math.inf, math.inf) if bounds is None else bounds
     if not low <= high:
         raise ValueError(f"{name} must be (low, high) with low <= high, got {bounds}")

@@ -161,10 +161,11 @@ def normal(
     shape = check_shape(shape)
     if len(shape) < 1 or min(shape) < 0:
         raise ValueError(f"shape must be (B, ...) with sizes of at least 0, got {tuple(shape)}")
-    if stream not in (philox.STREAM_PROBES, philox.STREAM_SAMPLERS):
-        raise ValueError(f"stream must be 1 (probes) or 2 (samplers), got {stream}")
+    number = philox.integer_of(stream)
+    if number not in (philox.STREAM_PROBES, philox.STREAM_SAMPLERS):
+        raise ValueError(f"stream must be 1 (probes) or 2 (samplers), got {stream!r}")
     step = philox.check_counter("step", step)
-    return _normals([1, *shape], seed, stream, step, sample_offset, device)[0]
+    return _normals([1, *shape], seed, number, step, sample_offset, device)[0]
 
 
 def normal_probes(

@@ -84,6 +84,8 @@ def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
             raise TypeError(f"seed must be an int or an int64 tensor, got a {seed.dtype} tensor")
         if seed.numel() != 1:
             raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        if seed.is_meta and torch.device(device).type != "meta":
+            raise ValueError("seed must hold a number, got a tensor on the meta device")
         if seed.dim() == 0 and (seed.device == device or device == "cpu" == seed.device.type):
             return seed
         return seed.reshape(()).to(device)

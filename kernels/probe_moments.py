@@ -487,6 +487,11 @@ def _check(products: Tensor, state: Moments | None) -> None:
         raise ValueError(f"products must have shape (M, B, ...), got {tuple(products.shape)}")
     if state is None:
         return
+    if not isinstance(state, Moments):
+        raise TypeError(f"state must be hessdiag.kernels.Moments, got {type(state).__name__}")
+    count = philox.integer_of(state[0])
+    if count is None or count < 0:
+        raise ValueError(f"state.num_probes must be an int of at least 0, got {state[0]!r}")
     dtype = _accumulator_dtype(products)
     for name, tensor in zip(("mean", "squared_deviations"), state[1:], strict=True):
         check_tensor(f"state.{name}", tensor, products.device)
@@ -500,7 +505,10 @@ def _check(products: Tensor, state: Moments | None) -> None:
 def _without_products(products: Tensor, state: Moments | None) -> Moments:
     dtype = _accumulator_dtype(products)
     zeros = torch.zeros(products.shape[1:], dtype=dtype, device=products.device)
-    return state or Moments(len(products), zeros, zeros.clone())
+    if state is None:
+        return Moments(len(products), zeros, zeros.clone())
+    # Without entries the probes were taken, of nothing.
+    return state._replace(num_probes=state.num_probes + len(products)) if len(products) else state
 
 
 def _sizes(products: Tensor, sample_offset: int) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ocm.covariances.base import Covariance, constant
 from ocm.covariances.operators import SpectralCovariance, variance_bound
+from ocm.diffusion.checks import check_range, check_samples, check_timesteps
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.draws import FITTING
 from ocm.diffusion.noise import labelled, noisy_prediction
@@ -84,6 +85,7 @@ def fit_analytic(
     Raises:
         ValueError: If the denoiser's output is no posterior mean.
     """
+    check_samples(x0, labels, batch_size)
     denoiser.check_states_a_mean()
     schedule = denoiser.schedule
 
@@ -132,6 +134,8 @@ def fit_analytic_from_data(
     dimension. The result is at most ((high - low) / 2)^2 for data in ``x0_range``, which x0_hat is
     clipped to. The arguments and errors are those of :func:`fit_analytic`.
     """
+    check_samples(x0, labels, batch_size)
+    check_range("x0_range", x0_range)
     denoiser.check_states_a_mean()
     mean = x0.double().mean(dim=0).cpu()
     bound = torch.inf if x0_range is None else variance_bound(x0_range)
@@ -166,6 +170,9 @@ def _tabulate(
 ) -> Table:
     from tqdm import tqdm
 
-    ordered = sorted(set(timesteps))
+    listed = check_timesteps(timesteps)
+    for t in listed:
+        denoiser.schedule.check(t)
+    ordered = sorted(set(listed))
     bar = tqdm(ordered, "analytic", unit="t", disable=not progress)
     return Table({t: [variance(t) / denoiser.schedule.level(t).beta_bar] for t in bar})

@@ -33,6 +33,24 @@ class Covariance(Protocol):
         ...
 
 
+def check_covariance(covariance: object) -> None:
+    """Raise unless ``covariance`` states one, by its method ``at``.
+
+    Raises:
+        TypeError: If it does not.
+
+    Example:
+        >>> check_covariance("beta")
+        Traceback (most recent call last):
+        ...
+        TypeError: covariance must state Cov[x0 | x_t], as ocm.Hutchinson(...) does, got 'beta'
+    """
+    if isinstance(covariance, type) or not callable(getattr(covariance, "at", None)):
+        raise TypeError(
+            f"covariance must state Cov[x0 | x_t], as ocm.Hutchinson(...) does, got {covariance!r}"
+        )
+
+
 def from_branches(
     prediction: Prediction, variance: Callable[[Branch], Tensor]
 ) -> SpectralCovariance:

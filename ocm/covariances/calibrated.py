@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.operators import (
     PIXELS,
     PosteriorCovariance,
@@ -31,6 +31,7 @@ from ocm.covariances.operators import (
     diagonal,
     spectral,
 )
+from ocm.diffusion.checks import check_range, check_samples, check_timesteps
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.draws import FITTING
 from ocm.diffusion.noise import labelled, noisy_prediction
@@ -60,6 +61,9 @@ class Calibrated(Covariance):
                 f"weights must have {len(self.covariances) + 1} columns, one for each covariance "
                 f"and the shift, got {self.weights.values.shape[1]}"
             )
+        if bool((self.weights.values < 0).any()):
+            least = self.weights.values.min().item()
+            raise ValueError(f"weights must be at least 0, got {least:.3g}")
 
     @property
     def depends_on_s(self) -> bool:
@@ -119,7 +123,14 @@ def calibrate(
     """
     from tqdm import tqdm
 
+    check_samples(x0, labels, batch_size)
+    check_range("x0_range", x0_range)
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
+    if not several:
+        raise ValueError("covariances must hold at least one covariance, got none")
+    for covariance in several:
+        check_covariance(covariance)
+    timesteps = check_timesteps(timesteps)
     by_step = any(isinstance(t, tuple) for t in timesteps)
     if not by_step and any(covariance.depends_on_s for covariance in several):
         raise ValueError(

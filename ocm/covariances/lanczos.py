@@ -16,8 +16,8 @@ from torch import Tensor
 
 import hessdiag
 from ocm.covariances.base import Covariance
-from ocm.covariances.operators import variance_bound
-from ocm.diffusion.checks import check_positive_int
+from ocm.covariances.operators import eigenvectors_of, variance_bound
+from ocm.diffusion.checks import check_positive_int, check_range
 from ocm.diffusion.denoiser import Denoiser, Prediction
 
 
@@ -108,7 +108,12 @@ class LanczosCovariance:
         return self._transformed(lambda values, weights: scale * values + shift)
 
     def clamped(self, low: float, high: float) -> LanczosCovariance:
-        """Return C with its eigenvalues clamped."""
+        """Return C with its eigenvalues clamped.
+
+        Raises:
+            ValueError: If the bounds are not in order.
+        """
+        check_range("bounds of the eigenvalues", (low, high))
         return self._transformed(lambda values, weights: values.clamp(low, high))
 
     def bounded(self, x0_range: tuple[float, float] | None) -> LanczosCovariance:
@@ -135,7 +140,7 @@ class LanczosCovariance:
     def _decomposed(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return V, the eigenvalues of the result (B, k) and the eigenvectors of T (B, k, k)."""
         V, T = hessdiag.lanczos(self.products, start, self.num_probes)
-        values, vectors = torch.linalg.eigh(T)
+        values, vectors = eigenvectors_of(T)
         for transform in self.transforms:
             values = transform(values, vectors[:, 0].square())
         return V, values, vectors

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import hessdiag
+from ocm.diffusion.checks import check_range
 from ocm.diffusion.schedules import full_precision
 
 
@@ -135,7 +136,12 @@ class SpectralCovariance:
         return replace(self, eigenvalues=scale * self.eigenvalues + shift)
 
     def clamped(self, low: float, high: float) -> SpectralCovariance:
-        """Return C with its eigenvalues clamped."""
+        """Return C with its eigenvalues clamped.
+
+        Raises:
+            ValueError: If the bounds are not in order.
+        """
+        check_range("bounds of the eigenvalues", (low, high))
         return replace(self, eigenvalues=self.eigenvalues.clamp(low, high))
 
     def bounded(self, x0_range: tuple[float, float] | None) -> SpectralCovariance:
@@ -163,6 +169,14 @@ class SpectralCovariance:
         return replace(positive, eigenvalues=positive.eigenvalues * factor)
 
     def _filtered(self, weights: Tensor, v: Tensor) -> Tensor:
+        # One sample of C may serve all of v; but what broadcasts in any other way is a mistake.
+        if not isinstance(v, Tensor) or not (
+            v.shape[1:] == self.shape[1:] and v.dim() > 0 and self.shape[0] in (1, len(v))
+        ):
+            got = tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(
+                f"a vector must have the shape of the covariance, {tuple(self.shape)}, got {got}"
+            )
         return self.basis.synthesise(weights * self.basis.analyse(v))
 
 
@@ -183,16 +197,31 @@ def spectral(covariance: PosteriorCovariance) -> SpectralCovariance:
 def variance_bound(x0_range: tuple[float, float]) -> float:
     """Return ((high - low) / 2)^2, the largest variance of a number in ``x0_range``.
 
+    Raises:
+        TypeError: If it is no pair.
+        ValueError: If it is not in order.
+
     Example:
         >>> variance_bound((-1.0, 1.0))
         1.0
     """
+    check_range("x0_range", x0_range)
     low, high = x0_range
     return ((high - low) / 2.0) ** 2
 
 
 def diagonal(variance: Tensor, shape: torch.Size) -> SpectralCovariance:
-    """Return the diagonal covariance of the given variances, which broadcast to ``shape``."""
+    """Return the diagonal covariance of the given variances, which broadcast to ``shape``.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    # From the last dimension on, each is 1 or that of the shape.
+    pairs = zip(reversed(variance.shape), reversed(shape), strict=False)
+    if variance.dim() > len(shape) or any(own not in (1, full) for own, full in pairs):
+        raise ValueError(
+            f"variances must broadcast to shape {tuple(shape)}, got {tuple(variance.shape)}"
+        )
     return SpectralCovariance(variance, shape)
 
 
@@ -203,13 +232,24 @@ def full(matrix: Tensor, shape: torch.Size) -> SpectralCovariance:
         matrix: Shape (B, D, D); only its symmetric part counts.
         shape: (B, ...), D features a sample.
 
+    Raises:
+        ValueError: If the matrix is of another shape, or has no eigenvalues.
+
     Example:
         >>> C = full(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]), torch.Size([1, 2]))
         >>> C.multiply(torch.tensor([[1.0, 0.0]])).round(decimals=4)
         tensor([[2., 1.]])
     """
+    features = shape[1:].numel()
+    if matrix.shape != (shape[0], features, features):
+        raise ValueError(
+            f"matrix must have shape {(shape[0], features, features)}, got {tuple(matrix.shape)}"
+        )
     return _blocks(
-        matrix[:, None], shape, lambda v: v.flatten(1)[:, None], lambda b: b.reshape(shape)
+        matrix[:, None],
+        shape,
+        lambda v: v.flatten(1)[:, None],
+        lambda b: b.reshape(len(b), *shape[1:]),
     )
 
 
@@ -220,7 +260,9 @@ def channel_blocks(matrices: Tensor, shape: torch.Size) -> SpectralCovariance:
         matrices: Shape (B, positions, C, C), positions in order.
         shape: (B, C, ...).
     """
-    return _blocks(matrices, shape, lambda v: v.flatten(2).mT, lambda b: b.mT.reshape(shape))
+    return _blocks(
+        matrices, shape, lambda v: v.flatten(2).mT, lambda b: b.mT.reshape(len(b), *shape[1:])
+    )
 
 
 def _blocks(
@@ -231,7 +273,7 @@ def _blocks(
 ) -> SpectralCovariance:
     """Return the covariance of matrices (B, L, k, k), for maps (B, ...) to (B, L, k) and back."""
     matrices = full_precision(matrices)
-    values, vectors = torch.linalg.eigh((matrices + matrices.mT) / 2)
+    values, vectors = eigenvectors_of((matrices + matrices.mT) / 2)
 
     def rescaled(eigenvalues: Tensor, scale: Tensor) -> SpectralCovariance:
         s = to_blocks(scale)
@@ -239,13 +281,38 @@ def _blocks(
         scaled = s[..., None] * matrix * s[..., None, :]
         return _blocks(scaled, shape, to_blocks, from_blocks)
 
+    def times(matrix: Tensor, b: Tensor) -> Tensor:
+        dtype = torch.promote_types(matrix.dtype, b.dtype)
+        return (matrix.to(dtype) @ b.to(dtype)[..., None])[..., 0]
+
     basis = Eigenbasis(
-        analyse=lambda v: (vectors.mT @ full_precision(to_blocks(v))[..., None])[..., 0],
-        synthesise=lambda b: from_blocks((vectors @ b[..., None])[..., 0]),
-        diagonal=lambda b: from_blocks((vectors.square() @ b[..., None])[..., 0]),
+        analyse=lambda v: times(vectors.mT, to_blocks(v)),
+        synthesise=lambda b: from_blocks(times(vectors, b)),
+        diagonal=lambda b: from_blocks(times(vectors.square(), b)),
         rescaled=rescaled,
     )
     return SpectralCovariance(values, shape, basis)
+
+
+def eigenvectors_of(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of symmetric matrices.
+
+    Raises:
+        ValueError: If PyTorch does not find those of a matrix that holds NaN.
+
+    Example:
+        >>> eigenvectors_of(torch.tensor([[[2.0, 1.0], [1.0, 2.0]]]))[0]
+        tensor([[1., 3.]])
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrices)
+    except RuntimeError as error:
+        if bool(torch.isfinite(matrices).all()):
+            raise
+        raise ValueError(
+            "covariance must be finite to have eigenvalues; does the denoiser return NaN?"
+        ) from error
+    return values, vectors
 
 
 def cosine_diagonal(eigenvalues: Tensor, shape: torch.Size) -> SpectralCovariance:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +35,7 @@ def check_finite(name: str, x: object) -> None:
 
     Raises:
         TypeError: If it is no tensor, or of an integer, boolean or complex type.
-        ValueError: If it holds NaN or infinity.
+        ValueError: If it holds NaN or infinity, or no numbers at all, on the meta device.
 
     Example:
         >>> check_finite("x0", torch.tensor([1.0, float("nan")]))
@@ -41,8 +46,134 @@ def check_finite(name: str, x: object) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
+    if x.is_meta:
+        raise ValueError(f"{name} must hold data, got a tensor on the meta device")
     infinite = int((~torch.isfinite(x)).sum())
     if infinite:
         raise ValueError(
             f"{name} must be finite, got {infinite} NaN or infinite of {x.numel()} values"
         )
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise unless ``value`` is a finite real number; booleans are none.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is NaN or infinite.
+
+    Example:
+        >>> check_number("guidance_scale", float("nan"))
+        Traceback (most recent call last):
+        ...
+        ValueError: guidance_scale must be finite, got nan
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_batch(name: str, x: object) -> None:
+    """Raise unless ``x`` is a floating-point tensor of shape (B, channels, ...).
+
+    Its values are not looked at, which on a GPU would have to be waited for.
+
+    Raises:
+        TypeError: If it is no tensor, or of an integer, boolean or complex type.
+        ValueError: If it has fewer than two dimensions.
+
+    Example:
+        >>> check_batch("x_t", torch.zeros(3))
+        Traceback (most recent call last):
+        ...
+        ValueError: x_t must have shape (B, channels, ...), got (3,)
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape (B, channels, ...), got {tuple(x.shape)}")
+
+
+def check_type(name: str, dtype: object) -> None:
+    """Raise unless ``dtype`` is a floating-point type of PyTorch.
+
+    Raises:
+        TypeError: If it is none.
+
+    Example:
+        >>> check_type("dtype", torch.int64)
+        Traceback (most recent call last):
+        ...
+        TypeError: dtype must be a floating-point type of torch, got torch.int64
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point type of torch, got {dtype}")
+
+
+def check_range(name: str, bounds: object) -> None:
+    """Raise unless ``bounds`` are None, or (low, high) in order; either may be infinite.
+
+    Raises:
+        TypeError: If they are no pair.
+        ValueError: If they are not in order, or one is NaN.
+
+    Example:
+        >>> check_range("x0_range", (1.0, -1.0))
+        Traceback (most recent call last):
+        ...
+        ValueError: x0_range must be (low, high) with low <= high, got (1.0, -1.0)
+    """
+    if bounds is None:
+        return
+    if not isinstance(bounds, Sequence) or len(bounds) != 2 or isinstance(bounds, str):
+        raise TypeError(f"{name} must be (low, high) or None, got {bounds!r}")
+    low, high = bounds
+    if not low <= high:
+        raise ValueError(f"{name} must be (low, high) with low <= high, got {bounds}")
+
+
+def check_samples(x0: object, labels: object, batch_size: object) -> None:
+    """Raise unless x0 are samples that something may be fitted to, a batch at a time.
+
+    Raises:
+        TypeError: If x0 is no floating-point tensor, or ``batch_size`` no int.
+        ValueError: If there are no samples, one is not finite, or there is not one label for each.
+
+    Example:
+        >>> check_samples(torch.zeros(3, 1, 2, 2), torch.tensor([0]), 256)
+        Traceback (most recent call last):
+        ...
+        ValueError: labels must be a tensor of one for each of 3 samples, got (1,)
+    """
+    check_positive_int("batch_size", batch_size)
+    check_batch("x0", x0)
+    check_finite("x0", x0)
+    assert isinstance(x0, Tensor)
+    if len(x0) == 0:
+        raise ValueError(f"x0 must hold at least one sample, got shape {tuple(x0.shape)}")
+    if labels is not None and (not isinstance(labels, Tensor) or labels.shape != x0.shape[:1]):
+        got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor of one for each of {len(x0)} samples, got {got}")
+
+
+def check_timesteps(timesteps: object) -> list[Any]:
+    """Return timesteps, or steps (s, t), where something is fitted, as a list.
+
+    Raises:
+        TypeError: If they are no sequence.
+        ValueError: If there are none.
+
+    Example:
+        >>> check_timesteps(500)
+        Traceback (most recent call last):
+        ...
+        TypeError: timesteps must be a sequence of numbers, got 500
+    """
+    if not isinstance(timesteps, Iterable) or isinstance(timesteps, str):
+        raise TypeError(f"timesteps must be a sequence of numbers, got {timesteps!r}")
+    listed = list(timesteps)
+    if not listed:
+        raise ValueError("timesteps must hold at least one, got none")
+    return listed

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ocm.diffusion.checks import check_number
+
 # Labels, and other arguments of a backbone by name.
 Arguments = tuple[Tensor | None, dict[str, Any]]
 
@@ -28,7 +30,9 @@ class Condition:
             scale: the embedding of an empty text.
 
     Raises:
-        ValueError: If there is guidance, and nothing that stands for no condition.
+        TypeError: If labels are no integers, or the scale is no number.
+        ValueError: If there is guidance, and nothing that stands for no condition; or labels are
+            not of shape (B,), or the scale is not finite.
     """
 
     labels: Tensor | None = None
@@ -38,6 +42,8 @@ class Condition:
     null_tensors: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_number("guidance_scale", self.guidance_scale)
+        check_labels(self.labels)
         if self.labels is None and not self.tensors:
             raise ValueError("labels or tensors must be given: there is no condition without them")
         unknown = sorted(set(self.null_tensors) - set(self.tensors))
@@ -90,12 +96,40 @@ class Condition:
         return repeated
 
 
+def check_labels(labels: object) -> None:
+    """Raise unless labels are None, or integers of shape (B,).
+
+    Raises:
+        TypeError: If they are no tensor of integers.
+        ValueError: If they are of another shape.
+
+    Example:
+        >>> check_labels(torch.tensor([1.0]))
+        Traceback (most recent call last):
+        ...
+        TypeError: labels must be a tensor of int64, got torch.float32
+    """
+    if labels is None:
+        return
+    if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be a tensor of int64, got {got}")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape (B,), got {tuple(labels.shape)}")
+
+
 def check_rows(condition: Condition, count: int) -> None:
     """Raise unless labels and tensors are one for each of ``count`` samples, or one for all.
 
     Raises:
+        TypeError: If ``condition`` is none.
         ValueError: If they are not.
     """
+    if not isinstance(condition, Condition):
+        raise TypeError(
+            "condition must be made by Denoiser.condition(...), or None, got "
+            f"{type(condition).__name__}"
+        )
     for values in pytree.tree_leaves((condition.labels, condition.tensors)):
         if isinstance(values, Tensor) and values.dim() and len(values) not in (1, count):
             raise ValueError(

@@ -39,7 +39,15 @@ import hessdiag
 from ocm.diffusion.backbones.architecture import Architecture, FunctionBackbone
 from ocm.diffusion.backbones.families import ARCHITECTURES, architecture_of, is_distilled
 from ocm.diffusion.backbones.wrappers import class_of, device_of, in_type_of, unwrapped
-from ocm.diffusion.conditions import Arguments, Condition, check_rows, guided, joined
+from ocm.diffusion.checks import check_batch, check_finite
+from ocm.diffusion.conditions import (
+    Arguments,
+    Condition,
+    check_labels,
+    check_rows,
+    guided,
+    joined,
+)
 from ocm.diffusion.predictions import (
     PRECONDITIONED,
     Coefficients,
@@ -200,6 +208,9 @@ class Prediction:
     def by(self, denoiser: Denoiser) -> Prediction:
         """Return what ``denoiser`` predicts in the same place: this, if it is the same one."""
         own = self.denoiser
+        if not isinstance(denoiser, Denoiser):
+            kind = type(denoiser).__name__
+            raise TypeError(f"denoiser of a covariance must be an ocm.Denoiser, got {kind}")
         if denoiser is own or (
             denoiser.backbone is own.backbone
             and denoiser.schedule is own.schedule
@@ -259,8 +270,10 @@ class Denoiser:
             (``x0.flatten(1).T.cov()``). Only covariances that take products there ask for it.
 
     Raises:
+        TypeError: If the backbone cannot be called, or the schedule is none.
         ValueError: If the architecture is unknown, its feature layer is missing, the
-            ``prediction_type`` is unknown, or it is "epsilon" on a path without signal at N.
+            ``prediction_type`` is unknown, or it is "epsilon" on a path without signal at N; or
+            ``data_covariance`` is not finite, or a negative variance.
     """
 
     backbone: Any
@@ -270,7 +283,13 @@ class Denoiser:
     data_covariance: Tensor | float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(
+                "schedule must be an ocm.Schedule, such as ocm.linear(), got "
+                f"{type(self.schedule).__name__}"
+            )
         check_prediction_type(self.prediction_type)
+        _check_data_covariance(self.data_covariance)
         N = self.schedule.num_timesteps
         if self.prediction_type == "epsilon" and not self.schedule.has_signal(N):
             raise ValueError(
@@ -350,10 +369,11 @@ class Denoiser:
             ValueError: If a label is none of the backbone's, on the CPU; or there is guidance and
                 nothing that stands for no condition.
         """
+        check_labels(labels)
         null_label = self.null_label if null_label is None else null_label
         is_known = labels is not None and labels.device.type == "cpu" and len(labels) > 0
         if labels is not None and is_known and self.num_classes is not None:
-            highest = self.num_classes if null_label is None else max(self.num_classes, null_label)
+            highest = max(self.num_classes - 1, -1 if null_label is None else null_label)
             if int(labels.min()) < 0 or int(labels.max()) > highest:
                 raise ValueError(
                     f"labels must lie in 0 .. {self.num_classes - 1}, got {int(labels.min())} .. "
@@ -412,11 +432,15 @@ class Denoiser:
             sample_offset: Number of the first sample.
 
         Raises:
-            TypeError: If t is neither.
+            TypeError: If t is neither, or x_t no floating-point tensor.
             ValueError: If a timestep lies outside 1 .. N (not checked for a tensor on a GPU, which
-                would have to be waited for), or there is not one label for each sample.
+                would have to be waited for), s is not before t, or there is not one timestep or
+                label for each sample.
         """
-        self.schedule.check(t)
+        check_batch("x_t", x_t)
+        self._check_timesteps(t, len(x_t))
+        if s is not None and not isinstance(t, Tensor) and not 0 <= s < t:
+            raise ValueError(f"s must lie in [0, t), got s = {s}, t = {t}")
         if condition is not None:
             check_rows(condition, len(x_t))
         records = torch.is_grad_enabled()
@@ -443,7 +467,8 @@ class Denoiser:
             TypeError: As :meth:`predict`.
             ValueError: As :meth:`predict`.
         """
-        self.schedule.check(t, between=self.prediction_type not in PRECONDITIONED)
+        check_batch("x_t", x_t)
+        self._check_timesteps(t, len(x_t), between=self.prediction_type not in PRECONDITIONED)
         module = self.backbone if backbone is None else backbone
 
         def call(*arguments: Any, **conditions: Any) -> tuple[Tensor, None]:
@@ -495,6 +520,14 @@ class Denoiser:
             remember=self.backbone,
             **ways,
         )
+
+    def _check_timesteps(self, t: float | Tensor, count: int, *, between: bool = False) -> None:
+        if isinstance(t, Tensor) and t.dim() > 0 and t.shape not in ((1,), (count,)):
+            raise ValueError(
+                f"t must be one timestep, or one for each of {count} samples, got shape "
+                f"{tuple(t.shape)}"
+            )
+        self.schedule.check(t, between=between)
 
     def coefficients(self, t: float | Tensor) -> Coefficients:
         """Return p, q and the scale of the network's input at t, float64 of the shape of t."""
@@ -590,6 +623,10 @@ class Denoiser:
             x, time, branches = torch.cat([x, x]), torch.cat([time, time]), [together]
         called = [call(x, time, labels, **tensors) for labels, tensors in branches]
         outputs, features = zip(*called, strict=True)
+        for made in outputs:
+            if not isinstance(made, Tensor) or not made.is_floating_point():
+                got = made.dtype if isinstance(made, Tensor) else type(made).__name__
+                raise TypeError(f"backbone must put out a floating-point tensor, got {got}")
         # Under autocast or in half precision, the output has another type than x_t.
         output = torch.cat(outputs).to(x_t.dtype) if len(outputs) > 1 else outputs[0].to(x_t.dtype)
         aux = {}
@@ -616,3 +653,17 @@ class Denoiser:
         if self.prediction_type in PRECONDITIONED:
             x_t = self._factors(t, x_t)[2] * x_t
         return in_type_of(self.backbone, x_t)
+
+
+def _check_data_covariance(values: object) -> None:
+    if values is None:
+        return
+    if isinstance(values, (int, float)):
+        values = torch.tensor(float(values))
+    check_finite("data_covariance", values)
+    assert isinstance(values, Tensor)
+    # A matrix and the variances of a sample may be of one shape.
+    if values.dim() != 2 and bool((values < 0).any()):
+        raise ValueError(
+            f"data_covariance must be of variances of at least 0, got {values.min().item():.3g}"
+        )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hessdiag.kernels import normal
 from ocm.diffusion import draws
+from ocm.diffusion.checks import check_batch
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
@@ -36,7 +37,17 @@ def chosen(count: int, seed: int, sample_offset: int, device: torch.device) -> T
 def noisy(
     schedule: Schedule, x0: Tensor, t: Tensor, seed: int, sample_offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Return x_t and its noise for the training samples ``sample_offset`` onwards."""
+    """Return x_t and its noise for the training samples ``sample_offset`` onwards.
+
+    Raises:
+        TypeError: If x0 is no floating-point tensor.
+        ValueError: If there is not one timestep for each sample.
+    """
+    check_batch("x0", x0)
+    if t.shape != x0.shape[:1]:
+        raise ValueError(
+            f"t must be one timestep for each of {len(x0)} samples, got shape {tuple(t.shape)}"
+        )
     noise = normal(
         x0.shape, seed, step=draws.TRAINING, sample_offset=sample_offset, device=x0.device
     ).to(x0)
@@ -127,6 +138,10 @@ def noisy_prediction(
         condition: As in :meth:`ocm.Denoiser.predict`.
         draw: 0 for scores, :data:`ocm.diffusion.draws.FITTING` for what is fitted before.
     """
+    check_batch("x0", x0)
+    if isinstance(t, Tensor):
+        raise TypeError(f"t must be one timestep, got a tensor of shape {tuple(t.shape)}")
+    denoiser.schedule.check(t)
     x0 = x0.to(denoiser.device)
     step = draw + draws.of_level(t)
     noise = normal(x0.shape, seed, step=step, sample_offset=sample_offset, device=x0.device).to(x0)

@@ -104,6 +104,8 @@ class Schedule:
     def _levels(self) -> Callable[[float], Level]:
         @lru_cache(maxsize=4096)
         def level(t: float) -> Level:
+            if not 0 <= t <= self.num_timesteps:
+                raise ValueError(f"t must lie in [0, {self.num_timesteps}], got {t}")
             place = _float64(t)
             log_snr = self.log_snr(place)
             time = self.time(place) if t > 0 else torch.tensor(math.nan)
@@ -212,7 +214,7 @@ class Schedule:
             is_whole = not t.is_floating_point() or bool((t == t.round()).all())
             lowest, highest = (t.min().item(), t.max().item()) if t.numel() else (1, 1)
         elif isinstance(t, (int, float)):
-            is_whole, lowest, highest = t == int(t), t, t
+            is_whole, lowest, highest = t % 1 == 0, t, t  # not where t is NaN or infinite
         else:
             raise TypeError(f"t must be a number or a tensor, got {type(t).__name__}")
         if not (self.is_continuous or is_whole or between):

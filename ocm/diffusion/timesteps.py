@@ -21,7 +21,7 @@ On a discrete schedule they are whole, on a continuous path any numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ def timesteps_of(schedule: Schedule, steps: int | Sequence[float]) -> list[float
     """
     if isinstance(steps, int):
         return even_timesteps(schedule, steps)
+    is_sequence = isinstance(steps, Iterable) and not isinstance(steps, str)
+    if not is_sequence or (isinstance(steps, Tensor) and steps.dim() != 1):
+        raise TypeError(f"steps must be an int, or a sequence of timesteps, got {steps!r}")
     timesteps = [t.item() if isinstance(t, Tensor) else t for t in steps]
     reverse_steps(timesteps)  # raises unless they increase
     for t in timesteps:
@@ -110,7 +113,8 @@ def leading_timesteps(schedule: Schedule, K: int, offset: int = 0) -> list[float
     _check_number(N, K)
     stride = N / K if schedule.is_continuous else N // K
     timesteps = [1 + k * stride + offset for k in range(K)]
-    if not 1 <= timesteps[0] <= timesteps[-1] <= N:
+    is_whole = schedule.is_continuous or offset % 1 == 0
+    if not (is_whole and 1 <= timesteps[0] <= timesteps[-1] <= N):
         raise ValueError(f"offset must keep the timesteps in 1 .. {N}, got {offset}")
     return timesteps
 
@@ -157,15 +161,19 @@ def shifted(sigmas: Sequence[float] | Tensor, shift: float) -> Tensor:
         shift: Above 0; 1 changes nothing.
 
     Raises:
-        ValueError: If the shift is not positive.
+        ValueError: If the shift is not positive, or a sigma lies elsewhere.
 
     Example:
         >>> shifted([1.0, 0.5], 3.0)
         tensor([1.0000, 0.7500], dtype=torch.float64)
     """
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise ValueError(f"shift must be positive, got {shift}")
     sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    if not bool(((sigmas >= 0) & (sigmas <= 1)).all()):
+        raise ValueError(
+            f"sigmas must lie in [0, 1], got {sigmas.min().item():.4g} .. {sigmas.max().item():.4g}"
+        )
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -182,10 +190,18 @@ def dynamic_shift(
     e^mu / (e^mu + 1 / sigma - 1), the shift of diffusers' ``use_dynamic_shifting``, is
     ``shifted(sigma, e^mu)``.
 
+    Raises:
+        ValueError: If ``num_tokens`` is not positive, or ``base_tokens`` not below ``max_tokens``.
+
     Example:
         >>> round(dynamic_shift(4096), 3)    # exp(1.15)
         3.158
     """
+    if not (0 < num_tokens < math.inf and 0 < base_tokens < max_tokens):
+        raise ValueError(
+            "num_tokens must be positive, and base_tokens below max_tokens, got "
+            f"{num_tokens}, {base_tokens} and {max_tokens}"
+        )
     place = (num_tokens - base_tokens) / (max_tokens - base_tokens)
     return math.exp(base_shift + place * (max_shift - base_shift))
 
@@ -204,7 +220,7 @@ def reverse_steps(timesteps: Sequence[float]) -> list[tuple[float, float]]:
         [(500, 1000), (1, 500), (0, 1)]
     """
     pairs: list[tuple[float, float]] = list(zip([0, *timesteps], timesteps, strict=False))
-    if not pairs or any(s >= t for s, t in pairs):
+    if not pairs or not all(s < t for s, t in pairs):
         raise ValueError(f"timesteps must increase from above 0, got {list(timesteps)}")
     return pairs[::-1]
 
@@ -265,10 +281,13 @@ def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[flo
     """
     N = schedule.num_timesteps
     _check_number(N, K)
-    if variances.shape != (N,) or not bool((variances >= 0).all()):
+    variances = torch.as_tensor(variances)
+    fits = variances.shape == (N,) and bool(((variances >= 0) & variances.isfinite()).all())
+    if not fits:
+        minimum = variances.min().item() if variances.numel() else math.nan
         raise ValueError(
-            f"variances must be {N} numbers of at least 0, got shape {tuple(variances.shape)} "
-            f"with minimum {variances.min().item() if variances.numel() else math.nan:.3g}"
+            f"variances must be {N} finite numbers of at least 0, got shape "
+            f"{tuple(variances.shape)} with minimum {minimum:.3g}"
         )
     if K == 1:
         return [N]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.checks import check_positive_int, check_range
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser
 from ocm.sampling.any_sigma import mean_of_x0, sigmas
@@ -24,10 +24,16 @@ class KDiffusionDenoiser:
     Attributes:
         denoiser: The denoiser.
         x0_range: Where x0_hat is clipped to; None as k-diffusion has it.
+
+    Raises:
+        ValueError: If the range is not in order.
     """
 
     denoiser: Denoiser
     x0_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_range("x0_range", self.x0_range)
 
     @property
     def sigma_min(self) -> float:

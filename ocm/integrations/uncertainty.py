@@ -26,12 +26,12 @@ from torch import Tensor
 
 import hessdiag
 from hessdiag.kernels import normal
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.exact import Exact
 from ocm.covariances.hutchinson import Hutchinson, floored
 from ocm.covariances.operators import PIXELS, PosteriorCovariance, SpectralCovariance, diagonal
 from ocm.diffusion import draws
-from ocm.diffusion.checks import check_finite, check_positive_int
+from ocm.diffusion.checks import check_finite, check_positive_int, check_range
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.from_diffusers import from_scheduler, prediction_type_of
@@ -121,6 +121,9 @@ def uncertainty(
         raise ValueError(f"image (clean, to be noised) or x_t (noisy) must be given, got {given}")
     check_finite("image" if x_t is None else "x_t", image if x_t is None else x_t)
     check_positive_int("num_draws", num_draws)
+    check_range("x0_range", x0_range)
+    if covariance is not None:
+        check_covariance(covariance)
     if way not in get_args(Way) or num_draws == 1:
         raise ValueError(
             f"way must be one of {', '.join(get_args(Way))}, of at least 2 num_draws, got {way!r} "

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ocm.diffusion.checks import check_number
 from ocm.diffusion.denoiser import Denoiser
 from ocm.likelihoods.log_likelihood import log_likelihood
 from ocm.likelihoods.settings import LikelihoodSettings
@@ -64,6 +65,7 @@ def likelihood_settings(
         >>> found.num_steps, found.max_probes, found.num_draws
         (8, 2, 1)
     """
+    check_number("tolerance", tolerance)
     if not tolerance > 0:
         raise ValueError(f"tolerance must be positive, in bits/dim, got {tolerance}")
     if len(x) == 0:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import normal
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.diffusion import draws
-from ocm.diffusion.checks import check_finite
+from ocm.diffusion.checks import check_batch, check_finite
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser
 from ocm.likelihoods.dequantisation import Dequantisation, dequantise
@@ -90,8 +90,15 @@ def log_likelihood(
         >>> round(found.value.item(), 3)    # - log(2 pi)
         -1.838
     """
-    settings = settings or LikelihoodSettings()
+    settings = LikelihoodSettings() if settings is None else settings
+    if not isinstance(settings, LikelihoodSettings):
+        raise TypeError(f"settings must be ocm.LikelihoodSettings, got {type(settings).__name__}")
+    check_batch("x", x)
+    if len(x) == 0:
+        raise ValueError(f"x must hold at least one sample, got shape {tuple(x.shape)}")
     dequantisation = _checked(x, levels, dequantisation, covariance)
+    if covariance is not None:
+        check_covariance(covariance)
     x = x.to(denoiser.device)
     shape = tuple(x.shape[1:])
     ode = ProbabilityFlow.of(denoiser, condition, differentiable=differentiable)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hessdiag
-from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.checks import check_number, check_positive_int
 from ocm.likelihoods.solvers import SOLVERS
 
 Solver = Literal["euler", "heun", "rk4", "bosh3", "dopri5", "dopri8"]
@@ -62,6 +62,7 @@ class LikelihoodSettings:
             )
         for name in ("num_steps", "max_probes", "num_draws"):
             check_positive_int(name, getattr(self, name))
+        check_number("tolerance", self.tolerance)
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance}")
         if isinstance(self.probes, str) and self.probes not in get_args(Probes):
@@ -69,6 +70,10 @@ class LikelihoodSettings:
                 f"probes must be a design or one of {', '.join(get_args(Probes))}, got "
                 f"{self.probes!r}"
             )
+        if not isinstance(self.probes, (str, hessdiag.ProbeDesign)) or isinstance(
+            self.probes, type
+        ):
+            raise TypeError(f"probes must be a design of hessdiag or a name, got {self.probes!r}")
 
     @property
     def is_adaptive(self) -> bool:

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.operators import PosteriorCovariance
+from ocm.diffusion.checks import check_batch, check_range
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.predictions import coefficients
@@ -105,8 +106,9 @@ def x0_given(
         sample_offset: Number of the first sample, for covariances that draw probes.
 
     Raises:
+        TypeError: If x is no floating-point tensor, or the covariance states none.
         ValueError: If ``sigma`` is not positive or far above the schedule's, or is neither one
-            number nor one for each sample.
+            number nor one for each sample; or ``x0_range`` is not in order.
 
     Example:
         >>> import ocm
@@ -120,6 +122,8 @@ def x0_given(
         >>> posterior.mean.shape, posterior.covariance.diagonal().shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 3, 8, 8]))
     """
+    check_covariance(covariance)
+    check_range("x0_range", x0_range)
     prediction, p, q = _at_nearest(denoiser, x, sigma, condition, sample_offset)
     # First: the covariance may keep the graph of the evaluation.
     stated = covariance.at(prediction).bounded(x0_range)
@@ -143,6 +147,9 @@ def _at_nearest(
     sample_offset: int,
 ) -> tuple[Prediction, Tensor, Tensor]:
     """Return the prediction at alpha x of sigma's level, and p and q of its x0_hat."""
+    check_batch("x", x)
+    if not isinstance(sigma, (int, float, Tensor)):
+        raise TypeError(f"sigma must be a number or a tensor, got {type(sigma).__name__}")
     levels = torch.as_tensor(sigma, dtype=torch.float64, device=_device_of(sigma)).reshape(-1)
     if len(levels) not in (1, len(x)):
         raise ValueError(

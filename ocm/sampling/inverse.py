@@ -33,14 +33,21 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import normal, seed_tensor
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.operators import PosteriorCovariance
 from ocm.diffusion import draws
-from ocm.diffusion.checks import check_positive_int
+from ocm.diffusion.checks import check_batch, check_number, check_positive_int
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
-from ocm.sampling.samplers import X0_RANGE, Sampler, ddpm, starting_noise
+from ocm.sampling.samplers import (
+    X0_RANGE,
+    Sampler,
+    check_options,
+    check_step,
+    ddpm,
+    starting_noise,
+)
 
 
 def posterior_mean_given_measurement(
@@ -84,9 +91,11 @@ def posterior_mean_given_measurement(
         Shape of ``mean``. A UserWarning says where ``max_iterations`` were not enough.
 
     Raises:
-        ValueError: If A(0) is not 0, shapes do not fit, ``noise_std`` is negative, C is not
-            positive semi-definite, or ``weighting`` is another name.
-        TypeError: If ``max_iterations`` is no int.
+        ValueError: If A(0) is not 0, the adjoint is not that of A, shapes do not fit, the
+            measurement is not finite, ``noise_std`` or a number as ``weighting`` is negative, C is
+            not positive semi-definite, ``weighting`` is another name, or ``tolerance`` is not in
+            [0, 1).
+        TypeError: If ``max_iterations`` is no int, or an argument is no tensor of floating point.
 
     Example:
         >>> from ocm.covariances.operators import diagonal
@@ -96,13 +105,31 @@ def posterior_mean_given_measurement(
         tensor([[1., 4.]])
     """
     check_positive_int("max_iterations", max_iterations)
-    if not bool((torch.as_tensor(noise_std) >= 0).all()):
-        raise ValueError(f"noise_std must be at least 0, got {noise_std}")
-    residual = measurement - operator(mean)
-    if residual.shape != measurement.shape or len(measurement) != len(mean):
+    if tolerance is not None:
+        check_number("tolerance", tolerance)
+        if not 0.0 <= tolerance < 1.0:
+            raise ValueError(f"tolerance must lie in [0, 1), got {tolerance}")
+    check_noise(noise_std, measurement)
+    check_weighting(weighting)
+    if not callable(getattr(covariance, "multiply", None)):
+        raise TypeError(
+            "covariance must be one of a posterior, as Posterior.covariance, got "
+            f"{type(covariance).__name__}"
+        )
+    check_batch("mean", mean)
+    measured = operator(mean)
+    if not isinstance(measured, Tensor):
+        raise TypeError(f"operator must return a tensor, got {type(measured).__name__}")
+    if measured.shape != measurement.shape or measured.shape[:1] != mean.shape[:1]:
         raise ValueError(
             f"measurement must have the shape of operator(mean), one for each of {len(mean)} "
-            f"samples, got {tuple(measurement.shape)}"
+            f"samples, got {tuple(measurement.shape)} for {tuple(measured.shape)}"
+        )
+    residual = measurement - measured
+    if not bool(torch.isfinite(residual).all()):
+        raise ValueError(
+            "measurement and operator(mean) must be finite, got NaN or infinity in "
+            f"{int((~torch.isfinite(residual)).sum())} of {residual.numel()} differences"
         )
     nothing = torch.zeros_like(mean)
     transposed = _transposed(operator, nothing) if adjoint is None else adjoint
@@ -112,9 +139,8 @@ def posterior_mean_given_measurement(
             "operator must be linear, and it maps 0 to values up to "
             f"{at_zero.abs().max().item():.3g}: take its offset off the measurement"
         )
+    _check_adjoint(mean, measured, residual, transposed(residual))
     noise_variance = noise_std**2
-    if isinstance(weighting, str) and weighting != "row_sums":
-        raise ValueError(f"weighting must be 'row_sums' if it is a name, got {weighting!r}")
     if isinstance(weighting, (int, float)):
         u = weighting * residual * _dot(residual, residual).clamp(min=1e-30).rsqrt()
     elif isinstance(weighting, str):
@@ -199,6 +225,10 @@ def sample_given_measurement(
             f"draw_x0 must be False for steps of a length, got weighting = {weighting}: no "
             "covariance of x0 given x_t and y belongs to them"
         )
+    check_options(denoiser, covariance, sampler, x0_range, dtype)
+    check_noise(noise_std, measurement)
+    if weighting is not None and not isinstance(weighting, (str, int, float)):
+        check_covariance(weighting)
     schedule, timesteps = denoiser.schedule, timesteps_of(denoiser.schedule, steps)
     seed = seed_tensor(seed, denoiser.device)
     x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
@@ -212,7 +242,9 @@ def sample_given_measurement(
         prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
         # First: the covariance may keep the graph of the evaluation.
         C = covariance.at(prediction).bounded(x0_range)
-        a, b, noise_variance = sampler(schedule, s, t)
+        step = sampler(schedule, s, t)
+        check_step(step)
+        a, b, noise_variance = step
         weighs: PosteriorCovariance | Literal["row_sums"] | float | None
         if isinstance(weighting, (int, float)):  # x_s moves by that times -d|r|/dx_t
             weighs = weighting * (schedule.alpha(t) / schedule.sigma(t) ** 2).item() / b
@@ -238,6 +270,82 @@ def sample_given_measurement(
         )
         x = (a * x + b * x0 + math.sqrt(noise_variance) * z(x, level)).to(dtype)
     return x
+
+
+def check_noise(noise_std: object, measurement: object) -> None:
+    """Raise unless ``noise_std`` is one of noise in ``measurement``.
+
+    Raises:
+        TypeError: If the measurement is no tensor, or the standard deviation no real number or
+            tensor.
+        ValueError: If it is negative or NaN, or does not broadcast to the measurement.
+
+    Example:
+        >>> check_noise(-1.0, torch.zeros(1, 2))
+        Traceback (most recent call last):
+        ...
+        ValueError: noise_std must be at least 0, got -1.0
+    """
+    if not isinstance(measurement, Tensor):
+        raise TypeError(f"measurement must be a tensor, got {type(measurement).__name__}")
+    if isinstance(noise_std, Tensor):
+        pairs = zip(reversed(noise_std.shape), reversed(measurement.shape), strict=False)
+        if noise_std.dim() > measurement.dim() or any(n not in (1, full) for n, full in pairs):
+            raise ValueError(
+                f"noise_std must broadcast to the measurement, {tuple(measurement.shape)}, got "
+                f"{tuple(noise_std.shape)}"
+            )
+        is_right = bool((noise_std >= 0).all())
+    elif isinstance(noise_std, (int, float)):
+        is_right = noise_std >= 0
+    else:
+        kind = type(noise_std).__name__
+        raise TypeError(f"noise_std must be a number or a tensor, got {noise_std!r} of type {kind}")
+    if not is_right:
+        raise ValueError(f"noise_std must be at least 0, got {noise_std}")
+
+
+def check_weighting(weighting: object) -> None:
+    """Raise unless ``weighting`` is one of :func:`posterior_mean_given_measurement`.
+
+    Raises:
+        TypeError: If it is of no kind that it may be.
+        ValueError: If it is another name, or a number that is negative or not finite.
+    """
+    if weighting is None or callable(getattr(weighting, "multiply", None)):
+        return
+    if isinstance(weighting, str):
+        if weighting != "row_sums":
+            raise ValueError(f"weighting must be 'row_sums' if it is a name, got {weighting!r}")
+        return
+    check_number("weighting", weighting)
+    assert isinstance(weighting, (int, float))
+    if weighting < 0:
+        raise ValueError(f"weighting must be at least 0 if it is a length, got {weighting}")
+
+
+# What an inner product may be off by, relative to the norms in it: an adjoint that is wrong is so
+# by a part of the whole, and rounding in half precision or TF32 is less.
+_MOST_OFF = 0.02
+
+
+def _check_adjoint(mean: Tensor, measured: Tensor, u: Tensor, back: object) -> None:
+    """Raise unless (A m)^T u = m^T (A^T u), as it is for a linear A and its adjoint."""
+    if not isinstance(back, Tensor) or back.shape != mean.shape:
+        got = tuple(back.shape) if isinstance(back, Tensor) else type(back).__name__
+        raise ValueError(
+            f"adjoint must map measurements to the shape of mean, {tuple(mean.shape)}, got {got}"
+        )
+    pairs = [
+        (v.double().flatten(1), w.double().flatten(1)) for v, w in ((measured, u), (mean, back))
+    ]
+    one, other = ((v * w).sum(dim=1) for v, w in pairs)
+    size = torch.maximum(*(v.norm(dim=1) * w.norm(dim=1) for v, w in pairs))
+    if bool(((one - other).abs() > _MOST_OFF * size).any()):
+        raise ValueError(
+            "operator must be linear and adjoint its transpose: (A m)^T u and m^T (A^T u) differ "
+            f"by up to {(one - other).abs().max().item():.3g}"
+        )
 
 
 def _transposed(operator: Callable[[Tensor], Tensor], at: Tensor) -> Callable[[Tensor], Tensor]:

@@ -31,9 +31,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance, spectral
-from ocm.diffusion.checks import check_finite
+from ocm.diffusion.checks import check_finite, check_positive_int, check_range
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.divergences import (
@@ -113,9 +113,12 @@ def bits_per_dim(
         ValueError: If x0 leaves [-1, 1] or the grid, the timesteps do not increase to N, or
             levels < 2; or x0 is not finite; or the decoder of continuous data is not "stated".
         TypeError: If the covariance has no density (Lanczos).
+        FloatingPointError: If a bound is NaN.
     """
     from tqdm import tqdm
 
+    check_covariance(covariance)
+    check_range("x0_range", x0_range)
     if levels is None:
         check_finite("x0", x0)
         if decoder != "stated":
@@ -141,13 +144,19 @@ def bits_per_dim(
         prediction = predicted(t, s)
         terms.append(step_term(stated(prediction), prediction, x0, x0_range))
     prediction = predicted(first)
-    return BitsPerDim(
+    found = BitsPerDim(
         prior=prior_term(denoiser, x0),
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),
         decoder=density_term(stated(prediction), prediction, x0, x0_range)
         if levels is None
         else decoder_term(stated(prediction), prediction, x0, levels, decoder),
     )
+    undefined = int(found.total.isnan().sum())
+    if undefined:
+        raise FloatingPointError(
+            f"the bound of {undefined} of {len(x0)} samples is NaN; does the denoiser return NaN?"
+        )
+    return found
 
 
 def check_images(x0: Tensor, levels: int) -> None:
@@ -201,7 +210,9 @@ def density_term(
     """Return -log N(x0; x0_hat, Cov[x0 | x_t1]), in bits/dim, shape (B,)."""
     variance = covariance.eigenvalues.double()
     squared_error = _squared_errors(covariance, prediction, x0, x0_range)
-    return _mean_bits(0.5 * (squared_error / variance + variance.log() + math.log(2 * math.pi)))
+    terms = squared_error / variance + variance.log() + math.log(2 * math.pi)
+    # Where the stated variance is 0 the density is too: the error is not.
+    return _mean_bits(0.5 * torch.where(variance > 0, terms, torch.inf))
 
 
 def _squared_errors(
@@ -258,14 +269,19 @@ def quantise(x0: Tensor, levels: int = 256) -> Tensor:
     """Round images in [-1, 1] to the grid of ``levels`` grey levels, -1 + 2 k / (levels - 1).
 
     Raises:
+        TypeError: If levels is no int, or x0 no floating-point tensor.
         ValueError: If levels < 2.
 
     Example:
         >>> quantise(torch.tensor([-1.0, 0.1, 0.9]), levels=3)
         tensor([-1.,  0.,  1.])
     """
+    check_positive_int("levels", levels)
     if levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels}")
+    if not isinstance(x0, Tensor) or not x0.is_floating_point():
+        got = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
+        raise TypeError(f"x0 must be a real floating-point tensor, got {got}")
     return ((x0 + 1) * (levels - 1) / 2).round() * 2 / (levels - 1) - 1
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import StepCoefficients, gaussian_step, normal, seed_tensor
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.operators import (
     PIXELS,
     PosteriorCovariance,
@@ -30,6 +30,7 @@ from ocm.covariances.operators import (
     variance_bound,
 )
 from ocm.diffusion import draws
+from ocm.diffusion.checks import check_range, check_type
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
@@ -205,11 +206,15 @@ def sample(
         x_0, shape ``shape``.
 
     Raises:
+        TypeError: If the covariance states none, or ``dtype`` is of integers.
         ValueError: If there are more steps than N, or the timesteps do not increase from above 0
-            to at most N.
+            to at most N; or a bound is negative, NaN or not in order.
     """
     from tqdm import tqdm
 
+    check_options(denoiser, covariance, sampler, x0_range, dtype)
+    if max_last_noise is not None and not max_last_noise >= 0.0:
+        raise ValueError(f"max_last_noise must be at least 0, got {max_last_noise}")
     schedule, device = denoiser.schedule, denoiser.device
     timesteps = timesteps_of(schedule, steps)
     seed = seed_tensor(seed, device)
@@ -226,6 +231,52 @@ def sample(
             max_noise_std=max_last_noise if s == timesteps[0] else None,
         )
     return x
+
+
+def check_options(
+    denoiser: Denoiser,
+    covariance: Covariance,
+    sampler: Sampler | Multistep,
+    x0_range: tuple[float, float] | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise unless these are arguments of a sampling loop.
+
+    Raises:
+        TypeError: If one is of another kind, or ``dtype`` is of integers.
+        ValueError: If the range is not in order.
+    """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"denoiser must be an ocm.Denoiser, got {type(denoiser).__name__}")
+    if isinstance(sampler, type) or not (callable(sampler) or isinstance(sampler, Multistep)):
+        raise TypeError(
+            f"sampler must be ocm.ddpm, ocm.ddim or another of its kind, got {sampler!r}"
+        )
+    check_covariance(covariance)
+    check_range("x0_range", x0_range)
+    check_type("dtype", dtype)
+
+
+def check_step(step: object) -> None:
+    """Raise unless ``step`` is one, of finite numbers and a variance that is not negative.
+
+    Raises:
+        TypeError: If it is no tuple of three.
+        ValueError: If a number is not finite, or the variance negative.
+
+    Example:
+        >>> check_step(ReverseStep(0.5, 0.5, -1.0))
+        Traceback (most recent call last):
+        ...
+        ValueError: sampler must return finite a, b and lambda^2 >= 0, got 0.5, 0.5, -1.0
+    """
+    if not isinstance(step, tuple) or len(step) != 3:
+        raise TypeError(f"sampler must return an ocm.sampling.samplers.ReverseStep, got {step!r}")
+    a, b, noise_variance = step
+    if not (math.isfinite(a) and math.isfinite(b) and 0.0 <= noise_variance < math.inf):
+        raise ValueError(
+            f"sampler must return finite a, b and lambda^2 >= 0, got {a}, {b}, {noise_variance}"
+        )
 
 
 def _step_of(
@@ -264,7 +315,12 @@ def reverse_step(
         seed: Seed of the noise, of which this is draw ``ocm.diffusion.draws.of_level(t)``.
         x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for no bounds.
         max_noise_std: Largest standard deviation of the noise, in any direction; None for no bound.
+
+    Raises:
+        TypeError: If the step is none.
+        ValueError: If it is not finite.
     """
+    check_step(step)
     x_t, offset = prediction.x_t, prediction.sample_offset
     draw = draws.of_level(prediction.timestep)
     a, b, noise_variance = step

@@ -20,14 +20,22 @@ import torch
 from torch import Tensor
 
 from hessdiag.kernels import normal, seed_tensor
-from ocm.covariances.base import Covariance
+from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.operators import PosteriorCovariance, spectral
 from ocm.diffusion import draws
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import full_precision
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
-from ocm.sampling.samplers import X0_RANGE, ReverseStep, Sampler, ddpm, starting_noise
+from ocm.sampling.samplers import (
+    X0_RANGE,
+    ReverseStep,
+    Sampler,
+    check_options,
+    check_step,
+    ddpm,
+    starting_noise,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +51,12 @@ class Transition:
     covariance: PosteriorCovariance
 
     def draw(self, z: Tensor) -> Tensor:
-        """Return mean + C^(1/2) z for standard normal z."""
+        """Return mean + C^(1/2) z for standard normal z.
+
+        Raises:
+            ValueError: If z is not of the shape of the mean.
+        """
+        _check_shape("z", z, self.mean)
         return self.mean + self.covariance.noise(z.to(self.mean))
 
     def log_prob(self, x_s: Tensor) -> Tensor:
@@ -51,7 +64,8 @@ class Transition:
 
         Raises:
             TypeError: If the covariance has no density (Lanczos).
-            ValueError: If the step adds no noise in some direction, where there is no density.
+            ValueError: If the step adds no noise in some direction, where there is no density; or
+                x_s is not of the shape of the mean.
         """
         log_prob, is_positive = self.density(x_s)
         _check_positive(is_positive)
@@ -62,12 +76,19 @@ class Transition:
 
         Nothing is read back from a GPU.
         """
+        _check_shape("x_s", x_s, self.mean)
         known = spectral(self.covariance)
         # Of one sample, an eigenvalue may stand for several dimensions.
         whitened = known.basis.analyse(full_precision(x_s) - self.mean)
         variance = known.eigenvalues.expand(whitened.shape)
         terms = whitened.square() / variance + variance.log() + math.log(2.0 * math.pi)
         return -0.5 * terms.flatten(1).sum(dim=1), (known.eigenvalues > 0).all()
+
+
+def _check_shape(name: str, x: object, mean: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.shape != mean.shape:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must have the shape of the mean, {tuple(mean.shape)}, got {got}")
 
 
 def _check_positive(is_positive: Tensor) -> None:
@@ -94,7 +115,13 @@ def transition(
         covariance: States Cov[x0 | x_t].
         step: That of a sampler, ``ocm.ddpm(schedule, s, t)`` say.
         x0_range: Where x0_hat is clipped to, and what bounds the covariance; None for no bounds.
+
+    Raises:
+        TypeError: If the covariance states none, or the step is none.
+        ValueError: If the step is not finite, or the range not in order.
     """
+    check_covariance(covariance)
+    check_step(step)
     denoiser, x_t = prediction.denoiser, full_precision(prediction.x_t)
     stated = covariance.at(prediction).bounded(x0_range)
     if prediction.keeps_jacobian and torch.is_grad_enabled():
@@ -156,6 +183,7 @@ def sample_trajectory(
         TypeError: If the covariance has no density (Lanczos).
         ValueError: As :func:`ocm.sample`, or if a step but the last adds no noise.
     """
+    check_options(denoiser, covariance, sampler, x0_range, dtype)
     timesteps, number = timesteps_of(denoiser.schedule, steps), seed_tensor(seed, denoiser.device)
     x = starting_noise(denoiser, shape, timesteps[-1], number, sample_offset).to(dtype)
     states, densities = [x], []

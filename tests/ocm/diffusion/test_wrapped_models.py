@@ -399,7 +399,8 @@ def test_conditions_by_name_are_those_of_a_nested_dictionary():
     """A null branch changes what is given for it, and leaves the other entries as they are."""
     denoiser, w = conditioned(), 3.0
     text, scale = text_of(1), torch.tensor([1.0, -2.0])
-    rows = {"text": text, "extra.scale": scale, "extra.unused": scale, "labels": torch.ones(2)}
+    rows = {"text": text, "extra.scale": scale, "extra.unused": scale}
+    rows["labels"] = torch.tensor([1, 1])
     nulls = {"extra.scale": torch.tensor([5.0]), "labels": torch.tensor([9])}
     condition = condition_of(denoiser, rows, nulls, w)
     assert condition.null_label == 9

@@ -1,0 +1,1312 @@
+"""Bad input of ocm: schedules, denoiser, covariances, samplers, likelihoods, inverse problems."""
+
+import math
+
+import numpy as np
+import torch
+from bad_input import Case, run, table
+from expectations import close, holds, shaped
+from torch import nn
+
+import hessdiag
+import ocm
+from ocm.covariances.operators import channel_blocks, cosine_diagonal, diagonal, full
+from ocm.diffusion.tables import Table
+from ocm.sampling.samplers import ReverseStep
+
+NAN, INF = math.nan, math.inf
+N = 1000
+SHAPE = (2, 1, 2, 2)
+X = torch.linspace(-1.0, 1.0, 8).reshape(SHAPE)
+IMAGES = ocm.quantise(X)
+LINEAR, FLOW = ocm.linear(), ocm.flow()
+
+
+def noise_of_standard_normals(x, time):
+    """The noise in x_t where the data are N(0, I): sigma x_t."""
+    return LINEAR.sigma(time.long() + 1).reshape(-1, *[1] * (x.dim() - 1)).to(x) * x
+
+
+DENOISER = ocm.Denoiser(noise_of_standard_normals, LINEAR)
+BETA = ocm.Beta(DENOISER)
+AT = DENOISER.predict(X, 500, s=400)
+
+
+def of(function):
+    return ocm.Denoiser(function, LINEAR)
+
+
+NANS = of(lambda x, time: x * NAN)
+
+
+def case(name, call, error=None, *says, check=None):
+    return Case(name, lambda _: call(), error, says, check)
+
+
+# Schedules and timesteps
+
+SCHEDULES = [
+    *(
+        case(f"{make.__name__} of {n!r} steps", lambda make=make, n=n: make(n), error, says)
+        for make in (ocm.linear, ocm.cosine, ocm.vp, ocm.flow, ocm.edm, ocm.trigflow)
+        for n, error, says in (
+            (0, ValueError, "num_timesteps must be at least 1, got 0"),
+            (1, ValueError, "num_timesteps must be"),
+            (10.0, TypeError, "num_timesteps must be an int, got 10.0"),
+        )
+    ),
+    *(
+        case(f"betas {betas}", lambda betas=betas: ocm.from_betas(betas), ValueError, "betas must")
+        for betas in ([], [0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [-0.1], [NAN], [[0.1]])
+    ),
+    # alpha_bar is the product of 1 - beta, whatever the last beta is.
+    case(
+        "a last beta of 1",
+        lambda: ocm.from_betas([0.1, 1.0]).alpha_bar,
+        check=close(torch.tensor([1.0, 0.9, 0.0]).double()),
+    ),
+    case(
+        "one beta",
+        lambda: ocm.from_betas([0.5]).sigma(1),
+        check=close(torch.tensor(0.5).double().sqrt()),
+    ),
+    case("betas from NaN", lambda: ocm.linear(10, beta_start=NAN), ValueError, "betas must be"),
+    case("a vp without noise", lambda: ocm.vp(beta_min=0.0), ValueError, "beta_min"),
+    case("an edm of NaN", lambda: ocm.edm(sigma_max=NAN), ValueError, "sigma_max"),
+    case(
+        "an edm of data 0", lambda: ocm.edm(data_std=0.0), ValueError, "data_std must be positive"
+    ),
+    case("a trigflow of NaN", lambda: ocm.trigflow(data_std=NAN), ValueError, "data_std must be"),
+    *(
+        case(
+            f"{name} at t = {t!r}",
+            lambda f=f, t=t: f(t),
+            ValueError,
+            "t must lie in [0, 1000]",
+            repr(t),
+        )
+        for name, f in {
+            "alpha": LINEAR.alpha,
+            "sigma of a flow": FLOW.sigma,
+            "log SNR": FLOW.log_snr,
+            "x_t": lambda t: FLOW.diffuse(X, t, X),
+        }.items()
+        for t in (-1, N + 1, NAN, INF)
+    ),
+]
+
+SPACINGS = [
+    *(
+        case(f"{f.__name__} of {K!r}", lambda f=f, K=K: f(LINEAR, K), error, says)
+        for f in (
+            ocm.even_timesteps,
+            ocm.trailing_timesteps,
+            ocm.leading_timesteps,
+            ocm.quadratic_timesteps,
+            lambda schedule, K: ocm.optimal_timesteps(schedule, torch.ones(N), K),
+        )
+        for K, error, says in (
+            (0, ValueError, "K must be at least 1, got 0"),
+            (N + 1, ValueError, "K must lie in 1 .. 1000, got 1001"),
+            (2.0, TypeError, "K must be an int, got 2.0"),
+            (True, TypeError, "K must be an int, got True"),
+        )
+    ),
+    case(
+        "all timesteps",
+        lambda: ocm.even_timesteps(LINEAR, N),
+        check=lambda found: holds(found == list(range(1, N + 1))),
+    ),
+    case(
+        "half an offset", lambda: ocm.leading_timesteps(LINEAR, 3, 0.5), ValueError, "offset must"
+    ),
+    case(
+        "an offset too far", lambda: ocm.leading_timesteps(LINEAR, 3, N), ValueError, "offset must"
+    ),
+    *(
+        case(
+            f"variances {name}",
+            lambda variances=variances: ocm.optimal_timesteps(LINEAR, variances, 3),
+            ValueError,
+            "variances must be 1000 finite numbers of at least 0",
+        )
+        for name, variances in {
+            "below 0": -torch.ones(N),
+            "of NaN": torch.full((N,), NAN),
+            "without end": torch.full((N,), INF),
+            "of five timesteps": torch.ones(5),
+        }.items()
+    ),
+    *(
+        case(
+            f"timesteps at {name}", lambda s=s: ocm.timesteps_at(FLOW, s), ValueError, "sigmas must"
+        )
+        for name, s in {"no sigma": [], "0": [0.0], "-1": [-1.0], "NaN": [NAN], "2": [2.0]}.items()
+    ),
+    case(
+        "sigmas of a discrete path",
+        lambda: ocm.timesteps_at(LINEAR, [0.5]),
+        ValueError,
+        "continuous",
+    ),
+    *(
+        case(
+            f"a shift of {s}",
+            lambda s=s: ocm.shifted([1.0], s),
+            ValueError,
+            "shift must be positive",
+        )
+        for s in (0.0, -1.0, NAN, INF)
+    ),
+    *(
+        case(f"a sigma of {s} shifted", lambda s=s: ocm.shifted([s], 3.0), ValueError, "in [0, 1]")
+        for s in (-0.1, 1.1, NAN)
+    ),
+    *(
+        case(
+            f"an image of {n} tokens",
+            lambda n=n: ocm.dynamic_shift(n),
+            ValueError,
+            "num_tokens must",
+        )
+        for n in (0, -5, NAN)
+    ),
+    case(
+        "shifts between equal ends",
+        lambda: ocm.dynamic_shift(7, base_tokens=7, max_tokens=7),
+        ValueError,
+        "base_tokens below max_tokens",
+    ),
+]
+
+# The denoiser
+
+POINTS = {
+    "of integers": (X.long(), TypeError, "x_t must be a real floating-point tensor"),
+    "of booleans": (X > 0, TypeError, "x_t must be a real floating-point tensor"),
+    "of complex numbers": (X.cfloat(), TypeError, "x_t must be a real floating-point tensor"),
+    "of NumPy": (X.numpy(), TypeError, "x_t must be a real floating-point tensor, got ndarray"),
+    "that is None": (None, TypeError, "x_t must be a real floating-point tensor, got NoneType"),
+    "of no dimension": (torch.tensor(1.0), ValueError, "x_t must have shape (B, channels, ...)"),
+    "of one dimension": (torch.ones(3), ValueError, "(B, channels, ...), got (3,)"),
+}
+TIMES = {
+    "0": (0, ValueError, "t must lie in 1 .. 1000, got 0"),
+    "below 0": (-1, ValueError, "t must lie in 1 .. 1000, got -1"),
+    "N + 1": (N + 1, ValueError, "t must lie in 1 .. 1000, got 1001"),
+    "NaN": (NAN, TypeError, "t must be whole on the discrete schedule 'linear', got nan"),
+    "infinity": (INF, TypeError, "t must be whole on the discrete schedule 'linear', got inf"),
+    "a half": (0.5, TypeError, "t must be whole on the discrete schedule 'linear', got 0.5"),
+    "a word": ("500", TypeError, "t must be a number or a tensor, got str"),
+    "a list": ([500], TypeError, "t must be a number or a tensor, got list"),
+    "three timesteps": (
+        torch.tensor([5, 6, 7]),
+        ValueError,
+        "one for each of 2 samples, got shape (3,)",
+    ),
+    "a column of timesteps": (torch.tensor([[5], [6]]), ValueError, "got shape (2, 1)"),
+    "timesteps with a 0": (torch.tensor([0, 5]), ValueError, "t must lie in 1 .. 1000"),
+    "timesteps with a NaN": (torch.tensor([NAN, 5.0]), TypeError, "t must be whole"),
+}
+OUTPUTS = {
+    "a tuple": (lambda x, t: (x,), TypeError, "backbone must put out a floating-point tensor"),
+    "None": (lambda x, t: None, TypeError, "backbone must put out a floating-point tensor"),
+    "a number": (lambda x, t: 1.0, TypeError, "backbone must put out", "got float"),
+    "integers": (lambda x, t: x.long(), TypeError, "got torch.int64"),
+    "complex numbers": (lambda x, t: x.cfloat(), TypeError, "got torch.complex64"),
+    "another shape": (lambda x, t: x[..., :1], ValueError, "the shape of x_t", "(2, 1, 2, 1)"),
+    "fewer samples": (lambda x, t: x[:1], ValueError, "the shape of x_t", "(1, 1, 2, 2)"),
+    "three channels": (lambda x, t: x.repeat(1, 3, 1, 1), ValueError, "twice its channels"),
+    "an error": (lambda x, t: [][0], IndexError, "list index out of range"),
+}
+
+
+def made(name, error, *says, backbone=noise_of_standard_normals, schedule=LINEAR, **options):
+    return case(name, lambda: ocm.Denoiser(backbone, schedule, **options), error, *says)
+
+
+FLOWS = {"schedule": FLOW, "prediction_type": "flow_prediction"}
+DENOISERS = [
+    made("no backbone", TypeError, "backbone must be a module or a function", backbone=None),
+    made("no schedule", TypeError, "schedule must be an ocm.Schedule", "NoneType", schedule=None),
+    made("the name of a schedule", TypeError, "schedule must be an", schedule="linear"),
+    made("a prediction of no name", ValueError, "prediction_type must be", prediction_type="x0"),
+    made("noise of a flow", ValueError, "prediction_type must not be 'epsilon'", schedule=FLOW),
+    made("data of variance -1", ValueError, "at least 0", data_covariance=-1.0, **FLOWS),
+    made("data of variance NaN", ValueError, "data_covariance must", data_covariance=NAN, **FLOWS),
+    made("data of a word", TypeError, "data_covariance must be", data_covariance="1", **FLOWS),
+    *(
+        case(f"x_t {name}", lambda x=x: DENOISER.predict(x, 500), error, says)
+        for name, (x, error, says) in POINTS.items()
+    ),
+    *(
+        case(f"a timestep that is {name}", lambda t=t: DENOISER.predict(X, t), error, says)
+        for name, (t, error, says) in TIMES.items()
+    ),
+    *(
+        case(
+            f"a step from 500 to {s}",
+            lambda s=s: DENOISER.predict(X, 500, s=s),
+            ValueError,
+            "s must lie in [0, t)",
+        )
+        for s in (500, 501, -1, NAN)
+    ),
+    *(
+        case(
+            f"a backbone that returns {name}",
+            lambda f=f: of(f).predict(X, 500).output,
+            error,
+            *says,
+        )
+        for name, (f, error, *says) in OUTPUTS.items()
+    ),
+    *(
+        case(
+            f"the Jacobian of a backbone that returns {name}",
+            lambda f=f: ocm.Exact(of(f)).at(of(f).predict(X, 500)),
+            error,
+            *says,
+        )
+        for name, (f, error, *says) in OUTPUTS.items()
+    ),
+    case(
+        "a prediction of no samples",
+        lambda: DENOISER.predict(X[:0], 500).x0_hat,
+        check=shaped(0, 1, 2, 2),
+    ),
+    case(
+        "a timestep for each sample",
+        lambda: DENOISER.predict(X, torch.tensor([500, 500])).x0_hat,
+        check=close(LINEAR.alpha(500).float() * X),
+    ),
+    case("the mean of N(0, I)", lambda: AT.x0_hat, check=close(LINEAR.alpha(500).float() * X)),
+    case(
+        "x_t that is NaN for a covariance of products",
+        lambda: ocm.Exact(DENOISER).at(DENOISER.predict(X * NAN, 500)),
+        ValueError,
+        "x must be finite, got 8 NaN",
+    ),
+]
+
+
+class Labelled(nn.Module):
+    """Adds the number of the class, from an embedding of five."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(torch.arange(5.0)[:, None])
+        self.last = nn.Identity()
+
+    def forward(self, x, time, labels=None):
+        return self.last(x) + (0.0 if labels is None else self.embedding(labels)[..., None, None])
+
+
+LABELLED = ocm.Denoiser(
+    Labelled(),
+    LINEAR,
+    architecture=ocm.Architecture(
+        "Labelled", "last", lambda n, x, t, labels: n(x, t, labels), num_classes=lambda n: 5
+    ),
+).freeze()
+CLASSES = torch.tensor([1, 2])
+
+
+def condition(name, error, *says, check=None, **arguments):
+    given = {"labels": CLASSES, **arguments}
+
+    def call():
+        return LABELLED.predict(X, 500, condition=LABELLED.condition(**given)).output
+
+    return case(name, call, error, *says, check=check)
+
+
+CONDITIONS = [
+    condition(
+        "three labels", ValueError, "one for each sample", "3", labels=torch.tensor([1, 2, 3])
+    ),
+    condition("no labels in a tensor", ValueError, "one for each sample", labels=CLASSES[:0]),
+    condition(
+        "labels of floats", TypeError, "labels must be a tensor of int64", labels=CLASSES.float()
+    ),
+    condition(
+        "labels of booleans", TypeError, "labels must be a tensor of int64", labels=CLASSES > 1
+    ),
+    condition(
+        "labels in a list", TypeError, "labels must be a tensor of int64, got list", labels=[1, 2]
+    ),
+    condition("a label that is a number", TypeError, "labels must be a tensor", labels=1),
+    condition(
+        "a label of no dimension", ValueError, "labels must have shape (B,)", labels=CLASSES[0]
+    ),
+    condition("a column of labels", ValueError, "labels must have shape", labels=CLASSES[:, None]),
+    condition(
+        "a class below 0", ValueError, "labels must lie in 0 .. 4", labels=torch.tensor([-1, 0])
+    ),
+    condition(
+        "a class too many",
+        ValueError,
+        "labels must lie in 0 .. 4, got 0 .. 5",
+        labels=torch.tensor([0, 5]),
+    ),
+    condition(
+        "neither labels nor tensors", ValueError, "labels or tensors must be given", labels=None
+    ),
+    condition("guidance without null", ValueError, "null_label must be given", guidance_scale=2.0),
+    condition(
+        "guidance of NaN",
+        ValueError,
+        "guidance_scale must be finite, got nan",
+        guidance_scale=NAN,
+        null_label=0,
+    ),
+    condition(
+        "guidance without end",
+        ValueError,
+        "guidance_scale must be finite",
+        guidance_scale=INF,
+        null_label=0,
+    ),
+    condition(
+        "guidance that is a word",
+        TypeError,
+        "guidance_scale must be a number",
+        guidance_scale="2",
+        null_label=0,
+    ),
+    condition(
+        "null tensors of nothing", ValueError, "null_tensors must be named", null_tensors={"a": 1}
+    ),
+    condition(
+        "labels of 32 bits",
+        None,
+        labels=CLASSES.int(),
+        check=close(X + CLASSES.reshape(2, 1, 1, 1)),
+    ),
+    condition("one label for all", None, labels=CLASSES[:1], check=close(X + 1)),
+    # (1 - w) x + w (x + label), with class 0 for none
+    condition(
+        "negative guidance",
+        None,
+        guidance_scale=-1.0,
+        null_label=0,
+        check=close(X - CLASSES.reshape(2, 1, 1, 1)),
+    ),
+    case(
+        "labels in place of a condition",
+        lambda: LABELLED.predict(X, 500, condition=CLASSES),
+        TypeError,
+        "condition must be made by Denoiser.condition(...), or None, got Tensor",
+    ),
+]
+
+# Covariances
+
+TIMESTEP = torch.tensor([5, 6])
+FOUR = torch.Size(SHAPE)
+TWOS = {
+    "diagonal": diagonal(torch.full(SHAPE, 2.0), FOUR),
+    "full": full(2 * torch.eye(4).expand(2, 4, 4), FOUR),
+    "blocks": channel_blocks(2 * torch.ones(2, 4, 1, 1), FOUR),
+    "cosines": cosine_diagonal(torch.full(SHAPE, 2.0), FOUR),
+}
+VECTORS = {
+    "of one sample": X[:1],
+    "of three samples": X.repeat(2, 1, 1, 1)[:3],
+    "that is flat": X.flatten(1),
+    "without a batch": X[0],
+    "that is None": None,
+}
+COVARIANCES = [
+    *(
+        case(
+            f"{make.__name__} by {n!r} products",
+            lambda make=make, n=n: make(DENOISER, n),
+            error,
+            says,
+        )
+        for make in (ocm.Hutchinson, ocm.Lanczos, ocm.CosineDiagonal)
+        for n, error, says in (
+            (0, ValueError, "num_probes must be at least 1, got 0"),
+            (2.5, TypeError, "num_probes must be an int, got 2.5"),
+        )
+    ),
+    *(
+        case(
+            f"{make.__name__} of no denoiser",
+            lambda make=make: make(None).at(AT),
+            TypeError,
+            "denoiser of a covariance must be an ocm.Denoiser",
+        )
+        for make in (ocm.Exact, ocm.Full, ocm.ChannelBlocks)
+    ),
+    *(
+        case(
+            f"{name} of a timestep for each sample",
+            lambda C=C: C.at(DENOISER.predict(X, TIMESTEP)),
+            TypeError,
+            "prediction.t must be one timestep",
+        )
+        for name, C in {
+            "probes": ocm.Hutchinson(DENOISER, 2),
+            "blocks": ocm.ChannelBlocks(DENOISER),
+            "a calibration": ocm.Calibrated((BETA,), Table({5: [1.0, 0.0]})),
+        }.items()
+    ),
+    case(
+        "a floor of no name",
+        lambda: ocm.Hutchinson(DENOISER, 2, floor="none"),
+        ValueError,
+        "floor must be 'error' or None",
+    ),
+    case(
+        "a seed of probes below 0",
+        lambda: ocm.Hutchinson(DENOISER, 2, seed=-1).at(AT),
+        ValueError,
+        "seed must lie in [0, 2**64), got -1",
+    ),
+    case(
+        "fewer probes than colors",
+        lambda: ocm.Hutchinson(DENOISER, 2, probes=hessdiag.Coloring(3)).at(AT),
+        ValueError,
+        "max_probes must be at least 3",
+    ),
+    case(
+        "cosines of flat samples",
+        lambda: ocm.CosineDiagonal(DENOISER).at(DENOISER.predict(X.flatten(1), 5)),
+        ValueError,
+        "two axes of positions",
+    ),
+    case(
+        "channels of flat samples",
+        lambda: ocm.ChannelBlocks(DENOISER).at(DENOISER.predict(X.flatten(1), 5)),
+        ValueError,
+        "(B, C, ...)",
+    ),
+    case(
+        "no variance beside the output",
+        lambda: ocm.VarianceChannels(DENOISER).at(AT).diagonal(),
+        ValueError,
+        "2 channels, got 1",
+    ),
+    *(
+        case(
+            f"the eigenvalues of a network that returns NaN, {make.__name__}",
+            lambda make=make: make(NANS).at(NANS.predict(X, 500)).noise(X),
+            ValueError,
+            "covariance must be finite to have eigenvalues",
+        )
+        for make in (ocm.Full, ocm.Lanczos)
+    ),
+    case(
+        "weights below 0",
+        lambda: ocm.Calibrated((BETA,), Table({5: [-1.0, 0.0]})),
+        ValueError,
+        "weights must be at least 0, got -1",
+    ),
+    case(
+        "weights of two covariances",
+        lambda: ocm.Calibrated((BETA,), Table({5: [1.0]})),
+        ValueError,
+        "weights must have 2 columns",
+    ),
+    case(
+        "a calibration of another timestep",
+        lambda: ocm.Calibrated((BETA,), Table({5: [1.0, 0.0]})).at(AT),
+        ValueError,
+        "t must lie in 5 .. 5, where this was fitted, got 500",
+    ),
+    *(
+        case(
+            f"{name} by a vector {what}",
+            lambda C=C, v=v: C.multiply(v),
+            ValueError,
+            "a vector must have the shape of the covariance",
+        )
+        for name, C in TWOS.items()
+        for what, v in VECTORS.items()
+    ),
+    *(
+        case(
+            f"{name} in a range {what}",
+            lambda C=C, r=r: C.bounded(r),
+            error,
+            "x0_range must be (low, high)",
+        )
+        for name, C in TWOS.items()
+        for what, r, error in (
+            ("that is reversed", (1.0, -1.0), ValueError),
+            ("from NaN", (NAN, 1.0), ValueError),
+            ("of one number", (1.0,), TypeError),
+        )
+    ),
+    *(
+        case(
+            f"{name} clamped to bounds out of order",
+            lambda C=C: C.clamped(1.0, 0.0),
+            ValueError,
+            "low <= high",
+        )
+        for name, C in TWOS.items()
+    ),
+    # C = 2 I in every basis, in any precision of the vector.
+    *(
+        case(
+            f"{name} by a vector in {dtype}",
+            lambda C=C, d=dtype: C.multiply(X.to(d)),
+            check=close(
+                2 * X, check_dtype=False, atol=1e-2 if dtype == torch.float16 else 1e-6, rtol=0.0
+            ),
+        )
+        for name, C in TWOS.items()
+        for dtype in (torch.float64, torch.float16)
+    ),
+    case(
+        "one sample of a covariance for all",
+        lambda: full(2 * torch.eye(4)[None], torch.Size((1, 1, 2, 2))).multiply(X),
+        check=close(2 * X),
+    ),
+    case(
+        "a matrix of one sample",
+        lambda: full(torch.eye(4)[None], FOUR),
+        ValueError,
+        "matrix must have shape (2, 4, 4)",
+    ),
+    case(
+        "a matrix of three features",
+        lambda: full(torch.eye(3).expand(2, 3, 3), FOUR),
+        ValueError,
+        "(2, 4, 4), got (2, 3, 3)",
+    ),
+    case(
+        "variances of three samples",
+        lambda: diagonal(torch.ones(3, 1, 2, 2), FOUR),
+        ValueError,
+        "variances must broadcast",
+    ),
+]
+
+
+def fitted(function):
+    kind = function.__name__
+
+    def row(name, error, *says, check=None, **arguments):
+        given = {"denoiser": DENOISER, "x0": IMAGES, "timesteps": [500], **arguments}
+        denoiser, x0, timesteps = (given.pop(k) for k in ("denoiser", "x0", "timesteps"))
+        before = (denoiser, BETA) if function is ocm.calibrate else (denoiser,)
+        return case(
+            f"{kind}: {name}",
+            lambda: function(*before, x0, timesteps, **given),
+            error,
+            *says,
+            check=check,
+        )
+
+    return [
+        row("data that are NaN", ValueError, "x0 must be finite, got 8 NaN", x0=X * NAN),
+        row("data of integers", TypeError, "x0 must be a real floating-point", x0=X.long()),
+        row("data of bytes", TypeError, "x0 must be a real floating-point", x0=X.to(torch.uint8)),
+        row("data of NumPy", TypeError, "x0 must be a real floating-point", x0=X.numpy()),
+        row("no data", ValueError, "x0 must hold at least one sample", x0=X[:0]),
+        row("one dimension", ValueError, "x0 must have shape (B, channels, ...)", x0=torch.ones(3)),
+        row("no timesteps", ValueError, "timesteps must hold at least one", timesteps=[]),
+        row("one timestep", TypeError, "timesteps must be a sequence of numbers", timesteps=500),
+        row("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", timesteps=[0]),
+        row("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", timesteps=[N + 1]),
+        row("timestep NaN", TypeError, "t must be whole", timesteps=[NAN]),
+        row("half a timestep", TypeError, "t must be whole", timesteps=[0.5]),
+        row("one label", ValueError, "labels must be", "(1,)", labels=torch.tensor([1])),
+        row("more labels than data", ValueError, "each of 2 samples", labels=torch.arange(9)),
+        row("batches of 0", ValueError, "batch_size must be at least 1, got 0", batch_size=0),
+        row("batches of -1", ValueError, "batch_size must be at least 1", batch_size=-1),
+        row("batches of 2.5", TypeError, "batch_size must be an int", batch_size=2.5),
+        row("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
+    ]
+
+
+FITS = [
+    *fitted(ocm.fit_analytic),
+    *fitted(ocm.fit_analytic_from_data),
+    *fitted(ocm.calibrate),
+    *(
+        case(
+            f"{f.__name__} in a range that is reversed",
+            lambda f=f, a=a: f(*a, X, [500], x0_range=(1, -1)),
+            ValueError,
+            "x0_range must be (low, high)",
+        )
+        for f, a in ((ocm.calibrate, (DENOISER, BETA)), (ocm.fit_analytic_from_data, (DENOISER,)))
+    ),
+    *(
+        case(
+            f"a calibration of {name}",
+            lambda c=c, t=t: ocm.calibrate(DENOISER, c, X, t),
+            error,
+            says,
+        )
+        for name, c, t, error, says in (
+            ("nothing", [], [5], ValueError, "covariances must hold at least one"),
+            ("a name", "beta", [5], TypeError, "covariance must state Cov[x0 | x_t]"),
+            ("a class", ocm.Beta, [5], TypeError, "covariance must state Cov[x0 | x_t]"),
+            ("what has no density", ocm.Lanczos(DENOISER), [5], TypeError, "must have a density"),
+            ("two that do not mix", [BETA, ocm.Full(DENOISER)], [5], TypeError, "must be diagonal"),
+            ("a step backwards", BETA, [(10, 5)], ValueError, "s must lie in [0, t)"),
+        )
+    ),
+]
+
+# Samplers
+
+
+def sampled(name, error, *says, check=None, function=ocm.sample, **arguments):
+    given = {"denoiser": DENOISER, "covariance": BETA, "shape": SHAPE, "steps": 2, **arguments}
+    return case(name, lambda: function(**given), error, *says, check=check)
+
+
+def loops(name, error, *says, **arguments):
+    """The same of both loops."""
+    return [
+        sampled(name, error, *says, **arguments),
+        sampled(
+            f"{name}, in a trajectory", error, *says, function=ocm.sample_trajectory, **arguments
+        ),
+    ]
+
+
+def step_of(*numbers):
+    return lambda schedule, s, t: ReverseStep(*numbers)
+
+
+SAMPLERS = [
+    *(
+        case(
+            f"{f.__name__} from {t} to {s}",
+            lambda f=f, s=s, t=t: f(LINEAR, s, t),
+            ValueError,
+            "timesteps must satisfy 0 <= s < t <= 1000",
+        )
+        for f in (ocm.ddpm, ocm.ddim, ocm.renoised)
+        for s, t in ((5, 5), (6, 5), (-1, 5), (0, N + 1), (NAN, 5), (0, NAN))
+    ),
+    *(
+        case(
+            f"eta {eta}",
+            lambda eta=eta: ocm.ddim(LINEAR, 1, 5, eta=eta),
+            ValueError,
+            "eta must lie in [0, 1]",
+        )
+        for eta in (-0.1, 1.1, NAN, INF)
+    ),
+    *(
+        case(
+            f"{noise} of the noise",
+            lambda n=noise: ocm.renoised(LINEAR, 1, 5, noise=n),
+            ValueError,
+            "noise must lie in [0, 1]",
+        )
+        for noise in (-0.1, 1.1, NAN)
+    ),
+    *(
+        case(
+            f"second order of eta {eta}",
+            lambda eta=eta: ocm.SecondOrder(eta),
+            ValueError,
+            "eta must lie in [0, 1]",
+        )
+        for eta in (-0.1, 1.1, NAN)
+    ),
+    *loops("no steps", ValueError, "K must be at least 1, got 0", steps=0),
+    *loops("more steps than timesteps", ValueError, "K must lie in 1 .. 1000", steps=N + 1),
+    *loops("steps that are a float", TypeError, "steps must be an int, or a sequence", steps=2.0),
+    *loops("steps that are None", TypeError, "steps must be an int, or a sequence", steps=None),
+    *loops("steps that are a word", TypeError, "steps must be an int, or a sequence", steps="2"),
+    *loops("steps of NumPy", TypeError, "steps must be an int", "int64(3)", steps=np.int64(3)),
+    *loops("steps in a tensor of no dimension", TypeError, "steps must be", steps=torch.tensor(3)),
+    *loops("no timesteps", ValueError, "timesteps must increase from above 0, got []", steps=[]),
+    *loops("a timestep of 0", ValueError, "timesteps must increase from above 0", steps=[0, 5]),
+    *loops("timesteps that fall", ValueError, "timesteps must increase", steps=[9, 5]),
+    *loops("a timestep of NaN", ValueError, "timesteps must increase", "nan", steps=[5, NAN]),
+    *loops("a timestep beyond N", ValueError, "t must lie in 1 .. 1000", steps=[5, N + 1]),
+    *loops("a timestep of a half", TypeError, "t must be whole", steps=[0.5]),
+    *loops("a shape of no batch", ValueError, "shape must be (B, ...)", shape=()),
+    *loops("a shape without channels", ValueError, "x_t must have shape (B, channels", shape=(2,)),
+    *loops("a shape below 0", ValueError, "at least 0", shape=(-1, 1, 2, 2)),
+    *loops("a shape of floats", TypeError, "shape must hold integers", shape=(2.0, 1, 2, 2)),
+    *loops("a range that is reversed", ValueError, "x0_range must be", x0_range=(1.0, -1.0)),
+    *loops("a range to NaN", ValueError, "x0_range must be (low, high)", x0_range=(-1.0, NAN)),
+    *loops("a range that is a number", TypeError, "x0_range must be (low, high)", x0_range=1.0),
+    *loops("a seed below 0", ValueError, "seed must lie in [0, 2**64), got -1", seed=-1),
+    *loops("a seed that is a float", TypeError, "seed must be an int", seed=1.5),
+    *loops("a sample below 0", ValueError, "sample_offset must be at least 0", sample_offset=-1),
+    *loops("samples of integers", TypeError, "dtype must be a floating", dtype=torch.int64),
+    *loops("samples of a name", TypeError, "dtype must be a floating-point", dtype="float32"),
+    *loops("no covariance", TypeError, "covariance must state Cov[x0 | x_t]", covariance=None),
+    *loops("the name of a covariance", TypeError, "covariance must state", covariance="beta"),
+    *loops("a class of covariances", TypeError, "covariance must state", covariance=ocm.Beta),
+    *loops("no denoiser", TypeError, "denoiser must be an ocm.Denoiser", denoiser=None),
+    *loops(
+        "the name of a sampler", TypeError, "sampler must be ocm.ddpm", "'ddpm'", sampler="ddpm"
+    ),
+    *loops("a class of samplers", TypeError, "sampler must be", sampler=ocm.SecondOrder),
+    *loops("a sampler that returns nothing", TypeError, "ReverseStep", sampler=lambda *_: None),
+    *loops("a sampler that returns NaN", ValueError, "finite", sampler=step_of(NAN, 1.0, 0.0)),
+    *loops("a variance below 0", ValueError, "lambda^2 >= 0", sampler=step_of(0.5, 0.5, -1.0)),
+    *loops(
+        "labels for three",
+        ValueError,
+        "one for each sample",
+        condition=DENOISER.condition(torch.tensor([1, 2, 3])),
+    ),
+    *loops("a condition that is a word", TypeError, "condition must be made by", condition="cat"),
+    sampled(
+        "a sampler of second order",
+        TypeError,
+        "sampler must look at x_t alone",
+        function=ocm.sample_trajectory,
+        sampler=ocm.SecondOrder(),
+    ),
+    sampled(
+        "a trajectory without density",
+        TypeError,
+        "must have a density",
+        function=ocm.sample_trajectory,
+        covariance=ocm.Lanczos(DENOISER),
+    ),
+    *(
+        sampled(
+            f"last noise of {noise} from {name}",
+            ValueError,
+            "max_last_noise must be at least 0",
+            max_last_noise=noise,
+            **how,
+        )
+        for noise in (-1.0, NAN)
+        for name, how in {
+            "a diagonal": {},
+            "a matrix": {"covariance": ocm.Full(DENOISER)},
+            "second order": {"sampler": ocm.SecondOrder(1.0)},
+        }.items()
+    ),
+    sampled("a capture on the CPU", ValueError, "CUDA device, got cpu", function=ocm.capture),
+    sampled("no samples", None, shape=(0, 1, 2, 2), check=shaped(0, 1, 2, 2)),
+    sampled("no pixels", None, shape=(2, 1, 0, 2), check=shaped(2, 1, 0, 2)),
+    # x0_hat = alpha_N x_N, which is far inside of the range
+    sampled(
+        "one step",
+        None,
+        steps=1,
+        check=lambda found: close(
+            LINEAR.alpha(N).float() * ocm.sampling.samplers.starting_noise(DENOISER, SHAPE, N, 0, 0)
+        )(found),
+    ),
+    sampled(
+        "a range of one number", None, x0_range=(0.25, 0.25), check=close(torch.full(SHAPE, 0.25))
+    ),
+    sampled(
+        "a network that returns NaN is seen",
+        None,
+        denoiser=NANS,
+        check=lambda found: holds(bool(found.isnan().all())),
+    ),
+]
+
+LAW = ocm.transition(AT, BETA, ocm.ddpm(LINEAR, 400, 500))
+TRANSITIONS = [
+    *(
+        case(
+            f"{name} of a transition, {what}",
+            lambda f=f, z=z: f(z),
+            ValueError,
+            "must have the shape of the mean, (2, 1, 2, 2)",
+        )
+        for name, f in {"a draw": LAW.draw, "the density": LAW.log_prob}.items()
+        for what, z in VECTORS.items()
+    ),
+    case(
+        "a transition of no step",
+        lambda: ocm.transition(AT, BETA, None),
+        TypeError,
+        "ReverseStep, got None",
+    ),
+    case(
+        "a transition of two numbers",
+        lambda: ocm.transition(AT, BETA, (1.0, 2.0)),
+        TypeError,
+        "ReverseStep",
+    ),
+    case(
+        "a transition of no covariance",
+        lambda: ocm.transition(AT, None, ocm.ddpm(LINEAR, 400, 500)),
+        TypeError,
+        "covariance must state",
+    ),
+    case(
+        "the density of a step without noise",
+        lambda: ocm.transition(AT, ocm.BetaTilde(DENOISER), ocm.ddim(LINEAR, 400, 500)).log_prob(X),
+        ValueError,
+        "covariance must be positive for log p",
+    ),
+]
+
+# Inverse problems
+
+C = diagonal(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))
+MEASURED = torch.tensor([[5.0]])
+EXPECTED = torch.tensor([[5 / 6, 20 / 6]])  # C A^T (A C A^T + 1)^-1 y
+
+
+def total(x):
+    return x.sum(dim=1, keepdim=True)
+
+
+def inverse(name, error, *says, check=None, **arguments):
+    given = {
+        "mean": torch.zeros(1, 2),
+        "covariance": C,
+        "measurement": MEASURED,
+        "operator": total,
+        "noise_std": 1.0,
+        **arguments,
+    }
+    return case(
+        name, lambda: ocm.posterior_mean_given_measurement(**given), error, *says, check=check
+    )
+
+
+def restored(name, error, *says, check=None, **arguments):
+    given = {
+        "denoiser": DENOISER,
+        "covariance": BETA,
+        "measurement": X[:, :, :1],
+        "operator": lambda v: v[:, :, :1],
+        "noise_std": 0.1,
+        "shape": SHAPE,
+        "steps": 2,
+        **arguments,
+    }
+    return case(
+        f"{name}, in a loop",
+        lambda: ocm.sample_given_measurement(**given),
+        error,
+        *says,
+        check=check,
+    )
+
+
+ONE = torch.ones(1, 2)
+INVERSE = [
+    inverse(
+        "a measurement of NaN", ValueError, "must be finite, got NaN", measurement=MEASURED * NAN
+    ),
+    inverse("a measurement without end", ValueError, "must be finite", measurement=MEASURED * INF),
+    inverse("a measurement of two numbers", ValueError, "shape of operator(mean)", measurement=ONE),
+    inverse(
+        "two measurements", ValueError, "shape of operator(mean)", measurement=torch.ones(2, 1)
+    ),
+    inverse("no measurement", TypeError, "measurement must be a tensor", measurement=None),
+    inverse("a mean of NaN", ValueError, "operator(mean) must be finite", mean=ONE * NAN),
+    inverse("a mean of integers", TypeError, "mean must be a real floating", mean=ONE.long()),
+    inverse("a mean of no batch", ValueError, "mean must have shape", mean=ONE[0]),
+    inverse("no covariance", TypeError, "covariance must be one of a posterior", covariance=None),
+    inverse("what states a covariance", TypeError, "covariance must be one of", covariance=BETA),
+    inverse(
+        "a covariance of three samples",
+        ValueError,
+        "a vector must have the shape",
+        covariance=diagonal(torch.ones(3, 2), torch.Size([3, 2])),
+    ),
+    inverse(
+        "a covariance below 0", ValueError, "positive semi-definite", covariance=C.affine(-1.0, 0.0)
+    ),
+    inverse(
+        "an operator with an offset",
+        ValueError,
+        "maps 0 to values up to 1",
+        operator=lambda x: total(x) + 1,
+    ),
+    inverse(
+        "an operator that is no tensor",
+        TypeError,
+        "operator must return a",
+        operator=lambda x: None,
+    ),
+    inverse(
+        "an operator that is a square",
+        ValueError,
+        "operator must be linear",
+        mean=ONE,
+        operator=lambda x: total(x * x),
+    ),
+    inverse(
+        "an operator that is a cube",
+        ValueError,
+        "operator must be linear",
+        mean=ONE,
+        operator=lambda x: total(x**3),
+    ),
+    inverse("an adjoint to another shape", ValueError, "adjoint must map", adjoint=lambda u: u),
+    inverse(
+        "an adjoint that returns nothing", ValueError, "adjoint must map", adjoint=lambda u: None
+    ),
+    inverse(
+        "an adjoint of the other sign",
+        ValueError,
+        "adjoint its transpose",
+        mean=ONE,
+        adjoint=lambda u: -u.expand(1, 2),
+    ),
+    inverse(
+        "an adjoint twice as large",
+        ValueError,
+        "adjoint its transpose",
+        mean=ONE,
+        adjoint=lambda u: 2 * u.expand(1, 2),
+    ),
+    inverse("noise below 0", ValueError, "noise_std must be at least 0, got -1", noise_std=-1.0),
+    inverse("noise of NaN", ValueError, "noise_std must be at least 0, got nan", noise_std=NAN),
+    inverse("noise that is a word", TypeError, "noise_std must be a number or a", noise_std="1"),
+    inverse("complex noise", TypeError, "noise_std must be a number or a tensor", noise_std=1j),
+    inverse(
+        "noise of two measurements", ValueError, "noise_std must broadcast", noise_std=torch.ones(2)
+    ),
+    inverse("a weighting of no name", ValueError, "weighting must be 'row_sums'", weighting="rows"),
+    inverse("a length of NaN", ValueError, "weighting must be finite, got nan", weighting=NAN),
+    inverse("a length below 0", ValueError, "weighting must be at least 0", weighting=-1.0),
+    inverse("a length that is a boolean", TypeError, "weighting must be a number", weighting=True),
+    inverse("what states a weighting", TypeError, "weighting must be a number", weighting=BETA),
+    *(
+        inverse(f"a tolerance of {tolerance}", ValueError, says, tolerance=tolerance)
+        for tolerance, says in (
+            (-0.1, "tolerance must lie in [0, 1), got -0.1"),
+            (1.0, "tolerance must lie in [0, 1), got 1.0"),
+            (NAN, "tolerance must be finite, got nan"),
+            (INF, "tolerance must be finite, got inf"),
+        )
+    ),
+    inverse("no iterations", ValueError, "max_iterations must be at least 1", max_iterations=0),
+    inverse("half an iteration", TypeError, "max_iterations must be an int", max_iterations=0.5),
+    inverse("a measurement of integers", None, measurement=MEASURED.long(), check=close(EXPECTED)),
+    inverse(
+        "a measurement in float64",
+        None,
+        measurement=MEASURED.double(),
+        check=close(EXPECTED, check_dtype=False),
+    ),
+    inverse("a tolerance of 0", None, tolerance=0.0, check=close(EXPECTED)),
+    inverse("without a tolerance", None, tolerance=None, max_iterations=2, check=close(EXPECTED)),
+    inverse("no noise", None, noise_std=0.0, check=close(torch.tensor([[1.0, 4.0]]))),
+    inverse(
+        "a covariance of 0", None, covariance=C.affine(0.0, 0.0), check=close(torch.zeros(1, 2))
+    ),
+    restored("a measurement of NaN", ValueError, "must be finite", measurement=X[:, :, :1] * NAN),
+    restored(
+        "a measurement of one sample", ValueError, "shape of operator", measurement=X[:1, :, :1]
+    ),
+    restored("noise below 0", ValueError, "noise_std must be at least 0", noise_std=-1.0),
+    restored("noise of three", ValueError, "noise_std must broadcast", noise_std=torch.ones(3)),
+    restored("draws by a length", ValueError, "draw_x0 must be False", weighting=1.0),
+    restored("a length below 0", ValueError, "weighting must be", weighting=-1.0, draw_x0=False),
+    restored("a length of NaN", ValueError, "weighting must be", weighting=NAN, draw_x0=False),
+    restored("a posterior as weighting", TypeError, "covariance must state", weighting=C),
+    restored("a range that is reversed", ValueError, "x0_range must be", x0_range=(1.0, -1.0)),
+    restored("samples of integers", TypeError, "dtype must be a floating", dtype=torch.int64),
+    restored("no steps", ValueError, "K must be at least 1", steps=0),
+    restored(
+        "a network that returns NaN",
+        ValueError,
+        "must be finite",
+        denoiser=NANS,
+        covariance=ocm.Beta(NANS),
+    ),
+]
+
+SIGMAS = {
+    "0": (0.0, ValueError, "sigma must lie in (0, 314.8]"),
+    "-1": (-1.0, ValueError, "sigma must lie in (0, 314.8]"),
+    "NaN": (NAN, ValueError, "sigma must lie in (0, 314.8]"),
+    "infinity": (INF, ValueError, "sigma must lie in (0, 314.8]"),
+    "a word": ("1", TypeError, "sigma must be a number or a tensor, got str"),
+    "three numbers": (torch.ones(3), ValueError, "one for each of 2 samples, got 3"),
+    "a NaN of one sample": (torch.tensor([NAN, 1.0]), ValueError, "sigma must lie in"),
+}
+K = ocm.KDiffusionDenoiser(DENOISER)
+ANY_SIGMA = [
+    *(
+        case(f"{name} at a sigma of {what}", lambda f=f, s=s: f(s), error, says)
+        for name, f in {
+            "x0": lambda s: ocm.x0_given(DENOISER, BETA, X, s),
+            "k-diffusion": lambda s: K(X, s),
+        }.items()
+        for what, (s, error, says) in SIGMAS.items()
+    ),
+    case(
+        "x0 given integers",
+        lambda: ocm.x0_given(DENOISER, BETA, X.long(), 1.0),
+        TypeError,
+        "x must be a real floating-point tensor",
+    ),
+    case(
+        "x0 given one dimension",
+        lambda: ocm.x0_given(DENOISER, BETA, X[0, 0, 0], 1.0),
+        ValueError,
+        "x must have shape",
+    ),
+    case(
+        "x0 in a range that is reversed",
+        lambda: ocm.x0_given(DENOISER, BETA, X, 1.0, x0_range=(1, -1)),
+        ValueError,
+        "x0_range must be",
+    ),
+    case(
+        "x0 of no covariance",
+        lambda: ocm.x0_given(DENOISER, None, X, 1.0),
+        TypeError,
+        "covariance must state",
+    ),
+    case(
+        "k-diffusion in a range that is reversed",
+        lambda: ocm.KDiffusionDenoiser(DENOISER, (1, -1)),
+        ValueError,
+        "x0_range must be",
+    ),
+    case("no sigmas", lambda: K.get_sigmas(0), ValueError, "n must be at least 1, got 0"),
+    case("half a sigma", lambda: K.get_sigmas(0.5), TypeError, "n must be an int, got 0.5"),
+    case(
+        "one sigma",
+        lambda: K.get_sigmas(1),
+        check=lambda found: close(torch.tensor([K.sigma_max, 0.0]), check_dtype=False)(found),
+    ),
+    # N(0, 1) beside noise of sigma: x / (1 + sigma^2)
+    case(
+        "a sigma for each sample",
+        lambda: K(X, torch.tensor([1.0, 2.0])),
+        check=close(X / torch.tensor([2.0, 5.0]).reshape(2, 1, 1, 1), atol=5e-3, rtol=0.0),
+    ),
+]
+
+# Likelihoods
+
+
+def bound(name, error, *says, check=None, **arguments):
+    given = {"denoiser": DENOISER, "covariance": BETA, "x0": IMAGES, "steps": 2, **arguments}
+    return case(
+        f"a bound: {name}", lambda: ocm.bits_per_dim(**given).total, error, *says, check=check
+    )
+
+
+def likelihood(name, error, *says, check=None, settings=None, **arguments):
+    given = {"denoiser": DENOISER, "x": X.double(), **arguments}
+    settings = ocm.LikelihoodSettings(num_steps=2) if settings is None else settings
+    return case(
+        f"a likelihood: {name}",
+        lambda: ocm.log_likelihood(settings=settings, **given).value,
+        error,
+        *says,
+        check=check,
+    )
+
+
+def settings(name, error, *says, **options):
+    return case(f"settings: {name}", lambda: ocm.LikelihoodSettings(**options), error, *says)
+
+
+LIKELIHOODS = [
+    bound("no steps", ValueError, "K must be at least 1, got 0", steps=0),
+    bound("timesteps that miss N", ValueError, "steps must end at N = 1000", steps=[5, 10]),
+    bound("values off the grid", ValueError, "must lie on the grid", x0=X * 0.99),
+    bound("values beyond 1", ValueError, "x0 must lie in [-1, 1], got values up to 2", x0=X * 2),
+    bound("images of NaN", ValueError, "x0 must be finite", x0=X * NAN),
+    bound("images of bytes", TypeError, "x0 must be a real floating", x0=X.to(torch.uint8)),
+    bound("images of no channels", ValueError, "shape (B, channels", x0=torch.ones(3)),
+    bound("one level", ValueError, "levels must be at least 2, got 1", levels=1),
+    bound("levels of NaN", TypeError, "levels must be an int, got nan", levels=NAN),
+    bound("half a level", TypeError, "levels must be an int, got 256.5", levels=256.5),
+    bound("a decoder of no name", ValueError, "decoder must be 'stated'", decoder="x"),
+    bound("a range that is reversed", ValueError, "x0_range must be", x0_range=(1.0, -1.0)),
+    bound("no covariance", TypeError, "covariance must state", covariance=None),
+    bound("no density", TypeError, "must have a density", covariance=ocm.Lanczos(DENOISER)),
+    bound("a network that returns NaN", FloatingPointError, "2 of 2 samples is NaN", denoiser=NANS),
+    bound("no images", None, x0=IMAGES[:0], check=shaped(0)),
+    # A density of variance 0 is 0 but at its mean.
+    bound(
+        "certainty about continuous data",
+        None,
+        levels=None,
+        covariance=ocm.BetaTilde(DENOISER),
+        check=close(torch.full((2,), INF).double()),
+    ),
+    *(
+        case(f"{levels!r} levels", lambda n=levels: ocm.quantise(X, n), error, says)
+        for levels, error, says in (
+            (1, ValueError, "levels must be at least 2, got 1"),
+            (2.5, TypeError, "levels must be an int, got 2.5"),
+            ("256", TypeError, "levels must be an int, got '256'"),
+        )
+    ),
+    case(
+        "levels of bytes", lambda: ocm.quantise(X.to(torch.uint8)), TypeError, "x0 must be a real"
+    ),
+    likelihood("data of NaN", ValueError, "x must be finite", x=X * NAN),
+    likelihood("data of integers", TypeError, "x must be a real floating-point", x=X.long()),
+    likelihood("no data", ValueError, "x must hold at least one sample", x=X[:0]),
+    likelihood("data of one dimension", ValueError, "x must have shape", x=torch.ones(3)),
+    likelihood("settings that are none", TypeError, "settings must be", settings=3),
+    likelihood("images off the grid", ValueError, "must lie on the grid", levels=256),
+    likelihood("noise for continuous data", ValueError, "left out", dequantisation="uniform"),
+    likelihood(
+        "a decoder without a variance",
+        ValueError,
+        "covariance must be given",
+        x=IMAGES,
+        levels=256,
+        dequantisation="decoder",
+    ),
+    likelihood(
+        "a covariance that is a name",
+        TypeError,
+        "covariance must state",
+        x=IMAGES,
+        levels=256,
+        covariance="x",
+    ),
+    *(
+        likelihood(f"from timestep {t} on", ValueError, "first_timestep must", first_timestep=t)
+        for t in (0, N, -1, NAN)
+    ),
+    likelihood("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
+    likelihood("a sample below 0", ValueError, "sample_offset must be", sample_offset=-1),
+    settings("a solver of no name", ValueError, "solver must be one of", solver="rk5"),
+    settings("no steps", ValueError, "num_steps must be at least 1", num_steps=0),
+    settings("a tolerance of NaN", ValueError, "tolerance must be finite", tolerance=NAN),
+    settings("a tolerance of 1", ValueError, "tolerance must lie between 0 and 1", tolerance=1.0),
+    settings("a tolerance that is a word", TypeError, "tolerance must be a number", tolerance="1"),
+    settings("probes of no name", ValueError, "probes must be a design or one of", probes="x"),
+    settings("no probes", TypeError, "probes must be a design", probes=None),
+    settings("a class of probes", TypeError, "probes must be", probes=hessdiag.Rademacher),
+    *(
+        case(
+            f"settings by a tolerance of {t!r}",
+            lambda t=t: ocm.likelihood_settings(DENOISER, X, t),
+            error,
+            "tolerance must be",
+        )
+        for t, error in (
+            (0.0, ValueError),
+            (-1.0, ValueError),
+            (NAN, ValueError),
+            (INF, ValueError),
+            ("1", TypeError),
+        )
+    ),
+    case(
+        "settings by no samples",
+        lambda: ocm.likelihood_settings(DENOISER, X[:0], 0.1),
+        ValueError,
+        "x must hold samples",
+    ),
+]
+
+# Maps, and the training interface
+
+
+def mapped(name, error, *says, check=None, **arguments):
+    given = {"model": DENOISER, "t": 500, "image": X, **arguments}
+    return case(f"a map: {name}", lambda: ocm.uncertainty(**given).std, error, *says, check=check)
+
+
+SETTINGS = ocm.TrainingSettings(num_steps=1, batch_size=2)
+
+
+class Scale(nn.Module):
+    """A network of one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, time):
+        return self.weight * x
+
+
+def trained(name, error, *says, **arguments):
+    def call():
+        architecture = ocm.Architecture("Scale", None, lambda n, x, t, labels: n(x, t))
+        denoiser = ocm.Denoiser(Scale(), LINEAR, architecture=architecture)
+        given = {"images": X, "settings": SETTINGS, "progress": False, **arguments}
+        return ocm.train_denoiser(denoiser, given.pop("images"), given.pop("settings"), **given)
+
+    return case(f"training: {name}", call, error, *says)
+
+
+def denoising(name, error, *says, **arguments):
+    given = {"x0": X, "t": torch.tensor([5, 6]), "seed": 0, "sample_offset": 0, **arguments}
+    return case(
+        f"a loss: {name}",
+        lambda: ocm.denoising_loss(DENOISER, given.pop("x0"), given.pop("t"), **given),
+        error,
+        *says,
+    )
+
+
+MAPS = [
+    mapped("neither image nor x_t", ValueError, "must be given, got neither", image=None),
+    mapped("both image and x_t", ValueError, "must be given, got both", x_t=X),
+    mapped("an image of NaN", ValueError, "image must be finite", image=X * NAN),
+    mapped("an image of bytes", TypeError, "image must be a real", image=X.to(torch.uint8)),
+    mapped("an image of one dimension", ValueError, "must have shape", image=torch.ones(3)),
+    mapped("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", t=0),
+    mapped("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", t=N + 1),
+    mapped("timestep NaN", TypeError, "t must be whole", t=NAN),
+    mapped("a timestep for each sample", TypeError, "t must be one timestep", t=TIMESTEP),
+    mapped("a covariance that is a name", TypeError, "covariance must state", covariance="ocm"),
+    mapped("a covariance beside one", ValueError, "model must be", model=BETA, covariance=BETA),
+    mapped("a way of no name", ValueError, "way must be one of draws, products", way="x"),
+    mapped("one draw", ValueError, "at least 2 num_draws", num_draws=1),
+    mapped("no draws", ValueError, "num_draws must be at least 1, got 0", num_draws=0),
+    mapped("a range that is reversed", ValueError, "x0_range must be", x0_range=(1.0, -1.0)),
+    mapped("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
+    mapped("no model", TypeError, "model must be a denoiser, a covariance", model=None),
+    mapped("no images", None, image=X[:0], check=shaped(0, 1, 2, 2)),
+    # Var[x0 | x_t] = sigma^2 for N(0, I)
+    mapped("four dimensions", None, check=close(LINEAR.sigma(500).float().expand(SHAPE))),
+    denoising("timestep 0", ValueError, "t must lie in 1 .. 1000", t=torch.tensor([0, 5])),
+    denoising("three timesteps", ValueError, "each of 2 samples", t=torch.tensor([5, 6, 7])),
+    denoising("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
+    denoising("a sample below 0", ValueError, "sample_offset must be", sample_offset=-1),
+    trained("three labels", ValueError, "labels", labels=torch.tensor([1, 2, 3])),
+]
+
+
+@table([*SCHEDULES, *SPACINGS])
+def test_bad_schedules(case, tmp_path):
+    run(case, tmp_path)
+
+
+@table([*DENOISERS, *CONDITIONS])
+def test_bad_input_of_denoisers(case, tmp_path):
+    run(case, tmp_path)
+
+
+@table([*COVARIANCES, *FITS])
+def test_bad_input_of_covariances(case, tmp_path):
+    run(case, tmp_path)
+
+
+@table([*SAMPLERS, *TRANSITIONS])
+def test_bad_input_of_samplers(case, tmp_path):
+    run(case, tmp_path)
+
+
+@table([*INVERSE, *ANY_SIGMA])
+def test_bad_input_of_inverse_problems(case, tmp_path):
+    run(case, tmp_path)
+
+
+@table(LIKELIHOODS)
+def test_bad_input_of_likelihoods(case, tmp_path):
+    run(case, tmp_path)
+
+
+@table(MAPS)
+def test_bad_input_of_maps_and_training(case, tmp_path):
+    run(case, tmp_path)
