@@ -142,15 +142,16 @@ def train_in_process(connection, rank, port, settings, options):
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    fail_in = options.pop("fail_in", None)
+    fail_in, drawn = options.pop("fail_in", None), []
 
     def failing(module, x0, t, conditions, sample_offset):
+        drawn.append(torch.rand(()).item())
         value = loss(module, x0, t, conditions, sample_offset)
         return value * float("nan") if rank == fail_in and sample_offset >= 24 else value
 
     try:
         losses, module = trained(settings, seed=rank, loss=failing, **options)
-        result = losses, {k: v.numpy() for k, v in module.state_dict().items()}
+        result = losses, {k: v.numpy() for k, v in module.state_dict().items()}, drawn
     except (ValueError, ArithmeticError) as error:
         result = f"{type(error).__name__}: {error}"
     connection.send(result)

@@ -101,6 +101,31 @@ class TestBlockDiagonal:
         torch.testing.assert_close(result.blocks.flatten(1), plain.diagonal)
         torch.testing.assert_close(result.stderr.flatten(1), plain.stderr)
 
+    def test_one_sign_vector_leaves_the_error_unknown(self, network):
+        _, x, J = network
+        result = hessdiag.block_diagonal(linear(J[0]), x, probes=SIGNS, max_probes=5)
+        assert (result.num_probes == 3).all()
+        assert result.stderr.isinf().all()
+
+    def test_chunks_and_continued_estimates_add_up(self, network):
+        _, x, J = network
+        function, options = linear(J[0]), {"probes": SIGNS, "seed": 4}
+        whole = hessdiag.block_diagonal(function, x, max_probes=12, chunk_size=12, **options)
+        by_chunks = hessdiag.block_diagonal(function, x, max_probes=12, chunk_size=5, **options)
+        torch.testing.assert_close(by_chunks.blocks, whole.blocks)
+        torch.testing.assert_close(by_chunks.stderr, whole.stderr)
+        one, other = (
+            hessdiag.block_diagonal(
+                function, x, max_probes=6, chunk_size=4, probe_offset=offset, **options
+            ).blocks
+            for offset in (0, 2)  # in sign vectors, of three probes each
+        )
+        torch.testing.assert_close((one + other) / 2, whole.blocks)
+        second = hessdiag.block_diagonal(
+            function, x[1:], max_probes=12, sample_offset=1, **options
+        )
+        torch.testing.assert_close(second.blocks, whole.blocks[1:])
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

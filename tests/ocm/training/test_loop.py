@@ -311,6 +311,13 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(processes):
     assert all(result.startswith(message) for result in results)
 
 
+def test_every_process_and_step_draws_random_numbers_of_its_own(processes):
+    """As dropout does: with shared ones it would drop the same features everywhere."""
+    one, other = in_two_processes(processes, dataclasses.replace(SETTINGS, num_steps=3))
+    assert len(one[2]) == len(other[2]) == 3
+    assert len({*one[2], *other[2]}) == 6
+
+
 def test_a_batch_that_does_not_divide_is_refused(processes):
     for result in in_two_processes(processes, dataclasses.replace(SETTINGS, batch_size=7)):
         assert "batch_size must be a multiple of 2, which is 2 processes times" in result
