@@ -228,16 +228,20 @@ def test_what_is_calibrated_is_bounded_first():
     scale, shift = calibrated.weights.numbers(None, 500)
     assert scale + shift == pytest.approx(0.25, rel=1e-3)
     stated = calibrated.at(denoiser.predict(x0, 500)).diagonal()
-    torch.testing.assert_close(stated.expand(x0.shape), torch.full_like(x0, 0.25), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        stated.expand(x0.shape), torch.full_like(x0, 0.25), rtol=1e-3, atol=0
+    )
 
 
 def test_fits_do_not_depend_on_batches(denoiser):
     x0 = data(24)
     for fit in (
-        lambda size: ocm.calibrate(denoiser, ocm.Beta(denoiser), x0, [400], batch_size=size).weights,
+        lambda size: (
+            ocm.calibrate(denoiser, ocm.Beta(denoiser), x0, [400], batch_size=size).weights
+        ),
         lambda size: ocm.fit_analytic(denoiser, x0, [400], batch_size=size).scaled_variances,
-        lambda size: ocm.fit_analytic_from_data(
-            denoiser, x0, [400], batch_size=size
-        ).scaled_variances,
+        lambda size: (
+            ocm.fit_analytic_from_data(denoiser, x0, [400], batch_size=size).scaled_variances
+        ),
     ):
         torch.testing.assert_close(fit(24).values, fit(7).values, rtol=1e-4, atol=1e-8)

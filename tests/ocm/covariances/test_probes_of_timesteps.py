@@ -26,9 +26,7 @@ def denoiser_of(matrix):
 DENOISER = denoiser_of(A)
 COVARIANCES = {
     "hutchinson": lambda m: ocm.Hutchinson(DENOISER, m, floor=None),
-    "coloring": lambda m: ocm.Hutchinson(
-        DENOISER, 4 * m, probes=hessdiag.Coloring(4), floor=None
-    ),
+    "coloring": lambda m: ocm.Hutchinson(DENOISER, 4 * m, probes=hessdiag.Coloring(4), floor=None),
     "cosine": lambda m: ocm.CosineDiagonal(DENOISER, m),
     "blocks": lambda m: ocm.ChannelBlocks(DENOISER, 2 * m, probes=hessdiag.Rademacher()),
 }

@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_held_out_images_with_their_classes(checkpoint, 
 
 
 def test_a_calibration_is_taken_where_it_was_fitted_and_fitted_elsewhere(checkpoint, tmp_path):
-    table = Table(dict.fromkeys((1, 500, 1000), [0.0, 0.5]))  # too wide by far
+    table = Table({t: [0.0, 0.5] for t in (1, 500, 1000)})  # too wide by far
     known = replace(checkpoint, calibrations={"beta": table})
     wide = ocm.Calibrated((ocm.Beta(checkpoint.denoiser),), table)
     fitted = calibration(checkpoint, ocm.even_timesteps(ocm.linear(), 4), 7, 5)
