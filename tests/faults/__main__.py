@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from faults.attention import FAULTS as ATTENTION  # noqa: E402
 from faults.copies import Copy  # noqa: E402
 from faults.core import FAULTS as CORE  # noqa: E402
+from faults.covariances import FAULTS as COVARIANCES  # noqa: E402
 from faults.fault import Fault, nothing  # noqa: E402
 from faults.kernels import FAULTS as KERNELS  # noqa: E402
 
@@ -32,6 +33,7 @@ AREAS = {
     "kernels": KERNELS,
     "attention": ATTENTION,
     "core": CORE,
+    "covariances": COVARIANCES,
 }
 RECORD = ROOT / ".cache" / "faults.json"
 LIMIT = 600  # seconds; a fault that keeps the tests from ending is noticed too
@@ -44,10 +46,10 @@ def main() -> int:
         fault
         for area, faults in AREAS.items()
         for fault in faults
-        if any(options.only in text for text in (area, fault.name, fault.path))
+        if options.only in f"{area}: {fault.name} ({fault.path})"
     ]
     if not faults:
-        print(f"no fault has {options.only!r} in area, name or path", file=sys.stderr)
+        print(f"no fault has {options.only!r} in 'area: name (path)'", file=sys.stderr)
         return 2
     untouched = [nothing(tests) for tests in dict.fromkeys(fault.tests for fault in faults)]
     known = {} if options.again or not RECORD.exists() else json.loads(RECORD.read_text())
@@ -90,7 +92,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
-    parser.add_argument("--only", default="", help="faults with this text in area, name or path")
+    parser.add_argument("--only", default="", help="faults with this text in 'area: name (path)'")
     parser.add_argument("--processes", type=int, default=2, help="how many at a time (2)")
     parser.add_argument("--again", action="store_true", help="try also what is known")
     return parser.parse_args()

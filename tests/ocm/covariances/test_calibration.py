@@ -201,6 +201,12 @@ def test_a_covariance_that_depends_on_s_is_calibrated_by_steps(denoiser):
     assert ocm.calibrate(denoiser, covariance, data(4), [(50, 100)]).depends_on_s
 
 
+def test_a_table_by_steps_takes_the_neighbour_where_no_end_is_given():
+    table = Table({(4, 5): [1.0], (2, 5): [3.0]})
+    assert table.numbers(None, 5) == [1.0]
+    assert table.numbers(2, 5) == [3.0]
+
+
 def test_fits_draw_other_noise_than_scores(denoiser):
     from ocm.diffusion.draws import FITTING
 
