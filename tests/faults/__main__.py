@@ -23,17 +23,27 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from faults.attention import FAULTS as ATTENTION  # noqa: E402
+from faults.commands import FAULTS as COMMANDS  # noqa: E402
 from faults.copies import Copy  # noqa: E402
 from faults.core import FAULTS as CORE  # noqa: E402
 from faults.covariances import FAULTS as COVARIANCES  # noqa: E402
+from faults.evaluation import FAULTS as EVALUATION  # noqa: E402
 from faults.fault import Fault, nothing  # noqa: E402
 from faults.kernels import FAULTS as KERNELS  # noqa: E402
+from faults.likelihoods import FAULTS as LIKELIHOODS  # noqa: E402
+from faults.sampling import FAULTS as SAMPLING  # noqa: E402
+from faults.training import FAULTS as TRAINING  # noqa: E402
 
 AREAS = {
     "kernels": KERNELS,
     "attention": ATTENTION,
     "core": CORE,
     "covariances": COVARIANCES,
+    "sampling": SAMPLING,
+    "likelihoods": LIKELIHOODS,
+    "training": TRAINING,
+    "evaluation": EVALUATION,
+    "commands": COMMANDS,
 }
 RECORD = ROOT / ".cache" / "faults.json"
 LIMIT = 600  # seconds; a fault that keeps the tests from ending is noticed too

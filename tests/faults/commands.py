@@ -30,7 +30,6 @@ FAULTS = [
         PASSED_ON,
     ),
     Fault("--checkpoint-every lost", TRAIN, "checkpoint_every=checkpoint_every,", "", PASSED_ON),
-    Fault("--overwrite goes on", TRAIN, "resume=not overwrite,", "resume=True,", PASSED_ON),
     Fault("--limit lost", TRAIN, "limit=limit,", "", PASSED_ON),
     Fault(
         "--eta lost", SAMPLE, "partial(samplers.ddim, eta=eta or 0.0)", "samplers.ddim", PASSED_ON
@@ -81,8 +80,8 @@ FAULTS = [
     Fault(
         "--seed of the calibration lost",
         CALIBRATE,
-        "        seed=seed,\n        progress",
-        "        progress",
+        "CovarianceSettings(num_probes, seed=seed)",
+        "CovarianceSettings(num_probes)",
         PASSED_ON,
     ),
     Fault(

@@ -83,4 +83,6 @@ class Copy:
 def _environment() -> dict[str, str]:
     """Return that of this process, less what would lead to another copy of the project."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return kept | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    # No test chosen here needs a plugin of pytest, and some take long to import.
+    own = ("PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "PYTEST_DISABLE_PLUGIN_AUTOLOAD")
+    return kept | dict.fromkeys(own, "1")

@@ -132,8 +132,8 @@ FAULTS = [
     Fault(
         "merged errors without the means' distance",
         INTERVALS,
-        "within + weight * (part - mean).square()",
-        "within",
+        "deviations += within + weight *",
+        "deviations += within + 0.0 * weight *",
         OF_MERGING,
     ),
     Fault(
@@ -398,10 +398,10 @@ FAULTS = [
         OF_XDIAG,
     ),
     Fault(
-        "XDiag divides by nothing",
+        "XDiag adds what it should take out",
         XDIAG,
-        "torch.where(pivots.abs() < least, least, 0.0)",
-        "0.0 * pivots",
+        "(omega * residual - QS * ZS)",
+        "(omega * residual + QS * ZS)",
         OF_XDIAG,
     ),
     Fault(

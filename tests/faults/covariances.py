@@ -66,8 +66,8 @@ FAULTS = [
     Fault(
         "beta by the noise of s",
         SCHEDULES,
-        "self._lost(s, t) * self.level(t).sigma ** 2",
-        "self._lost(s, t) * self.level(s).sigma ** 2",
+        "lost(s, t) * self.level(t).sigma ** 2",
+        "lost(s, t) * self.level(s).sigma ** 2",
         OF_SCHEDULES,
     ),
     Fault(
@@ -262,8 +262,8 @@ FAULTS = [
     Fault(
         "positions and channels exchanged",
         OPERATORS,
-        "lambda v: v.flatten(2).mT, lambda b: b.mT.reshape(shape)",
-        "lambda v: v.reshape(len(v), -1, v.shape[1]), lambda b: b.reshape(shape)",
+        "lambda v: v.flatten(2).mT, lambda b: b.mT.reshape(",
+        "lambda v: v.reshape(len(v), -1, v.shape[1]), lambda b: b.reshape(",
         OF_OPERATORS,
     ),
     Fault(

@@ -102,9 +102,8 @@ FAULTS = [
     Fault(
         "the first samples' probes in every batch",
         SAMPLERS,
-        "prediction = denoiser.predict(x, t, s=s, condition=condition, "
-        "sample_offset=sample_offset)",
-        "prediction = denoiser.predict(x, t, s=s, condition=condition)",
+        "x, t, s=s, condition=condition, sample_offset=sample_offset",
+        "x, t, s=s, condition=condition",
         OF_STEPS,
     ),
     Fault(

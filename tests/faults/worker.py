@@ -10,6 +10,7 @@ status of the child, below 0 where a signal ended it.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -20,7 +21,10 @@ from contextlib import suppress
 import pytest
 
 # None of them starts a thread, which a child would lack.
-LIBRARIES = ("numpy", "torch", "torch._dynamo", "triton", "diffusers.models.unets.unet_2d")
+LIBRARIES = (
+    *("numpy", "torch", "torch._dynamo", "triton", "hypothesis"),
+    "diffusers.models.unets.unet_2d",
+)
 
 
 def main() -> None:
@@ -33,6 +37,7 @@ def main() -> None:
         importlib.import_module(library)
     sys.path.insert(0, os.getcwd())
     os.environ["PYTHONPATH"] = os.getcwd()
+    gc.freeze()  # what is here stays, and no child need look at it
     for line in sys.stdin:
         output, limit, arguments = json.loads(line)
         child = os.fork()

@@ -74,7 +74,7 @@ def test_train(call, tmp_path):
         "--workers", 1, "--seed", 5, "--width", 16, "--schedule", "flow", "--prediction-type",
         "sample", "--hold-out", 30, "--class-conditional", "--head", "sn", "--head", "npr",
         "--head-kind", "simple", "--parameterisation", "paper", "--target-probes", 3,
-        "--forward-mode", "--tensorboard", "--overwrite",
+        "--forward-mode", "--tensorboard",
     )  # fmt: skip
     settings = TrainingSettings(
         7, 12, 0.02, seed=5, gradient_accumulation_steps=2, mixed_precision="bf16",
@@ -92,12 +92,7 @@ def test_train(call, tmp_path):
         ("sn", "npr"), "simple", "paper", 3, forward_mode=True, seed=5,
     )  # fmt: skip
     assert len(found.first(data.Images).train) == 300
-    assert found.options["resume"] is False
     assert found.options["tensorboard"] is True
-
-
-def test_train_goes_on_unless_told_otherwise(call, tmp_path):
-    assert call(workflow, "train_checkpoint", "train", "--out", tmp_path).options["resume"] is True
 
 
 def test_calibrate(call, checkpoint, tmp_path):
