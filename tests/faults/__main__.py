@@ -15,9 +15,11 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -62,41 +64,29 @@ def main() -> int:
         print(f"no fault has {options.only!r} in 'area: name (path)'", file=sys.stderr)
         return 2
     untouched = [nothing(tests) for tests in dict.fromkeys(fault.tests for fault in faults)]
+    # Once, whatever is edited while they are tried.
+    prints = {fault: fault.fingerprint(ROOT) for fault in (*untouched, *faults)}
     known = {} if options.again or not RECORD.exists() else json.loads(RECORD.read_text())
-    todo = [fault for fault in (*untouched, *faults) if fault.fingerprint(ROOT) not in known]
+    todo = [fault for fault in prints if prints[fault] not in known]
     print(
         f"{len(faults)} faults for {len(untouched)} choices of tests; of both "
-        f"{len(untouched) + len(faults) - len(todo)} known from before",
+        f"{len(prints) - len(todo)} known from before",
         flush=True,
     )
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.processes) as pool:
-        copies: Queue[Copy] = Queue()
-        for number in range(options.processes):
-            copies.put(Copy(ROOT, Path(folder) / str(number)))
-        for outcome in pool.map(lambda fault: _try(fault, copies), todo):
-            known[outcome["fingerprint"]] = outcome
-            _keep(known)
-            print(
-                f"  {outcome['outcome']:8} {outcome['seconds']:4.0f} s  {outcome['name']}",
-                flush=True,
-            )
-        while not copies.empty():
-            copies.get().close()
+    for fault, outcome in _tried(todo, options.processes):
+        known[prints[fault]] = outcome
+        _keep(known)
+        print(f"  {outcome['outcome']:8} {outcome['seconds']:4.0f} s  {fault.name}", flush=True)
 
-    wrong = [
-        known[fault.fingerprint(ROOT)]
-        for fault in (*untouched, *faults)
-        if known[fault.fingerprint(ROOT)]["outcome"] != fault.expected
-    ]
-    named = {fault.name for fault in faults}
-    must_die = [fault for fault in faults if not fault.equivalent]
-    alive = sum(result["name"] in named for result in wrong)
+    wrong = [fault for fault in prints if known[prints[fault]]["outcome"] != fault.expected]
+    argued = sum(bool(fault.equivalent) for fault in faults)
     print(
-        f"{len(must_die)} faults to be caught, {len(faults) - len(must_die)} argued to be "
-        f"equivalent, {alive} of them not as they must be"
+        f"{len(faults) - argued} faults to be caught and {argued} argued to be equivalent: "
+        f"{sum(fault in wrong for fault in faults)} came out otherwise"
     )
-    for result in wrong:
-        print(f"  {result['outcome']}: {result['name']} ({result['path']})\n{result['output']}")
+    for fault in wrong:
+        outcome = known[prints[fault]]
+        print(f"  {outcome['outcome']}: {fault.name} ({fault.path})\n{outcome['output']}")
     return 1 if wrong else 0
 
 
@@ -108,7 +98,19 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _try(fault: Fault, copies: Queue[Copy]) -> dict[str, object]:
+def _tried(faults: list[Fault], processes: int) -> Iterator[tuple[Fault, dict[str, Any]]]:
+    """Yield each fault with what came of it, in order, as many at a time as there are processes."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+        copies: Queue[Copy] = Queue()
+        for number in range(processes):
+            copies.put(Copy(ROOT, Path(folder) / str(number)))
+        outcomes = pool.map(lambda fault: _try(fault, copies), faults)
+        yield from zip(faults, outcomes, strict=True)
+        while not copies.empty():
+            copies.get().close()
+
+
+def _try(fault: Fault, copies: Queue[Copy]) -> dict[str, Any]:
     """Plant one fault in a copy, run its tests, take it out again, and say what came of it."""
     copy, start = copies.get(), time.monotonic()
     file = copy.place / fault.path
@@ -124,14 +126,13 @@ def _try(fault: Fault, copies: Queue[Copy]) -> dict[str, object]:
     return {
         "name": fault.name,
         "path": fault.path,
-        "fingerprint": fault.fingerprint(ROOT),
         "outcome": outcome,
         "output": "\n".join(output.splitlines()[-15:]),
         "seconds": time.monotonic() - start,
     }
 
 
-def _keep(known: dict[str, object]) -> None:
+def _keep(known: dict[str, Any]) -> None:
     RECORD.parent.mkdir(exist_ok=True)
     beside = RECORD.with_suffix(".new")
     beside.write_text(json.dumps(known, indent=1), encoding="utf-8")
