@@ -12,7 +12,7 @@ OF_FAMILIES = (
 )
 OF_CLOSED_FORMS = ("tests/ocm/diffusion/test_paths.py", "-k", "closed_form and mixture")
 OF_TIMESTEPS = ("tests/ocm/diffusion/test_timesteps.py",)
-OF_TARGETS = ("tests/ocm/training/test_objectives.py", "-k", "learns_what_it_predicts")
+OF_TARGETS = ("tests/ocm/training/test_objectives.py", "-k", "knows_the_data")
 OF_CLASSES = ("tests/ocm/covariances/test_calibration.py", "-k", "own_class or other_noise")
 OF_FITS = (
     "tests/ocm/covariances/test_calibration.py",

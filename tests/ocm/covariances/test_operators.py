@@ -113,9 +113,9 @@ def test_a_bound_of_cosines_is_that_of_each_sample():
     """The first is scaled down as a whole, the second, which is small enough, is left alone."""
     covariance, matrix = of_cosines()
     small = torch.tensor([1.0, 0.05]).double()
-    covariance = cosine_diagonal(
-        covariance.eigenvalues * small.reshape(B, 1, 1, 1), SHAPE
-    ).bounded(X0_RANGE)
+    covariance = cosine_diagonal(covariance.eigenvalues * small.reshape(B, 1, 1, 1), SHAPE).bounded(
+        X0_RANGE
+    )
     matrix = matrix * small.reshape(B, 1, 1)
     largest = matrix.diagonal(dim1=1, dim2=2).amax(dim=1)
     assert largest[0] > BOUND > largest[1]
