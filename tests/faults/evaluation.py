@@ -5,7 +5,10 @@ from __future__ import annotations
 from faults.fault import Fault
 
 OF_HELD_BACK = ("tests/ocm/checkpoints/test_held_back.py",)
-OF_CHECKPOINTS = ("tests/ocm/checkpoints/test_checkpoints.py",)
+OF_CHECKPOINTS = (
+    "tests/ocm/checkpoints/test_read_again.py",
+    "tests/ocm/checkpoints/test_checkpoints.py",
+)
 OF_CATALOGUE = ("tests/ocm/checkpoints/test_catalogue.py",)
 OF_SCORES = ("tests/ocm/evaluation/test_scores.py",)
 OF_EVALUATIONS = ("tests/ocm/evaluation/test_evaluation.py",)

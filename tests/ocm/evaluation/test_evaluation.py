@@ -73,7 +73,7 @@ def test_scores_are_those_of_the_held_out_images_with_their_classes(checkpoint, 
 
 
 def test_a_calibration_is_taken_where_it_was_fitted_and_fitted_elsewhere(checkpoint, tmp_path):
-    table = Table({t: [0.0, 0.5] for t in (1, 500, 1000)})  # too wide by far
+    table = Table({t: [0.0, 5.0] for t in (1, 500, 1000)})  # more than images allow
     known = replace(checkpoint, calibrations={"beta": table})
     wide = ocm.Calibrated((ocm.Beta(checkpoint.denoiser),), table)
     fitted = calibration(checkpoint, ocm.even_timesteps(ocm.linear(), 4), 7, 5)
@@ -87,7 +87,17 @@ def test_quality_is_that_of_samples_of_both_classes_by_both_samplers(
     checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(evaluation, "_features", lambda *arguments: (PIXELS, "Features: pixels."))
+    samplers = []
+
+    def drawn(*arguments, sampler, **options):
+        samplers.append(sampler)
+        return draw(*arguments, sampler=sampler, **options)
+
+    monkeypatch.setattr(evaluation, "draw", drawn)
     record = scores(checkpoint, tmp_path, 2, quality=True, num_samples=9)
+    # This network ends at the same images by both.
+    assert samplers[0] is ocm.ddpm
+    assert (samplers[1].func, samplers[1].keywords) == (ocm.ddim, {"eta": 0.0})
     real = PIXELS(IMAGES.train)
     assert record["num_real"] == 40
     floor = quality(real, PIXELS(IMAGES.test))
