@@ -41,7 +41,7 @@ class Copy:
             arguments: Of pytest.
             limit: Seconds after which it is ended.
         """
-        arguments = ("-qx", "-p", "no:cacheprovider", *arguments)
+        arguments = ("-qx", "-p", "no:cacheprovider", "--durations-min", "600", *arguments)
         run = self._alone if "--emulate" in arguments else self._by_worker
         return run(arguments, limit)
 

@@ -184,7 +184,7 @@ FAULTS = [
         SCORES,
         "bounded = version.bounded(X0_RANGE)",
         "bounded = version",
-        OF_SCORES,
+        OF_EVALUATIONS,
     ),
     Fault(
         "calibrations of the next step",
