@@ -210,8 +210,23 @@ def test_a_table_by_steps_takes_the_neighbour_where_no_end_is_given():
 def test_fits_draw_other_noise_than_scores(denoiser):
     from ocm.diffusion.draws import FITTING
 
-    fits, scores = (noisy_prediction(denoiser, data(2), 9, 0, draw=d).x_t for d in (FITTING, 0))
-    assert not torch.allclose(fits, scores)
+    x0 = data(6)
+    fits, scores = (noisy_prediction(denoiser, x0, 400, 5, draw=d) for d in (FITTING, 0))
+    assert not torch.allclose(fits.x_t, scores.x_t)
+    # Without a variance that could be scaled, the shift is the mean squared error of the mean.
+    fitted = ocm.calibrate(denoiser, ocm.BetaTilde(denoiser), x0, [400], seed=5)
+    errors = (x0 - fits.x0_hat.clamp(-1, 1)).square()
+    assert fitted.weights.at(None, 400)[1].item() == pytest.approx(errors.mean().item(), rel=1e-5)
+
+
+def test_few_samples_tell_analytic_variances_where_there_is_little_signal(denoiser):
+    """The mean square of the noise itself is known: without it they would err by a half."""
+    schedule = denoiser.schedule
+    covariance = posterior_covariance(COVARIANCE, schedule, 300)
+    expected = (covariance.diagonal().mean() / schedule.beta_bar[300]).item()
+    fits = (ocm.fit_analytic(denoiser, data(2000), [300], seed=seed) for seed in range(4))
+    found = [fit.scaled_variances.numbers(None, 300)[0] for fit in fits]
+    assert sum(abs(value - expected) for value in found) / 4 < 0.25 * expected
 
 
 @pytest.mark.parametrize(("x0_range", "error"), [((-1.0, 1.0), 0.0), (None, 0.25)])
