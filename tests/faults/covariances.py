@@ -36,7 +36,7 @@ OF_HEADS_OF_PATHS = ("tests/ocm/covariances/test_fitted_on_paths.py", "-k", "hea
 OF_LIKELIHOOD_HEADS = (
     "tests/ocm/covariances/test_maximum_likelihood.py",
     "-k",
-    "expectation or torch_distributions or same_chains or clipped",
+    "even-linear or even-trigflow or torch_distr or same_chains or clipped or intervals",
 )
 OF_FREQUENCIES = ("tests/ocm/covariances/test_frequencies.py",)
 OF_NULLS = (

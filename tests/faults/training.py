@@ -16,6 +16,7 @@ OF_STEPS = (
     "adamw or random_numbers_of_the_caller or accumulated or finished_training or bar_says",
 )
 OF_PROCESSES = ("tests/ocm/training/test_loop.py", "-k", "two_processes_train or every_process")
+OF_GOING_ON = ("tests/ocm/training/test_objectives.py", "-k", "same_bits")
 OF_BATCHES = ("tests/ocm/training/test_batches.py", "-k", "not end_with and not worker")
 OF_CHECKPOINTS = ("tests/ocm/checkpoints/test_held_back.py",)
 OF_COMMANDS = ("tests/ocm/cli/test_cli.py", "-k", "retrained_head or starts_from_another")
@@ -97,7 +98,7 @@ FAULTS = [
         LOOP,
         "training.average.optimization_step = len(losses)",
         "pass",
-        OF_STEPS,
+        OF_GOING_ON,
     ),
     Fault("gradients unclipped", LOOP, "training.settings.max_gradient_norm", "1e9", OF_STEPS),
     Fault(
@@ -154,21 +155,21 @@ FAULTS = [
         BATCHES,
         "rows_at(rows, picked)",
         "rows_at(rows, batch.indices[:size])",
-        OF_CONDITIONS,
+        OF_BATCHES,
     ),
     Fault(
         "samples counted by micro-batches",
         BATCHES,
         "step * settings.batch_size + first)",
         "step * settings.batch_size)",
-        OF_STEPS,
+        OF_BATCHES,
     ),
     Fault(
         "a loader from the first micro-batch",
         BATCHES,
         "range(step * parts, self.settings.num_steps * parts)",
         "range(0, self.settings.num_steps * parts)",
-        OF_STEPS,
+        OF_GOING_ON,
     ),
     Fault(
         "trained on what is held back",

@@ -245,3 +245,13 @@ def test_the_mean_is_clipped_to_the_range_of_the_data():
     ]
     torch.testing.assert_close(losses[0], losses[1])
     assert losses[2] > losses[0] + 1e-3
+
+
+def test_whole_timesteps_stand_for_the_intervals_below_them():
+    """Half of a thousand train each step of a chain of two."""
+    denoiser = gaussian_denoiser(torch.zeros(3), 0.1 * torch.eye(3), ocm.linear())
+    covariance = ocm.MaximumLikelihood(denoiser, Affine(), step_counts=(2,), spacings=("even",))
+    s, t, K = covariance._steps(torch.arange(1, 1001), 0, 0)
+    assert torch.equal(s, torch.arange(1, 1001).gt(500).long())
+    assert torch.equal(t, torch.where(s == 1, 1000, 1))
+    assert (K == 2).all()
