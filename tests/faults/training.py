@@ -19,7 +19,7 @@ OF_PROCESSES = ("tests/ocm/training/test_loop.py", "-k", "two_processes_train or
 OF_GOING_ON = ("tests/ocm/training/test_objectives.py", "-k", "same_bits")
 OF_BATCHES = ("tests/ocm/training/test_batches.py", "-k", "not end_with and not worker")
 OF_CHECKPOINTS = ("tests/ocm/checkpoints/test_held_back.py",)
-OF_COMMANDS = ("tests/ocm/cli/test_cli.py", "-k", "retrained_head or starts_from_another")
+OF_WORKFLOWS = ("tests/ocm/training/test_workflow.py",)
 
 OBJECTIVES = "ocm/training/objectives.py"
 LOOP = "ocm/training/loop.py"
@@ -186,13 +186,27 @@ FAULTS = [
         OF_CHECKPOINTS,
     ),
     Fault(
-        "calibrations of old heads kept", WORKFLOW, "if name not in head_losses}", "}", OF_COMMANDS
+        "calibrations of old heads kept", WORKFLOW, "if name not in head_losses}", "}", OF_WORKFLOWS
     ),
     Fault(
         "a head that another starts from is changed",
         WORKFLOW,
         "head=copy.deepcopy(start.head)",
         "head=start.head",
-        OF_COMMANDS,
+        OF_WORKFLOWS,
+    ),
+    Fault(
+        "heads' weights of seed 0",
+        WORKFLOW,
+        "make_head(base.denoiser, heads.kind, seed=heads.seed)",
+        "make_head(base.denoiser, heads.kind)",
+        OF_WORKFLOWS,
+    ),
+    Fault(
+        "start_from's x0_range ignored",
+        WORKFLOW,
+        "base.learned[heads.start_from], **of_bound",
+        "base.learned[heads.start_from]",
+        OF_WORKFLOWS,
     ),
 ]
