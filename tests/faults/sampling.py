@@ -7,7 +7,7 @@ from faults.fault import Fault
 OF_STEPS = (
     "tests/ocm/sampling/test_samplers.py",
     "-k",
-    "formulas or eta or independent_gaussians or in_any_batch or last_noise",
+    "eta or independent_gau or in_any_batch or last_no or not_allow or starts_at or share_of",
 )
 OF_TRANSITIONS = (
     "tests/ocm/sampling/test_transitions.py",
@@ -48,7 +48,7 @@ FAULTS = [
         SAMPLERS,
         "(noise * schedule.level(s).sigma) ** 2",
         "noise * schedule.level(s).sigma ** 2",
-        OF_TRANSITIONS,
+        OF_STEPS,
     ),
     Fault(
         "the last noise in halves of a grey level",
@@ -105,13 +105,6 @@ FAULTS = [
         "x, t, s=s, condition=condition, sample_offset=sample_offset",
         "x, t, s=s, condition=condition",
         OF_STEPS,
-    ),
-    Fault(
-        "an eigenvalue counted once for all that it stands for",
-        TRANSITIONS,
-        "known.eigenvalues.expand(whitened.shape)",
-        "known.eigenvalues",
-        OF_TRANSITIONS,
     ),
     Fault(
         "trajectories' densities of means",
