@@ -18,7 +18,7 @@ OF_BOUNDS = ("tests/ocm/sampling/test_likelihood.py",)
 OF_ANY_SIGMA = (
     "tests/ocm/sampling/test_any_sigma.py",
     "-k",
-    "exploding or of_bayes or between_levels or prediction_type or differentiable or not_mix",
+    "exploding or of_bayes or between_ or prediction_type or differentiable or not_mix or own_sam",
 )
 OF_EXTRAPOLATION = (
     "tests/ocm/sampling/test_extrapolation.py",
