@@ -424,10 +424,10 @@ FAULTS = [
         OF_HEADS,
     ),
     Fault(
-        "I-DDPM's limit without its fraction",
+        "I-DDPM's limit doubled",
         IMPROVED_DDPM,
-        "rounded(level.beta_bar, x_t.dtype) * fraction",
-        "rounded(level.beta_bar, x_t.dtype) + 0.0 * fraction",
+        "rounded(level.beta_bar, ",
+        "rounded(2.0 * level.beta_bar, ",
         OF_HEADS,
     ),
     Fault(

@@ -157,8 +157,8 @@ FAULTS = [
     Fault(
         "radii between timesteps of the first",
         PROBABILITY_FLOW,
-        "angle, radius = at(angles, place), at(radii, place)",
-        "angle, radius = at(angles, place), radii[0]",
+        "at(radii, place)",
+        "radii[0]",
         OF_FLOW,
     ),
     Fault(

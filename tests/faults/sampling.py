@@ -188,8 +188,8 @@ FAULTS = [
     Fault(
         "x at any sigma unscaled",
         ANY_SIGMA,
-        "x_t = per_sample(alpha, x) * x",
-        "x_t = x",
+        "per_sample(alpha, ",
+        "per_sample(alpha / alpha, ",
         OF_ANY_SIGMA,
     ),
     Fault(
