@@ -7,7 +7,7 @@ from faults.fault import Fault
 OF_STEPS = (
     "tests/ocm/sampling/test_samplers.py",
     "-k",
-    "eta or independent_gau or in_any_batch or last_no or not_allow or starts_at or share_of",
+    "formulas and linear or eta or independent_gau or any_batch or last_no or not_allow or starts_at or share_of",
 )
 OF_TRANSITIONS = (
     "tests/ocm/sampling/test_transitions.py",
