@@ -235,8 +235,8 @@ FAULTS = [
     Fault(
         "Lanczos without the other half",
         LANCZOS,
-        "(backward.products(v) + forward.products(v)) / 2.0",
-        "backward.products(v)",
+        "+ forward.products(v)",
+        "+ backward.products(v)",
         OF_OPERATORS,
     ),
     Fault(
