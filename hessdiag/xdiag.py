@@ -102,10 +102,13 @@ def xdiag(
     Z = take("vjp", Q)
     # Where J has fewer than k directions, R is singular, and any way to go on gives the same.
     pivots = R.diagonal(dim1=-2, dim2=-1)
-    least = torch.finfo(dtype).eps * R.abs().amax(dim=(-2, -1))[:, None]
-    R = R + torch.diag_embed(torch.where(pivots.abs() < least, least, 0.0))
+    largest = R.abs().amax(dim=(-2, -1))[:, None]
+    least = torch.where(largest > 0, torch.finfo(dtype).eps * largest, 1.0)
+    regular = R + torch.diag_embed(torch.where(pivots.abs() < least, least, 0.0))
     # Q_i Q_i^T = Q (I - s_i s_i^T) Q^T, with s_i column i of the inverse of R^T, normalised.
-    S = torch.linalg.solve_triangular(R.mT, torch.eye(k, dtype=dtype, device=x.device), upper=False)
+    S = torch.linalg.solve_triangular(
+        regular.mT, torch.eye(k, dtype=dtype, device=x.device), upper=False
+    )
     S = S / S.norm(dim=-2, keepdim=True)
     QS, ZS = Q @ S, Z @ S
     # (I - Q_i Q_i^T) J omega_i = Q s_i (s_i^T R e_i), as J omega_i lies in the span of Q.

@@ -17,6 +17,7 @@ class Fault:
         old: Text that occurs in it once.
         new: What stands there instead.
         tests: Arguments of pytest; one of the tests chosen must fail.
+        equivalent: Why no test can notice it, for a change that is none; the tests must pass.
     """
 
     name: str
@@ -24,6 +25,12 @@ class Fault:
     old: str
     new: str
     tests: tuple[str, ...]
+    equivalent: str = ""
+
+    @property
+    def expected(self) -> str:
+        """What must come of it."""
+        return "lived" if self.equivalent else "caught"
 
     def planted(self, text: str) -> str:
         """Return the text of the file with the fault in it.
@@ -50,3 +57,10 @@ class Fault:
             for file in files:
                 digest.update(file.read_bytes())
         return digest.hexdigest()
+
+
+def nothing(tests: tuple[str, ...]) -> Fault:
+    """Return the fault that is none: the tests must pass before others may be noticed by them."""
+    first = "[build-system]"
+    name = f"none, for {' '.join(tests)}"
+    return Fault(name, "pyproject.toml", first, first, tests, equivalent="It changes nothing.")

@@ -144,8 +144,10 @@ def train_in_process(connection, rank, port, settings, options):
         OMP_NUM_THREADS="1",
     )
     fail_in, signal_in = options.pop("fail_in", None), options.pop("signal_in", {})
+    drawn = []
 
     def failing(module, x0, t, conditions, sample_offset):
+        drawn.append(torch.rand(()).item())
         value = loss(module, x0, t, conditions, sample_offset)
         if rank in signal_in and sample_offset // settings.batch_size == 3:
             signal.raise_signal(signal_in[rank])
@@ -153,7 +155,7 @@ def train_in_process(connection, rank, port, settings, options):
 
     try:
         losses, module = trained(settings, seed=rank, loss=failing, **options)
-        result = losses, {k: v.numpy() for k, v in module.state_dict().items()}
+        result = losses, {k: v.numpy() for k, v in module.state_dict().items()}, drawn
     except (ValueError, ArithmeticError, ConnectionError, KeyboardInterrupt) as error:
         result = f"{type(error).__name__}: {error}"
     connection.send(result)

@@ -57,6 +57,21 @@ def test_neighbours_are_mostly_in_one_cell_and_never_always_cut_apart():
     assert (cut / seeds).mean() < 0.4
 
 
+@pytest.mark.parametrize(
+    ("shape", "m", "axis"),
+    [((24,), 6, 0), ((1, 12, 12), 16, 1), ((1, 12, 12), 16, 2)],
+    ids=["of a row", "across strips", "along strips"],
+)
+def test_cells_begin_anywhere_along_every_axis(shape, m, axis):
+    """So that any two neighbours are in one cell of some block."""
+    first, second = slice(None, -1), slice(1, None)
+    together = torch.zeros(shape).narrow(axis, 0, shape[axis] - 1)
+    for block in range(80):
+        cells = cell_numbers(m, shape, 0, block).movedim(axis, 0)
+        together = together + (cells[first] == cells[second]).movedim(0, axis)
+    assert together.min() > 10
+
+
 def test_channels_of_a_pixel_are_in_one_cell():
     cells = cell_numbers(12, (3, 8, 8), 0, 0)
     assert (cells == cells[:1]).double().mean() > 0.8

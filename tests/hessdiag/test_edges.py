@@ -108,3 +108,14 @@ def test_the_trace_of_a_tolerance_takes_no_more_than_signs_would():
     chosen, signs = run("auto"), run("rademacher")
     assert chosen.converged.all()
     assert (chosen.num_probes <= signs.num_probes + 2).all()
+
+
+@pytest.mark.parametrize(("needed", "design"), [(60, "UnitVectors()"), (20, "Rademacher()")])
+def test_the_variance_of_a_trace_counts_both_sides_of_a_symmetric_jacobian(needed, design):
+    """Of J_ij = 1 for all i and j: 2 D (D - 1) / M by M signs, and none by the D unit vectors."""
+    D = 40
+    result = hessdiag.trace(
+        lambda x: x @ torch.ones(D, D), torch.zeros(1, D), max_probes=100, probes="auto",
+        atol=(2 * D * (D - 1) / needed) ** 0.5,
+    )  # fmt: skip
+    assert f"{design} for 1" in result.note

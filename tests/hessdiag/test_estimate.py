@@ -273,6 +273,17 @@ class TestDesigns:
         assert torch.equal(draw(30, 4, 40, 10), whole[40:])
         assert torch.equal(draw(70, 1, 0, 12), whole[:, 2:3])
 
+    @pytest.mark.parametrize(
+        "design",
+        [Coloring(5), Coloring(5, dense=True), BalancedColoring(7), Rademacher(), UnitVectors()],
+        ids=repr,
+    )
+    @pytest.mark.parametrize("chunk_size", [3, 100])
+    def test_a_jacobian_without_anything_beside_its_diagonal_is_exact(self, design, chunk_size):
+        x = torch.linspace(-1, 1, 2 * D).reshape(2, *IMAGE)
+        result = hessdiag.estimate(torch.sin, x, probes=design, max_probes=D, chunk_size=chunk_size)
+        torch.testing.assert_close(result.diagonal, x.cos())
+
     def test_a_design_of_ones_own(self):
         class EveryOther(hessdiag.ProbeDesign):
             """The even features first, then the odd ones."""

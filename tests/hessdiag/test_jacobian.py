@@ -162,6 +162,11 @@ def test_dropout_is_one_function_for_output_and_products(mode):
     J = hessdiag.Jacobian(nn.Sequential(*layers).double(), x, mode=mode, batching="loop")
     # Without biases the network is linear: its output is J x, if the masks are the same.
     torch.testing.assert_close(J.output[0], hessdiag.jacobian(J)[0] @ x[0])
+    # The caller's random numbers go on as if there had been the first evaluation alone.
+    torch.rand(3)
+    before = torch.get_rng_state()
+    J.products(x[None])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class TestErrors:

@@ -101,6 +101,29 @@ class TestBlockDiagonal:
         torch.testing.assert_close(result.blocks.flatten(1), plain.diagonal)
         torch.testing.assert_close(result.stderr.flatten(1), plain.stderr)
 
+    def test_one_sign_vector_leaves_the_error_unknown(self, network):
+        _, x, J = network
+        result = hessdiag.block_diagonal(linear(J[0]), x, probes=SIGNS, max_probes=5)
+        assert (result.num_probes == 3).all()
+        assert result.stderr.isinf().all()
+
+    def test_chunks_and_continued_estimates_add_up(self, network):
+        _, x, J = network
+        function, options = linear(J[0]), {"probes": SIGNS, "seed": 4}
+        whole = hessdiag.block_diagonal(function, x, max_probes=12, chunk_size=12, **options)
+        by_chunks = hessdiag.block_diagonal(function, x, max_probes=12, chunk_size=5, **options)
+        torch.testing.assert_close(by_chunks.blocks, whole.blocks)
+        torch.testing.assert_close(by_chunks.stderr, whole.stderr)
+        one, other = (
+            hessdiag.block_diagonal(
+                function, x, max_probes=6, chunk_size=4, probe_offset=offset, **options
+            ).blocks
+            for offset in (0, 2)  # in sign vectors, of three probes each
+        )
+        torch.testing.assert_close((one + other) / 2, whole.blocks)
+        second = hessdiag.block_diagonal(function, x[1:], max_probes=12, sample_offset=1, **options)
+        torch.testing.assert_close(second.blocks, whole.blocks[1:])
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -191,6 +214,24 @@ class TestXDiag:
             hessdiag.xdiag(linear(A), x, num_probes=12, symmetric=True),
             hessdiag.xdiag(linear(A), x, num_probes=12),
         )
+
+    def test_where_probes_meet_nothing(self):
+        """A Jacobian that is zero, or has fewer directions than there are probes."""
+        A = torch.zeros(3, 6, 6, dtype=torch.float64)
+        A[1, 2, 2], A[2, 0, 0], A[2, 0, 1] = 5.0, 1.0, 2.0
+        result = hessdiag.xdiag(
+            lambda x: torch.einsum("bij,bj->bi", A, x),
+            torch.zeros(3, 6, dtype=torch.float64),
+            num_probes=8,
+        )
+        torch.testing.assert_close(result, A.diagonal(dim1=1, dim2=2), rtol=0, atol=1e-12)
+
+    def test_a_part_of_a_batch_is_told_its_number(self):
+        A, x = self.low_rank(0.9), torch.zeros(3, 40, dtype=torch.float64)
+        whole = hessdiag.xdiag(linear(A), x, num_probes=8, seed=2)
+        assert (whole[0] - whole[1]).abs().max() > 1e-3
+        part = hessdiag.xdiag(linear(A), x[1:], num_probes=8, seed=2, sample_offset=1)
+        torch.testing.assert_close(part, whole[1:])
 
     @pytest.mark.parametrize("number", [2, 5, 20])
     def test_errors(self, number):

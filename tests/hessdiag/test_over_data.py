@@ -255,7 +255,14 @@ def test_modules(name, samples):
     ("name", "layers"),
     [
         ("linear", {"0", "2"}),
+        ("sequences", {"0", "2"}),
+        ("conv1d", {""}),
         ("conv2d", {""}),
+        ("same", {""}),
+        ("depthwise", {""}),
+        ("conv3d", {""}),
+        ("layer norm", {"0", "2"}),
+        ("group norm", {"0", "2"}),
         ("circular", set()),
         ("tokens", {"embedding", "norm", "out"}),
         ("tied", set()),
@@ -273,6 +280,19 @@ def test_which_layers_are_known(name, layers):
     gradients = per_sample.SampleGradients(module, tree, names, [])
     gradients.at(inputs)
     assert set(gradients._layers) == layers
+
+
+def test_a_row_that_a_sample_looks_up_twice_has_one_gradient():
+    """And a row of padding has none."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(9, 2))
+    inputs = torch.tensor([[1, 1, 2], [3, 3, 3], [0, 4, 0], [0, 1, 2]])
+    module = module.double()
+    result = hessdiag.gauss_newton_over_data(
+        module, half_squares, [(inputs, inputs)], reduction="sum"
+    )
+    assert_same(result.diagonal, sum_of_squares(module, inputs))
+    assert (result.diagonal["0.weight"][0] == 0).all()
 
 
 def test_chunks_change_nothing(monkeypatch):

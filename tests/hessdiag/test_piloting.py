@@ -126,6 +126,19 @@ def test_what_is_heard_decides():
     assert lattice_is_better(sets, torch.zeros(sets.num_pilots, 1, 256)).tolist() == [False]
 
 
+def test_what_is_heard_in_the_class_counts_whatever_is_far():
+    """As much as random cells would leave, and nothing far away: few listeners would not weigh."""
+    sets = plan((1, 16, 16), 24, 0, 0)
+    own = torch.arange(sets.num_pilots)[:, None] == sets.lattice.flatten()
+    near = ~sets.far & ~sets.listeners & ~own
+    for heard, better in ((0.95, False), (0.3, True)):
+        # One at every listener, and near by what makes that the part of all which is heard.
+        wanted = (~own).sum() / heard - sets.listeners.sum()
+        energy = sets.listeners + near * (wanted / near.sum())
+        products = energy.sqrt()[:, None]
+        assert lattice_is_better(sets, products).tolist() == [better]
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 10), (2, 4, 6, 6), (4, 20), (20, 4)])
 def test_turned_lattices_are_as_good(shape):
     """The distances within classes are those of the lattice itself."""

@@ -38,9 +38,10 @@ class TestVmap:
         with pytest.raises(ValueError, match=r"torch\.cdist is wrong; use batching='loop'"):
             hessdiag.exact(softmin_of_distances, point(3, 6), mode="vjp", batching="vmap")
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("mode", ["vjp", "jvp"])
-    def test_a_wrong_rule_is_found_by_a_plain_product(self, mode):
-        x = point(3, 5)
+    def test_a_wrong_rule_is_found_by_a_plain_product(self, mode, dtype):
+        x = point(3, 5).to(dtype)
         with pytest.raises(ValueError, match=r"batched product differs from a plain one by"):
             hessdiag.exact(WrongUnderVmap.apply, x, mode=mode, batching="vmap")
         result = hessdiag.estimate(WrongUnderVmap.apply, x, max_probes=5, probes="auto", mode=mode)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 from scipy.optimize import minimize
+from two_classes import images_of, two_classes
 
 import ocm
 from ocm.covariances.calibrated import fit_variance_components
@@ -165,31 +166,12 @@ def test_a_table_interpolates_and_refuses():
 
 @pytest.fixture
 def classes():
-    """A network with two classes, that predicts x0 = 0.2 or -0.3 by the class."""
-    from types import SimpleNamespace
-
-    from ocm.diffusion.backbones.architecture import Architecture
-
-    class TwoClasses(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.features = torch.nn.Identity()
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def forward(self, x, level, labels):
-            mean = torch.where(labels == 1, 0.2, -0.3).reshape(-1, 1, 1, 1)
-            return SimpleNamespace(sample=mean + 0.0 * self.features(x) * self.scale)
-
-    architecture = Architecture(
-        "TwoClasses", "features", lambda m, x, t, labels: m(x, t, labels).sample,
-        num_classes=lambda backbone: 2,
-    )  # fmt: skip
-    return ocm.Denoiser(TwoClasses(), ocm.linear(), "sample", architecture).freeze()
+    return two_classes()
 
 
 def test_each_sample_is_fitted_and_scored_with_its_own_class(classes):
-    labels = torch.arange(40) % 2
-    x0 = torch.where(labels == 1, 0.2, -0.3).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    labels = torch.arange(40) % 3 % 2  # which no two batches share
+    x0 = images_of(labels)
     wrong = 1 - labels
     for given, error in ((labels, 0.0), (wrong, 0.25)):
         calibrated = ocm.calibrate(
@@ -219,8 +201,68 @@ def test_a_covariance_that_depends_on_s_is_calibrated_by_steps(denoiser):
     assert ocm.calibrate(denoiser, covariance, data(4), [(50, 100)]).depends_on_s
 
 
+def test_a_table_by_steps_takes_the_neighbour_where_no_end_is_given():
+    table = Table({(4, 5): [1.0], (2, 5): [3.0]})
+    assert table.numbers(None, 5) == [1.0]
+    assert table.numbers(2, 5) == [3.0]
+
+
 def test_fits_draw_other_noise_than_scores(denoiser):
     from ocm.diffusion.draws import FITTING
 
-    fits, scores = (noisy_prediction(denoiser, data(2), 9, 0, draw=d).x_t for d in (FITTING, 0))
-    assert not torch.allclose(fits, scores)
+    x0 = data(6)
+    fits, scores = (noisy_prediction(denoiser, x0, 400, 5, draw=d) for d in (FITTING, 0))
+    assert not torch.allclose(fits.x_t, scores.x_t)
+    # Without a variance that could be scaled, the shift is the mean squared error of the mean.
+    fitted = ocm.calibrate(denoiser, ocm.BetaTilde(denoiser), x0, [400], seed=5)
+    errors = (x0 - fits.x0_hat.clamp(-1, 1)).square()
+    assert fitted.weights.at(None, 400)[1].item() == pytest.approx(errors.mean().item(), rel=1e-5)
+
+
+def test_few_samples_tell_analytic_variances_where_there_is_little_signal(denoiser):
+    """The mean square of the noise itself is known: without it they would err by a half."""
+    schedule = denoiser.schedule
+    covariance = posterior_covariance(COVARIANCE, schedule, 300)
+    expected = (covariance.diagonal().mean() / schedule.beta_bar[300]).item()
+    fits = (ocm.fit_analytic(denoiser, data(2000), [300], seed=seed) for seed in range(4))
+    found = [fit.scaled_variances.numbers(None, 300)[0] for fit in fits]
+    assert sum(abs(value - expected) for value in found) / 4 < 0.25 * expected
+
+
+@pytest.mark.parametrize(("x0_range", "error"), [((-1.0, 1.0), 0.0), (None, 0.25)])
+def test_fits_clip_the_mean_as_samplers_do(x0_range, error):
+    """The network says 1.5 of data that are 1."""
+    denoiser = ocm.Denoiser(lambda x, time: torch.full_like(x, 1.5), ocm.linear(), "sample")
+    x0 = torch.ones(8, 1, 2, 2)
+    calibrated = ocm.calibrate(denoiser, ocm.BetaTilde(denoiser), x0, [500], x0_range=x0_range)
+    assert calibrated.weights.at(None, 500)[1].item() == pytest.approx(error, abs=1e-6)
+    analytic = ocm.fit_analytic_from_data(denoiser, x0, [1, 1000], x0_range=x0_range)
+    assert analytic.variances(x0_range)[-1].item() == pytest.approx(error, abs=1e-6)
+
+
+def test_what_is_calibrated_is_bounded_first():
+    """A variance of 4 counts as 1, the most that images allow, in the fit and afterwards."""
+    denoiser = ocm.Denoiser(lambda x, time: 0.0 * x, ocm.linear(), "sample")
+    covariance = ocm.Analytic(denoiser, Table({1: [4e9], 1000: [4e9]}))
+    x0 = torch.full((8, 1, 2, 2), 0.5)
+    calibrated = ocm.calibrate(denoiser, covariance, x0, [500])
+    scale, shift = calibrated.weights.numbers(None, 500)
+    assert scale + shift == pytest.approx(0.25, rel=1e-3)
+    stated = calibrated.at(denoiser.predict(x0, 500)).diagonal()
+    torch.testing.assert_close(
+        stated.expand(x0.shape), torch.full_like(x0, 0.25), rtol=1e-3, atol=0
+    )
+
+
+def test_fits_do_not_depend_on_batches(denoiser):
+    x0 = data(24)
+    for fit in (
+        lambda size: (
+            ocm.calibrate(denoiser, ocm.Beta(denoiser), x0, [400], batch_size=size).weights
+        ),
+        lambda size: ocm.fit_analytic(denoiser, x0, [400], batch_size=size).scaled_variances,
+        lambda size: (
+            ocm.fit_analytic_from_data(denoiser, x0, [400], batch_size=size).scaled_variances
+        ),
+    ):
+        torch.testing.assert_close(fit(24).values, fit(7).values, rtol=1e-4, atol=1e-8)

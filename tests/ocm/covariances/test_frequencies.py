@@ -151,3 +151,21 @@ def test_for_images_finds_colours_and_variances():
     covariance = ocm.FrequencyLikelihood.for_images(on_gaussian_data(2).denoiser, x0, 8, fold=2)
     torch.testing.assert_close(covariance.colours.abs(), COLOURS.flip(0).abs(), rtol=0, atol=0.02)
     torch.testing.assert_close(covariance.variances, VARIANCES.flip(0), rtol=0.06, atol=0)
+
+
+def test_the_head_is_told_the_energies_of_the_mean_in_units_of_the_data():
+    covariance, told = on_gaussian_data(1), []
+
+    def head(features, log_energies, log_snr):
+        told.append((log_energies, log_snr))
+        return torch.zeros_like(log_energies)
+
+    x_t = images(1, count=3)
+    prediction = covariance.denoiser.predict(x_t, 300)
+    (_, branch), = prediction.branches  # fmt: skip
+    covariance._output(branch, head)
+    coefficients = prediction.x0_hat.flatten(1) @ matrix(1).T
+    expected = (coefficients.square() / VARIANCES.flatten() + 1e-3).log().reshape(3, 3, 4, 4)
+    torch.testing.assert_close(told[0][0], expected)
+    log_snr = covariance.denoiser.schedule.log_snr(300).expand(3)
+    torch.testing.assert_close(told[0][1].double(), log_snr)

@@ -16,6 +16,7 @@ import hessdiag
 import ocm
 from hessdiag.kernels import rademacher
 from ocm.covariances import NPR, SN, ImprovedDDPM, OptimalCovarianceMatching
+from ocm.covariances.learned.base import loss_weight
 from ocm.covariances.names import LEARNED
 from ocm.diffusion.noise import noisy
 
@@ -278,3 +279,78 @@ def test_a_target_counts_less_where_it_amplifies_the_networks_error(unet, name, 
         assert found == pytest.approx(1.0, abs=0.02) if most == 1.0 else found <= most
         assert part(prediction_type, 10, PRECONDITIONED) == pytest.approx(1.0, abs=0.02)
     assert part("epsilon", 1000, ocm.PAPER) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_nothing_counts_less_where_no_error_is_amplified():
+    amplification = torch.tensor([0.0, 0.5, 1.0, 3.0, 51.0])
+    # 1 / (1 + (error (A - 1))^2) above 1.
+    weight = loss_weight(amplification, 0.5)
+    torch.testing.assert_close(weight, torch.tensor([1.0, 1.0, 1.0, 0.5, 1 / 626]))
+    assert (loss_weight(amplification, 0.0) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["npr", "ocm"])
+def test_each_sample_of_a_batch_has_the_weight_of_its_own_timestep(denoiser, batch, name):
+    covariance = LEARNED[name](denoiser, Affine(), PRECONDITIONED)
+    assert covariance.network_error > 0
+    x0 = batch[0]
+    alone = [
+        covariance.loss(x0[i : i + 1], T[i : i + 1], seed=5, sample_offset=2 + i)
+        for i in range(len(T))
+    ]
+    torch.testing.assert_close(loss_of(covariance, x0), torch.stack(alone).mean())
+
+
+def test_a_dense_coloring_gives_the_targets_of_the_plain_one(denoiser, batch):
+    """Of as many colors as there are probes both are the same estimate, whatever their weight."""
+    losses = [
+        loss_of(
+            OptimalCovarianceMatching(
+                denoiser, Affine(), PRECONDITIONED, 2, hessdiag.Coloring(2, dense=dense)
+            ),
+            batch[0],
+        )
+        for dense in (False, True)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_wrapped_head_is_the_one_that_is_called(denoiser, batch, name):
+    """In place of the covariance's own, which a wrapper averages gradients for."""
+    own = LEARNED[name](denoiser, torch.nn.Identity(), PRECONDITIONED)
+    other = LEARNED[name](denoiser, Affine(), PRECONDITIONED)
+    found = own.loss(batch[0], T, seed=5, sample_offset=2, head=Affine())
+    torch.testing.assert_close(found, loss_of(other, batch[0]))
+    assert (found - loss_of(own, batch[0])).abs() > 1e-4
+
+
+def test_iddpm_counts_the_step_from_one_as_one_from_two(denoiser, batch):
+    covariance = ImprovedDDPM(denoiser, Affine())
+    losses = [
+        covariance.loss(batch[0], torch.full((4,), t), seed=5, sample_offset=2) for t in (1, 2)
+    ]
+    assert losses[0] == losses[1]
+    assert torch.isfinite(losses[0])
+
+
+def test_iddpm_may_state_less_than_beta_tilde(denoiser, batch):
+    """A fraction below zero, which is a variance of x0 below zero, and has a divergence still."""
+    x0, _, _, _, mean, _ = batch
+
+    class Low(torch.nn.Module):
+        def forward(self, features):
+            return torch.full_like(features, -1.5)  # v = -1/4
+
+    total = 0.0
+    for i, t in enumerate(T.tolist()):
+        a_s, a_t = ALPHA_BAR[t - 2], ALPHA_BAR[t - 1]
+        beta = 1 - a_t / a_s
+        beta_tilde = (1 - a_s) / (1 - a_t) * beta
+        difference = a_s.sqrt() * beta / (1 - a_t) * (x0[i] - mean[i])
+        std = (beta_tilde**1.25 * beta**-0.25).sqrt()
+        zero = torch.zeros_like(difference)
+        posterior, model = Normal(difference, beta_tilde.sqrt()), Normal(zero, std)
+        total = total + kl_divergence(posterior, model).mean()
+    found = loss_of(ImprovedDDPM(denoiser, Low()), x0)
+    torch.testing.assert_close(found, 1000 * total / len(T), rtol=1e-4, atol=0)

@@ -7,6 +7,7 @@ import torch
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 from path_denoiser import PATHS, SHAPE, gaussian, path_denoiser
 from torch.distributions import Normal, kl_divergence
+from two_classes import two_classes
 
 import ocm
 
@@ -225,3 +226,32 @@ def test_impossible_chains():
     for wrong in ((), ("uneven",)):
         with pytest.raises(ValueError, match="spacings must be some of even, trailing, leading"):
             ocm.MaximumLikelihood(denoiser, Affine(), spacings=wrong)
+
+
+def test_the_mean_is_clipped_to_the_range_of_the_data():
+    """The network says 0.2: right where that is allowed, and right of data up to 0.1 otherwise."""
+
+    class Zero(torch.nn.Module):
+        def forward(self, features):
+            return torch.zeros_like(features)
+
+    denoiser = two_classes()
+    condition, t = denoiser.condition(torch.ones(8, dtype=torch.int64)), torch.arange(50, 900, 110)
+    losses = [
+        ocm.MaximumLikelihood(denoiser, Zero(), levels=None, x0_range=x0_range).loss(
+            torch.full((8, 1, 2, 2), most), t, seed=0, sample_offset=0, condition=condition
+        )
+        for x0_range, most in ((None, 0.2), ((-0.1, 0.1), 0.1), (None, 0.1))
+    ]
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[2] > losses[0] + 1e-3
+
+
+def test_whole_timesteps_stand_for_the_intervals_below_them():
+    """Half of a thousand train each step of a chain of two."""
+    denoiser = gaussian_denoiser(torch.zeros(3), 0.1 * torch.eye(3), ocm.linear())
+    covariance = ocm.MaximumLikelihood(denoiser, Affine(), step_counts=(2,), spacings=("even",))
+    s, t, K = covariance._steps(torch.arange(1, 1001), 0, 0)
+    assert torch.equal(s, torch.arange(1, 1001).gt(500).long())
+    assert torch.equal(t, torch.where(s == 1, 1000, 1))
+    assert (K == 2).all()

@@ -88,3 +88,14 @@ def test_even_timesteps():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_sigmas_of_edm_are_those_of_the_paper():
+    """Equation 5 of Karras et al., from the noisy end, and evenly down to none below t = 1."""
+    N, low, high, rho = 20, 0.01, 30.0, 5.0
+    schedule = schedules.edm(N, low, high, rho)
+    i = torch.arange(N).double()
+    steps = high ** (1 / rho) + i / (N - 1) * (low ** (1 / rho) - high ** (1 / rho))
+    torch.testing.assert_close(schedule.sigma(torch.arange(1, N + 1)), (steps**rho).flip(0))
+    below = torch.tensor([0.0, 0.25, 0.5]).double()
+    torch.testing.assert_close(schedule.sigma(below), below * low)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser
+from two_classes import images_of, two_classes
 
 import ocm
 from ocm.checkpoints.catalogue import build_covariance
@@ -55,6 +56,22 @@ def test_the_table_is_that_of_one_bound_at_a_time(checkpoint, images, decoder):
             assert cell.mean == pytest.approx(bound.total.mean().item(), rel=1e-5)
             error = bound.total.std().item() / 10**0.5
             assert cell.standard_error == pytest.approx(error, rel=1e-4)
+
+
+def test_every_image_is_scored_with_its_own_class():
+    """Whatever the batch it is in."""
+    labels = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 1, 1])
+    x0 = ocm.quantise(images_of(labels))
+    known = Checkpoint(two_classes(), (1, 2, 2), 256, "two classes")
+    table = likelihood_table(known, x0, ["beta"], [3], labels=labels, batch_size=4)
+    bound = ocm.bits_per_dim(
+        known.denoiser,
+        ocm.Beta(known.denoiser),
+        x0,
+        3,
+        condition=known.denoiser.condition(labels),
+    )
+    assert table["beta"][3].mean == pytest.approx(bound.total.mean().item(), rel=1e-5)
 
 
 def test_calibration_of_a_step_is_that_of_its_own_end(checkpoint):

@@ -145,3 +145,20 @@ def test_a_covariance_stands_for_the_decoder():
     assert torch.equal(value(covariance=exact), decoder)
     assert torch.equal(value(), value(dequantisation="uniform"))
     assert ((decoder - value()).abs() > 1e-3).any()
+
+
+def test_the_decoder_counts_every_dimension():
+    """Three that are independent and alike have three times the log-likelihood of one."""
+    values = []
+    for D in (1, 3):
+        data = Data([1.0], [[0.1] * D], [(0.09 * torch.eye(D)).tolist()])
+        denoiser = denoiser_of(data, ocm.flow(), "flow_prediction")
+        x = ocm.quantise(torch.zeros(400, D, 1, 1).double(), LEVELS)
+        found = ocm.log_likelihood(
+            denoiser, x, SETTINGS, levels=LEVELS, first_timestep=FIRST,
+            covariance=ocm.Exact(denoiser),
+        )  # fmt: skip
+        values.append(found.value)
+    error = (values[1].var() / 400 + 9 * values[0].var() / 400).sqrt()
+    assert (values[1].mean() - 3 * values[0].mean()).abs() < 5 * error
+    assert error < 0.1

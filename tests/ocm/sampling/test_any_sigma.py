@@ -295,3 +295,28 @@ def test_x0_given_x_on_every_path(path):
     assert bool(torch.isfinite(found).all())
     assert bool((found.diff() < 0).all())
     assert DATA_STD > 0
+
+
+def test_between_two_levels_the_nearer_one_in_the_logarithm_is_taken():
+    """Just beyond their geometric mean it is the upper one, and before it the lower."""
+    schedule = ocm.linear()
+    levels = sigmas(schedule)
+    lower, upper = levels[:-1], levels[1:]
+    middle = (lower * upper).sqrt()
+    beyond = (middle + (lower + upper) / 2) / 2  # which in sigma itself is nearer to the lower
+    t = torch.arange(1, 1000)
+    far = (upper / lower > 1.002) & (t > 5)
+    assert far.sum() > 500
+    assert torch.equal(timestep_at(schedule, beyond)[far], (t + 1)[far])
+    assert torch.equal(timestep_at(schedule, middle * 0.9999)[far], t[far])
+
+
+def test_a_part_of_a_batch_has_the_probes_of_its_own_samples():
+    A = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).double()
+    denoiser = ocm.Denoiser(lambda x, time: x @ A.T, ocm.linear(), "sample")
+    covariance = ocm.Hutchinson(denoiser, 2, floor=None)
+    x = torch.zeros(3, 8).double()
+    whole = ocm.x0_given(denoiser, covariance, x, 0.5, x0_range=None).covariance.diagonal()
+    rest = ocm.x0_given(denoiser, covariance, x[1:], 0.5, x0_range=None, sample_offset=1)
+    torch.testing.assert_close(rest.covariance.diagonal(), whole[1:])
+    assert (whole[0] - whole[1]).abs().max() > 1e-3

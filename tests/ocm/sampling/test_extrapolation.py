@@ -334,3 +334,22 @@ def test_a_trajectory_has_no_density():
         ocm.sample_trajectory(
             denoiser, ocm.Beta(denoiser), (2, *SHAPE), 3, sampler=ocm.SecondOrder(0.3)
         )
+
+
+def test_the_step_before_is_remembered_as_it_was_clipped():
+    """A network that says 3 where the noise is high is one that says 1."""
+
+    def states(said):
+        shown = []
+
+        def network(x, time):
+            shown.append(x.clone())
+            return torch.full_like(x, said if time[0] > 700 else 0.5)
+
+        denoiser = ocm.Denoiser(network, ocm.linear(), "sample")
+        sampler, steps = ocm.SecondOrder(), [100, 400, 700, 1000]
+        ocm.sample(denoiser, ocm.Beta(denoiser), (2, 1, 2, 2), steps, sampler=sampler)
+        return torch.stack(shown)
+
+    torch.testing.assert_close(states(3.0), states(1.0))
+    assert (states(0.0)[2] - states(1.0)[2]).abs().max() > 1e-2

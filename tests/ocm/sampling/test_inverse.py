@@ -7,7 +7,8 @@ import torch
 from path_denoiser import SHAPE, gaussian, path_denoiser
 
 import ocm
-from ocm.covariances.operators import full
+from ocm.covariances.operators import diagonal, full
+from ocm.diffusion.tables import Table
 
 NOISE_STD = 0.2
 COUNT = 4000
@@ -198,3 +199,33 @@ def test_rows_that_measure_nothing_have_no_weight():
         torch.zeros(1, 3), C, y, lambda x: x * mask, noise_std=0.0, weighting="row_sums"
     )
     torch.testing.assert_close(found, y)
+
+
+def test_another_weighting_is_bounded_as_the_covariance_is():
+    """A variance of 9 counts as 1, the largest that data in [-1, 1] have."""
+    denoiser = ocm.Denoiser(lambda x, time: 0.5 * x, ocm.linear(), "sample")
+    steps = [100, 1000]
+
+    def drawn(variance):
+        at = {t: [variance / denoiser.schedule.level(t).beta_bar] for t in steps}
+        return ocm.sample_given_measurement(
+            denoiser, ocm.Beta(denoiser), torch.full((2, 3), 0.4), lambda x: x, noise_std=0.5,
+            shape=(2, 3), steps=steps, weighting=ocm.Analytic(denoiser, Table(at)),
+        )  # fmt: skip
+
+    torch.testing.assert_close(drawn(9.0), drawn(1.0))
+    assert (drawn(0.2) - drawn(1.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tolerance", [0.1, 0.01, 0.001])
+def test_the_residual_is_within_the_tolerance_for_each_sample(tolerance):
+    """Of (C + noise_std^2 I) u = y - x0_hat, whose eigenvalues conjugate gradients find in turn."""
+    C = torch.logspace(-3, 3, 60).double().expand(2, 60) * torch.tensor([[1.0], [0.01]])
+    y = torch.randn(2, 60, generator=torch.Generator().manual_seed(0)).double()
+    mean = torch.zeros(2, 60).double()
+    found = ocm.posterior_mean_given_measurement(
+        mean, diagonal(C, C.shape), y, lambda x: x, noise_std=0.1, tolerance=tolerance
+    )
+    residual = y - (C + 0.01) * (found / C)
+    assert (residual.norm(dim=1) <= tolerance * y.norm(dim=1) * (1 + 1e-9)).all()
+    assert (residual.norm(dim=1) > 1e-3 * tolerance * y.norm(dim=1)).any()

@@ -10,6 +10,7 @@ from torch.distributions import Normal, kl_divergence
 import ocm
 from hessdiag.kernels import normal
 from ocm.diffusion.divergences import discretised_gaussian_log_prob, gaussian_step_kl
+from ocm.diffusion.tables import Table
 from ocm.sampling.samplers import ddpm
 
 
@@ -194,3 +195,41 @@ def test_errors(x0, arguments, message):
     arguments = {"steps": [1, 1000], **arguments}
     with pytest.raises(ValueError, match=message):
         ocm.bits_per_dim(denoiser, ocm.BetaTilde(denoiser), x0, **arguments)
+
+
+def test_the_mean_is_clipped_in_every_term():
+    """A network that says 1.5 of images that are 1 is as good as one that says 1."""
+    x0 = torch.ones(2, 1, 2, 2)
+
+    def bound(said, **options):
+        denoiser = ocm.Denoiser(lambda x, time: torch.full_like(x, said), ocm.linear(), "sample")
+        return ocm.bits_per_dim(denoiser, ocm.Beta(denoiser), x0, 4, **options)
+
+    for levels in (256, None):
+        right, beyond = bound(1.0, levels=levels), bound(1.5, levels=levels)
+        torch.testing.assert_close(beyond.steps, right.steps)
+        torch.testing.assert_close(beyond.decoder, right.decoder)
+    free = bound(1.5, levels=None, x0_range=None)
+    assert (free.steps.sum(1) > right.steps.sum(1) + 0.1).all()
+    assert (free.decoder > right.decoder + 0.1).all()
+
+
+def test_a_variance_that_images_do_not_allow_counts_as_the_largest_that_they_do():
+    denoiser = ocm.Denoiser(lambda x, time: 0.5 * torch.ones_like(x), ocm.linear(), "sample")
+    x0, steps = ocm.quantise(torch.full((2, 1, 2, 2), -0.3)), [1, 500, 1000]
+
+    def bound(variance):
+        table = Table({t: [variance / denoiser.schedule.level(t).beta_bar] for t in steps})
+        return ocm.bits_per_dim(denoiser, ocm.Analytic(denoiser, table), x0, steps)
+
+    wide, allowed = bound(9.0), bound(1.0)
+    torch.testing.assert_close(wide.steps, allowed.steps)
+    torch.testing.assert_close(wide.decoder, allowed.decoder)
+
+
+@pytest.mark.parametrize("off", [0.02, 0.4])
+def test_images_a_part_of_a_level_off_the_grid_are_refused(off):
+    denoiser = ocm.Denoiser(lambda x, time: x, ocm.linear(), "sample")
+    x0 = ocm.quantise(torch.zeros(1, 1, 2, 2)) + off * 2 / 255
+    with pytest.raises(ValueError, match="x0 must lie on the grid of levels = 256 grey levels"):
+        ocm.bits_per_dim(denoiser, ocm.Beta(denoiser), x0, 3)

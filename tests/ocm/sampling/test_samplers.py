@@ -233,3 +233,66 @@ def test_a_step_copies_nothing_from_the_host(name, max_last_noise):
     assert images.shape == (3, 2, 8, 8)
     assert images.is_meta
     assert operators.count("hessdiag::gaussian_step") == 3
+
+
+class Seen:
+    """A network that keeps what it is shown, and says that x0 is 0."""
+
+    def __init__(self):
+        self.inputs = []
+
+    def __call__(self, x, time):
+        self.inputs.append(x.clone())
+        return torch.zeros_like(x)
+
+
+def seen_while_sampling(schedule, steps, variance=0.5, **options):
+    """The states of a run with a covariance of this variance at every timestep, and its end."""
+    network = Seen()
+    denoiser = ocm.Denoiser(network, schedule, "sample")
+    at = {t: [variance / schedule.level(t).beta_bar] for t in steps}
+    covariance = ocm.Analytic(denoiser, Table(at))
+    end = ocm.sample(denoiser, covariance, (3, 1, 2, 2), steps, seed=4, **options)
+    return [*network.inputs, end]
+
+
+def test_only_the_last_noisy_step_is_bounded():
+    steps = [100, 500, 1000]
+    free = seen_while_sampling(ocm.linear(), steps)
+    bounded = seen_while_sampling(ocm.linear(), steps, max_last_noise=1e-3)
+    assert len(free) == 4
+    for one, other in zip(free[:2], bounded[:2], strict=True):  # at 1000 and 500
+        torch.testing.assert_close(one, other)
+    assert (free[2] - bounded[2]).abs().max() > 0.1  # at 100
+    # A step from 500 that takes all of its mean from x_t, but for that noise.
+    a = ocm.ddpm(ocm.linear(), 100, 500).mean_from_x_t
+    assert (bounded[2] - a * bounded[1]).abs().max() < 5e-3
+
+
+def test_a_variance_that_data_do_not_allow_counts_as_the_largest_that_they_do():
+    steps = [100, 500, 1000]
+    runs = [seen_while_sampling(ocm.linear(), steps, variance) for variance in (1.0, 9.0)]
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(one, other)
+    wide = seen_while_sampling(ocm.linear(), steps, 9.0, x0_range=None)
+    assert (wide[1] - runs[0][1]).abs().max() > 0.1
+
+
+def test_sampling_starts_at_the_scale_of_its_first_timestep():
+    """Of data of variance 1 and the noise there, wherever that is."""
+    schedule = ocm.edm()
+    starts = {t: seen_while_sampling(schedule, [100, t])[0] for t in (500, 1000)}
+    for t, start in starts.items():
+        z = start / (1 + schedule.sigma(t).item() ** 2) ** 0.5
+        torch.testing.assert_close(z, starts[1000] / (1 + 80.0**2) ** 0.5)
+
+
+def test_a_share_of_noise_is_one_of_its_standard_deviation():
+    step = ocm.renoised(ocm.flow(), 400, 800, noise=0.5)
+    assert step.noise_variance == pytest.approx((0.5 * 0.4) ** 2)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_the_last_noise_moves_pixels_by_grey_levels_on_average(levels):
+    mean_size = last_step_noise(levels) * (2 / math.pi) ** 0.5
+    assert mean_size == pytest.approx(levels * 2 / 255)

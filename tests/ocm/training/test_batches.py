@@ -165,3 +165,24 @@ def test_videos_are_flipped_as_wholes():
     for i, (picked, flip) in enumerate(zip(batch.indices, batch.flips, strict=True)):
         expected = videos[picked].flip(-1) if flip else videos[picked]
         assert torch.equal(shown[i], expected)
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, 3), (2, 1), (2, 3)])
+def test_micro_batches_are_the_parts_of_a_batch_in_order(processes, parts):
+    """Images, their flips, timesteps and conditions alike, and the number of the first sample."""
+    images = torch.rand(20, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    conditions = {"labels": torch.arange(20)}
+    settings = TrainingSettings(5, batch_size=12, horizontal_flip=True)
+    whole = MicroBatches(images, conditions, 1000, settings)[4]
+    accumulated = dataclasses.replace(settings, gradient_accumulation_steps=parts)
+    split = [
+        MicroBatches(images, conditions, 1000, accumulated, rank, processes)[4 * parts + part]
+        for rank in range(processes)
+        for part in range(parts)
+    ]
+    assert torch.equal(torch.cat([part.x0 for part in split]), whole.x0)
+    assert torch.equal(torch.cat([part.t for part in split]), whole.t)
+    labels = torch.cat([part.conditions["labels"] for part in split])
+    assert torch.equal(labels, whole.conditions["labels"])
+    size = 12 // (processes * parts)
+    assert [part.sample_offset for part in split] == list(range(48, 60, size))

@@ -354,6 +354,13 @@ def test_processes_keep_the_same_step_when_one_is_interrupted(processes, tmp_pat
         assert equal(found[1], wanted[1])
 
 
+def test_every_process_and_step_draws_random_numbers_of_its_own(processes):
+    """As dropout does: with shared ones it would drop the same features everywhere."""
+    one, other = in_two_processes(processes, dataclasses.replace(SETTINGS, num_steps=3))
+    assert len(one[2]) == len(other[2]) == 3
+    assert len({*one[2], *other[2]}) == 6
+
+
 def test_a_batch_that_does_not_divide_is_refused(processes):
     for result in in_two_processes(processes, dataclasses.replace(SETTINGS, batch_size=7)):
         assert "batch_size must be a multiple of 2, which is 2 processes times" in result

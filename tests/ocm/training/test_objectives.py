@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
+from path_denoiser import FEATURES, SHAPE, Mixture, combinations, path_denoiser
 from safetensors.torch import load_file, save_file
 
 import hessdiag
@@ -13,7 +14,7 @@ from ocm.covariances.names import LEARNED
 from ocm.diffusion.noise import chosen, noisy
 from ocm.diffusion.predictions import PREDICTION_TYPES
 from ocm.training.batches import batch_of_step
-from ocm.training.objectives import train_denoiser, train_head
+from ocm.training.objectives import denoising_loss, train_denoiser, train_head
 from ocm.training.small_unet import small_unet
 
 
@@ -228,6 +229,42 @@ def test_a_denoiser_learns_what_it_predicts(prediction_type):
     with torch.no_grad():
         x0_hat = denoiser.predict(x_t, 300).x0_hat
     assert (x0_hat - image).square().mean() < 0.1
+
+
+@pytest.mark.parametrize(("path", "prediction_type"), combinations())
+def test_the_network_that_knows_the_data_has_no_loss(path, prediction_type):
+    """Of data that are one point, which every family predicts in its own units."""
+    mean = torch.linspace(-0.5, 0.5, FEATURES).double()
+    point = Mixture(torch.ones(1).double(), mean[None], 1e-16 * torch.eye(FEATURES)[None].double())
+    denoiser = path_denoiser(point, path, prediction_type)
+    x0, t = mean.reshape(1, *SHAPE).expand(4, *SHAPE), torch.tensor([20, 300, 700, 990])
+    loss = denoising_loss(denoiser, x0, t, seed=0, sample_offset=0)
+    assert loss.item() < 1e-12
+    assert denoising_loss(denoiser, x0 + 0.1, t, seed=0, sample_offset=0).item() > 1e-4
+
+
+def test_every_step_has_noise_of_its_own(monkeypatch):
+    """That of the samples seen before would be learned by heart."""
+    from ocm.training import objectives
+
+    offsets, denoising, of_head = [], objectives.denoising_loss, ocm.NPR.loss
+
+    def denoised(*arguments, sample_offset, **options):
+        offsets.append(sample_offset)
+        return denoising(*arguments, sample_offset=sample_offset, **options)
+
+    def head_loss(*arguments, sample_offset, **options):
+        offsets.append(sample_offset)
+        return of_head(*arguments, sample_offset=sample_offset, **options)
+
+    monkeypatch.setattr(objectives, "denoising_loss", denoised)
+    monkeypatch.setattr(ocm.NPR, "loss", head_loss)
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine())
+    settings = ocm.TrainingSettings(3, batch_size=6, gradient_accumulation_steps=2)
+    images = torch.zeros(9, 1, 4, 4)
+    train_denoiser(denoiser, images, settings, progress=False)
+    train_head(ocm.NPR(denoiser, ocm.make_head(denoiser)), images, settings, progress=False)
+    assert offsets == 2 * [0, 3, 6, 9, 12, 15]
 
 
 # Conditions
