@@ -43,6 +43,7 @@ from ocm.diffusion.divergences import (
 )
 from ocm.diffusion.noise import noisy_prediction
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.finite import all_finite, check_step
 from ocm.sampling.samplers import X0_RANGE
 
 Decoder = Literal["stated", "beta_tilde"]
@@ -113,6 +114,8 @@ def bits_per_dim(
         ValueError: If x0 leaves [-1, 1] or the grid, the timesteps do not increase to N, or
             levels < 2; or x0 is not finite; or the decoder of continuous data is not "stated".
         TypeError: If the covariance has no density (Lanczos).
+        FloatingPointError: If the bound is not finite, naming t and whether it is the backbone or
+            the covariance that is not.
     """
     from tqdm import tqdm
 
@@ -133,21 +136,31 @@ def bits_per_dim(
     def predicted(t: float, s: float | None = None) -> Prediction:
         return noisy_prediction(denoiser, x0, t, seed, sample_offset, s=s, condition=condition)
 
-    def stated(prediction: Prediction) -> SpectralCovariance:
-        return spectral(covariance.at(prediction).bounded(x0_range))
-
-    terms = []
-    for s, t in tqdm(noisy_steps, "bits/dim", unit="step", disable=not progress):
+    def term(t: float, s: float | None, watched: bool = False) -> Tensor:
+        """Return the term of the step from t to s, or that of the decoder where s is None."""
         prediction = predicted(t, s)
-        terms.append(step_term(stated(prediction), prediction, x0, x0_range))
-    prediction = predicted(first)
-    return BitsPerDim(
+        stated = spectral(covariance.at(prediction).bounded(x0_range))
+        if s is not None:
+            bits = step_term(stated, prediction, x0, x0_range)
+        elif levels is None:
+            bits = density_term(stated, prediction, x0, x0_range)
+        else:
+            bits = decoder_term(stated, prediction, x0, levels, decoder)
+        if watched:
+            check_step(bits, prediction, covariance, stated)
+        return bits
+
+    bar = tqdm(noisy_steps, "bits/dim", unit="step", disable=not progress)
+    terms = [term(t, s) for s, t in bar]
+    bits = BitsPerDim(
         prior=prior_term(denoiser, x0),
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),
-        decoder=density_term(stated(prediction), prediction, x0, x0_range)
-        if levels is None
-        else decoder_term(stated(prediction), prediction, x0, levels, decoder),
+        decoder=term(first, None),
     )
+    if not all_finite(bits.total):
+        for s, t in [*noisy_steps, (None, first)]:
+            term(t, s, watched=True)
+    return bits
 
 
 def check_images(x0: Tensor, levels: int) -> None:

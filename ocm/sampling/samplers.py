@@ -34,6 +34,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.finite import all_finite, check_step
 
 
 class ReverseStep(NamedTuple):
@@ -207,23 +208,41 @@ def sample(
     Raises:
         ValueError: If there are more steps than N, or the timesteps do not increase from above 0
             to at most N.
+        FloatingPointError: If samples are not finite, naming t and whether it is the backbone or
+            the covariance that is not. A GPU is waited for once, at the end.
     """
     from tqdm import tqdm
 
-    schedule, device = denoiser.schedule, denoiser.device
-    timesteps = timesteps_of(schedule, steps)
-    seed = seed_tensor(seed, device)
-    x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
-    take = sampler.start() if isinstance(sampler, Multistep) else partial(_step_of, sampler)
-    bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
-    for s, t in bar:
-        prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
-        x = take(
-            prediction,
-            covariance.at(prediction) if s > 0 or noise_at_end else None,
-            seed=seed,
-            x0_range=x0_range,
-            max_noise_std=max_last_noise if s == timesteps[0] else None,
+    timesteps = timesteps_of(denoiser.schedule, steps)
+    seed = seed_tensor(seed, denoiser.device)
+
+    def run(watched: bool) -> Tensor:
+        x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
+        take = sampler.start() if isinstance(sampler, Multistep) else partial(_step_of, sampler)
+        bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
+        for s, t in bar:
+            prediction = denoiser.predict(
+                x, t, s=s, condition=condition, sample_offset=sample_offset
+            )
+            stated = covariance.at(prediction) if s > 0 or noise_at_end else None
+            x = take(
+                prediction,
+                stated,
+                seed=seed,
+                x0_range=x0_range,
+                max_noise_std=max_last_noise if s == timesteps[0] else None,
+            )
+            if watched:
+                check_step(x, prediction, covariance, stated)
+        return x
+
+    x = run(watched=False)
+    # One look at the end, since no step heals NaN; the same run again then says where it began.
+    if not all_finite(x):
+        run(watched=True)
+        raise FloatingPointError(
+            "samples must be finite, got NaN or infinite ones that the same seed did not give "
+            "again: is the backbone in training mode?"
         )
     return x
 
@@ -318,6 +337,7 @@ def capture(
 
     Raises:
         ValueError: If the denoiser is not on a CUDA device.
+        FloatingPointError: In a replay, as :func:`sample`.
     """
     if denoiser.device.type != "cuda":
         raise ValueError(f"denoiser must be on a CUDA device, got {denoiser.device}")
@@ -342,6 +362,9 @@ def capture(
         with torch.cuda.device(device):
             seed.copy_(seed_tensor(value, device))
             graph.replay()
-            return images.clone()
+            replayed = images.clone()
+        if not all_finite(replayed):
+            draw()  # raises, and says where
+        return replayed
 
     return replay
