@@ -112,11 +112,27 @@ class Schedule:
 
     def beta(self, s: float, t: float) -> float:
         """Return the variance beta(s, t) of q(x_t | x_s), for 0 <= s < t <= N."""
-        return self._lost(s, t) * self.level(t).sigma ** 2
+        return self.lost(s, t) * self.level(t).sigma ** 2
 
     def beta_tilde(self, s: float, t: float) -> float:
         """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
-        return self._lost(s, t) * self.level(s).sigma ** 2
+        return self.lost(s, t) * self.level(s).sigma ** 2
+
+    def lost(self, s: float, t: float) -> float:
+        """Return 1 - SNR_t / SNR_s, the share of the SNR that is lost from s to t.
+
+        Raises:
+            ValueError: Unless 0 <= s < t <= N.
+
+        Example:
+            >>> flow().lost(0, 500)
+            1.0
+        """
+        if not 0 <= s < t <= self.num_timesteps:
+            raise ValueError(
+                f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
+            )
+        return -math.expm1(self.level(t).log_snr - self.level(s).log_snr)
 
     @cached_property
     def _of_whole(self) -> Tensor:
@@ -223,14 +239,6 @@ class Schedule:
                 f"t must lie in {first} {self.num_timesteps}{']' * self.is_continuous}, got "
                 f"{lowest} .. {highest}"
             )
-
-    def _lost(self, s: float, t: float) -> float:
-        """Return 1 - SNR_t / SNR_s."""
-        if not 0 <= s < t <= self.num_timesteps:
-            raise ValueError(
-                f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
-            )
-        return -math.expm1(self.level(t).log_snr - self.level(s).log_snr)
 
 
 def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule:
