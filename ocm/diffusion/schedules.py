@@ -247,7 +247,7 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
     The last may be 1: then x_N holds no signal ("zero terminal SNR").
 
     Raises:
-        ValueError: If a beta lies outside (0, 1).
+        ValueError: If a beta lies outside (0, 1), or they leave no signal before the last timestep.
 
     Example:
         >>> from_betas([0.1, 0.2]).alpha_bar
@@ -262,6 +262,12 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
         )
     zero = torch.zeros(1, dtype=torch.float64)
     log_alpha_bar = torch.cat([zero, torch.log1p(-betas).cumsum(0)])
+    lost = log_alpha_bar[:-1] / 2 < math.log(torch.finfo(torch.float64).tiny)
+    if bool(lost.any()):
+        raise ValueError(
+            f"betas must leave signal before the last timestep {len(betas)}, got alpha = 0 from "
+            f"t = {int(lost.int().argmax())} on"
+        )
     tables = OnDevices((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt())
 
     def scales(t: Tensor) -> tuple[Tensor, Tensor]:
