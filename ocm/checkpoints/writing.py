@@ -17,7 +17,7 @@ import torch
 
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.backbones.wrappers import is_sharded
-from ocm.diffusion.schedules import SCHEDULES, Schedule
+from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas
 from ocm.files import replacing, write_json
 
 DATA_COVARIANCE = "data_covariance.safetensors"
@@ -43,7 +43,8 @@ def save(
             diffusers takes it; by default small enough to be carried one by one.
 
     Raises:
-        ValueError: If ``fully_shard`` has spread the denoiser over processes.
+        ValueError: If ``fully_shard`` has spread the denoiser over processes, or its schedule
+            could not be read again as it is.
     """
     from safetensors.torch import save_file
 
@@ -103,13 +104,26 @@ def save_tables(checkpoint: Checkpoint, path: str | Path) -> None:
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
     if schedule.name in SCHEDULES:
         usual = SCHEDULES[schedule.name](schedule.num_timesteps, **schedule.options)
-        if torch.equal(usual.log_alpha_bar, schedule.log_alpha_bar):
+        if _told_alike(usual, schedule) and torch.equal(
+            usual.log_alpha_bar, schedule.log_alpha_bar
+        ):
             entry = {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
             return entry | ({"options": dict(schedule.options)} if schedule.options else {})
     if schedule.is_continuous:
         raise ValueError(
             f"schedule must be one of {', '.join(SCHEDULES)} or discrete to be written, got the "
-            f"path {schedule.name!r} of functions"
+            f"path {schedule.name!r} of functions, or of a data_std or time of its own"
         )
     betas = [schedule.beta(t - 1, t) for t in range(1, schedule.num_timesteps + 1)]
+    if not _told_alike(from_betas(betas), schedule):
+        raise ValueError(
+            "schedule must have data_std = 1 and time = t - 1 to be written by its betas, got "
+            f"data_std = {schedule.data_std} and time(1) = {schedule.level(1).time}"
+        )
     return {"name": schedule.name, "betas": betas}
+
+
+def _told_alike(one: Schedule, other: Schedule) -> bool:
+    """Return whether networks of two paths are told the same times and have the same unit."""
+    places = torch.arange(1, one.num_timesteps + 1)
+    return one.data_std == other.data_std and torch.equal(one.time(places), other.time(places))
