@@ -42,6 +42,7 @@ from ocm.diffusion.divergences import (
     gaussian_step_kl,
 )
 from ocm.diffusion.noise import noisy_prediction
+from ocm.diffusion.schedules import full_precision
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
 from ocm.sampling.finite import all_finite, check_step
 from ocm.sampling.samplers import X0_RANGE
@@ -125,6 +126,7 @@ def bits_per_dim(
             raise ValueError(f"decoder must be 'stated' for continuous data, got {decoder!r}")
     else:
         check_images(x0, levels)
+    x0 = full_precision(x0)  # errors are as small as the noise
     timesteps = timesteps_of(denoiser.schedule, steps)
     *noisy_steps, (_, first) = reverse_steps(timesteps)
     if timesteps[-1] != denoiser.schedule.num_timesteps:

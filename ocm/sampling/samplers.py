@@ -82,10 +82,11 @@ def ddpm(schedule: Schedule, s: float, t: float) -> ReverseStep:
         >>> ddpm(linear(), 0, 500).mean_from_x0    # the last step returns x0_hat
         1.0
     """
+    lost = schedule.lost(s, t)  # raises unless s < t
     (alpha_s, sigma_s, *_), (alpha_t, sigma_t, *_) = schedule.level(s), schedule.level(t)
     # By the ratio: next to the data the squares alone underflow.
     a = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
-    return ReverseStep(a, alpha_s * schedule.lost(s, t), schedule.beta_tilde(s, t))
+    return ReverseStep(a, alpha_s * lost, lost * sigma_s**2)
 
 
 def ddim(schedule: Schedule, s: float, t: float, *, eta: float = 0.0) -> ReverseStep:
