@@ -65,7 +65,7 @@ def test_gaussian_data_keep_their_variance_in_any_steps(data, schedule, variance
 def test_a_trajectory_is_the_sample_and_its_density_is_found_again(
     data, schedule, variance, sampler, seed, tensor_seed
 ):
-    denoiser, covariance, *_ = gaussian_denoiser(schedule, variance)
+    denoiser, covariance, of, gain = gaussian_denoiser(schedule, variance)
     shape, steps = (2, 3), data.draw(trajectories(schedule, count=4, least=1e-2))
     options = {"seed": seed, "sampler": sampler, "x0_range": None, "dtype": torch.float64}
     options |= {"sample_offset": data.draw(offsets(2))}
@@ -76,6 +76,12 @@ def test_a_trajectory_is_the_sample_and_its_density_is_found_again(
         denoiser, covariance, trajectory, sampler=sampler, x0_range=None
     )
     close(again, trajectory.log_prob, rtol=1e-6, atol=1e-6)
+    for k, (s, t) in enumerate(reverse_steps(steps)[:-1]):
+        a, b, noise_variance = sampler(schedule, s, t)
+        x_t, x_s = trajectory.states[k : k + 2]
+        std = (noise_variance + b**2 * of(t)) ** 0.5
+        law = torch.distributions.Normal((a + b * gain(t)) * x_t, std)
+        close(trajectory.log_prob[:, k], law.log_prob(x_s).sum(1), rtol=1e-5, atol=1e-4)
 
 
 @given(st.data(), schedules(), st.floats(0.05, 3.0), SAMPLERS, SEEDS)
