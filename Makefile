@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CONSTRAINTS ?= constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 # What spreads the tests over two processes.
 SPREAD := --numprocesses 2 --dist loadfile
@@ -21,7 +22,7 @@ GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
 GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak mutation test-portable lint types bench bench-small clean
+.PHONY: help demo test coverage soak mutation test-portable test-lowest lint types bench bench-small clean
 .PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels gpu-suites
 
 help: ## Show this list
@@ -32,6 +33,9 @@ demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare c
 
 test: $(VENV)/.installed-test ## Run the tests (15 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
+
+coverage: $(VENV)/.installed-test ## Which lines and branches the tests run, 95% at least (15 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --cov --cov-report=term
 
 # The emulated kernels run as compiled by the oldest Triton too.
 soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that take many minutes (15 minutes)
@@ -50,6 +54,9 @@ test-portable: $(VENV)/.installed-test ## The tests as other processors may roun
 	OMP_NUM_THREADS=1 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/pytest $(SPREAD)
 	OMP_NUM_THREADS=1 MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/pytest $(SPREAD)
 	OMP_NUM_THREADS=2 $(BIN)/pytest
+
+test-lowest: ## The tests with the lowest versions that pyproject.toml names (Python 3.10 to 3.12)
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 lint: $(VENV)/.installed-dev ## Check style, formatting and types
 	$(BIN)/ruff check .
@@ -102,7 +109,7 @@ gpu-suites: gpu-install ## Further benchmark suites on a GPU, each in at most 9 
 	done
 
 clean: ## Remove the environment, caches and results
-	rm -rf $(VENV) .cache build dist runs *.egg-info
+	rm -rf $(VENV) .venv-lowest .cache build dist runs *.egg-info
 
 .cache/triton-3.6/.installed: | $(BIN)/python
 	rm -rf $(@D)
@@ -113,7 +120,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each set of requirements, made again when the requirements change.
-$(VENV)/.installed-%: pyproject.toml constraints.txt benchmarks/peers.txt | $(BIN)/python
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) benchmarks/peers.txt | $(BIN)/python
 	@echo "Installing hessdiag[$*] into $(VENV) ..."
 	$(INSTALL) setuptools
 	$(INSTALL) --no-build-isolation --editable '.[$*]'

@@ -157,7 +157,8 @@ def estimate(
             :class:`hessdiag.streaming.Tolerance`. Looked at every 16 probes, or every block of
             more. Passes go on for the whole batch until its last sample has stopped.
         atol: The absolute part of that tolerance.
-        chunk_size: Probes held in memory at a time; halved when a GPU runs out of memory.
+        chunk_size: Probes held in memory at a time; halved, with a warning, when a GPU runs out of
+            memory.
         seed: An integer in [0, 2**64), an int64 tensor with one element, or a torch.Generator,
             from which one is drawn.
         sample_offset: Number of the first sample, for a batch that is part of a larger one.

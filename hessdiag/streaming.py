@@ -7,6 +7,7 @@ and a tolerance is looked at after fixed numbers of probes.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -93,18 +94,31 @@ class Chunks:
             stops: No chunk goes beyond a multiple of any of these.
             first: Probes before this one are left out.
 
+        Warns:
+            UserWarning: If fewer fit than were to be held, once it is known how many.
+
         Raises:
             torch.OutOfMemoryError: If not even one probe fits.
         """
+        tried = 0
         while first < total:
             count = min(self.size, total - first, *(stop - first % stop for stop in stops))
             taken = self._chunk(first, count)
             if taken is None:
+                tried = tried or count
                 self.size = max(1, count // 2)
                 self.notes.append(f"out of memory with {count} probes at a time, now {self.size}")
                 gc.collect()  # errors hold the frames that they passed, and tensors there
                 torch.cuda.empty_cache()
                 continue
+            if tried:
+                warnings.warn(
+                    f"memory does not hold {tried} probes at a time: it is {self.size} now, which "
+                    f"changes no result; chunk_size={self.size} saves the attempts",
+                    UserWarning,
+                    stacklevel=2,
+                )
+                tried = 0
             yield first, *taken
             del taken  # which nobody needs while the next are made
             first += count
@@ -114,10 +128,13 @@ class Chunks:
         try:
             probes = self.draw(first, count)
             return probes, self.products(probes)
-        except torch.OutOfMemoryError:
-            if count == 1:
-                raise
-            return None
+        except torch.OutOfMemoryError as error:
+            if count > 1:
+                return None
+            raise torch.OutOfMemoryError(
+                "memory does not hold the products with one probe, which is the least chunk_size; "
+                f"give a smaller batch, or mode='jvp', which keeps no graph: {error}"
+            ) from error
 
 
 class SignMoments:

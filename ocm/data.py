@@ -7,6 +7,7 @@ files, and data sets of the Hub.
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ocm.diffusion.checks import check_positive_int
-from ocm.images import ArrowImages, arrow_images
+from ocm.images import LARGEST_SIDE, ArrowImages, arrow_images
 
 _MAX_HELD_OUT = 10_000
+_MOST_CLASSES = 1_000_000
 _TEXT_TYPES = ("string", "large_string")
 # A split without "train" in its name that may serve as the held-out one, best first.
 _TEST_SPLITS = ("test", "validation", "valid", "val")
@@ -160,8 +162,9 @@ def load(
               names are these splits;
             - ``"owner/name"`` of a data set on the Hugging Face Hub, which is downloaded if it is
               not in the cache.
-        image_size: Crop images to their central square and scale that to this size by PIL's box
-            filter, which averages areas. None leaves them as they are.
+        image_size: Crop images to their central square and scale that to this size, at most 8192,
+            by PIL's box filter, which averages areas, and repeats the pixels of smaller images.
+            None leaves them as they are.
         image_column: Column of the images; by default ``image`` or ``img``, or the only column
             that holds images.
         label_column: Column of integer labels; by default ``label`` or ``labels``, or the only
@@ -176,11 +179,15 @@ def load(
     there is no test (nor validation) split, a tenth of the images, at most 10,000, is held out.
     All but the digits have 256 grey levels and stay on the disk. Images are grey if all are, else
     all are RGB; transparency is dropped. Which they are, and of which size, is read from the
-    beginnings of all files, once: ``datasets`` keeps it in its cache.
+    beginnings of all files, once: ``datasets`` keeps it in its cache. Of an animation the first
+    frame is taken. Images with more than 8 bits a channel, or more pixels than
+    ``PIL.Image.MAX_IMAGE_PIXELS``, are refused. Nothing is fetched but a data set of the Hub, and a
+    path in a table is not opened.
 
     Raises:
         ValueError: If there is no such data set, it cannot be read, it has no images or no column
-            of that name, or its images differ in size and ``image_size`` is None.
+            of that name, its images differ in size and ``image_size`` is None, or one of them or
+            of the labels is refused.
 
     Example:
         >>> load("digits").levels
@@ -188,6 +195,8 @@ def load(
     """
     if image_size is not None:
         check_positive_int("image_size", image_size)
+        if image_size > LARGEST_SIDE:
+            raise ValueError(f"image_size must be at most {LARGEST_SIDE}, got {image_size}")
     if limit is not None:
         check_positive_int("limit", limit)
     if name == "digits":
@@ -201,7 +210,7 @@ def load(
     import datasets
 
     with _progress_bars(progress):
-        splits = _read(name, cache_dir)
+        splits, folders = _read(name, cache_dir)
         features = splits["train"].features
         images_from = _image_column(name, features, image_column)
         labels_from = _label_column(name, features, label_column)
@@ -229,9 +238,15 @@ def load(
                 for split, dataset in splits.items()
             },
             image_size,
+            folders,
         )
     labels = {split: _labels(splits[split], labels_from, images[split]) for split in images}
     known = [int(values.max()) + 1 for values in labels.values() if values is not None]
+    most = getattr(features.get(labels_from), "num_classes", _MOST_CLASSES)
+    if known and max(known) > most:
+        raise ValueError(
+            f"label_column must name classes below {most}, got {max(known) - 1} in {labels_from!r}"
+        )
     given = {
         "image_column": image_column,
         "label_column": label_column,
@@ -268,34 +283,62 @@ def _progress_bars(show: bool) -> Iterator[None]:
         (datasets.enable_progress_bars if shown else datasets.disable_progress_bars)()
 
 
-def _read(name: str, cache_dir: str | Path | None) -> dict[str, Any]:
-    """Return the splits of a data set, as data sets of ``datasets``: train, and test if any."""
+def _read(name: str, cache_dir: str | Path | None) -> tuple[dict[str, Any], list[str]]:
+    """Return the splits of a data set, and the folders that images may be read from.
+
+    The splits are data sets of ``datasets``: train, and test if any.
+    """
     import datasets
     from datasets.exceptions import DatasetsError
+    from huggingface_hub.constants import HF_HUB_CACHE
 
+    cache = os.path.abspath(cache_dir or datasets.config.HF_DATASETS_CACHE)
     path = Path(name).expanduser()
     source: dict[str, Any]
     if path.is_dir():
         # Tables are splits by their names: train*, test* and so on.
         tables = any(path.glob("*.parquet"))
         source = {"path": "parquet", "data_dir": str(path)} if tables else _image_folder(path)
+        # Splits may be links; archives in a folder of images are unpacked in the cache.
+        images = (path, *(path / split for split in ("train", *_TEST_SPLITS)))
+        unpacked = os.path.join(cache, "downloads", "extracted")
+        folders = [] if tables else [*(str(folder.resolve()) for folder in images), unpacked]
         origin = f"data {name!r} cannot be read as {source['path']}"
     elif path.is_file() and path.suffix == ".parquet":
-        source = {"path": "parquet", "data_files": {"train": str(path)}}
+        source, folders = {"path": "parquet", "data_files": {"train": str(path)}}, []
         origin = f"data {name!r} cannot be read as parquet"
-    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) and path.suffix != ".parquet":
-        source = {"path": name}
+    elif _is_name_of_hub(name, path):
+        source, folders = {"path": name}, [cache, os.path.abspath(HF_HUB_CACHE)]
         origin = f"data {name!r} is no folder, and cannot be loaded from the Hugging Face Hub"
     else:
         raise ValueError(
             "data must be 'digits', an existing folder or .parquet file, or 'owner/name' of a data "
-            f"set on the Hugging Face Hub, got {name!r}"
+            f"set on the Hugging Face Hub, with no folder 'owner' here, got {name!r}"
         )
     try:
-        found = datasets.load_dataset(**source, cache_dir=cache_dir)
+        with _uncounted():
+            found = datasets.load_dataset(**source, cache_dir=cache_dir)
     except (OSError, ValueError, DatasetsError) as error:
         raise ValueError(f"{origin}: {_reason(error)}") from error
-    return _choose_splits(name, dict(found))
+    return _choose_splits(name, dict(found)), folders
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """Keep ``datasets`` from telling a server that its loaders are used, on local files too."""
+    from datasets import config
+
+    counted, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counted
+
+
+def _is_name_of_hub(name: str, path: Path) -> bool:
+    """Return whether a name is "owner/name" and not rather a path that does not exist."""
+    is_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+    return is_name and path.suffix != ".parquet" and not (path.exists() or path.parent.is_dir())
 
 
 def _reason(error: BaseException) -> str:
@@ -392,7 +435,10 @@ def _captions(dataset: Any, column: str | None, images: ArrowImages) -> tuple[st
 def _labels(dataset: Any, column: str | None, images: ArrowImages) -> Tensor | None:
     if column is None:
         return None
-    values = dataset.data.column(column).cast("int64")
+    try:
+        values = dataset.data.column(column).cast("int64")
+    except ValueError as error:  # of 64 bits without a sign
+        raise ValueError(f"label_column must name integers, got {column!r}: {error}") from error
     if values.null_count == len(values):
         return None
     missing = int(torch.tensor(values.is_null().to_numpy())[images.rows].sum())
@@ -403,4 +449,11 @@ def _labels(dataset: Any, column: str | None, images: ArrowImages) -> Tensor | N
         )
     labels = torch.tensor(values.fill_null(-1).to_numpy())[images.rows]
     # The Hub marks test labels that are kept secret by -1.
-    return None if bool((labels < 0).any()) else labels
+    if bool((labels == -1).all()):
+        return None
+    if bool((labels < 0).any()):
+        raise ValueError(
+            f"label_column must name classes from 0 on, or -1 for all, got {int(labels.min())} in "
+            f"{column!r} of the {images.name}"
+        )
+    return labels

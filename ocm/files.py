@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PARTIAL = ".partial-"
 
@@ -37,8 +41,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield beside
         flush(beside)
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        # The system names no file where it was open already, as on a full disk.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     flush(path.parent)
 
@@ -56,6 +63,38 @@ def write_json(path: str | Path, record: Mapping[str, Any]) -> None:
         ValueError: If the record holds one of them.
     """
     write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors in the format of safetensors by :func:`replacing`.
+
+    Raises:
+        OSError: If the file cannot be written: a full disk, say; it is named.
+    """
+    from safetensors.torch import save_file
+
+    with replacing(path) as beside, naming_unwritten(path):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+
+
+@contextmanager
+def naming_unwritten(path: str | Path) -> Iterator[None]:
+    """Raise errors of safetensors, on a full disk say, as an OSError that names ``path``."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits, without holding the file in memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -1,17 +1,25 @@
 """Encoded images on disk, decoded as they are asked for.
 
 The rows of a data set of Hugging Face's ``datasets`` lie in memory-mapped Arrow files: the bytes of
-image files, or their paths. Nothing of them is held in memory.
+image files, or their paths. Nothing of them is held in memory. A path is opened only if it is that
+of a regular file below folders that were asked for: a table of others could have any file read, or
+any address fetched.
 """
 
 from __future__ import annotations
 
+import io
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+LARGEST_SIDE = 8192
+"""Pixels of the longest side that an image may be scaled to."""
 
 _GREY_MODES = ("1", "L", "LA")
 # Orientations of EXIF that swap width and height.
@@ -71,7 +79,8 @@ class ArrowImages:
         where = _where(value, row, self.name)
         try:
             image = datasets.Image(mode="L" if channels == 1 else "RGB").decode_example(value)
-        except (OSError, ValueError, SyntaxError) as error:  # PIL has all three for broken files
+        # PIL has all of these for broken files.
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
         if self.resize:
             image = ImageOps.fit(image, (width, height), Image.Resampling.BOX)
@@ -81,23 +90,27 @@ class ArrowImages:
 
 
 def arrow_images(
-    splits: Mapping[str, tuple[Any, Tensor, str]], image_size: int | None
+    splits: Mapping[str, tuple[Any, Tensor, str]],
+    image_size: int | None,
+    folders: Sequence[str] = (),
 ) -> dict[str, ArrowImages]:
     """Return the images of some splits, of the shape that the beginnings of their files tell.
 
     A split is a data set of one column, of encoded images; the rows to take; and its name. What was
-    read from the files stays in the cache of ``datasets``: once, not again.
+    read from the files stays in the cache of ``datasets``: once, not again. Images that are files
+    must lie below one of ``folders``.
     """
     channels, size = 1, None
     for dataset, rows, name in splits.values():
         order = rows.sort().values.tolist()  # as they lie on the disk
+        (column,) = dataset.column_names
         table = dataset.select(order).map(
             _read_headers,
             batched=True,
             with_indices=True,
             input_columns=dataset.column_names,
             remove_columns=dataset.column_names,
-            fn_kwargs={"name": name, "rows": order},
+            fn_kwargs={"name": name, "rows": order, "column": column, "folders": list(folders)},
             desc=f"headers of the {name}",
         )
         numbers = table.data.column("header").combine_chunks().flatten()
@@ -120,33 +133,73 @@ def arrow_images(
 
 
 def _read_headers(
-    values: Sequence[Any], indices: Sequence[int], *, name: str, rows: Sequence[int]
+    values: Sequence[Any],
+    indices: Sequence[int],
+    *,
+    name: str,
+    rows: Sequence[int],
+    column: str,
+    folders: Sequence[str],
 ) -> dict[str, list[tuple[int, int, int]]]:
-    found = [_header(v, _where(v, rows[i], name)) for v, i in zip(values, indices, strict=True)]
-    return {"header": found}
+    return {
+        "header": [
+            _header(value, _where(value, rows[i], name), column, folders)
+            for value, i in zip(values, indices, strict=True)
+        ]
+    }
 
 
-def _header(value: Mapping[str, Any] | None, where: str) -> tuple[int, int, int]:
+def _header(
+    value: Mapping[str, Any] | None, where: str, column: str, folders: Sequence[str]
+) -> tuple[int, int, int]:
     """Return channels, width and height of an image."""
-    import io
-
-    from PIL import ExifTags, Image
+    from PIL import ExifTags, Image, UnidentifiedImageError
 
     if value is None or (value["bytes"] is None and value["path"] is None):
         raise ValueError(f"{where} must hold an image, got none")
-    file = value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"])
+    file: str | io.BytesIO
+    if value["bytes"] is None:
+        file = _file_of(value["path"], f"column {column!r} in {where}", folders)
+    else:
+        file = io.BytesIO(value["bytes"])
     try:
-        with Image.open(file) as image:
-            mode, (width, height) = image.mode, image.size
-            # Elsewhere getexif would decode the image to look for what follows it.
-            exif = image.getexif() if "exif" in image.info else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                mode, (width, height) = image.mode, image.size
+                encoding, raw = image.format, str(getattr(image, "tile", ""))
+                # Elsewhere getexif would decode the image to look for what follows it.
+                exif = image.getexif() if "exif" in image.info else {}
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"{where} is too large: {error} It is read where PIL.Image.MAX_IMAGE_PIXELS is set to "
+            "more"
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{where} holds no image that PIL can read: of no known format") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
-    if mode[0] in "IF":  # integers and floating-point numbers, which would be clipped to white
+    if encoding == "EPS":
+        raise ValueError(f"{where} must not be PostScript, which is a program to be run")
+    # Integers and floating-point numbers would be clipped to white, or cut to their upper 8 bits.
+    if mode[0] in "IF" or ";16" in raw:
         raise ValueError(f"{where} must have 8 bits a channel, got an image of PIL's mode {mode!r}")
     if exif.get(ExifTags.Base.Orientation) in _TURNED:
         width, height = height, width
     return 1 if mode in _GREY_MODES else 3, width, height
+
+
+def _file_of(path: str, where: str, folders: Sequence[str]) -> str:
+    """Return the path of an image, if it may be opened."""
+    place = os.path.normpath(path)
+    if not any(place.startswith(os.path.join(folder, "")) for folder in folders):
+        raise ValueError(
+            f"{where} must hold the bytes of an image, or its path in the folder asked for: other "
+            "paths and addresses are neither opened nor fetched"
+        )
+    if not os.path.isfile(place):
+        raise ValueError(f"{where} must be a regular file")
+    return place
 
 
 def _where(value: Mapping[str, Any] | None, row: int, name: str) -> str:

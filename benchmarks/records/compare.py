@@ -167,7 +167,8 @@ def _numbers(tables: Mapping[str, pd.DataFrame], identities: Mapping[str, list[s
     """Return every measured number of a record by the row it stands in and its field."""
     found: dict[tuple[str, str], float] = {}
     for place, frame in tables.items():
-        identity = frame.reindex(columns=identities[place]).to_dict("records")
+        # In pandas 2 a frame without columns has no records.
+        identity = frame.reindex(columns=identities[place]).to_dict("records") or [{}] * len(frame)
         names = pd.Series([": ".join(filter(None, [place, _written(row)])) for row in identity])
         copies = names.groupby(names).cumcount() + 1
         names = names.where(copies == 1, names + " (number " + copies.astype(str) + ")")

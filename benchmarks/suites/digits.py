@@ -29,7 +29,7 @@ import hessdiag
 import ocm
 from hessdiag.bases import dct_matrix
 from ocm import checkpoints
-from ocm.checkpoints.catalogue import CovarianceSettings, affordable
+from ocm.checkpoints.catalogue import CovarianceSettings, available
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
 from ocm.checkpoints.held_back import held_back
@@ -149,7 +149,7 @@ def _evaluated(directory: Path, sizes: Sizes, device: torch.device) -> Row:
     """Return what ``ocm evaluate --all`` records, but for its own time and place."""
     checkpoint = checkpoints.load(directory, device)
     settings = EvaluationSettings(
-        affordable(checkpoint),
+        available(checkpoint),
         sizes.step_counts,
         calibrated=True,
         quality=True,

@@ -1,6 +1,7 @@
 """Models on disk: a denoiser with what was learned and fitted about its covariance."""
 
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.entries import CheckpointError
 from ocm.checkpoints.reading import (
     is_pipeline,
     load,
@@ -8,7 +9,6 @@ from ocm.checkpoints.reading import (
     load_denoiser,
     pipeline_parts,
 )
-from ocm.checkpoints.weights import CheckpointError
 from ocm.checkpoints.writing import save, save_tables
 
 __all__ = [

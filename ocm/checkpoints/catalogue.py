@@ -12,9 +12,6 @@ from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.covariances import Calibrated, Covariance
 from ocm.covariances.names import CALIBRATED, NAMES, has_density, named
 
-# Products for a sample that are scored without being asked for.
-_MOST_PRODUCTS = 1024
-
 
 @dataclass(frozen=True)
 class CovarianceSettings:
@@ -114,7 +111,15 @@ def preferred(checkpoint: Checkpoint) -> str:
 
 
 def affordable(checkpoint: Checkpoint) -> list[str]:
-    """Return those of :func:`available` that cost less than a thousand products for a sample."""
-    features = math.prod(checkpoint.image_shape)
-    left_out = named("exact") if features > _MOST_PRODUCTS else []
-    return [name for name in available(checkpoint) if name not in left_out]
+    """Return those of :func:`available` that do not take a product for every feature."""
+    return [name for name in available(checkpoint) if name not in named("exact")]
+
+
+def num_products(name: str, checkpoint: Checkpoint, settings: CovarianceSettings) -> int:
+    """Return how many Jacobian products a covariance takes for a sample at a timestep."""
+    products = {
+        "probes": settings.num_probes,
+        "lanczos": settings.lanczos_probes,
+        "exact": math.prod(checkpoint.image_shape),
+    }
+    return products.get(NAMES[name].kind, 0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
-from ocm.covariances import calibrate
+from ocm.checkpoints.unfinished import NOT_KEPT, Parts
+from ocm.covariances import Analytic, Covariance, calibrate
 from ocm.covariances.names import NAMES, named
+from ocm.diffusion.tables import Table
 
 
 def fitted(
@@ -25,6 +28,7 @@ def fitted(
     settings: CovarianceSettings | None = None,
     seed: int = 0,
     batch_size: int = 256,
+    parts: Parts = NOT_KEPT,
     progress: bool = False,
 ) -> Checkpoint:
     """Return the checkpoint with what its covariances need from training data.
@@ -39,6 +43,7 @@ def fitted(
         settings: For covariances that take products.
         seed: Seed of the noise.
         batch_size: Samples at a time.
+        parts: Where every table is kept once it is fitted, and taken from.
         progress: Whether to show a progress bar.
     """
     # By timestep from 1 on, so that every trajectory lies within.
@@ -49,23 +54,29 @@ def fitted(
         "batch_size": batch_size,
         "progress": progress,
     }
+    denoiser = checkpoint.denoiser
+    bounds: dict[str, Any] = {"x0_range": checkpoint.x0_range}
+
+    def variances(name: str) -> dict[str, Any]:
+        bounded = {} if name == "analytic" else bounds
+        found = NAMES[name].make(denoiser, x0, timesteps, **bounded, **options)
+        return dict(found.scaled_variances.to_json())
+
+    def calibration(name: str, covariance: Covariance) -> dict[str, Any]:
+        places = steps if covariance.depends_on_s else timesteps
+        label = f"calibration of {name}"
+        found = calibrate(denoiser, covariance, x0, places, label=label, **bounds, **options)
+        return found.weights.to_json()
+
     analytic = dict(checkpoint.analytic)
     for name in named("fitted"):
         if name in names or name in calibrated:
-            bounds = {} if name == "analytic" else {"x0_range": checkpoint.x0_range}
-            fit = NAMES[name].make
-            analytic[name] = fit(checkpoint.denoiser, x0, timesteps, **bounds, **options)
+            table = parts.json(f"variances of {name}", partial(variances, name))
+            analytic[name] = Analytic(denoiser, Table.from_json(table))
     checkpoint = replace(checkpoint, analytic=analytic)
     calibrations = dict(checkpoint.calibrations)
     for name in calibrated:
         covariance = build_covariance(name, checkpoint, settings)
-        calibrations[name] = calibrate(
-            checkpoint.denoiser,
-            covariance,
-            x0,
-            steps if covariance.depends_on_s else timesteps,
-            x0_range=checkpoint.x0_range,
-            label=f"calibration of {name}",
-            **options,
-        ).weights
+        table = parts.json(f"calibration of {name}", partial(calibration, name, covariance))
+        calibrations[name] = Table.from_json(table)
     return replace(checkpoint, calibrations=calibrations)

@@ -1,27 +1,29 @@
-"""Writing checkpoints: a directory of safetensors and JSON.
-
-ocm.json                    what this is: schedule, data, learned covariances
-denoiser/                   the backbone, as diffusers' save_pretrained writes it
-heads/NAME.safetensors      the head of each learned covariance
-tables.json                 numbers by timestep: analytic variances, calibrations
-data_covariance.safetensors for paths without signal at N: the covariance of the data
-"""
+"""Writing checkpoints: a directory of safetensors and JSON, whole at every moment."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.layout import (
+    DATA_COVARIANCE,
+    DENOISER,
+    FORMAT,
+    HEADS,
+    TABLES,
+    replacing_parts,
+    settle,
+)
+from ocm.covariances import LearnedCovariance
 from ocm.diffusion.backbones.wrappers import is_sharded
 from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas
-from ocm.files import replacing, write_json
-
-DATA_COVARIANCE = "data_covariance.safetensors"
-FORMAT = {"format": "ocm-checkpoint", "version": 2}
+from ocm.files import naming_unwritten, write_json, write_tensors
 
 
 def save(
@@ -33,6 +35,9 @@ def save(
 ) -> None:
     """Write a checkpoint to the directory ``path``, which is made if need be.
 
+    Whenever the process is killed, or the disk is full, a checkpoint that was there before is still
+    there, whole, or the new one is. What does not change is not touched.
+
     Args:
         checkpoint: What to write.
         path: The directory.
@@ -43,23 +48,18 @@ def save(
             diffusers takes it; by default small enough to be carried one by one.
 
     Raises:
-        ValueError: If ``fully_shard`` has spread the denoiser over processes, or its schedule
-            could not be read again as it is.
+        OSError: If a file cannot be written.
+        ValueError: If ``fully_shard`` has spread the denoiser over processes, its schedule could
+            not be read again as it is, or a weight is NaN or infinite, in ``dtype``.
     """
-    from safetensors.torch import save_file
-
     directory, denoiser = Path(path), checkpoint.denoiser
     if is_sharded(denoiser.backbone):
         raise ValueError(
             "the denoiser must be whole to be written, and fully_shard has spread it over "
             "processes: load it again, and replace it in the checkpoint by that"
         )
-    (directory / "heads").mkdir(parents=True, exist_ok=True)
     backbone = denoiser.backbone if dtype is None else copy.deepcopy(denoiser.backbone).to(dtype)
-    # save_pretrained would leave the index of an earlier one, or its single file, beside its own.
-    for file in (directory / "denoiser").glob("diffusion_pytorch_model.*"):
-        file.unlink()
-    backbone.save_pretrained(directory / "denoiser", max_shard_size=max_shard_size)
+    _check_finite(_weights(checkpoint, backbone))
     description: dict[str, Any] = {
         **FORMAT,
         "schedule": _schedule_entry(denoiser.schedule),
@@ -68,37 +68,67 @@ def save(
         "levels": checkpoint.levels,
         "data": checkpoint.data,
         "data_options": dict(checkpoint.data_options),
+        "data_covariance": denoiser.data_covariance is not None,
         "x0_range": checkpoint.x0_range,
         "num_calibration": checkpoint.num_calibration,
-        "learned": {},
+        "learned": {name: _head_entry(c) for name, c in checkpoint.learned.items()},
     }
-    (directory / DATA_COVARIANCE).unlink(missing_ok=True)
-    if denoiser.data_covariance is not None:
-        values = torch.as_tensor(denoiser.data_covariance).contiguous()
-        with replacing(directory / DATA_COVARIANCE) as file:
-            save_file({"data_covariance": values}, file)
-    for name, covariance in checkpoint.learned.items():
-        head: Any = covariance.head
-        with replacing(directory / "heads" / f"{name}.safetensors") as file:
-            save_file(head.state_dict(), file)
-        description["learned"][name] = {
-            "head": type(head).__name__,
-            "config": head.config,
-            "parameterisation": covariance.parameterisation.to_json(),
-        }
-    save_tables(checkpoint, directory)
-    write_json(directory / "ocm.json", description)
+    with replacing_parts(directory, description) as beside, naming_unwritten(directory):
+        backbone.save_pretrained(beside / DENOISER, max_shard_size=max_shard_size)
+        (beside / HEADS).mkdir()
+        for name, covariance in checkpoint.learned.items():
+            write_tensors(beside / HEADS / f"{name}.safetensors", covariance.head.state_dict())
+        if denoiser.data_covariance is not None:
+            values = torch.as_tensor(denoiser.data_covariance)
+            write_tensors(beside / DATA_COVARIANCE, {"data_covariance": values})
+        write_json(beside / TABLES, _tables(checkpoint))
 
 
 def save_tables(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write only what was fitted by timestep into the directory of a checkpoint."""
-    tables = {
+    settle(Path(path))
+    write_json(Path(path) / TABLES, _tables(checkpoint))
+
+
+def _tables(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
         "scaled_variances": {
             name: c.scaled_variances.to_json() for name, c in checkpoint.analytic.items()
         },
         "calibrations": {name: table.to_json() for name, table in checkpoint.calibrations.items()},
     }
-    write_json(Path(path) / "tables.json", tables)
+
+
+def _head_entry(covariance: LearnedCovariance) -> dict[str, Any]:
+    head: Any = covariance.head
+    return {
+        "head": type(head).__name__,
+        "config": head.config,
+        "parameterisation": covariance.parameterisation.to_json(),
+    }
+
+
+def _weights(checkpoint: Checkpoint, backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield everything that is written and must be finite, with what to call it."""
+    for name, tensor in backbone.state_dict().items():
+        yield f"{name} of the denoiser", tensor
+    for kind, covariance in checkpoint.learned.items():
+        for name, tensor in covariance.head.state_dict().items():
+            yield f"{name} of the head {kind}", tensor
+    if checkpoint.denoiser.data_covariance is not None:
+        yield (
+            "data_covariance of the denoiser",
+            torch.as_tensor(checkpoint.denoiser.data_covariance),
+        )
+
+
+def _check_finite(weights: Iterator[tuple[str, Tensor]]) -> None:
+    for name, tensor in weights:
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"a checkpoint must hold finite weights, and {name} has NaN or infinity in "
+                f"{tensor.dtype}: nothing was written"
+            )
 
 
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:

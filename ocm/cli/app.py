@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -30,17 +33,26 @@ app = typer.Typer(
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """Return the command, ending in one line and status 130 at Ctrl-C."""
+    """Return the command, ending in one line at Ctrl-C (status 130) and at SIGTERM (143)."""
 
     @functools.wraps(command)
     def wrapped(*arguments: object, **options: object) -> None:
+        caught = [signal.SIGINT]
+
+        def terminate(number: int, frame: FrameType | None) -> None:
+            caught[0] = signal.Signals(number)
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, terminate)  # sent by clusters before SIGKILL
         try:
             command(*arguments, **options)
         except KeyboardInterrupt as stop:
             if os.environ.get("RANK", "0") == "0":  # the first of several processes
                 said = str(stop) or "the same command starts again"
                 typer.echo(f"\ninterrupted: {said}", err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + caught[0]) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     return wrapped
 
@@ -69,8 +81,12 @@ def run() -> None:
 
     Status 2 says that the command cannot be run as it was given: an option, a file or a checkpoint
     is not what it must be. Status 1 says that it failed on the way: a full disk, memory, a loss
-    that is not finite. Ctrl-C ends in 130.
+    that is not finite. Ctrl-C ends in 130, SIGTERM in 143.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where the terminal's encoding lacks a character, \xb1 stands for it.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="ocm")
     except Exception as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ocm.cli import options
+from ocm.cli import lasting, options
 from ocm.files import write_json
 
 
@@ -53,51 +53,77 @@ def calibrate(
 
     A calibrated covariance is a_t Cov + b_t, and is called NAME_calibrated. The two numbers of each
     timestep maximise the Gaussian likelihood of training images around the denoiser's mean.
+
+    What is fitted is kept in OUT/unfinished until all is: the same command goes on from there.
     """
     from ocm import checkpoints
-    from ocm.checkpoints.catalogue import CovarianceSettings, available
+    from ocm.checkpoints.catalogue import CovarianceSettings, available, build_covariance
     from ocm.checkpoints.fitting import fitted
     from ocm.checkpoints.held_back import held_back
+    from ocm.checkpoints.unfinished import Parts, digest, fingerprint
     from ocm.cli.inputs import images_for
     from ocm.covariances.names import has_density, named
     from ocm.evaluation.environment import environment
     from ocm.evaluation.scores import steps_of
 
     place = options.resolve_device(device)
-    options.prepare_directory(out or checkpoint)
+    record_folder = out or checkpoint
     loaded = checkpoints.load(checkpoint, place)
-    images = images_for(loaded, data, vae, image_size, progress=not quiet)
-    chosen = [name.value for name in covariance or []]
+    options.prepare_directory(checkpoint, "CHECKPOINT")
+    options.prepare_directory(record_folder)
+    trajectories = steps_of(loaded.denoiser.schedule, steps or [5, 10, 25, 50])
+    chosen = list(dict.fromkeys(name.value for name in covariance or []))
     names = chosen or [n for n in available(loaded) if n in named("fitted", "learned")]
+    settings = CovarianceSettings(num_probes, seed=seed)
     for name in names:
         if not has_density(name):
             raise ValueError(f"--covariance {name} has no density, and so nothing to calibrate")
+        if name not in named("fitted"):
+            build_covariance(name, loaded, settings)  # raises without what it needs
+    images = images_for(loaded, data, vae, image_size, progress=not quiet)
     x0, labels = held_back(loaded, images, num_images)
-    result = fitted(
-        loaded,
-        x0,
-        names,
-        steps_of(loaded.denoiser.schedule, steps or [5, 10, 25, 50]),
-        calibrated=names,
-        labels=labels,
-        settings=CovarianceSettings(num_probes, seed=seed),
-        seed=seed,
-        progress=not quiet,
-    )
-    checkpoints.save_tables(result, checkpoint)
-    record = {
-        "checkpoint": str(checkpoint),
-        "data": images.name,
-        "num_images": len(x0),
+    deciding = {
+        "covariances": names,
+        "steps": trajectories,
+        "num_probes": num_probes,
         "seed": seed,
-        "calibrations": {name: result.calibrations[name].to_json() for name in names},
-        "environment": environment(place),
+        # What is fitted here does not depend on what was fitted before.
+        "fingerprint of the checkpoint": fingerprint(checkpoint, without=("tables.json",)),
+        "digest of the images": digest({"x0": x0, "labels": labels}),
     }
-    write_json((out or checkpoint) / "calibration.json", record)
+
+    def tables(parts: Parts) -> str:
+        return f"{len(parts.names())} of {len(names) + len({*names} & {*named('fitted')})} tables"
+
+    folder = record_folder / "unfinished" / "calibrate"
+    with lasting.kept_parts(folder, deciding, tables) as parts:
+        result = fitted(
+            loaded,
+            x0,
+            names,
+            trajectories,
+            calibrated=names,
+            labels=labels,
+            settings=settings,
+            seed=seed,
+            parts=parts,
+            progress=not quiet,
+        )
+        checkpoints.save_tables(result, checkpoint)
+        record = {
+            "checkpoint": str(checkpoint),
+            "data": images.name,
+            "num_images": len(x0),
+            "seed": seed,
+            "calibrations": {name: result.calibrations[name].to_json() for name in names},
+            "environment": environment(place),
+        }
+        write_json(record_folder / "calibration.json", record)
+    parts.remove()
     typer.echo("covariance       scale a and shift b at the lowest, a middle and the highest t")
     for name in names:
         table = result.calibrations[name]
         shown = [0, len(table.values) // 2, len(table.values) - 1]
         cells = "   ".join(f"{table.values[i, 0]:.3g}, {table.values[i, 1]:.3g}" for i in shown)
         typer.echo(f"{name:<16} {cells}")
-    typer.echo(f"written into {checkpoint}; figures: {(out or checkpoint) / 'calibration.json'}")
+    typer.echo(f"written into {checkpoint}; figures: {record_folder / 'calibration.json'}")

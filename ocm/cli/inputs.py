@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     import torch
     from torch import Tensor
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
     from ocm.data import Images
     from ocm.diffusion.denoiser import Denoiser
+
+# Arguments of a denoiser that are none of its conditions.
+_OWN = {"sample", "hidden_states", "timestep", "class_labels", "return_dict"}
 
 
 def model_at(
@@ -28,16 +31,14 @@ def model_at(
     it.
     """
     from ocm import checkpoints
+    from ocm.checkpoints.entries import naming, read_json
     from ocm.diffusion.backbones.families import architecture_of
 
     if not checkpoints.is_pipeline(path):
         return checkpoints.load(path, place)
     folder, schedule, prediction_type = checkpoints.pipeline_parts(path)
     learned: dict[str, Any] = {}
-    if (
-        json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-        == "CovarianceModel"
-    ):
+    if read_json(folder / "config.json").get("_class_name") == "CovarianceModel":
         from ocm.integrations.attached import CovarianceModel
 
         model = CovarianceModel.from_pretrained(folder).to(place)
@@ -57,32 +58,31 @@ def model_at(
             f"{folder / 'config.json'} must state sample_size, and does not: only `ocm train`, "
             "whose images have a size, takes such a pipeline; its checkpoint is sampled"
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    return checkpoints.Checkpoint(
-        denoiser,
-        (architecture.channels(backbone), height, width),
-        levels=256,
-        data="",
-        learned=learned,
-        x0_range=None if (path / "vae").is_dir() else (-1.0, 1.0),
-    )
+    with naming(folder / "config.json"):
+        height, width = (size, size) if isinstance(size, int) else size
+        return checkpoints.Checkpoint(
+            denoiser,
+            (architecture.channels(backbone), height, width),
+            levels=256,
+            data="",
+            learned=learned,
+            x0_range=None if (path / "vae").is_dir() else (-1.0, 1.0),
+        )
 
 
 def conditions_of(
     file: Path | None, texts: Sequence[str] | None, encoders: Path | None, place: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the conditions in a file, or of texts by the encoders of a pipeline, and null ones."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from ocm.checkpoints import is_pipeline
+    from ocm.checkpoints import CheckpointError, is_pipeline
+    from ocm.checkpoints.weights import load_tensors
     from ocm.integrations.texts import encode_by, without_null
 
     if file is not None:
         try:
-            return without_null(load_file(file))
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"--conditions {file} cannot be read: {error}") from error
+            return without_null(load_tensors(file))
+        except CheckpointError as error:
+            raise CheckpointError(f"--conditions {error}") from error
     if texts is None:
         return {}, {}
     if encoders is None or not is_pipeline(encoders):
@@ -116,8 +116,9 @@ def conditioned(
     return replace(images, train_conditions=conditions, null_conditions=nulls)
 
 
-def check_conditions(denoiser: Denoiser, conditions: object) -> None:
+def check_conditions(denoiser: Denoiser, conditions: Collection[str]) -> None:
     """Raise unless there are conditions for a denoiser that takes texts, and for no other."""
+    from ocm.diffusion.backbones.wrappers import unwrapped
     from ocm.integrations.texts import takes_texts
 
     if takes_texts(denoiser) and not conditions:
@@ -127,6 +128,13 @@ def check_conditions(denoiser: Denoiser, conditions: object) -> None:
         )
     if conditions and not takes_texts(denoiser):
         raise ValueError("texts and --conditions are for a denoiser that takes texts, got another")
+    known = inspect.signature(unwrapped(denoiser.backbone).forward).parameters.keys() - _OWN
+    for name in conditions:
+        if name not in known:
+            raise ValueError(
+                f"--conditions must be arguments of the denoiser, of {', '.join(sorted(known))}, "
+                f"got {name[:80]!r}"
+            )
 
 
 def existing(path: Path, images: Images, hold_out: int | None, place: torch.device) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,6 +14,14 @@ from ocm.covariances.names import LEARNED, NAMES
 
 if TYPE_CHECKING:
     import torch
+
+
+def finite(value: float | None) -> float | None:
+    """Return the value of an option, if it is finite: ranges let NaN pass."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="Directory of a checkpoint, as `ocm train` writes it.")
@@ -63,10 +72,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def prepare_directory(path: Path) -> None:
-    """Make the directory of --out, or say that it cannot be, before any work is done."""
+def prepare_directory(path: Path, option: str = "--out") -> None:
+    """Make the directory of an option, or say that it cannot be, before any work is done."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=path).close()
     except OSError as error:
-        raise ValueError(f"--out {path} must be a directory to write to: {error}") from error
+        raise ValueError(f"{option} {path} must be a directory to write to: {error}") from error

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ocm.cli import options
-from ocm.files import replacing, write_json
+from ocm.cli import lasting, options
+from ocm.files import write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 # In the picture; all of them are in samples.safetensors.
 _IMAGES_SHOWN = 256
+# Of a process that has drawn its samples for one that starts again.
+_LONGEST_WAIT = timedelta(days=7)
 
 
 def sample(
@@ -40,6 +44,7 @@ def sample(
         typer.Option(
             min=0.0,
             max=1.0,
+            callback=options.finite,
             help="Noise of ddim and second-order: 0 is none, 1 is DDPM's. Default: 0.",
         ),
     ] = None,
@@ -72,7 +77,10 @@ def sample(
         ),
     ] = None,
     guidance: Annotated[
-        float, typer.Option(help="Scale w of classifier-free guidance; 1 is none.")
+        float,
+        typer.Option(
+            callback=options.finite, help="Scale w of classifier-free guidance; 1 is none."
+        ),
     ] = 1.0,
     vae: options.Vae = None,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 64,
@@ -80,6 +88,7 @@ def sample(
         float | None,
         typer.Option(
             min=0.0,
+            callback=options.finite,
             help="Bound on the noise of the last noisy step, in grey levels of 256; the paper "
             "uses 1 or 2. Default: no bound.",
         ),
@@ -98,14 +107,14 @@ def sample(
 
     Sample i is the same in any batch. Under torchrun each process draws a part of the samples, and
     the first one writes them all.
-    """
-    from safetensors.torch import save_file
 
+    Every batch is kept in OUT/unfinished until all are drawn: the same command goes on from there.
+    """
     from ocm.checkpoints.catalogue import CovarianceSettings, preferred
+    from ocm.checkpoints.unfinished import Parts, digest, fingerprint
     from ocm.cli.inputs import check_conditions, conditions_of, model_at
     from ocm.covariances.names import CALIBRATED
     from ocm.evaluation.environment import environment
-    from ocm.evaluation.pictures import sample_rows
     from ocm.evaluation.samples import draw
     from ocm.sampling import samplers
     from ocm.sampling.extrapolation import SecondOrder
@@ -131,35 +140,9 @@ def sample(
     name = preferred(loaded) if covariance is None else covariance.value
     name += CALIBRATED if calibrated else ""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    group = _join() if processes > 1 else None
     first, end = (num_images * r // processes for r in (rank, rank + 1))
-    start = time.perf_counter()
-    images = draw(
-        loaded,
-        name,
-        end - first,
-        timesteps,
-        sampler=reverse_processes[sampler],
-        settings=CovarianceSettings(num_probes, lanczos_probes, seed),
-        labels=label,
-        conditions=texts,
-        null_conditions=no_text,
-        guidance_scale=guidance,
-        seed=seed,
-        first=first,
-        batch_size=batch_size,
-        max_last_noise=None if last_noise is None else samplers.last_step_noise(last_noise),
-        progress=not quiet and rank == 0,
-    )
-    if processes > 1:
-        images = _gathered(images, processes)
-    if rank != 0:
-        return
-    if vae is not None:
-        from ocm.integrations.latents import decode, load_autoencoder
-
-        images = decode(load_autoencoder(vae, place), images)
-    record = {
-        "checkpoint": str(checkpoint),
+    chosen = {
         "covariance": name,
         "sampler": sampler,
         "eta": None if sampler == "ddpm" else eta or 0.0,
@@ -175,25 +158,82 @@ def sample(
         "lanczos_probes": lanczos_probes,
         "seed": seed,
         "processes": processes,
-        "seconds": round(time.perf_counter() - start, 3),
-        "pixel_mean": images.mean().item(),
-        "pixel_std": images.std().item(),
-        "environment": environment(place),
     }
-    with replacing(out / "samples.safetensors") as file:
-        save_file({"images": images.contiguous()}, file)
-    shown = images[:_IMAGES_SHOWN]
-    if shown.shape[1] not in (1, 3):  # latents: their first channel
-        shown = shown[:, :1]
-    rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
-    title = f"{sampler}, {steps} steps, covariance {name}, seed {seed}"
-    sample_rows(rows, out / "samples.png", title=title)
-    write_json(out / "samples.json", record)
+    deciding = {
+        **chosen,
+        "batch_size": batch_size,
+        "fingerprint of the checkpoint": fingerprint(checkpoint),
+        "digest of the conditions": digest({**texts, **{f"no {k}": v for k, v in no_text.items()}}),
+    }
+
+    def drawn(parts: Parts) -> str:
+        offsets = [int(name.removeprefix("from ")) for name in parts.names()]
+        count = sum(min(batch_size, end - offset) for offset in offsets)
+        return f"{count} of {end - first} images"
+
+    own = f" {rank + 1} of {processes}" if processes > 1 else ""
+    folder = out / "unfinished" / f"sample{own}"
+    start = time.perf_counter()
+    with lasting.kept_parts(folder, deciding, drawn) as parts:
+        found = len(parts.names())
+        images = draw(
+            loaded,
+            name,
+            end - first,
+            timesteps,
+            sampler=reverse_processes[sampler],
+            settings=CovarianceSettings(num_probes, lanczos_probes, seed),
+            labels=label,
+            conditions=texts,
+            null_conditions=no_text,
+            guidance_scale=guidance,
+            seed=seed,
+            first=first,
+            batch_size=batch_size,
+            max_last_noise=None if last_noise is None else samplers.last_step_noise(last_noise),
+            parts=parts,
+            progress=not quiet and rank == 0,
+        )
+        if processes > 1:
+            images = _gathered(images, processes, group)
+        if rank != 0:
+            return
+        if vae is not None:
+            from ocm.integrations.latents import decode, load_autoencoder
+
+            images = decode(load_autoencoder(vae, place), images)
+        record = {
+            "checkpoint": str(checkpoint),
+            **chosen,
+            "seconds": round(time.perf_counter() - start, 3),
+            "batches_drawn_before": found,  # by the same command, which was interrupted
+            "pixel_mean": images.mean().item(),
+            "pixel_std": images.std().item(),
+            "environment": environment(place),
+        }
+        _write(out, images, record)
+    for finished in (out / "unfinished").glob("sample*"):
+        Parts(finished).remove()
     typer.echo(
         f"{num_images} images in {record['seconds']:.1f} s, pixel mean {images.mean():.3f}, "
         f"standard deviation {images.std():.3f}"
     )
-    typer.echo(f"first {len(shown)}: {out / 'samples.png'}   all: {out / 'samples.safetensors'}")
+    shown = min(num_images, _IMAGES_SHOWN)
+    typer.echo(f"first {shown}: {out / 'samples.png'}   all: {out / 'samples.safetensors'}")
+
+
+def _write(out: Path, images: Tensor, record: Mapping[str, Any]) -> None:
+    """Write samples, a picture of the first of them, and what is known of them."""
+    from ocm.evaluation.pictures import sample_rows
+
+    write_tensors(out / "samples.safetensors", {"images": images})
+    shown = images[:_IMAGES_SHOWN]
+    if shown.shape[1] not in (1, 3):  # latents: their first channel
+        shown = shown[:, :1]
+    rows = {str(first): shown[first : first + 16] for first in range(0, len(shown), 16)}
+    title = "{sampler}, {steps} steps, covariance {covariance}, seed {seed}".format_map(record)
+    sample_rows(rows, out / "samples.png", title=title)
+    write_json(out / "samples.json", record)
 
 
 def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
@@ -213,14 +253,27 @@ def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
     return timesteps.optimal_timesteps(schedule, variances, steps)
 
 
-def _gathered(images: Tensor, processes: int) -> Tensor:
+def _join() -> Any:
+    """Find the other processes, and return their group: each notices when another ends."""
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    return distributed.new_group(timeout=_LONGEST_WAIT)
+
+
+def _gathered(images: Tensor, processes: int, group: Any) -> Tensor:
     """Return the samples of all processes in order."""
     import torch
     from torch import distributed
 
-    distributed.init_process_group("gloo")
     parts = [images] * processes
-    distributed.all_gather_object(parts, images)
-    distributed.barrier()  # not while another process still sends
+    try:
+        distributed.all_gather_object(parts, images, group)
+        distributed.barrier(group)  # not while another process still sends
+    except RuntimeError as error:
+        raise ConnectionError(
+            "another process ended before all samples were drawn; those that were are kept, and "
+            f"the same command goes on: {error}"
+        ) from error
     distributed.destroy_process_group()
     return torch.cat(parts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -170,7 +172,8 @@ def train(
         bool,
         typer.Option(
             "--overwrite",
-            help="Start anew, and replace the checkpoint or unfinished training in --out.",
+            help="Replace the checkpoint in --out, once the new one is whole, and the unfinished "
+            "training of other settings there. That of the same settings goes on.",
         ),
     ] = False,
     seed: options.Seed = 0,
@@ -179,9 +182,9 @@ def train(
 ) -> None:
     """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
 
-    An interrupted training goes on where it was when you give the same command again, without
-    --overwrite. For several processes: `torchrun --nproc-per-node N -m ocm train ...`, or
-    accelerate launch.
+    An interrupted training goes on where it was when you give the same command again. Ctrl-C and
+    SIGTERM keep the step that they come in; a second Ctrl-C keeps the last state that was written.
+    For several processes: `torchrun --nproc-per-node N -m ocm train ...`, or accelerate launch.
     """
     import torch
 
@@ -191,8 +194,16 @@ def train(
     from ocm.evaluation.environment import environment
     from ocm.training import processes
     from ocm.training.settings import TrainingSettings
+    from ocm.training.state import remove_states
     from ocm.training.workflow import NewDenoiser, NewHeads, train_checkpoint
 
+    for option, rate in {"": learning_rate, "head-": head_learning_rate}.items():
+        if not 0 < rate < math.inf:
+            raise ValueError(f"--{option}learning-rate must be positive and finite, got {rate}")
+    if width % 8:
+        raise ValueError(f"--width must be a multiple of 8, got {width}")
+    if tensorboard and find_spec("tensorboard") is None:
+        raise ValueError("--tensorboard needs a package that is missing: pip install tensorboard")
     place = options.resolve_device(device)
     options.prepare_directory(out)
     if (out / "ocm.json").exists() and not overwrite:
@@ -200,7 +211,7 @@ def train(
             f"--out {out} holds a finished checkpoint, whose learning rate ended at zero: it "
             "cannot go on. Heads are trained anew, and as long as --head-steps says, by `ocm train "
             f"--denoiser {out} --out OTHER --head NAME`; a denoiser by another --out; and "
-            "--overwrite replaces this one"
+            f"--overwrite replaces this one{_unfinished(out)}"
         )
     settings = TrainingSettings(
         denoiser_steps,
@@ -242,6 +253,10 @@ def train(
         raise ValueError("--shard is for a --denoiser, which is frozen")
     if caption_column and conditions:
         raise ValueError("--caption-column and --conditions must not both be given")
+    # Together from here on, so that none waits long for one that has ended.
+    processes.check_fits(settings, processes.join(place))
+    if denoiser is not None:
+        _check_start(denoiser, start_from)
     images = datasets.load(
         data,
         image_size=image_size,
@@ -268,36 +283,66 @@ def train(
             heads,
             out,
             device=place,
-            resume=not overwrite,
+            replace_other=overwrite,
             tensorboard=tensorboard,
             progress=not quiet,
         )
+        if os.environ.get("RANK", "0") != "0":  # one of several processes, and not the first
+            return
+        if denoiser is not None:
+            record["denoiser"] = str(denoiser)
+        if denoiser is not None and shard:  # it has not changed, and here is a part of it
+            whole = model_at(denoiser, torch.device("cpu"), images.shape[1:]).denoiser.backbone
+            trained = replace(trained, denoiser=replace(trained.denoiser, backbone=whole))
+        if conditions is not None:
+            record["conditions"] = str(conditions)
+        if vae is not None:
+            trained = replace(trained, x0_range=None)
+        # First, since the training is finished once the checkpoint is there.
+        write_json(out / "train.json", record | {"environment": environment(place)})
+        checkpoints.save(trained, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(out)) from None
-    if os.environ.get("RANK", "0") != "0":  # one of several processes, and not the first
-        return
-    if denoiser is not None:
-        record["denoiser"] = str(denoiser)
-    if denoiser is not None and shard:  # it has not changed, and here is a part of it
-        whole = model_at(denoiser, torch.device("cpu"), images.shape[1:]).denoiser.backbone
-        trained = replace(trained, denoiser=replace(trained.denoiser, backbone=whole))
-    if conditions is not None:
-        record["conditions"] = str(conditions)
-    if vae is not None:
-        trained = replace(trained, x0_range=None)
-    checkpoints.save(trained, out)
-    write_json(out / "train.json", record | {"environment": environment(place)})
+    # What is left there now is unfinished.
+    for name in ("denoiser", *heads.names):
+        remove_states(out / "training" / name)
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")
     typer.echo(f"checkpoint: {out}   settings and losses: {out / 'train.json'}")
 
 
-def _kept(out: Path) -> str:
-    """Return what an interrupted training leaves in ``out``, and how to go on."""
+def _check_start(denoiser: Path, start_from: str | None) -> None:
+    """Raise unless there is a model, and the head that another is to start from."""
+    from ocm import checkpoints
+
+    if checkpoints.is_pipeline(denoiser) or (
+        start_from is None and (denoiser / "ocm.json").exists()
+    ):
+        return
+    learned = checkpoints.load(denoiser).learned
+    if start_from not in learned:
+        raise ValueError(
+            f"--start-from must be a head of --denoiser {denoiser}, which has "
+            f"{', '.join(learned) or 'none'}, got {start_from}"
+        )
+
+
+def _steps_kept(out: Path) -> str:
+    """Return which trainings have a state in ``out``, and of which step."""
     from ocm.training.state import newest_step
 
     steps = {path.name: newest_step(path) for path in sorted((out / "training").glob("*"))}
-    kept = ", ".join(f"{name} at step {step}" for name, step in steps.items() if step is not None)
-    if not kept:
-        return "no state was written yet (--checkpoint-every): the same command starts again"
-    return f"kept in {out / 'training'}: {kept}. The same command, without --overwrite, goes on"
+    return ", ".join(f"{name} at step {step}" for name, step in steps.items() if step is not None)
+
+
+def _kept(out: Path) -> str:
+    """Return what an interrupted training leaves in ``out``, and how to go on."""
+    if kept := _steps_kept(out):
+        return f"kept in {out / 'training'}: {kept}. The same command goes on"
+    return "no state was written yet: the same command starts again"
+
+
+def _unfinished(out: Path) -> str:
+    """Return what to add to an error where ``out`` has an unfinished training too."""
+    kept = _steps_kept(out)
+    return f"; its unfinished training, {kept}, goes on with --overwrite too" if kept else ""

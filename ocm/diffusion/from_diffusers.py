@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from ocm.diffusion.schedules import Schedule, edm, flow, from_betas, trigflow
+from ocm.diffusion.schedules import (
+    Schedule,
+    check_num_timesteps,
+    edm,
+    flow,
+    from_betas,
+    trigflow,
+)
 
 _FLOW = (
     "FlowMatchEulerDiscreteScheduler",
@@ -108,15 +115,18 @@ def rebuilt(scheduler: Any) -> Any:
         bases = type(scheduler).__mro__
         name = next((b.__name__ for b in bases if b.__module__.startswith("diffusers.")), name)
     kind: Any = getattr(diffusers, _EXTENDED.get(name, name), None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.ConfigMixin)):
-        raise ValueError(f"scheduler must be one of diffusers, got {name}")
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise ValueError(f"scheduler must be one of diffusers, got {name:.80}")
+    if "num_train_timesteps" in config:
+        check_num_timesteps(config["num_train_timesteps"])
     known = inspect.signature(kind).parameters
     config = {key: value for key, value in config.items() if key in known}
     try:
         return kind(**config)
-    # NotImplementedError is diffusers' word for a beta_schedule that it does not know.
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise ValueError(f"scheduler has no configuration of a {name}: {error}") from error
+    # What a class raises of entries that it does not expect is diffusers' affair.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ValueError(f"scheduler has no configuration of a {name}: {reason}") from error
 
 
 def _maker(made: Any) -> Callable[[Any], Schedule]:

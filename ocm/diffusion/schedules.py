@@ -31,7 +31,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ from torch.nn import functional
 
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.tables import OnDevices
+
+MOST_TIMESTEPS = 1_000_000
 
 
 class Level(NamedTuple):
@@ -247,17 +249,18 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
     The last may be 1: then x_N holds no signal ("zero terminal SNR").
 
     Raises:
-        ValueError: If a beta lies outside (0, 1), or they leave no signal before the last timestep.
+        ValueError: If a beta lies outside (0, 1), they leave no signal before the last timestep, or
+            there are more than a million.
 
     Example:
         >>> from_betas([0.1, 0.2]).alpha_bar
         tensor([1.0000, 0.9000, 0.7200], dtype=torch.float64)
     """
     betas = torch.as_tensor(betas, dtype=torch.float64)
-    fits = betas.dim() == 1 and len(betas) > 0 and bool((betas > 0).all())
+    fits = betas.dim() == 1 and 0 < len(betas) <= MOST_TIMESTEPS and bool((betas > 0).all())
     if not (fits and bool((betas[:-1] < 1).all()) and bool(betas[-1] <= 1)):
         raise ValueError(
-            "betas must be a non-empty sequence of numbers in (0, 1), the last at most 1, got "
+            f"betas must be 1 to {MOST_TIMESTEPS} numbers in (0, 1), the last at most 1, got "
             f"shape {tuple(betas.shape)} and values {betas[:3].tolist()} ... {betas[-1:].tolist()}"
         )
     zero = torch.zeros(1, dtype=torch.float64)
@@ -285,7 +288,7 @@ def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float 
         >>> linear().beta_bar[-1].item() > 0.9999
         True
     """
-    _check_num_timesteps(num_timesteps)
+    check_num_timesteps(num_timesteps)
     betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
     return from_betas(betas, "linear")
 
@@ -300,7 +303,7 @@ def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0
         >>> round(cosine().alpha_bar[500].item(), 3)
         0.494
     """
-    _check_num_timesteps(num_timesteps)
+    check_num_timesteps(num_timesteps)
     progress = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     curve = torch.cos((progress + offset) / (1 + offset) * math.pi / 2) ** 2
     return from_betas((1 - curve[1:] / curve[:-1]).clamp(max=max_beta), "cosine")
@@ -316,11 +319,10 @@ def vp(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0)
         >>> round(vp().alpha_bar[1000].log().item(), 2)
         -10.05
     """
-    _check_num_timesteps(num_timesteps)
-    if not 0 < beta_min <= beta_max:
-        raise ValueError(
-            f"beta_min and beta_max must be positive and in order, got {beta_min} and {beta_max}"
-        )
+    check_num_timesteps(num_timesteps)
+    _check_positive(beta_min=beta_min, beta_max=beta_max)
+    if beta_min > beta_max:
+        raise ValueError(f"beta_max must be at least beta_min, got {beta_max} and {beta_min}")
 
     def scales(t: Tensor) -> tuple[Tensor, Tensor]:
         u = t / num_timesteps
@@ -347,7 +349,7 @@ def flow(num_timesteps: int = 1000) -> Schedule:
         >>> flow().sigma(torch.tensor([0.0, 250.5, 1000.0]))
         tensor([0.0000, 0.2505, 1.0000], dtype=torch.float64)
     """
-    _check_num_timesteps(num_timesteps)
+    check_num_timesteps(num_timesteps)
 
     def scales(t: Tensor) -> tuple[Tensor, Tensor]:
         return (num_timesteps - t) / num_timesteps, t / num_timesteps
@@ -371,12 +373,10 @@ def edm(
         >>> edm().sigma(torch.tensor([0.5, 1.0, 1000.0]))
         tensor([1.0000e-03, 2.0000e-03, 8.0000e+01], dtype=torch.float64)
     """
-    _check_num_timesteps(num_timesteps)
-    if not (0 < sigma_min < sigma_max and rho > 0 and data_std > 0):
-        raise ValueError(
-            "sigma_min, rho and data_std must be positive and sigma_max above sigma_min, got "
-            f"{sigma_min}, {rho}, {data_std} and {sigma_max}"
-        )
+    check_num_timesteps(num_timesteps)
+    _check_positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho, data_std=data_std)
+    if sigma_min >= sigma_max:
+        raise ValueError(f"sigma_max must be above sigma_min, got {sigma_max} and {sigma_min}")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
     def scales(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -408,9 +408,8 @@ def trigflow(num_timesteps: int = 1000, data_std: float = 0.5) -> Schedule:
         >>> trigflow().alpha(1000), trigflow().sigma(1000)
         (tensor(0., dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
     """
-    _check_num_timesteps(num_timesteps)
-    if not data_std > 0:
-        raise ValueError(f"data_std must be positive, got {data_std}")
+    check_num_timesteps(num_timesteps)
+    _check_positive(data_std=data_std)
 
     def angle(t: Tensor) -> Tensor:
         return t / num_timesteps * (math.pi / 2)
@@ -424,10 +423,22 @@ def trigflow(num_timesteps: int = 1000, data_std: float = 0.5) -> Schedule:
     )
 
 
-def _check_num_timesteps(num_timesteps: int) -> None:
+def check_num_timesteps(num_timesteps: object) -> None:
+    """Raise unless N is an int in [2, 1000000], so that tables of all timesteps stay small.
+
+    Raises:
+        TypeError: If it is no int.
+        ValueError: If it lies outside.
+    """
     check_positive_int("num_timesteps", num_timesteps)
-    if num_timesteps < 2:
-        raise ValueError(f"num_timesteps must be at least 2, got {num_timesteps}")
+    if not 2 <= cast("int", num_timesteps) <= MOST_TIMESTEPS:
+        raise ValueError(f"num_timesteps must be in [2, {MOST_TIMESTEPS}], got {num_timesteps}")
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 < number < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {number}")
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {

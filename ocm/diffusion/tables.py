@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,8 +52,8 @@ class Table:
         rows: k numbers for each timestep t, or for each step (s, t).
 
     Raises:
-        ValueError: If there are no rows, keys of both kinds, rows of different lengths, or values
-            that are not finite.
+        ValueError: If there are no rows, keys of both kinds, times below 0 or steps that do not go
+            back in time, rows of different lengths, or values that are not finite numbers.
 
     Example:
         >>> Table({100: [1.0], 200: [3.0]}).at(50, 150)
@@ -72,8 +73,12 @@ class Table:
                 "rows must be of one length, by timesteps t or by steps (s, t), got "
                 f"{len(self.rows)} rows of lengths {sorted(widths)} by {list(self.rows)[:3]}"
             )
-        if not np.isfinite(list(self.rows.values())).all():
-            raise ValueError("rows must hold finite numbers")
+        for place, row in self.rows.items():
+            s, t = place if isinstance(place, tuple) else (0, place)
+            if not all(map(_is_finite, (s, t, *row))):
+                raise ValueError(f"rows must hold finite numbers, got {row} at {place}")
+            if not 0 <= s < t and place != 0:
+                raise ValueError(f"rows must be by t >= 0 or by (s, t), 0 <= s < t, got {place}")
 
     @property
     def by_step(self) -> bool:
@@ -130,14 +135,26 @@ class Table:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Table:
-        """Return the table that :meth:`to_json` wrote."""
+        """Return the table that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If places are repeated or without values, or as the class.
+        """
         places = [
             tuple(place) if "steps" in record else place
             for place in record["steps" if "steps" in record else "timesteps"]
         ]
+        if len(set(places)) != len(places):
+            raise ValueError(f"places must be given once each, got {places[:4]} ...")
         if len(places) != len(record["values"]):
             raise ValueError(
                 f"values must have a row for each of {len(places)} places, got "
                 f"{len(record['values'])}"
             )
         return Table(dict(zip(places, record["values"], strict=True)))
+
+
+def _is_finite(number: object) -> bool:
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return False
+    return math.isfinite(number)

@@ -8,17 +8,20 @@ compare methods with one another only.
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ocm.checkpoints.weights import load_weights
+from ocm.checkpoints.entries import read_json
+from ocm.checkpoints.weights import load_built
 from ocm.diffusion.checks import check_positive_int
+from ocm.files import naming_unwritten, replacing
 from ocm.images import ArrowImages
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
@@ -26,6 +29,7 @@ from ocm.training.settings import TrainingSettings
 _MIN_SIZE = 4  # two halvings leave a pixel
 _WIDTHS = (32, 64, 128)
 _IMAGES_AT_ONCE = 500
+NUM_FEATURES = 64
 
 
 class Classifier(nn.Module, PyTorchModelHubMixin):
@@ -97,7 +101,7 @@ def train_classifier(
     labels: Tensor,
     num_classes: int,
     *,
-    num_features: int = 64,
+    num_features: int = NUM_FEATURES,
     seed: int = 0,
     num_steps: int = 600,
     batch_size: int = 64,
@@ -205,28 +209,31 @@ def save(classifier: Classifier, path: str | Path) -> None:
         ...     torch.equal(load(directory)(images), classifier(images))
         True
     """
-    classifier.save_pretrained(path)
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder, naming_unwritten(directory):
+        classifier.save_pretrained(folder)
+        for file in Path(folder).iterdir():
+            with replacing(directory / file.name) as beside:
+                shutil.copyfile(file, beside)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Classifier:
     """Read a classifier that :func:`save` wrote; nothing is unpickled, and nothing downloaded.
 
     Raises:
-        ValueError: That names the file, if one is missing or damaged, or holds other weights than
-            its configuration says, or NaN.
+        CheckpointError: A ValueError that names the file, if one is missing or damaged, or holds
+            other weights than its configuration says, or NaN.
 
     Example:
         >>> load("nowhere")
         Traceback (most recent call last):
         ...
-        ValueError: nowhere/config.json describes no classifier: FileNotFoundError: [Errno 2] No
-        such file or directory: 'nowhere/config.json'
+        ocm.checkpoints.entries.CheckpointError: nowhere/config.json cannot be read as JSON: No such
+        file or directory
     """
     file = Path(path) / "config.json"
-    try:
-        classifier = Classifier(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{file} describes no classifier: {reason}") from error
-    load_weights(classifier, Path(path) / "model.safetensors")
+    config = read_json(file)
+    weights = Path(path) / "model.safetensors"
+    classifier = load_built(lambda: Classifier(**config), [weights], str(file))
     return classifier.to(device).eval().requires_grad_(False)

@@ -92,6 +92,27 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return max(float(metric.compute()), 0.0)  # rounding can leave -1e-8 where it is zero
 
 
+def frechet_caution(num_images: int, num_samples: int, num_features: int) -> str | None:
+    """Return a sentence if there is too little for a Fréchet distance, or else None.
+
+    A covariance of d features has d (d + 1) / 2 numbers; of fewer than d + 1 vectors it is
+    singular, and of fewer than twice d the distance says more of their number than of the samples.
+
+    Example:
+        >>> frechet_caution(5000, 100, 64)
+        'Fréchet distances in 64 features want 128 samples and images or more, and there are 100
+        samples and 5000 images: these are too large by far, and compare with none of other numbers'
+        >>> frechet_caution(5000, 500, 64)
+    """
+    if min(num_images, num_samples) >= 2 * num_features:
+        return None
+    return (
+        f"Fréchet distances in {num_features} features want {2 * num_features} samples and images "
+        f"or more, and there are {num_samples} samples and {num_images} images: these are too "
+        "large by far, and compare with none of other numbers"
+    )
+
+
 def precision_recall(
     real: Tensor, generated: Tensor, num_neighbours: int = 3
 ) -> tuple[float, float]:

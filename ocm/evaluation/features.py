@@ -17,7 +17,7 @@ from torch import Tensor
 from ocm.evaluation.classifier import Classifier
 from ocm.images import ArrowImages
 
-_INCEPTION_FEATURES = 2048
+INCEPTION_FEATURES = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> F
         torch.load(path, map_location="cpu", weights_only=True)
         network = NoTrainInceptionV3(
             name="inception-v3-compat",
-            features_list=[str(_INCEPTION_FEATURES)],
+            features_list=[str(INCEPTION_FEATURES)],
             feature_extractor_weights_path=str(path),
             antialias=False,
         )
@@ -121,8 +121,8 @@ def inception(weights_path: str | Path, device: torch.device | str = "cpu") -> F
         ) from error
     network = network.to(device).requires_grad_(False)
     return FeatureExtractor(
-        f"{_INCEPTION_FEATURES} features of Inception v3 (torch-fidelity, weights sha256 {digest})",
-        _INCEPTION_FEATURES,
+        f"{INCEPTION_FEATURES} features of Inception v3 (torch-fidelity, weights sha256 {digest})",
+        INCEPTION_FEATURES,
         lambda images: network(_rgb_bytes(images).to(device)),
         batch_size=64,
     )

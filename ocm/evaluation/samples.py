@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.unfinished import NOT_KEPT, Parts
 from ocm.diffusion.noise import condition_of
 from ocm.evaluation.distances import (
     frechet_distance,
@@ -71,6 +73,7 @@ def draw(
     first: int = 0,
     batch_size: int = 256,
     max_last_noise: float | None = None,
+    parts: Parts = NOT_KEPT,
     progress: bool = False,
 ) -> Tensor:
     """Draw samples number ``first`` onwards, a batch at a time, onto the CPU.
@@ -90,6 +93,7 @@ def draw(
         first: Number of the first sample.
         batch_size: Samples at a time.
         max_last_noise: As in :func:`ocm.sample`.
+        parts: Where every batch is kept once it is drawn, and taken from.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -104,9 +108,10 @@ def draw(
             f"without labels or texts, got {guidance_scale}"
         )
     rows = {**(conditions or {}), **({"labels": torch.tensor(labels)} if labels else {})}
-    denoiser, batches = checkpoint.denoiser, []
+    denoiser = checkpoint.denoiser
     covariance = build_covariance(name, checkpoint, settings)
-    for offset in range(first, first + num_images, batch_size):
+
+    def batch(offset: int) -> dict[str, Tensor]:
         count = min(batch_size, first + num_images - offset)
         numbers = torch.arange(offset, offset + count)
         turns = {name: values[numbers % len(values)] for name, values in rows.items()}
@@ -123,8 +128,10 @@ def draw(
             max_last_noise=max_last_noise,
             progress=progress,
         )
-        batches.append(samples.cpu())
-    images = torch.cat(batches) if batches else torch.zeros(0, *checkpoint.image_shape)
-    if not bool(torch.isfinite(images).all()):
-        raise FloatingPointError("the samples hold NaN or infinity; does the denoiser?")
-    return images
+        if not bool(torch.isfinite(samples).all()):
+            raise FloatingPointError("the samples hold NaN or infinity; does the denoiser?")
+        return {"images": samples}
+
+    offsets = range(first, first + num_images, batch_size)
+    batches = [parts.tensors(f"from {i:08d}", partial(batch, i))["images"] for i in offsets]
+    return torch.cat(batches) if batches else torch.zeros(0, *checkpoint.image_shape)

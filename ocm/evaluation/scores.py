@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
+from ocm.checkpoints.unfinished import NOT_KEPT, Parts
 from ocm.covariances.base import Covariance
 from ocm.covariances.names import CALIBRATED, has_density, named
 from ocm.covariances.operators import PosteriorCovariance, spectral
@@ -57,6 +59,7 @@ def likelihood_table(
     decoder: Decoder = "stated",
     seed: int = 0,
     batch_size: int = 128,
+    parts: Parts = NOT_KEPT,
     progress: bool = False,
 ) -> dict[str, dict[int, Estimate]]:
     """Return bits/dim of ``images`` for every covariance of a checkpoint and every number of steps.
@@ -72,6 +75,7 @@ def likelihood_table(
         decoder: As in :func:`ocm.bits_per_dim`.
         seed: Seed of the noise.
         batch_size: Images at a time.
+        parts: Where the terms of every timestep are kept once they are found, and taken from.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -97,6 +101,7 @@ def likelihood_table(
         decoder=decoder,
         seed=seed,
         batch_size=batch_size,
+        parts=parts,
         progress=progress,
     )
     rows = [*names, *(name + CALIBRATED for name in calibrated)]
@@ -116,6 +121,7 @@ def likelihoods(
     decoder: Decoder = "stated",
     seed: int = 0,
     batch_size: int = 128,
+    parts: Parts = NOT_KEPT,
     progress: bool = False,
 ) -> dict[str, dict[int, Tensor]]:
     """Return bits/dim of every image, float64 of shape (n,), by covariance and number of steps K.
@@ -135,6 +141,7 @@ def likelihoods(
         decoder: As in :func:`ocm.bits_per_dim`.
         seed: Seed of the noise.
         batch_size: Images at a time.
+        parts: Where the terms of every timestep are kept once they are found, and taken from.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -150,24 +157,23 @@ def likelihoods(
     for K in step_counts:
         for s, t in reverse_steps(even_timesteps(denoiser.schedule, K)):
             visits.setdefault(t, []).append((K, s))
-    starts = range(0, len(images), batch_size)
-    zeros = torch.zeros(len(images), dtype=torch.float64, device=denoiser.device)
+    zeros = torch.zeros(len(images), dtype=torch.float64)
     totals = {row: {K: zeros.clone() for K in step_counts} for row in rows}
-    work = [(first, t) for first in starts for t in visits]
-    for first, t in tqdm(work, "bits/dim", unit="t", disable=not progress):
-        batch = slice(first, first + batch_size)
-        x0 = images[batch].to(denoiser.device)
+
+    def terms(first: int, t: float) -> dict[str, Tensor]:
+        """Return the terms of the steps from t of some images, by row and K."""
+        x0 = images[first : first + batch_size].to(denoiser.device)
         condition = labelled(denoiser, labels, first, len(x0))
         prediction = noisy_prediction(denoiser, x0, t, seed, first, condition=condition)
         shared: dict[str, PosteriorCovariance] = {}
+        found: dict[str, Tensor] = {}
         ends: dict[str, Tensor] = {}  # prior and decoder of each row, the same for every K
         if decoder == "beta_tilde" and visits[t][0][1] == 0:
             decoded = decoder_term(None, prediction, x0, levels, decoder)
             ends = dict.fromkeys(rows, prior_term(denoiser, x0) + decoded)
         for K, s in visits[t]:
             if s == 0 and ends:
-                for row in rows:
-                    totals[row][K][batch] += ends[row]
+                found |= {f"{row} {K}": ends[row] for row in rows}
                 continue
             towards = prediction.towards(s)
             for name, covariance in covariances.items():
@@ -181,11 +187,18 @@ def likelihoods(
                 for row, version in versions.items():
                     bounded = version.bounded(X0_RANGE)
                     if s > 0:
-                        totals[row][K][batch] += step_term(spectral(bounded), towards, x0)
+                        found[f"{row} {K}"] = step_term(spectral(bounded), towards, x0)
                         continue
                     decoded = decoder_term(bounded, towards, x0, levels, decoder)
                     ends[row] = prior_term(denoiser, x0) + decoded
-                    totals[row][K][batch] += ends[row]
+                    found[f"{row} {K}"] = ends[row]
+        return found
+
+    work = [(first, t) for first in range(0, len(images), batch_size) for t in visits]
+    for first, t in tqdm(work, "bits/dim", unit="t", disable=not progress):
+        found = parts.tensors(f"bits from {first:08d} at {t}", partial(terms, first, t))
+        for row, (K, _) in itertools.product(rows, visits[t]):
+            totals[row][K][first : first + batch_size] += found[f"{row} {K}"]
     for row, K in itertools.product(rows, step_counts):
         if not bool(torch.isfinite(totals[row][K]).all()):
             raise FloatingPointError(

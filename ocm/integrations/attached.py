@@ -34,7 +34,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from ocm.checkpoints.weights import CheckpointError, load_weights
+from ocm.checkpoints.entries import CheckpointError, read_json
+from ocm.checkpoints.weights import check_built, load_weights, weight_files
 from ocm.covariances.learned.heads import HEADS, make_head
 from ocm.covariances.learned.optimal import OptimalCovarianceMatching
 from ocm.covariances.learned.parameterisation import BOUNDED, Parameterisation
@@ -101,13 +102,15 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
     ) -> None:
         super().__init__()
         known: Any = getattr(diffusers, backbone_class, None)
-        if (backbone is None and known is None) or head_class not in HEADS:
+        is_known = isinstance(known, type) and issubclass(known, ModelMixin)
+        if (backbone is None and not is_known) or head_class not in HEADS:
             raise ValueError(
                 f"backbone_class must be one of diffusers and head_class one of {', '.join(HEADS)},"
                 f" got {backbone_class!r} and {head_class!r}"
             )
         if backbone is None:
             backbone = known.from_config(dict(backbone_config))
+        Parameterisation.from_json({"data_std": data_std, "positive": positive})
         self.backbone: Any = backbone
         self.head: nn.Module = HEADS[head_class](**head_config) if head is None else head
         self._given_architecture = architecture
@@ -339,12 +342,25 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
         Args:
             pretrained_model_name_or_path: Where it is.
             architecture: That which :func:`attach` was given, which is not saved.
-            options: Of diffusers.
+            options: Of diffusers, but that nothing is unpickled.
 
         Raises:
-            ValueError: If the file lacks a weight or has one too many, where diffusers would warn
-                and leave random weights.
+            CheckpointError: A ValueError that names the file, if it lacks a weight or has one too
+                many, where diffusers would warn and leave random weights; or holds NaN, or a
+                configuration of another model.
+            ValueError: If ``use_safetensors`` is False.
         """
+        if options.get("use_safetensors") is False:
+            raise ValueError(
+                "use_safetensors must be True, got False: weights are never unpickled, convert "
+                "them to safetensors"
+            )
+        options["use_safetensors"] = True
+        folder = Path(pretrained_model_name_or_path, options.get("subfolder") or "")
+        if folder.is_dir():
+            config = read_json(folder / "config.json")
+            files = weight_files(folder, options.get("variant"))
+            check_built(lambda: cls.from_config(config), files, str(folder / "config.json"))
         wants_info = options.pop("output_loading_info", False)
         name = cls.load_config(pretrained_model_name_or_path, **options).get("backbone_class", "")
         kept = _kept_in_float32(getattr(diffusers, name, cls))
@@ -361,6 +377,8 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
                     f"{pretrained_model_name_or_path} holds the weights of another model: "
                     f"{problem} {sorted(map(str, info[problem]))[:3]}"
                 )
+        if not all(bool(torch.isfinite(weight).all()) for weight in model.parameters()):
+            raise CheckpointError(f"{pretrained_model_name_or_path} holds NaN or infinite weights")
         model._given_architecture = architecture
         return (model, info) if wants_info else model
 

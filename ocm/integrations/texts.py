@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocm.checkpoints.entries import TEXT, CheckpointError, check_entries, naming, read_json
 from ocm.checkpoints.reading import pipeline_parts
 from ocm.diffusion.backbones.wrappers import class_of
 from ocm.diffusion.checks import check_positive_int
 from ocm.diffusion.denoiser import Denoiser
 
+_LIBRARIES = ("diffusers", "transformers", "ocm")
 _NULL = "null."
 _TEXT = "encoder_hidden_states"
 _MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask")
@@ -142,20 +143,79 @@ def without_null(texts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 def encode_by(path: Path, texts: Sequence[str], device: torch.device | str) -> dict[str, Tensor]:
     """Return :func:`encode_texts` by the pipeline in a folder, of which the encoders are loaded.
 
+    Nothing is downloaded, unpickled or run of what lies in the folder.
+
     Raises:
-        CheckpointError: A ValueError, if it is no pipeline, or a part is missing.
+        CheckpointError: A ValueError, if it is no pipeline, a part or a weight is missing, or it
+            holds code of its own.
         ValueError: As :func:`encode_texts`.
     """
     from diffusers import DiffusionPipeline
 
     folder, _, _ = pipeline_parts(path)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = config.get("backbone_class", config["_class_name"])  # of an attached model
-    config |= config.get("backbone_config", {})
+    config = read_json(folder / "config.json")
+    with naming(folder / "config.json"):
+        name = str(config.get("backbone_class", config["_class_name"]))  # of an attached model
+        config |= config.get("backbone_config", {})
+    parts = _parts_of(path)
     others = ("unet", "transformer", "transformer_2", "vae")
-    parts = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    left_out = [name for name in parts if name in others or parts[name] == [None, None]]
-    pipeline = DiffusionPipeline.from_pretrained(path, **dict.fromkeys(left_out)).to(device)
+    given: dict[str, Any] = {
+        name: None for name, part in parts.items() if name in others or part == [None, None]
+    }
+    try:
+        for part, kind in parts.items():
+            if part not in given and kind[0] == "transformers":
+                given |= _encoder(path / part, part, kind[1])
+        pipeline = DiffusionPipeline.from_pretrained(
+            path, use_safetensors=True, local_files_only=True, **given
+        ).to(device)
+    # What is raised of damaged parts depends on the library that loads them.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error)[:400]}"
+        raise CheckpointError(f"{path} holds no pipeline whose parts load: {reason}") from error
     # Without one of its encoders, a pipeline asks the backbone how wide its embeddings would be.
     setattr(pipeline, folder.name, SimpleNamespace(config=SimpleNamespace(**config)))
     return encode_texts(pipeline, texts, backbone=name)
+
+
+def _parts_of(path: Path) -> dict[str, list[Any]]:
+    """Return library and class of each part of a pipeline, none of which is code in its folder."""
+    import diffusers
+
+    file = path / "model_index.json"
+    record = read_json(file)
+    code = [*path.glob("*.py"), *path.glob("*/*.py")]
+    if code:
+        raise CheckpointError(f"{code[0]} is code, which is never run: remove it if it is not used")
+    with naming(file):
+        check_entries(record, {"_class_name": TEXT})
+        kind = getattr(diffusers, record["_class_name"], None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+            raise ValueError(
+                f"_class_name must be a pipeline of diffusers, got {record['_class_name'][:80]!r}"
+            )
+        parts = {name: part for name, part in record.items() if isinstance(part, list)}
+        for name, part in parts.items():
+            known = len(part) == 2 and part[0] in (*_LIBRARIES, None) and name.isidentifier()
+            if not known or not isinstance(part[1], str | None):
+                raise ValueError(
+                    f"{name[:80]} must be a class of {', '.join(_LIBRARIES)}, got {part!r:.80}"
+                )
+    return parts
+
+
+def _encoder(folder: Path, name: str, class_name: str) -> dict[str, Any]:
+    """Return an encoder with all of its weights, by its name; nothing for a tokenizer."""
+    import transformers
+
+    kind: Any = getattr(transformers, class_name)
+    if not issubclass(kind, transformers.PreTrainedModel):
+        return {}
+    model, info = kind.from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    lacking = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if lacking or not all(bool(torch.isfinite(x).all()) for x in model.parameters()):
+        raise ValueError(f"{folder} lacks weights, or holds NaN or infinite ones: {lacking[:3]}")
+    # In float32 as diffusers loads it, whatever it was stored in.
+    return {name: model.float()}

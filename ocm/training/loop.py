@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,11 +30,14 @@ from ocm.training.batches import (
     check_data,
     derived_seed,
 )
-from ocm.training.processes import Processes, join
+from ocm.training.interruption import Interruption, waiting_signals
+from ocm.training.processes import Processes, check_fits, join, naming_lost
 from ocm.training.settings import TrainingSettings
 from ocm.training.state import (
     Parts,
     TrainingStateError,
+    check_tensors,
+    newest_step,
     read_state,
     remove_states,
     restore_tensors,
@@ -67,6 +71,7 @@ def train(
     device: torch.device | str | None = None,
     directory: str | Path | None = None,
     resume: bool = True,
+    replace_other: bool = False,
     details: Mapping[str, str | int | float | bool | None] | None = None,
     tensorboard: bool = False,
     progress: bool = True,
@@ -78,6 +83,9 @@ def train(
     again, it restores the module and returns. The number of processes may change in between, which
     changes sums by their rounding and dropout by its noise; with more than two, PyTorch may also
     round the first sum after a start in another order.
+
+    With a ``directory``, SIGINT (Ctrl-C) and SIGTERM wait until the step is whole and its state is
+    written, and then do what they do; a second one, a second or more later, acts at once.
 
     Args:
         name: What is trained, for the progress bar and for errors.
@@ -95,6 +103,8 @@ def train(
         directory: Where the main process writes the state every ``checkpoint_every`` steps; None
             writes nothing. All processes read it.
         resume: Whether to go on from a state in ``directory``. If not, it is removed.
+        replace_other: Whether a state in ``directory`` that is damaged, or of another training, is
+            removed, in place of an error; a line on stderr says so.
         details: What else a training must share with a state to go on from it, such as the settings
             of the loss, by name.
         tensorboard: Whether to write loss and learning rate to ``directory``/tensorboard.
@@ -104,8 +114,11 @@ def train(
         The loss of every step, from the first on, as the mean over the whole batch.
 
     Raises:
-        FloatingPointError: If the loss is not finite.
+        ConnectionError: If another of the processes has ended.
+        FloatingPointError: If the loss or its gradient is not finite; it names the step, the seed
+            and the last state, which no such number has gone into.
         ImportError: If tensorboard is asked for and not installed.
+        OSError: If a state cannot be written; the one before stays.
         TrainingStateError: A ValueError, if the state in ``directory`` is damaged, or was written
             with other settings or another module; it names the file and the entry.
         TypeError: If the images have no length.
@@ -132,7 +145,7 @@ def train(
             raise ValueError("tensorboard needs a directory to write to, got directory=None")
         from torch.utils.tensorboard import SummaryWriter
     processes = join(device)
-    _check_settings(settings, processes)
+    check_fits(settings, processes)
     place = processes.device
     run = {
         **(details or {}),
@@ -145,10 +158,20 @@ def train(
         **({"is_continuous": True} if is_continuous else {}),
     }
     main = processes.rank == 0
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        training = _prepare(name, module, settings, processes)
-        losses = [] if path is None else _resume(training, path, run, resume)
+    losses: list[float] = []
+
+    def where() -> str:
+        return f"at step {len(losses)} of the {name}"
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(naming_lost(processes.count, where))
+        stack.enter_context(torch.random.fork_rng(devices=[place] if place.type == "cuda" else []))
+        training = _prepare(name, module, settings, processes, path)
+        if path is not None:
+            losses += _resume(training, path, run, resume, replace_other)
         first = len(losses)
+        if first and main and progress:
+            tqdm.write(f"the {name} goes on from step {first} of {settings.num_steps}", sys.stderr)
         rate_of_step = _rate_of_step(settings)
         batches = MicroBatches(
             images,
@@ -159,7 +182,6 @@ def train(
             processes.count,
             is_continuous,
         )
-        loader = iter(batches.from_step(first))
         bar = tqdm(
             range(first, settings.num_steps),
             name,
@@ -168,31 +190,34 @@ def train(
             unit="step",
             disable=not (progress and main),
         )
-        with contextlib.ExitStack() as stack:
-            writer: SummaryWriter | None = None
-            if tensorboard and main:
-                # Steps that a killed training logged after its last state are taken anew.
-                logs = SummaryWriter(f"{path}/tensorboard", purge_step=first)
-                writer = stack.enter_context(logs)
-            for step in bar:
-                rate = rate_of_step(step)
-                losses.append(_backward(training, loss, loader, step))
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(
-                        f"the loss of the {name} is {losses[-1]} at step {step}; try a "
-                        f"learning_rate below {settings.learning_rate}, if the images are finite"
-                    )
-                _update(training, rate)
-                if step % 10 == 0:
-                    bar.set_postfix(loss=f"{mean_of_last(losses):.4f}")
-                if writer is not None:
-                    writer.add_scalar("loss", losses[-1], step)
-                    writer.add_scalar("learning_rate", rate, step)
-                due = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps
-                if path is not None and main and due:
-                    tensors = training_tensors(training.parts)
-                    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-                    write_state(path, tensors, run)
+        writer: SummaryWriter | None = None
+        if tensorboard and main:
+            # Steps that a killed training logged after its last state are taken anew.
+            writer = stack.enter_context(SummaryWriter(f"{path}/tensorboard", purge_step=first))
+        # Nothing is to be waited for where no state is written.
+        interruption = Interruption() if path is None else stack.enter_context(waiting_signals())
+        # After that, since the processes that read images get a Ctrl-C too, and must stay.
+        loader = iter(batches.from_step(first))
+        for step in bar:
+            rate = rate_of_step(step)
+            value, stop = _agreed(training, _backward(training, loss, loader, step), interruption)
+            _check_finite(training, "loss", value, step)
+            _update(training, rate, step)
+            losses.append(value)
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{mean_of_last(losses):.4f}")
+            if writer is not None:
+                writer.add_scalar("loss", value, step)
+                writer.add_scalar("learning_rate", rate, step)
+            due = (step + 1) % settings.checkpoint_every == 0 or step + 1 == settings.num_steps
+            if path is not None and main and (due or stop):
+                tensors = training_tensors(training.parts)
+                tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
+                write_state(path, tensors, run)
+            if stop:
+                if not interruption.pending:
+                    raise KeyboardInterrupt("another process was interrupted")
+                interruption.deliver()
         training.average.copy_to(training.parameters)
         training.parts.optimizer.zero_grad()
         processes.wait()
@@ -213,24 +238,14 @@ def mean_of_last(losses: list[float], count: int = 100) -> float:
 class _Training:
     """What one call of :func:`train` works on; ``called`` averages gradients over processes."""
 
+    name: str
     settings: TrainingSettings
     processes: Processes
     called: nn.Module
     parameters: list[nn.Parameter]
     average: EMAModel
     parts: Parts
-
-
-def _check_settings(settings: TrainingSettings, processes: Processes) -> None:
-    if settings.mixed_precision == "fp16" and processes.device.type == "cpu":
-        raise ValueError('mixed_precision "fp16" needs a GPU, and device is the CPU; give "bf16"')
-    parts = processes.count * settings.gradient_accumulation_steps
-    if settings.batch_size % parts:
-        raise ValueError(
-            f"batch_size must be a multiple of {parts}, which is {processes.count} processes times "
-            f"gradient_accumulation_steps = {settings.gradient_accumulation_steps}; got "
-            f"{settings.batch_size}"
-        )
+    path: Path | None
 
 
 def _rate_of_step(settings: TrainingSettings) -> Callable[[int], float]:
@@ -244,7 +259,11 @@ def _rate_of_step(settings: TrainingSettings) -> Callable[[int], float]:
 
 
 def _prepare(
-    name: str, module: nn.Module, settings: TrainingSettings, processes: Processes
+    name: str,
+    module: nn.Module,
+    settings: TrainingSettings,
+    processes: Processes,
+    path: Path | None,
 ) -> _Training:
     from diffusers.training_utils import EMAModel
 
@@ -266,26 +285,53 @@ def _prepare(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
     parts = Parts(module, average.shadow_params, optimizer, scaler)
-    return _Training(settings, processes, called, parameters, average, parts)
+    return _Training(name, settings, processes, called, parameters, average, parts, path)
 
 
 def _resume(
-    training: _Training, path: Path, run: Mapping[str, object], resume: bool
+    training: _Training, path: Path, run: Mapping[str, object], resume: bool, replace_other: bool
 ) -> list[float]:
     """Go on from a state, if there is one, and return the losses so far."""
-    processes = training.processes
     if not resume:
-        if processes.rank == 0:
-            remove_states(path)
-        processes.wait()
-    tensors = read_state(path, run)
+        _remove(training, path)
+    try:
+        return _restored(training, path, run)
+    except TrainingStateError as error:
+        if not replace_other:
+            raise
+        _remove(training, path)
+        if training.processes.rank == 0:
+            said = f"removed the unfinished training of the {training.name} in {path}: {error}"
+            print(said, file=sys.stderr)
+    return []
+
+
+def _remove(training: _Training, path: Path) -> None:
+    training.processes.wait()  # all have read what is removed
+    if training.processes.rank == 0:
+        remove_states(path)
+    training.processes.wait()
+
+
+def _restored(training: _Training, path: Path, run: Mapping[str, object]) -> list[float]:
+    """Restore a state, if there is one, in all processes or in none, and return its losses."""
+    processes, refused = training.processes, None
+    tensors: dict[str, Tensor] | None = None
+    try:
+        tensors = read_state(path, run)
+        if tensors is not None:
+            check_tensors(tensors, training.parts)
+    except TrainingStateError as error:
+        refused = error
     losses: list[float] = [] if tensors is None else tensors["losses"].tolist()
-    steps = processes.all_of(len(losses))
+    steps = processes.all_of(-1 if refused else len(losses))
     if len(set(steps)) > 1:
-        raise TrainingStateError(
-            f"the processes read states of steps {steps} in {path}: it must be a directory that "
-            f"all of them share"
+        raise ValueError(
+            f"the processes read states of steps {steps} (-1 for none that fits) in {path}: it "
+            "must be a directory that all of them share"
         )
+    if refused is not None:
+        raise refused
     if tensors is not None:
         restore_tensors(tensors, training.parts)
         training.average.optimization_step = len(losses)
@@ -294,8 +340,11 @@ def _resume(
 
 def _backward(
     training: _Training, loss: LossFunction, batches: Iterator[MicroBatch], step: int
-) -> float:
-    """Leave the gradient of a step in the parameters, and return the loss of its whole batch."""
+) -> Tensor:
+    """Leave the gradient of a step in the parameters, and return the sum of this process's losses.
+
+    A loss for each of its micro-batches.
+    """
     processes, settings, called = training.processes, training.settings, training.called
     dtype = torch.float16 if settings.mixed_precision == "fp16" else torch.bfloat16
     device, parts = processes.device, settings.gradient_accumulation_steps
@@ -315,17 +364,47 @@ def _backward(
                 value = loss(called, x0.to(device), t.to(device), conditions, sample_offset)
             training.parts.scaler.scale(value / parts).backward()
         total += value.detach().float()
-    if processes.count > 1:
-        distributed.all_reduce(total)
-    return total.item() / (parts * processes.count)
+    return total
 
 
-def _update(training: _Training, rate: float) -> None:
+def _agreed(training: _Training, total: Tensor, interruption: Interruption) -> tuple[float, bool]:
+    """Return the mean loss over all processes, and whether a signal waits in any of them."""
+    count, pending = training.processes.count, False
+    if count == 1:
+        value = total.item()
+        pending = interruption.pending
+    else:
+        both = torch.stack([total, total.new_tensor(float(interruption.pending))])
+        distributed.all_reduce(both)
+        value, pending = both[0].item(), bool(both[1] > 0)
+    return value / (training.settings.gradient_accumulation_steps * count), pending
+
+
+def _check_finite(training: _Training, what: str, value: float, step: int) -> None:
+    if math.isfinite(value):
+        return
+    path, settings = training.path, training.settings
+    last = None if path is None else newest_step(path)
+    state = "no state was written yet"
+    if last is not None:
+        state = f"the last good state is that of step {last} in {path}"
+    plain = "" if settings.mixed_precision == "no" else ' or mixed_precision "no"'
+    raise FloatingPointError(
+        f"the {what} of the {training.name} is {value} at step {step}, with seed {settings.seed}; "
+        f"{state}; try a learning_rate below {settings.learning_rate}{plain}, if the images are "
+        "finite"
+    )
+
+
+def _update(training: _Training, rate: float, step: int) -> None:
     optimizer, scaler = training.parts.optimizer, training.parts.scaler
     for group in optimizer.param_groups:
         group["lr"] = rate
     scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(training.parameters, training.settings.max_gradient_norm)
+    largest = training.settings.max_gradient_norm
+    norm = nn.utils.clip_grad_norm_(training.parameters, largest)
+    if not scaler.is_enabled():  # it leaves such a step out by itself, and scales less
+        _check_finite(training, "gradient", norm.item(), step)
     scaler.step(optimizer)
     scaler.update()
     training.average.step(training.parameters)

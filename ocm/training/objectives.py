@@ -66,6 +66,7 @@ def train_denoiser(
     null_conditions: Mapping[str, Tensor] | None = None,
     directory: Path | None = None,
     resume: bool = True,
+    replace_other: bool = False,
     tensorboard: bool = False,
     progress: bool = True,
 ) -> list[float]:
@@ -89,6 +90,8 @@ def train_denoiser(
         directory: Where the state is written, and read again after an interruption; None for
             nowhere.
         resume: Whether to go on from a state in ``directory``; if not, it is removed.
+        replace_other: Whether a state there that is damaged, or of another training, is removed, in
+            place of an error.
         tensorboard: Whether to log for TensorBoard, into ``directory``.
         progress: Whether to show a progress bar.
 
@@ -96,7 +99,7 @@ def train_denoiser(
         The loss of every step.
 
     Raises:
-        FloatingPointError: If the loss is not finite.
+        FloatingPointError: If the loss or its gradient is not finite.
         ValueError: If the backbone has adapters, and no parameter requires gradients; or conditions
             do not fit the images or each other.
     """
@@ -129,6 +132,7 @@ def train_denoiser(
         device=denoiser.device,
         directory=directory,
         resume=resume,
+        replace_other=replace_other,
         details=None if directory is None else _told_apart_by(denoiser, images, given, nulls),
         tensorboard=tensorboard,
         progress=progress,
@@ -148,6 +152,7 @@ def train_head(
     name: str = "head",
     directory: Path | None = None,
     resume: bool = True,
+    replace_other: bool = False,
     tensorboard: bool = False,
     progress: bool = True,
 ) -> list[float]:
@@ -181,6 +186,7 @@ def train_head(
         name: What the progress bar calls it.
         directory: As in :func:`train_denoiser`.
         resume: As in :func:`train_denoiser`.
+        replace_other: As in :func:`train_denoiser`.
         tensorboard: Whether to log for TensorBoard, into ``directory``.
         progress: Whether to show a progress bar.
 
@@ -188,7 +194,7 @@ def train_head(
         The loss of every step.
 
     Raises:
-        FloatingPointError: If the loss is not finite.
+        FloatingPointError: If the loss or its gradient is not finite.
         ValueError: If conditions do not fit the images or each other.
     """
     denoiser = covariance.denoiser
@@ -225,6 +231,7 @@ def train_head(
         device=denoiser.device,
         directory=directory,
         resume=resume,
+        replace_other=replace_other,
         details=None if directory is None else _details(covariance, images, given, nulls),
         tensorboard=tensorboard,
         progress=progress,

@@ -2,17 +2,30 @@
 
 ``torchrun`` and ``accelerate launch`` tell every process its number and where the others are by the
 environment variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+Once they are joined, they hold connections to each other. Where one of them ends, the next thing
+that the others do together fails at once.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ocm.diffusion.backbones.wrappers import class_of
+from ocm.training.settings import TrainingSettings
+
+# How long to wait for processes that have not started yet.
+_MEETING = timedelta(minutes=5)
+# In errors of gloo, which have no type of their own.
+_GLOO = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,43 @@ class Processes:
         """Wait until all processes are here."""
         if self.count > 1:
             distributed.barrier()
+
+
+@contextmanager
+def naming_lost(count: int, doing: Callable[[], str]) -> Iterator[None]:
+    """Raise what is raised where another of ``count`` processes has ended as a ConnectionError.
+
+    Args:
+        count: How many processes there are.
+        doing: What this process was doing then, for the error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, distributed.DistError) or any(x in str(error) for x in _GLOO)
+        if count == 1 or not lost:
+            raise
+        raise ConnectionError(
+            f"another of {count} processes has ended, or cannot be reached, {doing()}; start all "
+            f"of them again ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_fits(settings: TrainingSettings, processes: Processes) -> None:
+    """Raise unless these processes, on their devices, can train by the settings.
+
+    Raises:
+        ValueError: If not; it names the setting.
+    """
+    if settings.mixed_precision == "fp16" and processes.device.type == "cpu":
+        raise ValueError('mixed_precision "fp16" needs a GPU, and device is the CPU; give "bf16"')
+    parts = processes.count * settings.gradient_accumulation_steps
+    if settings.batch_size % parts:
+        raise ValueError(
+            f"batch_size must be a multiple of {parts}, which is {processes.count} processes times "
+            f"gradient_accumulation_steps = {settings.gradient_accumulation_steps}; got "
+            f"{settings.batch_size}"
+        )
 
 
 def shard(backbone: nn.Module, device: torch.device | str | None = None) -> None:
@@ -75,6 +125,9 @@ def join(device: torch.device | str | None) -> Processes:
     None takes the process's GPU if it has one, else the CPU. The processes stay joined until the
     end: whoever started them may not find them a second time.
 
+    Raises:
+        ConnectionError: If the others have not come after five minutes.
+
     Example:
         >>> join("cpu")
         Processes(rank=0, count=1, device=device(type='cpu'))
@@ -91,5 +144,9 @@ def join(device: torch.device | str | None) -> Processes:
     if count == 1:
         return Processes(0, 1, place)
     if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        with naming_lost(count, lambda: "before all had come together"):
+            store, rank, _ = next(rendezvous("env://", timeout=_MEETING))
+            store.set_timeout(distributed.default_pg_timeout)
+            backend = "nccl" if place.type == "cuda" else "gloo"
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
     return Processes(distributed.get_rank(), count, place)

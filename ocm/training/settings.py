@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,7 +24,7 @@ class TrainingSettings:
             leaves in the network.
         seed: Seed of the order of the images, the timesteps, the noise and the probes.
         weight_decay: AdamW's weight decay.
-        max_gradient_norm: Norm to which a larger gradient is scaled down.
+        max_gradient_norm: Norm to which a larger gradient is scaled down; infinity for none.
         gradient_accumulation_steps: Micro-batches that a process takes a step in.
         mixed_precision: What autocast computes the loss in: "no" for none, "bf16" or "fp16".
         horizontal_flip: Whether to flip each image left to right with probability 1/2.
@@ -52,12 +53,16 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "gradient_accumulation_steps", "checkpoint_every"):
             check_positive_int(name, getattr(self, name))
-        for name in ("learning_rate", "max_gradient_norm", "timestep_exponent"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm must be positive, got {self.max_gradient_norm}")
+        for name in ("learning_rate", "timestep_exponent"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "num_workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be finite and not negative, got {getattr(self, name)}"
+                )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
         if self.mixed_precision not in get_args(MixedPrecision):

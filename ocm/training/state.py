@@ -11,7 +11,6 @@ complete.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ocm.files import flush
+from ocm.files import flush, naming_unwritten, sha256, write_text
 
 _VERSION = 3
 _NAME = "training-state-"
@@ -60,6 +59,9 @@ def write_state(
 
     ``run`` holds the settings that a training must share to go on from there, as JSON can hold
     them. A file has at most ``max_file_bytes`` of tensors, or a single one.
+
+    Raises:
+        OSError: If a file cannot be written: a full disk, say. Older states are what they were.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -67,19 +69,24 @@ def write_state(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    save_torch_state_dict(
-        # Copies, since of tensors that share their memory only one would be written.
-        {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()},
-        partial,
-        filename_pattern="state{suffix}.safetensors",
-        max_shard_size=max_file_bytes,
-    )
-    description = {"version": _VERSION, "run": dict(run), "files": _digests(partial)}
-    (partial / _DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    for path in (*partial.iterdir(), partial):
-        flush(path)
     folder = directory / f"{_NAME}{len(tensors['losses']):08d}"
-    os.rename(partial, folder)
+    try:
+        with naming_unwritten(folder):
+            save_torch_state_dict(
+                # Copies, since of tensors that share their memory only one would be written.
+                {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()},
+                partial,
+                filename_pattern="state{suffix}.safetensors",
+                max_shard_size=max_file_bytes,
+            )
+        description = {"version": _VERSION, "run": dict(run), "files": _digests(partial)}
+        write_text(partial / _DESCRIPTION, json.dumps(description, indent=2) + "\n")
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        os.rename(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise
     flush(directory)
     for other in _folders(directory):
         if other != folder:
@@ -154,8 +161,8 @@ def training_tensors(parts: Parts) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_tensors(tensors: Mapping[str, Tensor], parts: Parts) -> None:
-    """Write a state back into what :func:`training_tensors` took it from, all of it or nothing."""
+def check_tensors(tensors: Mapping[str, Tensor], parts: Parts) -> None:
+    """Raise unless :func:`restore_tensors` can write a state into these parts."""
     targets = _weights(parts)
     weights = [name for name in tensors if name.startswith(("module/", "average/"))]
     for name in [*targets, *weights]:
@@ -165,6 +172,11 @@ def restore_tensors(tensors: Mapping[str, Tensor], parts: Parts) -> None:
                 f"the state is of another module: {name} is {there} there, and {here} here; train "
                 f"the module that was trained there, {_WAY_OUT}"
             )
+
+
+def restore_tensors(tensors: Mapping[str, Tensor], parts: Parts) -> None:
+    """Write a state that was checked back into what :func:`training_tensors` took it from."""
+    targets = _weights(parts)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
@@ -205,7 +217,4 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {
-        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.glob("*.safetensors"))
-    }
+    return {file.name: sha256(file) for file in sorted(folder.glob("*.safetensors"))}

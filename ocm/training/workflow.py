@@ -91,6 +91,7 @@ def train_checkpoint(
     *,
     device: torch.device | str = "cpu",
     resume: bool = True,
+    replace_other: bool = False,
     tensorboard: bool = False,
     progress: bool = True,
 ) -> tuple[Checkpoint, dict[str, Any]]:
@@ -102,9 +103,9 @@ def train_checkpoint(
             calibrations of heads that are trained anew are not.
         heads: The heads to train.
         out: Whose folder ``training`` keeps the states from which an interrupted training goes on.
-            An ``ocm.json`` there is removed first: the checkpoint it describes is to be replaced.
         device: Where a new denoiser is trained.
         resume: Whether to go on from such states.
+        replace_other: Whether those of other settings are removed, in place of an error.
         tensorboard: Whether to log for TensorBoard, into these folders.
         progress: Whether to show progress bars.
 
@@ -116,7 +117,12 @@ def train_checkpoint(
             class-conditional denoiser, or none of the head that another is to start from.
     """
     began = time.perf_counter()
-    loop: dict[str, Any] = {"resume": resume, "tensorboard": tensorboard, "progress": progress}
+    loop: dict[str, Any] = {
+        "resume": resume,
+        "replace_other": replace_other,
+        "tensorboard": tensorboard,
+        "progress": progress,
+    }
     kept = start.num_calibration if isinstance(start, Checkpoint) else start.hold_out
     if kept is None:
         kept = min(len(images.train) // 10, _MAX_HELD_BACK)
@@ -133,7 +139,6 @@ def train_checkpoint(
                 "name their column by label_column"
             )
     shown = images.first(len(images.train) - kept)
-    (out / "ocm.json").unlink(missing_ok=True)
     record: dict[str, Any] = {"data": images.name, "data_options": dict(images.options)}
     if isinstance(start, Checkpoint):
         base = start

@@ -166,6 +166,7 @@ def test_the_committed_report_is_that_of_the_records():
     assert (directory / report.NAME).read_text() == report.text(directory)
 
 
+@pytest.mark.soak
 def test_small_cases_pass_and_are_shown(tmp_path):
     """What `make bench-small` does, with as few rounds as there can be."""
     # pytest-benchmark writes nothing inside of a worker of xdist, which this process may be.

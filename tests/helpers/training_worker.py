@@ -1,6 +1,7 @@
 """What the trainings of ``tests/ocm/training`` do; importable by name from another process."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -142,16 +143,18 @@ def train_in_process(connection, rank, port, settings, options):
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    fail_in = options.pop("fail_in", None)
+    fail_in, signal_in = options.pop("fail_in", None), options.pop("signal_in", {})
 
     def failing(module, x0, t, conditions, sample_offset):
         value = loss(module, x0, t, conditions, sample_offset)
+        if rank in signal_in and sample_offset // settings.batch_size == 3:
+            signal.raise_signal(signal_in[rank])
         return value * float("nan") if rank == fail_in and sample_offset >= 24 else value
 
     try:
         losses, module = trained(settings, seed=rank, loss=failing, **options)
         result = losses, {k: v.numpy() for k, v in module.state_dict().items()}
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, ConnectionError, KeyboardInterrupt) as error:
         result = f"{type(error).__name__}: {error}"
     connection.send(result)
     torch.distributed.destroy_process_group()

@@ -261,8 +261,14 @@ def modules_of(function):
     return [cell for cell in cells if isinstance(cell, nn.Module)]
 
 
+# What writes C++ and compiles it takes half a minute.
+NAMES = [
+    pytest.param(name, marks=pytest.mark.soak) if "inductor" in name else name for name in CASES
+]
+
+
 @pytest.mark.parametrize(("mode", "batching"), WAYS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_products_agree_with_differences_or_are_refused(functions, name, mode, batching):
     score_fn, x, J = functions(name)
     refused = CASES[name][2].get(f"{mode} {batching}")
@@ -282,7 +288,7 @@ def test_products_agree_with_differences_or_are_refused(functions, name, mode, b
     assert (result - expected).norm() < 1e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_exact_in_auto_mode(functions, name):
     score_fn, x, J = functions(name)
     torch.manual_seed(5)

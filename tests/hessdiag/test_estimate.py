@@ -630,9 +630,12 @@ class TestPasses:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return linear(A)(z)
 
-        result = hessdiag.estimate(
-            limited, x, max_probes=20, batching="fold", mode="jvp", chunk_size=16
-        )
+        with pytest.warns(UserWarning, match="memory does not hold 16 probes") as warned:
+            result = hessdiag.estimate(
+                limited, x, max_probes=20, batching="fold", mode="jvp", chunk_size=16
+            )
+        (warning,) = warned
+        assert "it is 2 now, which changes no result; chunk_size=2 saves" in str(warning.message)
         expected = hessdiag.estimate(linear(A), x, max_probes=20, mode="jvp")
         torch.testing.assert_close(result.diagonal, expected.diagonal)
         assert max(sizes[3:]) <= 6
@@ -666,7 +669,10 @@ class TestPasses:
         arguments = {"max_probes": 24, "chunk_size": 8, "mode": mode, "batching": "loop"}
         gc.disable()  # what is freed is freed at once
         try:
-            result = hessdiag.estimate(limited, torch.zeros(2, 4), probes=Watched(), **arguments)
+            with pytest.warns(UserWarning, match="does not hold 8 probes at a time: it is 4 now"):
+                result = hessdiag.estimate(
+                    limited, torch.zeros(2, 4), probes=Watched(), **arguments
+                )
         finally:
             gc.enable()
         assert "out of memory with 8 probes at a time, now 4" in result.note
@@ -700,8 +706,26 @@ class TestPasses:
         def hungry(z):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        with pytest.raises(torch.OutOfMemoryError):
-            hessdiag.estimate(hungry, torch.zeros(1, 2), max_probes=4, mode="jvp")
+        message = "does not hold the products with one probe, which is the least chunk_size; give a"
+        for chunk_size in (1, 4, "auto"):
+            with pytest.raises(torch.OutOfMemoryError, match=f"{message} .*CUDA out of memory"):
+                hessdiag.estimate(
+                    hungry, torch.zeros(1, 2), max_probes=4, mode="jvp", chunk_size=chunk_size
+                )
+
+    @pytest.mark.parametrize(("chunk_size", "first"), [("auto", 12), (7, 7)])
+    def test_a_halved_chunk_is_said_where_the_result_has_no_note(self, chunk_size, first):
+        A, x = random_matrix(12), torch.zeros(1, 12)
+
+        def limited(z):
+            if len(z) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return linear(A)(z)
+
+        options = {"batching": "fold", "mode": "jvp", "chunk_size": chunk_size}
+        with pytest.warns(UserWarning, match=f"does not hold {first} .* chunk_size=3 saves"):
+            found = hessdiag.jacobian(limited, x, **options)
+        torch.testing.assert_close(found[0], A)
 
     def test_a_graph_that_does_not_fit_leads_to_forward_mode(self):
         def deep(z):

@@ -60,9 +60,9 @@ def differences_of_all(part, most_samples):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("part", range(PARTS))
-def test_no_silent_difference(part):
-    assert differences_of_all(part, most_samples=2) == {}
+def test_no_silent_difference():
+    """Of some of the operators, for a few inputs; of all below."""
+    assert differences_of_all(0, most_samples=2) == {}
 
 
 @pytest.mark.soak

@@ -9,6 +9,8 @@ from pathlib import Path
 import attention_code
 import pytest
 
+pytestmark = pytest.mark.soak  # half a minute of compilation
+
 SHARED_BYTES = 227 * 1024  # of a program on an H100
 
 

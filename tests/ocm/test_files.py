@@ -5,8 +5,11 @@ import json
 import math
 
 import pytest
+import torch
+from full_disk import files_of_at_most
+from safetensors.torch import load_file
 
-from ocm.files import replacing, write_json, write_text
+from ocm.files import replacing, write_json, write_tensors, write_text
 
 
 def test_a_file_is_replaced_when_it_is_whole(tmp_path):
@@ -60,3 +63,20 @@ def test_json_has_no_nan(tmp_path, value):
     assert list(tmp_path.iterdir()) == []
     write_json(tmp_path / "a.json", {"loss": 1.5})
     assert json.loads((tmp_path / "a.json").read_text()) == {"loss": 1.5}
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path):
+    file, wanted = tmp_path / "a.safetensors", torch.arange(6.0).view(2, 3)
+    write_tensors(file, {"a": wanted.T})
+    assert torch.equal(load_file(file)["a"], wanted.T)
+    with files_of_at_most(1000), pytest.raises(OSError, match=r"a\.safetensors"):
+        write_tensors(file, {"a": torch.zeros(1000)})
+    assert torch.equal(load_file(file)["a"], wanted.T)
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_disk_that_is_full_on_the_way_is_said_with_the_file(tmp_path):
+    with files_of_at_most(1000), pytest.raises(OSError, match=r"a\.txt") as caught:
+        write_text(tmp_path / "a.txt", "x" * 100_000)
+    assert caught.value.errno == errno.EFBIG
+    assert list(tmp_path.iterdir()) == []

@@ -50,6 +50,7 @@ def test_evaluate_repeats_the_figures_of_the_demo(demo, tmp_path):
     assert "OCM head" in answer.output
 
 
+@pytest.mark.soak
 def test_the_script_prints_its_table(tmp_path):
     arguments = ["--quick", "--device", "cpu", "--quiet", "--out", str(tmp_path)]
     answer = subprocess.run(

@@ -1,5 +1,6 @@
 """What the wheel holds, and what importing it needs."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -106,3 +107,16 @@ rademacher_triton(torch.tensor(0), (1, 1, 1), 0, 0, torch.float32)
     )
     assert "tensor([[1., 1.]])" in answer.stdout
     assert "triton is not installed" in answer.stderr
+
+
+def test_the_lowest_versions_are_one_environment():
+    """`make test-lowest` takes each lower bound that pyproject.toml names."""
+    text = (ROOT / "pyproject.toml").read_text()
+    bounds = dict(re.findall(r'"([a-z][a-z-]+)>=([0-9.]+)[";]', text))
+    tools = {"setuptools", "mypy", "ruff"}  # of a build, and of `make lint`
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pins.keys() == bounds.keys() - tools
+    for name, bound in bounds.items():
+        if name not in tools:
+            assert f"{pins[name]}.".startswith(f"{bound}."), name

@@ -115,9 +115,19 @@ class Parameterisation:
 
     @staticmethod
     def from_json(record: dict[str, Any]) -> Parameterisation:
-        """Return the parameterisation that :meth:`to_json` wrote."""
-        std = record["data_std"]
-        return Parameterisation(math.inf if std is None else float(std), bool(record["positive"]))
+        """Return the parameterisation that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        std, positive = record["data_std"], record["positive"]
+        is_number = isinstance(std, (int, float)) and not isinstance(std, bool)
+        if not (std is None or is_number) or not isinstance(positive, bool):
+            raise ValueError(
+                "data_std must be a number or None, and positive True or False, got "
+                f"{std!r:.40} and {positive!r:.40}"
+            )
+        return Parameterisation(math.inf if std is None else float(std), positive)
 
 
 PAPER = Parameterisation()

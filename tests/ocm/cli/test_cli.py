@@ -12,6 +12,7 @@ from functools import partial
 
 import pytest
 import torch
+from bad_input import command
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -163,15 +164,16 @@ def test_evaluate_by_ode(trained, invoke, tmp_path):
 def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
     quick = partial(classifier.train_classifier, num_steps=20)
     monkeypatch.setattr(classifier, "train_classifier", quick)
+    # One channel, no density, and a backbone that states none.
+    densities = set(NAMES) - {"blocks", "lanczos", "variance_channels"}
+    named = [argument for name in (*densities, "lanczos") for argument in ("--covariance", name)]
     answer = invoke(
         "evaluate", trained, "--all", "--out", tmp_path, "--steps", 2, "--steps", 3,
         "--num-images", 2, "--num-samples", 8, "--num-probes", 2, "--fit-images", 2,
-        "--device", "cpu", "--quiet",
+        *named, "--device", "cpu", "--quiet",
     )  # fmt: skip
     assert answer.exit_code == 0, answer.output
     record = json.loads((tmp_path / "evaluation.json").read_text())
-    # One channel, no density, and a backbone that states none.
-    densities = set(NAMES) - {"blocks", "lanczos", "variance_channels"}
     rows = densities | {f"{name}_calibrated" for name in densities}
     assert set(record["nll_bits_per_dim"]) == rows
     for sampler in ("ddpm", "ddim"):
@@ -399,13 +401,20 @@ def test_the_likelihood_head_starts_from_another(trained, invoke, tmp_path):
     assert "--start-from npr is for --head ml and a --denoiser" in str(answer.exception)
 
 
-def test_a_head_of_another_denoiser_is_not_taken_for_finished(trained, invoke, tmp_path):
+def test_a_head_of_another_denoiser_is_not_taken_for_finished(
+    trained, invoke, tmp_path, monkeypatch
+):
     sizes = ("--head-steps", 2, "--batch-size", 4, "--device", "cpu", "--quiet")
     other = tmp_path / "other"
     assert invoke("train", "--out", other, "--denoiser-steps", 2, *sizes).exit_code == 0
     out = tmp_path / "out"
-    assert invoke("train", "--out", out, "--denoiser", trained, *sizes).exit_code == 0
-    (out / "ocm.json").unlink()
+
+    def interrupted(checkpoint, path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save", interrupted)
+        assert invoke("train", "--out", out, "--denoiser", trained, *sizes).exit_code == 130
     answer = invoke("train", "--out", out, "--denoiser", other, *sizes)
     assert "--overwrite" in str(answer.exception)
     assert "denoiser" in str(answer.exception)
@@ -496,10 +505,23 @@ def test_help_explains(invoke, command):
             assert option in answer.output
 
 
+def test_wrong_input_ends_a_process_in_one_line_and_status_2(tmp_path):
+    answer = subprocess.run(
+        [sys.executable, "-m", "ocm", "sample", "nowhere"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+        env={"PATH": ""},
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("error: no checkpoint at nowhere")
+    assert "Traceback" not in answer.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sample", "nowhere"], "error: no checkpoint at nowhere"),
         (["train", "--data", "letters"], "error: data must be"),
         (["train", "--device", "abacus"], "error: --device abacus cannot be used here"),
         (["train", "--out", "file"], "error: --out file must be a directory"),
@@ -510,16 +532,14 @@ def test_help_explains(invoke, command):
         (["train", "--vae", "nowhere"], "error: path must be the folder of AutoencoderKL"),
     ],
 )
-def test_wrong_input_ends_in_one_line_and_status_2(arguments, message, tmp_path):
+def test_wrong_input_ends_in_one_line_and_status_2(
+    arguments, message, tmp_path, monkeypatch, capfd
+):
     (tmp_path / "file").touch()
-    answer = subprocess.run(
-        [sys.executable, "-m", "ocm", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-        env={"PATH": "", "COLUMNS": "200", "NO_COLOR": "1"},
-    )
-    assert answer.returncode == 2
-    assert message in answer.stderr
-    assert "Traceback" not in answer.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    status, _, said = command(capfd, *arguments)
+    assert status == 2
+    assert message in said
+    assert "Traceback" not in said

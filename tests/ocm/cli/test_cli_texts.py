@@ -197,6 +197,7 @@ def test_what_does_not_fit_is_one_sentence(folder, pipelines, embeddings, traine
         assert message in str(answer.exception), arguments
 
 
+@pytest.mark.soak
 def test_two_processes_train_on_a_sharded_denoiser(
     folder, pipelines, embeddings, trained, tmp_path
 ):

@@ -109,7 +109,12 @@ def test_wrapped_it_says_what_the_plain_model_says(name, wrapper):
         assert not torch.allclose(plain(name, True)[0], plain(name, False)[0], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def some(names, quick):
+    """The names, of which `make test` takes a few, and `make soak` the others."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.soak) for name in names]
+
+
+@pytest.mark.parametrize("name", some(FAMILIES, ["UNet2DModel", "SD3Transformer2DModel"]))
 def test_attached_and_compiled_it_is_one_graph(name):
     torch.compiler.reset()
     family = FAMILIES[name]

@@ -131,10 +131,10 @@ def test_the_papers_unit_survives_json(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda weights: weights.pop("head.head.conv.weight"), "missing_keys.*head.conv.weight"),
+        (lambda weights: weights.pop("head.head.conv.weight"), "Missing key.*head.conv.weight"),
         (
             lambda weights: weights.update({"head.other": torch.zeros(1)}),
-            "unexpected_keys.*head.other",
+            "Unexpected key.*head.other",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """The training loop: what it computes, over processes, and after it was killed."""
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -247,15 +248,22 @@ def test_the_bar_says_where_training_goes_on_from(tmp_path, capsys):
     settings = dataclasses.replace(SETTINGS, checkpoint_every=4)
     stopped_at(7, settings, tmp_path)
     trained(settings, directory=tmp_path, progress=True)
-    assert re.match(r"\s*network: +10%.* 4/40 ", capsys.readouterr().err)
+    said = "the network goes on from step {} of 40\n"
+    written = capsys.readouterr().err
+    assert said.format(4) in written
+    assert re.search(r"\s*network: +10%.* 4/40 ", written)
     trained(settings, directory=tmp_path, progress=True)
-    assert re.match(r"\s*network: 100%.* 40/40 ", capsys.readouterr().err)
+    written = capsys.readouterr().err
+    assert said.format(40) in written
+    assert re.search(r"\s*network: 100%.* 40/40 ", written)
 
 
 # Over processes
 
 
-def in_two_processes(processes, settings, **options):
+@contextlib.contextmanager
+def two_processes(processes, settings, **options):
+    """Two processes that train together, each with the end of a pipe that says what came of it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -269,15 +277,20 @@ def in_two_processes(processes, settings, **options):
         sender.close()
         pairs.append((process, receiver))
     try:
-        results = []
-        for _, receiver in pairs:
-            assert receiver.poll(TIMEOUT)
-            results.append(receiver.recv())
+        yield pairs
     finally:
         for process, _ in pairs:
             process.join(10)
             if process.is_alive():
                 process.kill()
+
+
+def in_two_processes(processes, settings, **options):
+    results = []
+    with two_processes(processes, settings, **options) as pairs:
+        for _, receiver in pairs:
+            assert receiver.poll(TIMEOUT)
+            results.append(receiver.recv())
     return results
 
 
@@ -307,8 +320,38 @@ def test_two_processes_go_on_from_the_state_of_one(processes, tmp_path):
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(processes):
     results = in_two_processes(processes, SETTINGS, fail_in=1)
-    message = "FloatingPointError: the loss of the network is nan at step 3; try a learning_rate"
-    assert all(result.startswith(message) for result in results)
+    message = (
+        "FloatingPointError: the loss of the network is nan at step 3, with seed 0; no state was "
+        "written yet; try a learning_rate below 0.001, if the images are finite"
+    )
+    assert results == [message, message]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_says_that_the_other_was_killed(processes, killed):
+    with two_processes(processes, SETTINGS, signal_in={killed: signal.SIGKILL}) as pairs:
+        _, receiver = pairs[1 - killed]
+        assert receiver.poll(60)
+        said = receiver.recv()
+    expected = "another of 2 processes has ended, or cannot be reached, at step 3 of the network"
+    assert said.startswith(f"ConnectionError: {expected}; start all of them again")
+    assert pairs[1 - killed][0].exitcode == 0
+    assert pairs[killed][0].exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("interrupted", [(0,), (1,), (0, 1)])
+def test_processes_keep_the_same_step_when_one_is_interrupted(processes, tmp_path, interrupted):
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=100)
+    options = {"directory": str(tmp_path)}
+    asked = dict.fromkeys(interrupted, signal.SIGINT)
+    said = in_two_processes(processes, settings, signal_in=asked, **options)
+    assert [text.split(":")[0] for text in said] == ["KeyboardInterrupt"] * 2
+    assert files(tmp_path) == ["training-state-00000004"]
+    expected = in_two_processes(processes, settings)
+    again = in_two_processes(processes, settings, **options)
+    for found, wanted in zip(again, expected, strict=True):
+        assert found[0] == wanted[0]
+        assert equal(found[1], wanted[1])
 
 
 def test_a_batch_that_does_not_divide_is_refused(processes):
