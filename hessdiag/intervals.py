@@ -105,8 +105,12 @@ def merge(*parts: Part) -> Part:
     ) / over(total, parts[0][0])
     deviations = torch.zeros_like(mean)
     for weight, (part, stderr, _) in zip(weights, parts, strict=True):
-        within = torch.where(weight > 1, weight * (weight - 1) * stderr.square(), 0.0)
-        deviations += within + weight * (part - mean).square()
+        # An infinite one stands for no deviation, of a single block or of blocks that agree.
+        within = torch.where(stderr.isinf(), 0.0, weight * (weight - 1) * stderr.square())
+        # Means that agree but for the rounding of their mean leave the error unknown too.
+        between, rounding = part - mean, 8 * torch.finfo(mean.dtype).eps * mean.abs()
+        between = torch.where(between.abs() > rounding, between, 0.0)
+        deviations += within + weight * between.square()
     # Samples may have stopped at different numbers of blocks.
     stderr = torch.full_like(mean, torch.inf)
     for number in total.unique().tolist():

@@ -100,16 +100,18 @@ def xdiag(
     omega = signs.reshape(k, len(x), num_features).permute(1, 2, 0)
     Q, R = torch.linalg.qr(take("vjp" if symmetric else "jvp", omega))
     Z = take("vjp", Q)
-    # Where J has fewer than k directions, R is singular, and any way to go on gives the same.
-    pivots = R.diagonal(dim1=-2, dim2=-1)
-    largest = R.abs().amax(dim=(-2, -1))[:, None]
-    least = torch.where(largest > 0, torch.finfo(dtype).eps * largest, 1.0)
-    regular = R + torch.diag_embed(torch.where(pivots.abs() < least, least, 0.0))
-    # Q_i Q_i^T = Q (I - s_i s_i^T) Q^T, with s_i column i of the inverse of R^T, normalised.
-    S = torch.linalg.solve_triangular(
-        regular.mT, torch.eye(k, dtype=dtype, device=x.device), upper=False
-    )
-    S = S / S.norm(dim=-2, keepdim=True)
+    # Products may depend on each other: of signs that come twice among few features, or where J has
+    # fewer than k directions. What rounding makes of the rest of Q is no direction of theirs.
+    eps = torch.finfo(dtype).eps
+    U, sizes, Vh = torch.linalg.svd(R)
+    kept = sizes > 100 * eps * sizes[:, :1]
+    Q, Z = Q @ U * kept[:, None], Z @ U * kept[:, None]
+    R = (sizes * kept)[..., None] * Vh
+    # Q_i Q_i^T = Q (I - s_i s_i^T) Q^T, with s_i column i of the inverse of R^T, normalised; and
+    # Q Q^T where the others span J omega_i too, so that it is no part of the rows of R.
+    S = torch.where(kept, 1.0 / sizes, 0.0)[..., None] * Vh
+    S = S / S.norm(dim=-2, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    S = S * ((Vh * ~kept[..., None]).norm(dim=-2, keepdim=True) < eps**0.5)
     QS, ZS = Q @ S, Z @ S
     # (I - Q_i Q_i^T) J omega_i = Q s_i (s_i^T R e_i), as J omega_i lies in the span of Q.
     residual = QS * (S * R).sum(dim=-2, keepdim=True)

@@ -22,7 +22,7 @@ from ocm.checkpoints.layout import (
 )
 from ocm.covariances import LearnedCovariance
 from ocm.diffusion.backbones.wrappers import is_sharded
-from ocm.diffusion.schedules import SCHEDULES, Schedule
+from ocm.diffusion.schedules import SCHEDULES, Schedule, from_betas
 from ocm.files import naming_unwritten, write_json, write_tensors
 
 
@@ -49,8 +49,8 @@ def save(
 
     Raises:
         OSError: If a file cannot be written.
-        ValueError: If ``fully_shard`` has spread the denoiser over processes, or a weight is NaN or
-            infinite, in ``dtype``.
+        ValueError: If ``fully_shard`` has spread the denoiser over processes, its schedule could
+            not be read again as it is, or a weight is NaN or infinite, in ``dtype``.
     """
     directory, denoiser = Path(path), checkpoint.denoiser
     if is_sharded(denoiser.backbone):
@@ -134,13 +134,26 @@ def _check_finite(weights: Iterator[tuple[str, Tensor]]) -> None:
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:
     if schedule.name in SCHEDULES:
         usual = SCHEDULES[schedule.name](schedule.num_timesteps, **schedule.options)
-        if torch.equal(usual.log_alpha_bar, schedule.log_alpha_bar):
+        if _told_alike(usual, schedule) and torch.equal(
+            usual.log_alpha_bar, schedule.log_alpha_bar
+        ):
             entry = {"name": schedule.name, "num_timesteps": schedule.num_timesteps}
             return entry | ({"options": dict(schedule.options)} if schedule.options else {})
     if schedule.is_continuous:
         raise ValueError(
             f"schedule must be one of {', '.join(SCHEDULES)} or discrete to be written, got the "
-            f"path {schedule.name!r} of functions"
+            f"path {schedule.name!r} of functions, or of a data_std or time of its own"
         )
     betas = [schedule.beta(t - 1, t) for t in range(1, schedule.num_timesteps + 1)]
+    if not _told_alike(from_betas(betas), schedule):
+        raise ValueError(
+            "schedule must have data_std = 1 and time = t - 1 to be written by its betas, got "
+            f"data_std = {schedule.data_std} and time(1) = {schedule.level(1).time}"
+        )
     return {"name": schedule.name, "betas": betas}
+
+
+def _told_alike(one: Schedule, other: Schedule) -> bool:
+    """Return whether networks of two paths are told the same times and have the same unit."""
+    places = torch.arange(1, one.num_timesteps + 1)
+    return one.data_std == other.data_std and torch.equal(one.time(places), other.time(places))

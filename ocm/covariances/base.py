@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance, diagonal
 from ocm.diffusion.denoiser import Branch, Prediction
-from ocm.diffusion.schedules import per_sample
+from ocm.diffusion.schedules import full_precision, per_sample
 
 
 class Covariance(Protocol):
@@ -64,4 +64,6 @@ def from_branches(
 
 def constant(variance: float | Tensor, prediction: Prediction) -> SpectralCovariance:
     """Return the covariance variance I, for one number or one for each sample."""
-    return diagonal(per_sample(variance, prediction.x_t), prediction.x_t.shape)
+    # In float32 at least: in float16 those of little noise would be zero.
+    like = full_precision(prediction.x_t[:0])
+    return diagonal(per_sample(variance, like), prediction.x_t.shape)

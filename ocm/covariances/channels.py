@@ -44,6 +44,6 @@ class ChannelBlocks(Covariance):
             seed=self.seed,
             sample_offset=prediction.sample_offset,
             probe_offset=draws.of_level(prediction.timestep) * vectors,
-        ).blocks.to(x_t)
+        ).blocks
         identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
         return channel_blocks(c.flatten() * identity + k.flatten() * blocks, x_t.shape)

@@ -59,4 +59,4 @@ class CosineDiagonal(Covariance):
             sample_offset=prediction.sample_offset,
             probe_offset=draws.of_level(prediction.timestep) * num_probes,
         ).diagonal
-        return cosine_diagonal(c + k * estimated.to(x_t), x_t.shape)
+        return cosine_diagonal(c + k * estimated, x_t.shape)

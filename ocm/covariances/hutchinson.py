@@ -79,7 +79,7 @@ class Hutchinson(Covariance):
             sample_offset=prediction.sample_offset,
             probe_offset=draws.of_level(prediction.timestep) * self.num_probes,
         ).diagonal
-        variance = c + k * estimated.to(prediction.x_t)
+        variance = c + k * estimated
         if self.floor is not None:
             self._look_at(variance, prediction)
             variance = floored(variance)

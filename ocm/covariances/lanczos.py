@@ -19,6 +19,7 @@ from ocm.covariances.base import Covariance
 from ocm.covariances.operators import eigenvectors_of, variance_bound
 from ocm.diffusion.checks import check_positive_int, check_range
 from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.schedules import full_precision
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,19 @@ class Lanczos(Covariance):
         prediction = prediction.by(self.denoiser)
         x_t = prediction.x_t
         c, k, J = prediction.covariance_terms
+
+        def taken(J: hessdiag.Jacobian, v: Tensor) -> Tensor:
+            return full_precision(J.products(v.to(x_t)))  # eigenvectors take float32 at least
+
+        like = full_precision(x_t)
         if not self.symmetric:
-            return LanczosCovariance(lambda v: c * v + k * J.products(v), x_t, self.num_probes)
+            return LanczosCovariance(lambda v: c * v + k * taken(J, v), like, self.num_probes)
         backward, forward = J.in_mode("vjp") if J.mode == "jvp" else J, J.in_mode("jvp")
 
         def products(v: Tensor) -> Tensor:
-            return c * v + k * (backward.products(v) + forward.products(v)) / 2.0
+            return c * v + k * (taken(backward, v) + taken(forward, v)) / 2.0
 
-        return LanczosCovariance(products, x_t, self.num_probes)
+        return LanczosCovariance(products, like, self.num_probes)
 
 
 # From the eigenvalues of T and their weights in a draw, both (B, k), to those of the result.
@@ -71,7 +77,7 @@ class LanczosCovariance:
 
     Attributes:
         products: v -> C v, on (1, B, ...).
-        like: A tensor of the shape and type of x_t.
+        like: A tensor of the shape of x_t, float32 at least.
         num_probes: k.
         transforms: The chain g.
     """
@@ -139,7 +145,7 @@ class LanczosCovariance:
 
     def _decomposed(self, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return V, the eigenvalues of the result (B, k) and the eigenvectors of T (B, k, k)."""
-        V, T = hessdiag.lanczos(self.products, start, self.num_probes)
+        V, T = hessdiag.lanczos(self.products, full_precision(start), self.num_probes)
         values, vectors = eigenvectors_of(T)
         for transform in self.transforms:
             values = transform(values, vectors[:, 0].square())

@@ -151,12 +151,13 @@ class SpectralCovariance:
         to it by S C S with diagonal S, which keeps correlations; in a basis that does not allow
         this (cosines) the whole sample is scaled down.
         """
-        positive = self.clamped(0.0, torch.inf)
         if x0_range is None:
-            return positive
+            return self.clamped(0.0, torch.inf)
         bound = variance_bound(x0_range)
         if self.basis is PIXELS:
             return self.clamped(0.0, bound)
+        # No eigenvalue exceeds the sum of the variances; an infinite one would leave NaN below.
+        positive = self.clamped(0.0, bound * self.shape[1:].numel())
         variances = positive.diagonal()
         if self.basis.rescaled is not None:
             if bool((variances <= bound).all()):

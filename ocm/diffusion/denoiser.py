@@ -536,9 +536,14 @@ class Denoiser:
         return coefficients(self.prediction_type, alpha, sigma, schedule.data_std)
 
     def x0_hat(self, x_t: Tensor, t: float | Tensor, output: Tensor) -> Tensor:
-        """Return the mean of x0 given x_t, p_t x_t + q_t output, which is not clipped."""
-        p, q, _ = self._factors(t, x_t)
-        return p * x_t + q * output.to(torch.promote_types(output.dtype, x_t.dtype))
+        """Return the mean of x0 given x_t, p_t x_t + q_t output, which is not clipped.
+
+        Both terms are taken in float32 at least: float16 holds no p above 65504.
+        """
+        x = full_precision(x_t)
+        p, q, _ = self._factors(t, x)
+        x0_hat = p * x + q * full_precision(output)
+        return x0_hat.to(torch.promote_types(output.dtype, x_t.dtype))
 
     def numbers(self, t: float) -> tuple[float, float, float]:
         """Return :meth:`coefficients` at one timestep as numbers, which are computed once."""

@@ -116,11 +116,27 @@ class Schedule:
 
     def beta(self, s: float, t: float) -> float:
         """Return the variance beta(s, t) of q(x_t | x_s), for 0 <= s < t <= N."""
-        return self._lost(s, t) * self.level(t).sigma ** 2
+        return self.lost(s, t) * self.level(t).sigma ** 2
 
     def beta_tilde(self, s: float, t: float) -> float:
         """Return the variance beta_tilde(s, t) of q(x_s | x_t, x_0), for 0 <= s < t <= N."""
-        return self._lost(s, t) * self.level(s).sigma ** 2
+        return self.lost(s, t) * self.level(s).sigma ** 2
+
+    def lost(self, s: float, t: float) -> float:
+        """Return 1 - SNR_t / SNR_s, the share of the SNR that is lost from s to t.
+
+        Raises:
+            ValueError: Unless 0 <= s < t <= N.
+
+        Example:
+            >>> flow().lost(0, 500)
+            1.0
+        """
+        if not 0 <= s < t <= self.num_timesteps:
+            raise ValueError(
+                f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
+            )
+        return -math.expm1(self.level(t).log_snr - self.level(s).log_snr)
 
     @cached_property
     def _of_whole(self) -> Tensor:
@@ -228,14 +244,6 @@ class Schedule:
                 f"{lowest} .. {highest}"
             )
 
-    def _lost(self, s: float, t: float) -> float:
-        """Return 1 - SNR_t / SNR_s."""
-        if not 0 <= s < t <= self.num_timesteps:
-            raise ValueError(
-                f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
-            )
-        return -math.expm1(self.level(t).log_snr - self.level(s).log_snr)
-
 
 def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule:
     """Return the schedule of beta_1 .. beta_N, for example those of a diffusers scheduler.
@@ -243,7 +251,8 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
     The last may be 1: then x_N holds no signal ("zero terminal SNR").
 
     Raises:
-        ValueError: If a beta lies outside (0, 1), or there are more than a million.
+        ValueError: If a beta lies outside (0, 1), they leave no signal before the last timestep, or
+            there are more than a million.
 
     Example:
         >>> from_betas([0.1, 0.2]).alpha_bar
@@ -258,6 +267,12 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
         )
     zero = torch.zeros(1, dtype=torch.float64)
     log_alpha_bar = torch.cat([zero, torch.log1p(-betas).cumsum(0)])
+    lost = log_alpha_bar[:-1] / 2 < math.log(torch.finfo(torch.float64).tiny)
+    if bool(lost.any()):
+        raise ValueError(
+            f"betas must leave signal before the last timestep {len(betas)}, got alpha = 0 from "
+            f"t = {int(lost.int().argmax())} on"
+        )
     tables = OnDevices((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt())
 
     def scales(t: Tensor) -> tuple[Tensor, Tensor]:

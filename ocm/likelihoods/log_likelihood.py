@@ -23,6 +23,7 @@ from ocm.diffusion import draws
 from ocm.diffusion.checks import check_batch, check_finite
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser
+from ocm.diffusion.schedules import at_least_float32
 from ocm.likelihoods.dequantisation import Dequantisation, dequantise
 from ocm.likelihoods.integral import Integral, Probing, integrate
 from ocm.likelihoods.probability_flow import ProbabilityFlow
@@ -101,6 +102,8 @@ def log_likelihood(
         check_covariance(covariance)
     x = x.to(denoiser.device)
     shape = tuple(x.shape[1:])
+    # A network of half precision is shown its own type all the same.
+    dtype = at_least_float32(x.dtype)
     ode = ProbabilityFlow.of(denoiser, condition, differentiable=differentiable)
     _check_first(first_timestep, ode.last_timestep, denoiser.schedule.is_continuous)
     design = settings.design(shape)
@@ -125,7 +128,7 @@ def log_likelihood(
             if covariance is not None:
                 assert levels is not None  # checked above
                 prediction = denoiser.predict(
-                    (denoiser.schedule.alpha(first_timestep).item() * y).to(x),
+                    (denoiser.schedule.alpha(first_timestep).item() * y).to(dtype),
                     first_timestep,
                     condition=condition,
                     sample_offset=sample_offset,
@@ -144,7 +147,7 @@ def log_likelihood(
                 number * settings.num_sets_of_probes * count,
             )
             found.append(
-                integrate(ode, y, x.dtype, first_timestep, settings, probing, progress=progress)
+                integrate(ode, y, dtype, first_timestep, settings, probing, progress=progress)
             )
             logs.append(found[-1].log_density + log_weight)
     return _combined(torch.stack(logs), found, settings, levels is None, math.prod(shape))

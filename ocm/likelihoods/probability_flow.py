@@ -170,7 +170,9 @@ def between_timesteps(schedule: Schedule) -> Schedule:
     if schedule.is_continuous:
         return schedule
     alpha, sigma = schedule.scales(torch.arange(schedule.num_timesteps + 1, dtype=torch.float64))
-    angles, radii = torch.atan2(sigma, alpha), torch.hypot(alpha, sigma)
+    # From either end, where the other angle has no digits left.
+    from_data, from_noise = torch.atan2(sigma, alpha), torch.atan2(alpha, sigma)
+    radii = torch.hypot(alpha, sigma)
 
     def at(table: Tensor, t: Tensor) -> Tensor:
         below = t.floor().clamp(0, schedule.num_timesteps - 1).long()
@@ -178,9 +180,8 @@ def between_timesteps(schedule: Schedule) -> Schedule:
 
     def scales(t: Tensor) -> tuple[Tensor, Tensor]:
         place = t.double().cpu()
-        angle, radius = at(angles, place), at(radii, place)
-        # As a sine from the noisy end, which is exactly 0 without signal.
-        alpha, sigma = radius * (math.pi / 2 - angle).sin(), radius * angle.sin()
+        radius = at(radii, place)
+        alpha, sigma = radius * at(from_noise, place).sin(), radius * at(from_data, place).sin()
         return alpha.to(t.device), sigma.to(t.device)
 
     return replace(schedule, scales=scales, is_continuous=True)

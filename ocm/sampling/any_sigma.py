@@ -24,7 +24,7 @@ from ocm.diffusion.checks import check_batch, check_range
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.predictions import coefficients
-from ocm.diffusion.schedules import Schedule, per_sample
+from ocm.diffusion.schedules import Schedule, full_precision, per_sample
 from ocm.sampling.samplers import X0_RANGE
 
 
@@ -127,7 +127,7 @@ def x0_given(
     prediction, p, q = _at_nearest(denoiser, x, sigma, condition, sample_offset)
     # First: the covariance may keep the graph of the evaluation.
     stated = covariance.at(prediction).bounded(x0_range)
-    mean = p * prediction.x_t + q * prediction.output
+    mean = _mean(prediction, p, q)
     return Posterior(mean if x0_range is None else mean.clamp(*x0_range), stated)
 
 
@@ -136,7 +136,13 @@ def mean_of_x0(
 ) -> Tensor:
     """Return the mean of x0 given x = x0 + sigma n, not clipped; the arguments of `x0_given`."""
     prediction, p, q = _at_nearest(denoiser, x, sigma, condition, 0)
-    return p * prediction.x_t + q * prediction.output
+    return _mean(prediction, p, q)
+
+
+def _mean(prediction: Prediction, p: Tensor, q: Tensor) -> Tensor:
+    """Return p x_t + q output in the type of x_t, whatever p is."""
+    x_t, output = full_precision(prediction.x_t), full_precision(prediction.output)
+    return (p * x_t + q * output).to(prediction.x_t)
 
 
 def _at_nearest(
@@ -165,10 +171,11 @@ def _at_nearest(
     p, q, _ = coefficients(denoiser.prediction_type, alpha, sigma_t, schedule.data_std)
     if len(levels) == 1:
         p, q, alpha = p[0].cpu(), q[0].cpu(), alpha[0].cpu()
-    x_t = per_sample(alpha, x) * x
+    wide = full_precision(x)
+    x_t = (per_sample(alpha, wide) * wide).to(x)
     timestep = t.item() if len(t) == 1 else t.to(x.device)
     prediction = denoiser.predict(x_t, timestep, condition=condition, sample_offset=sample_offset)
-    return prediction, per_sample(p, x), per_sample(q, x)
+    return prediction, per_sample(p, wide), per_sample(q, wide)
 
 
 def _device_of(sigma: float | Tensor) -> torch.device:

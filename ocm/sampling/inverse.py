@@ -40,11 +40,12 @@ from ocm.diffusion.checks import check_batch, check_number, check_positive_int
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.finite import all_finite, check_stated, check_step
 from ocm.sampling.samplers import (
     X0_RANGE,
     Sampler,
     check_options,
-    check_step,
+    check_reverse_step,
     ddpm,
     starting_noise,
 )
@@ -96,6 +97,7 @@ def posterior_mean_given_measurement(
             not positive semi-definite, ``weighting`` is another name, or ``tolerance`` is not in
             [0, 1).
         TypeError: If ``max_iterations`` is no int, or an argument is no tensor of floating point.
+        FloatingPointError: If the result is not finite.
 
     Example:
         >>> from ocm.covariances.operators import diagonal
@@ -146,7 +148,7 @@ def posterior_mean_given_measurement(
     elif isinstance(weighting, str):
         sums = operator(covariance.multiply(transposed(torch.ones_like(residual))))
         weights = sums.abs() + noise_variance
-        u = torch.where(weights > 0, residual / weights, 0.0)  # a row of zeros measures nothing
+        u = torch.where(weights == 0, 0.0, residual / weights)  # a row of zeros measures nothing
     else:
         inner = covariance if weighting is None else weighting
         u = _conjugate_gradients(
@@ -155,7 +157,13 @@ def posterior_mean_given_measurement(
             tolerance,
             max_iterations,
         )
-    return mean + covariance.multiply(transposed(u))
+    result = mean + covariance.multiply(transposed(u))
+    if not all_finite(result):
+        raise FloatingPointError(
+            "E[x0 | x_t, y] must be finite, got NaN or infinity, of a mean, a covariance or a "
+            "measurement that is not finite itself"
+        )
+    return result
 
 
 @torch.no_grad()
@@ -219,6 +227,7 @@ def sample_given_measurement(
     Raises:
         ValueError: As :func:`ocm.sample` and :func:`posterior_mean_given_measurement`; or for draws
             by DPS, whose steps have no covariance.
+        FloatingPointError: If what the backbone or a covariance says at a timestep is not finite.
     """
     if isinstance(weighting, (int, float)) and draw_x0:
         raise ValueError(
@@ -242,8 +251,9 @@ def sample_given_measurement(
         prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
         # First: the covariance may keep the graph of the evaluation.
         C = covariance.at(prediction).bounded(x0_range)
+        check_stated(prediction, covariance, C)
         step = sampler(schedule, s, t)
-        check_step(step)
+        check_reverse_step(step)
         a, b, noise_variance = step
         weighs: PosteriorCovariance | Literal["row_sums"] | float | None
         if isinstance(weighting, (int, float)):  # x_s moves by that times -d|r|/dx_t
@@ -252,6 +262,7 @@ def sample_given_measurement(
             weighs = weighting
         else:
             weighs = weighting.at(prediction).bounded(x0_range)
+            check_stated(prediction, weighting, weighs)
         x0, y, level = prediction.x0_hat, measurement, draws.of_level(t)
         x0 = x0 if x0_range is None else x0.clamp(*x0_range)
         if draw_x0:
@@ -269,6 +280,7 @@ def sample_given_measurement(
             max_iterations=max_iterations,
         )
         x = (a * x + b * x0 + math.sqrt(noise_variance) * z(x, level)).to(dtype)
+        check_step(x, prediction, covariance, C)
     return x
 
 
@@ -370,12 +382,12 @@ def _conjugate_gradients(
     squared = _dot(r, r)
     enough = 0.0 * squared if tolerance is None else tolerance**2 * squared
     for _ in range(max_iterations):
-        searching = squared > enough
+        searching = ~(squared <= enough)  # NaN is not enough
         if not bool(searching.any()):
             return u
         product = multiply(p)
         curvature = _dot(p, product)
-        if bool((searching & (curvature <= 0)).any()):
+        if bool((searching & ~(curvature > 0)).any()):
             raise ValueError(
                 "covariance must be positive semi-definite, and A C A^T + noise_std^2 I positive: "
                 f"it takes a value of {curvature.min().item():.3g}. Use covariance.bounded(...), "

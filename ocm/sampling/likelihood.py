@@ -42,7 +42,9 @@ from ocm.diffusion.divergences import (
     gaussian_step_kl,
 )
 from ocm.diffusion.noise import noisy_prediction
+from ocm.diffusion.schedules import full_precision
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.finite import all_finite, check_step
 from ocm.sampling.samplers import X0_RANGE
 
 Decoder = Literal["stated", "beta_tilde"]
@@ -113,7 +115,8 @@ def bits_per_dim(
         ValueError: If x0 leaves [-1, 1] or the grid, the timesteps do not increase to N, or
             levels < 2; or x0 is not finite; or the decoder of continuous data is not "stated".
         TypeError: If the covariance has no density (Lanczos).
-        FloatingPointError: If a bound is NaN.
+        FloatingPointError: If the bound is not finite, naming t and whether it is the backbone or
+            the covariance that is not.
     """
     from tqdm import tqdm
 
@@ -125,6 +128,7 @@ def bits_per_dim(
             raise ValueError(f"decoder must be 'stated' for continuous data, got {decoder!r}")
     else:
         check_images(x0, levels)
+    x0 = full_precision(x0)  # errors are as small as the noise
     timesteps = timesteps_of(denoiser.schedule, steps)
     *noisy_steps, (_, first) = reverse_steps(timesteps)
     if timesteps[-1] != denoiser.schedule.num_timesteps:
@@ -136,27 +140,31 @@ def bits_per_dim(
     def predicted(t: float, s: float | None = None) -> Prediction:
         return noisy_prediction(denoiser, x0, t, seed, sample_offset, s=s, condition=condition)
 
-    def stated(prediction: Prediction) -> SpectralCovariance:
-        return spectral(covariance.at(prediction).bounded(x0_range))
-
-    terms = []
-    for s, t in tqdm(noisy_steps, "bits/dim", unit="step", disable=not progress):
+    def term(t: float, s: float | None, watched: bool = False) -> Tensor:
+        """Return the term of the step from t to s, or that of the decoder where s is None."""
         prediction = predicted(t, s)
-        terms.append(step_term(stated(prediction), prediction, x0, x0_range))
-    prediction = predicted(first)
-    found = BitsPerDim(
+        stated = spectral(covariance.at(prediction).bounded(x0_range))
+        if s is not None:
+            bits = step_term(stated, prediction, x0, x0_range)
+        elif levels is None:
+            bits = density_term(stated, prediction, x0, x0_range)
+        else:
+            bits = decoder_term(stated, prediction, x0, levels, decoder)
+        if watched:
+            check_step(bits, prediction, covariance, stated)
+        return bits
+
+    bar = tqdm(noisy_steps, "bits/dim", unit="step", disable=not progress)
+    terms = [term(t, s) for s, t in bar]
+    bits = BitsPerDim(
         prior=prior_term(denoiser, x0),
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),
-        decoder=density_term(stated(prediction), prediction, x0, x0_range)
-        if levels is None
-        else decoder_term(stated(prediction), prediction, x0, levels, decoder),
+        decoder=term(first, None),
     )
-    undefined = int(found.total.isnan().sum())
-    if undefined:
-        raise FloatingPointError(
-            f"the bound of {undefined} of {len(x0)} samples is NaN; does the denoiser return NaN?"
-        )
-    return found
+    if not all_finite(bits.total):
+        for s, t in [*noisy_steps, (None, first)]:
+            term(t, s, watched=True)
+    return bits
 
 
 def check_images(x0: Tensor, levels: int) -> None:

@@ -35,6 +35,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.finite import all_finite, check_step
 
 
 class ReverseStep(NamedTuple):
@@ -82,11 +83,11 @@ def ddpm(schedule: Schedule, s: float, t: float) -> ReverseStep:
         >>> ddpm(linear(), 0, 500).mean_from_x0    # the last step returns x0_hat
         1.0
     """
-    noise_variance = schedule.beta_tilde(s, t)
+    lost = schedule.lost(s, t)  # raises unless s < t
     (alpha_s, sigma_s, *_), (alpha_t, sigma_t, *_) = schedule.level(s), schedule.level(t)
-    a = alpha_t * sigma_s**2 / (alpha_s * sigma_t**2)
-    b = alpha_s if s == 0 else alpha_s * noise_variance / sigma_s**2
-    return ReverseStep(a, b, noise_variance)
+    # By the ratio: next to the data the squares alone underflow.
+    a = alpha_t / alpha_s * (sigma_s / sigma_t) ** 2
+    return ReverseStep(a, alpha_s * lost, lost * sigma_s**2)
 
 
 def ddim(schedule: Schedule, s: float, t: float, *, eta: float = 0.0) -> ReverseStep:
@@ -209,26 +210,44 @@ def sample(
         TypeError: If the covariance states none, or ``dtype`` is of integers.
         ValueError: If there are more steps than N, or the timesteps do not increase from above 0
             to at most N; or a bound is negative, NaN or not in order.
+        FloatingPointError: If samples are not finite, naming t and whether it is the backbone or
+            the covariance that is not. A GPU is waited for once, at the end.
     """
     from tqdm import tqdm
 
     check_options(denoiser, covariance, sampler, x0_range, dtype)
     if max_last_noise is not None and not max_last_noise >= 0.0:
         raise ValueError(f"max_last_noise must be at least 0, got {max_last_noise}")
-    schedule, device = denoiser.schedule, denoiser.device
-    timesteps = timesteps_of(schedule, steps)
-    seed = seed_tensor(seed, device)
-    x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
-    take = sampler.start() if isinstance(sampler, Multistep) else partial(_step_of, sampler)
-    bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
-    for s, t in bar:
-        prediction = denoiser.predict(x, t, s=s, condition=condition, sample_offset=sample_offset)
-        x = take(
-            prediction,
-            covariance.at(prediction) if s > 0 or noise_at_end else None,
-            seed=seed,
-            x0_range=x0_range,
-            max_noise_std=max_last_noise if s == timesteps[0] else None,
+    timesteps = timesteps_of(denoiser.schedule, steps)
+    seed = seed_tensor(seed, denoiser.device)
+
+    def run(watched: bool) -> Tensor:
+        x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
+        take = sampler.start() if isinstance(sampler, Multistep) else partial(_step_of, sampler)
+        bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
+        for s, t in bar:
+            prediction = denoiser.predict(
+                x, t, s=s, condition=condition, sample_offset=sample_offset
+            )
+            stated = covariance.at(prediction) if s > 0 or noise_at_end else None
+            x = take(
+                prediction,
+                stated,
+                seed=seed,
+                x0_range=x0_range,
+                max_noise_std=max_last_noise if s == timesteps[0] else None,
+            )
+            if watched:
+                check_step(x, prediction, covariance, stated)
+        return x
+
+    x = run(watched=False)
+    # One look at the end, since no step heals NaN; the same run again then says where it began.
+    if not all_finite(x):
+        run(watched=True)
+        raise FloatingPointError(
+            "samples must be finite, got NaN or infinite ones that the same seed did not give "
+            "again: is the backbone in training mode?"
         )
     return x
 
@@ -257,7 +276,7 @@ def check_options(
     check_type("dtype", dtype)
 
 
-def check_step(step: object) -> None:
+def check_reverse_step(step: object) -> None:
     """Raise unless ``step`` is one, of finite numbers and a variance that is not negative.
 
     Raises:
@@ -265,7 +284,7 @@ def check_step(step: object) -> None:
         ValueError: If a number is not finite, or the variance negative.
 
     Example:
-        >>> check_step(ReverseStep(0.5, 0.5, -1.0))
+        >>> check_reverse_step(ReverseStep(0.5, 0.5, -1.0))
         Traceback (most recent call last):
         ...
         ValueError: sampler must return finite a, b and lambda^2 >= 0, got 0.5, 0.5, -1.0
@@ -320,7 +339,7 @@ def reverse_step(
         TypeError: If the step is none.
         ValueError: If it is not finite.
     """
-    check_step(step)
+    check_reverse_step(step)
     x_t, offset = prediction.x_t, prediction.sample_offset
     draw = draws.of_level(prediction.timestep)
     a, b, noise_variance = step
@@ -374,6 +393,7 @@ def capture(
 
     Raises:
         ValueError: If the denoiser is not on a CUDA device.
+        FloatingPointError: In a replay, as :func:`sample`.
     """
     if denoiser.device.type != "cuda":
         raise ValueError(f"denoiser must be on a CUDA device, got {denoiser.device}")
@@ -398,6 +418,9 @@ def capture(
         with torch.cuda.device(device):
             seed.copy_(seed_tensor(value, device))
             graph.replay()
-            return images.clone()
+            replayed = images.clone()
+        if not all_finite(replayed):
+            draw()  # raises, and says where
+        return replayed
 
     return replay

@@ -27,12 +27,13 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import full_precision
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.sampling.finite import all_finite, check_step
 from ocm.sampling.samplers import (
     X0_RANGE,
     ReverseStep,
     Sampler,
     check_options,
-    check_step,
+    check_reverse_step,
     ddpm,
     starting_noise,
 )
@@ -74,6 +75,8 @@ class Transition:
     def density(self, x_s: Tensor) -> tuple[Tensor, Tensor]:
         """Return log p(x_s | x_t), shape (B,), and whether there is a density, shape ().
 
+        There is none where a variance is zero, infinite or NaN.
+
         Nothing is read back from a GPU.
         """
         _check_shape("x_s", x_s, self.mean)
@@ -82,7 +85,8 @@ class Transition:
         whitened = known.basis.analyse(full_precision(x_s) - self.mean)
         variance = known.eigenvalues.expand(whitened.shape)
         terms = whitened.square() / variance + variance.log() + math.log(2.0 * math.pi)
-        return -0.5 * terms.flatten(1).sum(dim=1), (known.eigenvalues > 0).all()
+        has_density = (known.eigenvalues > 0) & (known.eigenvalues < torch.inf)
+        return -0.5 * terms.flatten(1).sum(dim=1), has_density.all()
 
 
 def _check_shape(name: str, x: object, mean: Tensor) -> None:
@@ -94,9 +98,9 @@ def _check_shape(name: str, x: object, mean: Tensor) -> None:
 def _check_positive(is_positive: Tensor) -> None:
     if not bool(is_positive.all()):
         raise ValueError(
-            "covariance must be positive for log p(x_s | x_t), and this step adds no noise in some "
-            "direction: take a sampler with noise (ocm.ddpm, ocm.renoised), or a covariance that "
-            "is positive"
+            "covariance must be positive for log p(x_s | x_t) and finite, and this step adds no "
+            "noise in some direction, or NaN: take a sampler with noise (ocm.ddpm, ocm.renoised), "
+            "or a covariance that is positive"
         )
 
 
@@ -121,7 +125,7 @@ def transition(
         ValueError: If the step is not finite, or the range not in order.
     """
     check_covariance(covariance)
-    check_step(step)
+    check_reverse_step(step)
     denoiser, x_t = prediction.denoiser, full_precision(prediction.x_t)
     stated = covariance.at(prediction).bounded(x0_range)
     if prediction.keeps_jacobian and torch.is_grad_enabled():
@@ -182,6 +186,7 @@ def sample_trajectory(
     Raises:
         TypeError: If the covariance has no density (Lanczos).
         ValueError: As :func:`ocm.sample`, or if a step but the last adds no noise.
+        FloatingPointError: As :func:`ocm.sample`.
     """
     check_options(denoiser, covariance, sampler, x0_range, dtype)
     timesteps, number = timesteps_of(denoiser.schedule, steps), seed_tensor(seed, denoiser.device)
@@ -201,8 +206,21 @@ def sample_trajectory(
         else:
             x = law.mean.to(dtype)
         states.append(x)
+    drawn = torch.stack(states)
+    if not all_finite(drawn):
+        before = max(0, int(drawn.isfinite().flatten(1).all(dim=1).int().argmin()) - 1)
+        s, t = reverse_steps(timesteps)[before]
+        prediction = denoiser.predict(
+            full_precision(states[before]),
+            t,
+            s=s,
+            condition=condition,
+            sample_offset=sample_offset,
+        )
+        stated = covariance.at(prediction).bounded(x0_range)
+        check_step(drawn, prediction, covariance, stated)
     log_prob = _stacked(densities) if densities else x.new_zeros(len(x), 0).float()
-    return Trajectory([*timesteps[::-1], 0], torch.stack(states), log_prob, sample_offset)
+    return Trajectory([*timesteps[::-1], 0], drawn, log_prob, sample_offset)
 
 
 def trajectory_log_prob(

@@ -136,6 +136,7 @@ def _interpolated(schedule: Schedule, place: Branch | Prediction, output: Tensor
     if not isinstance(t, Tensor) and not isinstance(before, Tensor):
         return _of_one_step(schedule, before, t, x_t, fraction)
     log_snr = schedule.log_snr(t)
+    x_t = full_precision(x_t[:0])  # of which type and number of axes the numbers are
     limit = per_sample(torch.sigmoid(-log_snr), x_t) * fraction
     if not isinstance(before, Tensor) and before == 0:
         return limit
@@ -154,10 +155,10 @@ def _of_one_step(schedule: Schedule, s: float, t: float, x_t: Tensor, fraction: 
     fraction = fraction.to(torch.promote_types(fraction.dtype, x_t.dtype))
     level = schedule.level(t)
     change, snr_difference = _changes(schedule.level(s).log_snr, level.log_snr)
-    snr_difference = rounded(snr_difference, x_t.dtype)
+    snr_difference = rounded(snr_difference, fraction.dtype)
     if s == 0 or not math.isfinite(snr_difference):
-        return rounded(level.beta_bar, x_t.dtype) * fraction
-    return torch.expm1(fraction * rounded(change, x_t.dtype)) / snr_difference
+        return rounded(level.beta_bar, fraction.dtype) * fraction
+    return torch.expm1(fraction * rounded(change, fraction.dtype)) / snr_difference
 
 
 @lru_cache(maxsize=4096)

@@ -14,6 +14,7 @@ from ocm.covariances.operators import SpectralCovariance
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 from ocm.diffusion.noise import noisy
+from ocm.diffusion.schedules import full_precision
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ class SN(Covariance):
 
     def _variance(self, branch: Branch) -> Tensor:
         schedule, t, x_t = self.denoiser.schedule, branch.t, branch.x_t
-        offset = branch.x0_hat - self.parameterisation.gaussian_mean(schedule, t, x_t)
+        # Before x0_hat is rounded to the type of x_t: the difference is as small as the noise.
+        x0_hat = branch.denoiser.x0_hat(full_precision(x_t), t, full_precision(branch.output))
+        offset = x0_hat - self.parameterisation.gaussian_mean(schedule, t, x_t)
         return scaled_ratio(self, branch) - offset.square()
 
     def loss(
