@@ -42,7 +42,7 @@ soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that tak
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m soak
 
 mutation: $(VENV)/.installed-test ## Plant faults in a copy, and see the tests notice each (30 minutes)
-	$(BIN)/python tests/faults
+	$(BIN)/python tests/mutation
 
 # See CONTRIBUTING.md. A forced ATEN_CPU_CAPABILITY breaks the C++ code that torch.compile writes,
 # and a dispatch mode, which --vary-rounding is, cannot be compiled through.

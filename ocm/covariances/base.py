@@ -55,11 +55,16 @@ def from_branches(
     prediction: Prediction, variance: Callable[[Branch], Tensor]
 ) -> SpectralCovariance:
     """Return the diagonal covariance of ``variance``, combined over the branches of a guidance."""
+    return diagonal(over_branches(prediction, variance), prediction.x_t.shape)
+
+
+def over_branches(prediction: Prediction, variance: Callable[[Branch], Tensor]) -> Tensor:
+    """Return ``variance``, combined over the branches of a guidance."""
     (weight, branch), *others = prediction.branches
     combined = variance(branch) if not others else weight * variance(branch)
     for weight, branch in others:
         combined = combined + weight * variance(branch)
-    return diagonal(combined, prediction.x_t.shape)
+    return combined
 
 
 def constant(variance: float | Tensor, prediction: Prediction) -> SpectralCovariance:

@@ -156,8 +156,8 @@ class SpectralCovariance:
         bound = variance_bound(x0_range)
         if self.basis is PIXELS:
             return self.clamped(0.0, bound)
-        # No eigenvalue exceeds the sum of the variances; an infinite one would leave NaN below.
-        positive = self.clamped(0.0, bound * self.shape[1:].numel())
+        # An infinite eigenvalue would leave NaN below.
+        positive = self.clamped(0.0, torch.finfo(self.eigenvalues.dtype).max ** 0.5)
         variances = positive.diagonal()
         if self.basis.rescaled is not None:
             if bool((variances <= bound).all()):

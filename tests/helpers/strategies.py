@@ -184,13 +184,14 @@ def trajectories(draw, schedule, count=5, least=1e-3, to_the_end=False):
 
 
 @st.composite
-def tables(draw, width=None, by_step=None):
-    """A table by timestep, or by step."""
+def tables(draw, width=None, by_step=None, least=-1e6):
+    """A table by timestep, or by step, of numbers from ``least`` on."""
     k = draw(st.integers(1, 3)) if width is None else width
-    values = st.lists(st.floats(-1e6, 1e6), min_size=k, max_size=k)
+    values = st.lists(st.floats(least, 1e6), min_size=k, max_size=k)
     times = st.integers(0, 1000) | st.floats(1e-6, 1e4)
     if draw(st.booleans()) if by_step is None else by_step:
-        places = st.tuples(times, times)
+        pairs = st.tuples(times, times).filter(lambda pair: pair[0] != pair[1])
+        places = pairs.map(lambda pair: tuple(sorted(pair)))
     else:
         places = times
     return ocm.diffusion.tables.Table(draw(st.dictionaries(places, values, min_size=1, max_size=6)))

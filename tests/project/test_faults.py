@@ -1,16 +1,12 @@
 """The faults of `make mutation` can be planted in the code as it is, and their tests are there."""
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
+from faults import AREAS
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from faults.__main__ import AREAS  # noqa: E402
-
 FAULTS = [fault for faults in AREAS.values() for fault in faults]
 
 

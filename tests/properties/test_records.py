@@ -16,6 +16,7 @@ from ocm import checkpoints, data
 from ocm.checkpoints.held_back import held_back
 from ocm.training.batches import MicroBatches, batch_of_step, derived_seed
 
+FITTED = st.sampled_from(["analytic", "analytic_data"])
 NAMES = st.sampled_from(["analytic", "analytic_data", "ocm", "beta"])
 UNITS = st.builds(
     ocm.Parameterisation, st.floats(1e-3, 1e3) | st.just(float("inf")), positive=st.booleans()
@@ -48,8 +49,8 @@ def head_of(denoiser, seed):
 
 @given(
     schedules(),
-    st.dictionaries(NAMES, tables(width=1, by_step=False), max_size=2),
-    st.dictionaries(NAMES, tables(width=2), max_size=2),
+    st.dictionaries(FITTED, tables(width=1, by_step=False), max_size=2),
+    st.dictionaries(NAMES, tables(width=2, least=0.0), max_size=2),
     UNITS,
     st.none() | st.tuples(st.floats(-9.0, -0.1), st.floats(0.1, 9.0)),
     st.integers(0, 10**6),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 import hessdiag
+from ocm.covariances.base import over_branches
 from ocm.covariances.learned.heads import outside_autocast, start_at_zero
 from ocm.covariances.learned.maximum_likelihood import MaximumLikelihood
 from ocm.covariances.operators import Eigenbasis, SpectralCovariance, cosine_diagonal
@@ -145,7 +146,10 @@ class FrequencyLikelihood(MaximumLikelihood):
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return the covariance, by the variance of each coefficient."""
-        return replace(super().at(prediction), basis=_basis(self.colours, self.fold))
+        own = prediction.by(self.denoiser)
+        variances = over_branches(own, lambda branch: self._variance(branch, self.head))
+        basis = _basis(self.colours, self.fold)
+        return SpectralCovariance(variances, prediction.x_t.shape, basis)
 
     def _scaled(self, branch: Branch, output: Tensor) -> Tensor:
         schedule, t, x_t = self.denoiser.schedule, branch.t, branch.x_t

@@ -130,7 +130,7 @@ def test_images_that_are_not_finite():
     images = torch.full((4, 1, 8, 8), torch.nan)
     with pytest.raises(
         FloatingPointError,
-        match=r"loss of the classifier is nan at step 0; .* if the images are finite",
+        match=r"loss of the classifier is nan at step 0, with seed 0; .* if the images are finite",
     ):
         train_classifier(images, torch.zeros(4).long(), 2, num_steps=1)
 

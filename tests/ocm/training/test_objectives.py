@@ -179,7 +179,10 @@ def test_training_stops_at_a_loss_that_is_not_finite(images):
     [
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"num_steps": 1, "batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"num_steps": 1, "learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        (
+            {"num_steps": 1, "learning_rate": 0.0},
+            "learning_rate must be positive and finite, got 0.0",
+        ),
         ({"num_steps": 1, "ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
     ],
 )

@@ -1,6 +1,6 @@
 """Run pytest again and again, without importing each time what takes seconds to import.
 
-    python tests/faults/worker.py
+    python tests/mutation/faults/worker.py
 
 Run in a copy of the project. This process imports PyTorch and other libraries, but nothing of the
 project, and forks a child for each line of its input: a JSON list of the file for what the child

@@ -46,10 +46,10 @@ class Copy:
         return run(arguments, limit)
 
     def _by_worker(self, arguments: tuple[str, ...], limit: int) -> tuple[int, str]:
-        """Have tests/faults/worker.py run it, which has imported what takes seconds."""
+        """Have worker.py run it, which has imported what takes seconds."""
         if self._worker is None:
             self._worker = subprocess.Popen(
-                [sys.executable, str(self.place / "tests" / "faults" / "worker.py")],
+                [sys.executable, str(self.place / "tests" / "mutation" / "faults" / "worker.py")],
                 cwd=self.place, env=_environment(), text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip

@@ -1,6 +1,6 @@
 """Plant every fault in a copy of the project and run the tests that must notice it.
 
-    python tests/faults [--only TEXT] [--processes 2] [--again]
+    python tests/mutation [--only TEXT] [--processes 2] [--again]
 
 The same tests are run without a fault first, and must pass. A fault that changes nothing that can
 be noticed says why (``equivalent``), and must live. What was found is kept in .cache/faults.json,
@@ -21,32 +21,11 @@ from pathlib import Path
 from queue import Queue
 from typing import Any
 
+from faults import AREAS
+from faults.copies import Copy
+from faults.fault import Fault, nothing
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from faults.attention import FAULTS as ATTENTION  # noqa: E402
-from faults.commands import FAULTS as COMMANDS  # noqa: E402
-from faults.copies import Copy  # noqa: E402
-from faults.core import FAULTS as CORE  # noqa: E402
-from faults.covariances import FAULTS as COVARIANCES  # noqa: E402
-from faults.evaluation import FAULTS as EVALUATION  # noqa: E402
-from faults.fault import Fault, nothing  # noqa: E402
-from faults.kernels import FAULTS as KERNELS  # noqa: E402
-from faults.likelihoods import FAULTS as LIKELIHOODS  # noqa: E402
-from faults.sampling import FAULTS as SAMPLING  # noqa: E402
-from faults.training import FAULTS as TRAINING  # noqa: E402
-
-AREAS = {
-    "kernels": KERNELS,
-    "attention": ATTENTION,
-    "core": CORE,
-    "covariances": COVARIANCES,
-    "sampling": SAMPLING,
-    "likelihoods": LIKELIHOODS,
-    "training": TRAINING,
-    "evaluation": EVALUATION,
-    "commands": COMMANDS,
-}
 RECORD = ROOT / ".cache" / "faults.json"
 LIMIT = 600  # seconds; a fault that keeps the tests from ending is noticed too
 
@@ -91,7 +70,7 @@ def main() -> int:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python tests/faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python tests/mutation", description=__doc__)
     parser.add_argument("--only", default="", help="faults with this text in 'area: name (path)'")
     parser.add_argument("--processes", type=int, default=2, help="how many at a time (2)")
     parser.add_argument("--again", action="store_true", help="try also what is known")

@@ -235,8 +235,8 @@ FAULTS = [
     Fault(
         "Lanczos without the other half",
         LANCZOS,
-        "+ forward.products(v)",
-        "+ backward.products(v)",
+        "+ taken(forward, v)",
+        "+ taken(backward, v)",
         OF_OPERATORS,
     ),
     Fault(

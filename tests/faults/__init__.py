@@ -1,1 +1,0 @@
-"""Planted faults: the tests are worth what they catch."""
