@@ -31,7 +31,7 @@ help: ## Show this list
 demo: $(VENV)/.installed-ocm ## Train a small model on real digits and compare covariances (9 minutes with set-up)
 	$(BIN)/python examples/demo.py --out runs/demo
 
-test: $(VENV)/.installed-test ## Run the tests (15 minutes with set-up; GPU tests where there is a GPU)
+test: $(VENV)/.installed-test ## Run the tests (8 minutes with set-up; GPU tests where there is a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD)
 
 coverage: $(VENV)/.installed-test ## Which lines and branches the tests run, 95% at least (15 minutes)

@@ -23,6 +23,11 @@ torch.backends.cuda.matmul.allow_tf32 = False
 # (--hypothesis-profile=thorough). A GPU machine may lack hypothesis.
 if find_spec("hypothesis"):
     from hypothesis import HealthCheck, settings
+    from hypothesis.internal.conjecture import providers
+
+    # It draws numbers from the code that is imported, which depends on the tests before.
+    if hasattr(providers, "_get_local_constants"):
+        providers._get_local_constants = lambda: providers._local_constants
 
     for profile, count in {"quick": 15, "thorough": 200}.items():
         settings.register_profile(

@@ -136,7 +136,8 @@ class Schedule:
             raise ValueError(
                 f"timesteps must satisfy 0 <= s < t <= {self.num_timesteps}, got s = {s}, t = {t}"
             )
-        return -math.expm1(self.level(t).log_snr - self.level(s).log_snr)
+        # Next to each other log SNR may rise by its rounding.
+        return max(0.0, -math.expm1(self.level(t).log_snr - self.level(s).log_snr))
 
     @cached_property
     def _of_whole(self) -> Tensor:

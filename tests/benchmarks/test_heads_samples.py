@@ -291,7 +291,7 @@ def test_small_images_are_not_shown_to_imagenet_and_both_networks_choose(judges)
     assert both == pytest.approx((distances[0] * distances[1]) ** 0.5)
 
 
-@pytest.mark.parametrize("path", ["cosine", "flow"])
+@pytest.mark.parametrize("path", ["cosine", pytest.param("flow", marks=pytest.mark.soak)])
 def test_a_run_goes_through_and_on_where_it_was(path, judges, tmp_path, capsys):
     checkpoint = checkpoint_of(path, (1, 8, 8))
     parts = Parts(tmp_path, "x-", {})

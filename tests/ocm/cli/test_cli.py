@@ -23,7 +23,7 @@ import hessdiag
 import ocm
 from ocm import checkpoints, data
 from ocm.cli import app as cli
-from ocm.covariances.names import LEARNED, NAMES
+from ocm.covariances.names import LEARNED
 from ocm.evaluation import classifier
 from ocm.training.small_unet import small_unet
 
@@ -164,8 +164,7 @@ def test_evaluate_by_ode(trained, invoke, tmp_path):
 def test_evaluate_all(trained, invoke, tmp_path, monkeypatch):
     quick = partial(classifier.train_classifier, num_steps=20)
     monkeypatch.setattr(classifier, "train_classifier", quick)
-    # One channel, no density, and a backbone that states none.
-    densities = set(NAMES) - {"blocks", "lanczos", "variance_channels"}
+    densities = {"beta", "analytic", "hutchinson", "cosine", *LEARNED}
     named = [argument for name in (*densities, "lanczos") for argument in ("--covariance", name)]
     answer = invoke(
         "evaluate", trained, "--all", "--out", tmp_path, "--steps", 2, "--steps", 3,
@@ -214,7 +213,7 @@ def test_sample_with_other_covariances_and_timesteps(trained, invoke, tmp_path, 
         assert record["timesteps"] == [333, 667, 1000]
 
 
-def test_two_processes_share_the_samples_out(trained, tmp_path):
+def test_two_processes_share_the_samples_out(trained, invoke, tmp_path):
     def command(out):
         return [
             sys.executable, "-m", "ocm", "sample", str(trained), "--steps", "2", "--quiet",
@@ -229,7 +228,8 @@ def test_two_processes_share_the_samples_out(trained, tmp_path):
         subprocess.Popen(command(tmp_path / "two"), env={**os.environ, **meeting, "RANK": rank})
         for rank in ("0", "1")
     ]
-    subprocess.run(command(tmp_path / "one"), check=True)
+    answer = invoke(*command(tmp_path / "one")[3:])
+    assert answer.exit_code == 0, answer.output
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     one, two = (load_file(tmp_path / n / "samples.safetensors")["images"] for n in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)

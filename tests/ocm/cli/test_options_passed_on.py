@@ -1,7 +1,10 @@
 """Every option of a command reaches what it is for; the command ends there."""
 
+import sys
 from dataclasses import replace
 from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -65,7 +68,10 @@ def checkpoint(tmp_path_factory):
     return out
 
 
-def test_train(call, tmp_path):
+def test_train(call, tmp_path, monkeypatch):
+    installed = ModuleType("tensorboard")
+    installed.__spec__ = ModuleSpec("tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", installed)
     found = call(
         workflow, "train_checkpoint",
         "train", "--out", tmp_path, "--limit", 300, "--denoiser-steps", 7, "--head-steps", 9,
@@ -113,6 +119,7 @@ def test_calibrate(call, checkpoint, tmp_path):
 
 
 def test_evaluate(call, checkpoint, tmp_path):
+    (tmp_path / "weights").touch()
     found = call(
         evaluation, "evaluate",
         "evaluate", checkpoint, "--out", tmp_path, "--covariance", "npr", "--covariance",
@@ -125,6 +132,7 @@ def test_evaluate(call, checkpoint, tmp_path):
         ["npr", "lanczos"], [2, 4], calibrated=True, quality=True, num_images=3, fit_images=4,
         num_samples=9, inception=tmp_path / "weights", covariances=CovarianceSettings(5, 2, 8),
         decoder="beta_tilde", by_ode=True, tolerance=0.5, seed=8, batch_size=6,
+        quality_names=["npr", "lanczos"],
     )  # fmt: skip
 
 
