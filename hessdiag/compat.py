@@ -66,6 +66,11 @@ _ADVICE = (
         "batching='loop' can follow; take it by torch.func.grad for every other way",
     ),
     (
+        "Cannot access storage of TensorWrapper",
+        "score_fn holds a module that fully_shard has spread, whose weights torch.func can gather "
+        "from PyTorch 2.13 on; before, use mode='vjp' with batching='loop' or 'fold'",
+    ),
+    (
         "(?<!Batching rule )not implemented|must implement|Trying to use forward AD",
         "an operator of score_fn has no rule for this mode; use the other one",
     ),

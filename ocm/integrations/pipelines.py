@@ -4,7 +4,7 @@ diffusers' own ``DiTPipeline`` drops the channels of the variance and hands its 
 generator; ``DDPMPipeline`` needs no replacement.
 """
 
-# No `from __future__ import annotations`: diffusers 0.35 reads the constructor's annotations.
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any

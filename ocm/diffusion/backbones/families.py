@@ -6,7 +6,6 @@ scheduler: 0 .. N - 1 of betas, 1000 sigma of flow matching.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -131,10 +130,6 @@ def _ids(grid: tuple[int, ...], x_t: Tensor, conditions: Mapping[str, Any]) -> d
 def _call_qwen(
     qwen: Any, x_t: Tensor, time: Tensor, labels: Tensor | None, **conditions: Any
 ) -> Tensor:
-    if "txt_seq_lens" in inspect.signature(unwrapped(qwen).forward).parameters:  # diffusers 0.35
-        text = conditions.get("encoder_hidden_states")
-        lengths = None if text is None else [text.shape[1]] * len(x_t)
-        conditions = {"txt_seq_lens": lengths, **conditions}
     return _call_packed(_image_shapes, qwen, x_t, time / 1000, labels, **conditions)
 
 

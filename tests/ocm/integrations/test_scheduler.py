@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import math
 import re
 import warnings
@@ -655,7 +656,8 @@ def test_an_unmodified_ddpm_pipeline_saves_loads_and_samples(unet, theirs, tmp_p
         assert not np.array_equal(images(loaded), images(pipeline))
 
 
-def test_a_ddim_pipeline_whose_scheduler_is_set_afterwards(unet, caplog):
+def test_a_ddim_pipeline_whose_scheduler_is_set_afterwards(unet, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # to caplog
     model = ocm.attach(unet, parameterisation=ocm.Parameterisation(data_std=0.5))
     ours = model.scheduler(DDIMScheduler())
     pipeline = DDIMPipeline(model, ours)
