@@ -40,6 +40,7 @@ coverage: $(VENV)/.installed-test ## Which lines and branches the tests run, 95%
 # The emulated kernels run as compiled by the oldest Triton too.
 soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that take many minutes (15 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m soak
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --hypothesis-profile=thorough tests/properties
 
 mutation: $(VENV)/.installed-test ## Plant faults in a copy, and see the tests notice each (30 minutes)
 	$(BIN)/python tests/mutation

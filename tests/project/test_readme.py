@@ -91,6 +91,7 @@ BOUNDS = {
 # Numbers that nothing measured.
 CONSTANTS = {
     "Python 3.10 to 3.13": "versions, of pyproject.toml",
+    "need PyTorch 2.13": "a version, of the advice in hessdiag/compat.py",
     "arXiv 2406.10808": "a paper's number",
     "Apache-2.0": "a licence's name",
     "rtol=0.02": "an argument in an example",

@@ -26,8 +26,8 @@ PUBLIC = {module.__name__: set(module.__all__) for module in (hessdiag, hessdiag
 MOST_FILES = 12
 # What trains, stores, scores and commands is a rig around the method, and stays small.
 RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
-MOST_LINES_OF_THE_RIG = 8_000
-MOST_LINES = 20_000
+MOST_LINES_OF_THE_RIG = 7_500
+MOST_LINES = 19_200
 
 
 def sources_of(folder, package):
