@@ -302,6 +302,7 @@ def test_a_training_of_other_settings_is_refused(data, work):
         cifar10_training.train_schedule("linear", work, data, other, CPU)
 
 
+@pytest.mark.soak
 def test_the_whole_evaluation_and_its_pictures(data, work, tmp_path, capsys):
     options = ["--data", str(data), "--work", str(work), "--size", "quick"]
     commands.main(["evaluate", *options, "--out", str(tmp_path)])

@@ -8,6 +8,7 @@ from suites import data as suite
 from ocm import data
 
 
+@pytest.mark.soak
 def test_a_process_loads_and_trains(tmp_path):
     suite.write_images(tmp_path / "images", 20, seed=0)
     suite.write_parquet(tmp_path / "images", tmp_path / "images.parquet")

@@ -87,6 +87,7 @@ def test_the_lowest_of_a_column_is_in_bold():
     assert "| NPR head, papers' units | 4.200 |" in table
 
 
+@pytest.mark.soak
 def test_all_of_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(heads, "work_directory", lambda size: tmp_path / "work")
     nowhere = tmp_path / "nowhere"

@@ -15,13 +15,10 @@ OLDER_TRITON = ROOT / ".cache" / "triton-3.6"
 # Each kernel, and between them every type, alignment, layout, and size of numbers.
 SPECIALISATIONS = [
     "test_signs[torch.float32-5x2x12-odd]",
-    "test_signs[torch.bfloat16-16x1x72-aligned]",
     "test_normals[torch.float32-19x3x7-odd]",
-    "test_moments[torch.float32-19x3x7-aligned]",
     "test_moments[torch.float16-1x3x64-aligned]",
     "test_loss_and_gradient[torch.bfloat16-1x3x64-aligned]",
     "test_step[per element-torch.bfloat16-16x1x72-aligned]",
-    "test_step[per sample-torch.float32-19x3x7-odd]",
 ]
 LARGE = ["test_signs[2147483948-3]", "test_step[False-1-2147487747]"]
 SUBSET = [
@@ -63,7 +60,7 @@ def test_a_few_of_the_kernels_as_compiled():
     passed, launches, _ = emulate(SUBSET)
     assert passed == len(SUBSET)
     # Moments are computed twice, and the loss has a gradient.
-    assert launches == len(SUBSET) + 3
+    assert launches == len(SUBSET) + 2
 
 
 # Without the tests of machine code, which emulate nothing.

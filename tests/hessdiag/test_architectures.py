@@ -309,6 +309,7 @@ def test_exact_in_auto_mode(functions, name):
     assert (result - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.soak
 def test_a_module_compiled_and_trained_before():
     """Its backward pass may overwrite the activations: PyTorch raises, so it is forward mode."""
     torch.compiler.reset()
