@@ -140,7 +140,7 @@ def sample(
     name = preferred(loaded) if covariance is None else covariance.value
     name += CALIBRATED if calibrated else ""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    group = _join() if processes > 1 else None
+    group = _join(processes) if processes > 1 else None
     first, end = (num_images * r // processes for r in (rank, rank + 1))
     chosen = {
         "covariance": name,
@@ -253,12 +253,15 @@ def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
     return timesteps.optimal_timesteps(schedule, variances, steps)
 
 
-def _join() -> Any:
+def _join(processes: int) -> Any:
     """Find the other processes, and return their group: each notices when another ends."""
     from torch import distributed
 
-    distributed.init_process_group("gloo")
-    return distributed.new_group(timeout=_LONGEST_WAIT)
+    from ocm.training.processes import MEETING, naming_lost
+
+    with naming_lost(processes, lambda: "before all had come"):
+        distributed.init_process_group("gloo", timeout=MEETING)
+        return distributed.new_group(timeout=_LONGEST_WAIT)
 
 
 def _gathered(images: Tensor, processes: int, group: Any) -> Tensor:
@@ -266,14 +269,11 @@ def _gathered(images: Tensor, processes: int, group: Any) -> Tensor:
     import torch
     from torch import distributed
 
+    from ocm.training.processes import naming_lost
+
     parts = [images] * processes
-    try:
+    with naming_lost(processes, lambda: "before all samples were drawn; those that were are kept"):
         distributed.all_gather_object(parts, images, group)
         distributed.barrier(group)  # not while another process still sends
-    except RuntimeError as error:
-        raise ConnectionError(
-            "another process ended before all samples were drawn; those that were are kept, and "
-            f"the same command goes on: {error}"
-        ) from error
     distributed.destroy_process_group()
     return torch.cat(parts)

@@ -23,7 +23,7 @@ from ocm.diffusion.backbones.wrappers import class_of
 from ocm.training.settings import TrainingSettings
 
 # How long to wait for processes that have not started yet.
-_MEETING = timedelta(minutes=5)
+MEETING = timedelta(minutes=5)
 # In errors of gloo, which have no type of their own.
 _GLOO = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
@@ -145,7 +145,7 @@ def join(device: torch.device | str | None) -> Processes:
         return Processes(0, 1, place)
     if not distributed.is_initialized():
         with naming_lost(count, lambda: "before all had come together"):
-            store, rank, _ = next(rendezvous("env://", timeout=_MEETING))
+            store, rank, _ = next(rendezvous("env://", timeout=MEETING))
             store.set_timeout(distributed.default_pg_timeout)
             backend = "nccl" if place.type == "cuda" else "gloo"
             distributed.init_process_group(backend, store=store, rank=rank, world_size=count)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # A server that has imported these and runs no threads forks a process for each attempt, which
@@ -92,6 +93,28 @@ def _run(arguments, log, first):
     from ocm.cli.app import run
 
     run()
+
+
+# What a process may do before its command. It is found by its name, in a module that can be
+# imported: tests cannot.
+
+
+def learn_quickly():
+    """Let the classifier of an evaluation learn next to nothing, which takes no time."""
+    from ocm.evaluation import classifier
+
+    classifier.train_classifier = partial(classifier.train_classifier, num_steps=5)
+
+
+def be_one_of_two(rank, port):
+    """Be one of two processes, as torchrun starts them."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def killings(

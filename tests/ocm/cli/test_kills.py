@@ -1,7 +1,6 @@
 """Commands that are killed lose nothing: given again, they end as if nobody had killed them."""
 
 import json
-import os
 import shutil
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +8,17 @@ from functools import partial
 
 import pytest
 import torch
-from killing import assert_whole, attempt, killings, left_beside
+from killing import (
+    assert_whole,
+    attempt,
+    be_one_of_two,
+    killings,
+    learn_quickly,
+    left_beside,
+)
 from safetensors.torch import load_file
 
 from ocm import checkpoints
-from ocm.evaluation import classifier
 
 _KILLS = 15
 _SMALL = ("--device", "cpu", "--quiet")
@@ -25,11 +30,6 @@ _OF_A_RUN = {
     "batches_drawn_before",
     "parts_finished_before",
 }
-
-
-def quickly():
-    """Let the classifier of an evaluation learn next to nothing, which takes no time."""
-    classifier.train_classifier = partial(classifier.train_classifier, num_steps=5)
 
 
 def trained(folder):
@@ -111,7 +111,9 @@ def test_a_sampling_that_is_killed_loses_and_repeats_no_sample(checkpoint, tmp_p
 
 @pytest.mark.soak
 def test_an_evaluation_that_is_killed_ends_with_the_same_figures(checkpoint, tmp_path):
-    whole = attempt(evaluate(checkpoint, tmp_path / "whole"), tmp_path / "whole", first=quickly)
+    whole = attempt(
+        evaluate(checkpoint, tmp_path / "whole"), tmp_path / "whole", first=learn_quickly
+    )
     assert whole.status == 0, whole.said
 
     killed = went_on = 0
@@ -121,7 +123,7 @@ def test_an_evaluation_that_is_killed_ends_with_the_same_figures(checkpoint, tmp
         kills=_KILLS,
         seconds=whole.seconds,
         seed=1,
-        first=quickly,
+        first=learn_quickly,
     ):
         killed += found.killed
         went_on += "going on from" in found.said
@@ -170,13 +172,6 @@ def test_a_calibration_that_is_killed_leaves_a_checkpoint_and_ends_with_the_same
     assert went_on > 0
 
 
-def one_of_two(rank, port):
-    """Let the command be one of two processes, as torchrun starts them."""
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-    }  # fmt: skip
-
-
 def both(checkpoint, out, *, second_until=None):
     """Draw in two processes; the second is killed when the time has come."""
     with socket.socket() as probe:
@@ -186,7 +181,7 @@ def both(checkpoint, out, *, second_until=None):
         started = [
             pool.submit(
                 attempt, sample(checkpoint, out), out.with_name(f"process-{rank}"),
-                after=second_until if rank else None, first=partial(one_of_two, rank, port),
+                after=second_until if rank else None, first=partial(be_one_of_two, rank, port),
                 limit=120.0,
             )
             for rank in range(2)
@@ -204,7 +199,7 @@ def test_a_process_ends_when_another_was_killed_and_both_go_on(checkpoint, tmp_p
     first, second = both(checkpoint, out, second_until=lambda: [*batches.glob("from *")])
     assert second.killed
     assert first.status == 1
-    assert "another process ended before all samples were drawn" in first.said
+    assert "before all samples were drawn; those that were are kept" in first.said
     assert_whole(out)
     kept = len([*batches.glob("from *")])
     assert 1 <= kept < 6

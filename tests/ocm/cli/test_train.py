@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import socket
@@ -13,7 +12,7 @@ import pytest
 import torch
 from bad_input import command
 from full_disk import files_of_at_most
-from killing import assert_whole, attempt, killings, left_beside
+from killing import assert_whole, attempt, be_one_of_two, killings, left_beside
 from typer.testing import CliRunner
 
 from ocm import checkpoints, data
@@ -270,17 +269,6 @@ def test_heads_trained_in_place_and_killed_leave_the_checkpoint_whole(made, tmp_
     assert killed == 7
 
 
-def joined(rank, port):
-    """Let the process that calls this be one of two."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-
-
 @pytest.mark.soak
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_whose_other_is_killed_ends_within_a_minute(tmp_path, victim):
@@ -303,7 +291,7 @@ def test_a_process_whose_other_is_killed_ends_within_a_minute(tmp_path, victim):
                 endless,
                 tmp_path / f"process-{rank}",
                 after=started if rank == victim else None,
-                first=functools.partial(joined, rank, port),
+                first=functools.partial(be_one_of_two, rank, port),
             )
             for rank in range(2)
         ]
