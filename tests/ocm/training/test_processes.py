@@ -17,7 +17,7 @@ def test_processes_that_never_come_are_not_waited_for_long(monkeypatch):
     place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in place.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(processes, "_MEETING", timedelta(seconds=1))
+    monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
     with pytest.raises(ConnectionError, match=r"another of 2 processes .* before all had come"):
         processes.join("cpu")
     assert not distributed.is_initialized()
