@@ -123,7 +123,7 @@ $(BIN)/python:
 # One stamp for each set of requirements, made again when the requirements change.
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) benchmarks/peers.txt | $(BIN)/python
 	@echo "Installing hessdiag[$*] into $(VENV) ..."
-	$(INSTALL) setuptools
+	$(INSTALL) 'setuptools>=77'
 	$(INSTALL) --no-build-isolation --editable '.[$*]'
 	$(if $(filter test dev,$*),$(INSTALL) --no-deps --requirement benchmarks/peers.txt)
 	@touch $@
