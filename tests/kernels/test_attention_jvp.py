@@ -199,7 +199,8 @@ def test_grouped_queries(key_heads, kind, kernel_device):
     torch.testing.assert_close(mine, out, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("probes", [1, 3])
+# Three programs of two probes: of fewer, one that starts a probe too soon writes all the same.
+@pytest.mark.parametrize("probes", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_probes_at_once_are_each_alone(probes, dtype, kernel_device):
     points = inputs(queries=9, keys=35, head=32, probes=probes, dtype=dtype)
