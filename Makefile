@@ -22,7 +22,8 @@ GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
 GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage soak mutation test-portable test-lowest lint types bench bench-small clean
+.PHONY: help demo test coverage soak mutation test-portable test-lowest lint types docs bench bench-small
+.PHONY: clean
 .PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels gpu-suites
 
 help: ## Show this list
@@ -73,6 +74,10 @@ types: $(VENV)/.installed-dev
 	cd .cache/wheel && MYPYPATH=site $(abspath $(BIN))/mypy --config-file ../../pyproject.toml \
 		--cache-dir ../mypy -p hessdiag -p ocm
 
+# A name that no page documents, a link that leads nowhere and an example that fails are errors.
+docs: $(VENV)/.installed-docs ## Build the site and run its gallery into docs/_build/html (15 minutes)
+	OMP_NUM_THREADS=2 $(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
+
 bench: $(VENV)/.installed-test ## Every benchmark suite at small sizes, and a report (10 minutes)
 	$(BIN)/python benchmarks/run.py --quick
 
@@ -110,7 +115,7 @@ gpu-suites: gpu-install ## Further benchmark suites on a GPU, each in at most 9 
 	done
 
 clean: ## Remove the environment, caches and results
-	rm -rf $(VENV) .venv-lowest .cache build dist runs *.egg-info
+	rm -rf $(VENV) .venv-lowest .cache build dist runs *.egg-info docs/_build docs/api/generated docs/gallery docs/results
 
 .cache/triton-3.6/.installed: | $(BIN)/python
 	rm -rf $(@D)

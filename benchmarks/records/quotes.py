@@ -32,7 +32,11 @@ from records import beside
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCS = tuple(sorted((ROOT / "docs").glob("*.md")))
+# What is written by hand: the site's other folders are made when it is built.
+DOCS = tuple(
+    file for folder in (".", "guides", "explanations")
+    for file in sorted((ROOT / "docs" / folder).glob("*.md"))
+)  # fmt: skip
 DOCUMENTS = (ROOT / "README.md", RESULTS / "README.md", *DOCS)
 
 _BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -1,7 +1,7 @@
 """What rounding costs in float32, bfloat16 and float16, against float64, and that it stays so.
 
 The bounds are about three times what was measured, so that they hold on other processors.
-docs/numerics.md quotes them.
+docs/explanations/numerics.md quotes them.
 """
 
 import itertools

@@ -8,12 +8,13 @@ import pytest
 import torch
 import typer
 from diffusers import DDPMPipeline, DDPMScheduler
+from records import quotes
 
 from ocm.cli import app
 from ocm.training.small_unet import small_unet
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *quotes.DOCS]
 COMMANDS = typer.main.get_command(app.app).commands
 (USAGE_ERROR,) = typer.BadParameter.__bases__
 # What takes long stands in the documents once in these words, and is made short.
