@@ -18,7 +18,10 @@ DOCUMENTS = [ROOT / "README.md", *quotes.DOCS]
 COMMANDS = typer.main.get_command(app.app).commands
 (USAGE_ERROR,) = typer.BadParameter.__bases__
 # What takes long stands in the documents once in these words, and is made short.
-SHORTER = {"TrainingSettings(10_000)": "TrainingSettings(2, batch_size=4)"}
+SHORTER = {
+    "TrainingSettings(10_000)": "TrainingSettings(2, batch_size=4)",
+    "TrainingSettings(300, ": "TrainingSettings(2, batch_size=4, ",
+}
 
 
 def fenced(text, language):
