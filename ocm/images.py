@@ -175,10 +175,10 @@ def _header(
             f"{where} is too large: {error} It is read where PIL.Image.MAX_IMAGE_PIXELS is set to "
             "more"
         ) from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{where} holds no image that PIL can read: of no known format") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{where} holds no image that PIL can read: {error}") from error
+        # The text of PIL's error is of an object in memory.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{where} holds no image that PIL can read: {reason}") from error
     if encoding == "EPS":
         raise ValueError(f"{where} must not be PostScript, which is a program to be run")
     # Integers and floating-point numbers would be clipped to white, or cut to their upper 8 bits.

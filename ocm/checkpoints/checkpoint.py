@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ocm.checkpoints.entries import TEXT, Rule, check_entries, is_number, whole
+from ocm.checkpoints.entries import TEXT, Rule, check_entries, whole
 from ocm.covariances import Analytic, LearnedCovariance
+from ocm.diffusion.checks import is_number
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.tables import Table
 from ocm.images import LARGEST_SIDE

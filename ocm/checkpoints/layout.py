@@ -31,6 +31,7 @@ DENOISER = "denoiser"
 HEADS = "heads"
 TABLES = "tables.json"
 DATA_COVARIANCE = "data_covariance.safetensors"
+PARTS = ".parts-"
 FORMAT = {"format": "ocm-checkpoint", "version": 2}
 
 # Of the entries of ``ocm.json`` that say where the parts are.
@@ -44,7 +45,6 @@ LAYOUT_RULES = {
 }
 
 _UNFINISHED = ".partial-checkpoint"
-_PARTS = ".parts-"
 
 
 def part_of(directory: Path, description: Mapping[str, Any], name: str) -> Path:
@@ -74,9 +74,13 @@ def replacing_parts(directory: Path, description: Mapping[str, Any]) -> Iterator
     beside.mkdir(parents=True)
     try:
         yield beside
-        digests = _digests(beside)
-        revision = _revision(description, digests)
-        _leave_out_what_is_there(beside, directory, digests)
+        parts = {name: _digests(beside / name) for name in sorted(_parts_in(beside))}
+        # A name that differs, but for chance, wherever a checkpoint does.
+        content = json.dumps([description, parts]).encode()
+        revision = hashlib.sha256(content).hexdigest()[:16]
+        for name, digests in parts.items():
+            if _digests(directory / name) == digests:
+                _remove(beside / name)
         for path in (*beside.rglob("*"), beside):
             flush(path)
         beside.replace(_folder_of(directory, revision))
@@ -94,7 +98,7 @@ def settle(directory: Path) -> None:
     shutil.rmtree(directory / _UNFINISHED, ignore_errors=True)
     description = _described(directory)
     own = None if description is None else _folder_of(directory, description["revision"])
-    for folder in directory.glob(f"{_PARTS}*"):
+    for folder in directory.glob(f"{PARTS}*"):
         if folder != own:
             shutil.rmtree(folder)
     if description is None or own is None:
@@ -103,10 +107,7 @@ def settle(directory: Path) -> None:
         for name in _parts_in(own):
             place = directory / name
             place.parent.mkdir(exist_ok=True)
-            if place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)  # which nobody reads while the new one lies beside
-            elif place.exists():
-                place.unlink()
+            _remove(place)  # which nobody reads while the new one lies beside
             (own / name).rename(place)
             flush(place.parent)
         shutil.rmtree(own)
@@ -119,7 +120,7 @@ def settle(directory: Path) -> None:
 
 def _folder_of(directory: Path, revision: str) -> Path:
     """Return the folder of the parts that may not be in their places yet."""
-    return directory / f"{_PARTS}{revision}"
+    return directory / f"{PARTS}{revision}"
 
 
 def _described(directory: Path) -> dict[str, Any] | None:
@@ -137,32 +138,14 @@ def _parts_in(folder: Path) -> list[str]:
     return [*heads, *(path.name for path in folder.iterdir() if path.name != HEADS)]
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file by its name below the folder."""
-    return {
-        file.relative_to(folder).as_posix(): sha256(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+def _digests(part: Path) -> dict[str, str]:
+    """Return the SHA-256 of a file, or of every file in a folder, by the path below the part."""
+    files = sorted(path for path in (part, *part.rglob("*")) if path.is_file())
+    return {file.relative_to(part).as_posix(): sha256(file) for file in files}
 
 
-def _revision(description: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    """Return a name that differs, but for chance, wherever a checkpoint does."""
-    content = json.dumps([description, digests]).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _leave_out_what_is_there(beside: Path, directory: Path, digests: Mapping[str, str]) -> None:
-    for name in _parts_in(beside):
-        new, old = beside / name, directory / name
-        if new.is_dir():
-            prefix = f"{name}/"
-            wanted = {
-                key.removeprefix(prefix): value
-                for key, value in digests.items()
-                if key.startswith(prefix)
-            }
-            if old.is_dir() and _digests(old) == wanted:
-                shutil.rmtree(new)
-        elif old.is_file() and sha256(old) == digests[name]:
-            new.unlink()
+def _remove(part: Path) -> None:
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)

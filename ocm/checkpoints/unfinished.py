@@ -22,12 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocm.checkpoints.entries import CheckpointError, read_json
+from ocm.checkpoints.layout import DATA_COVARIANCE, DENOISER, DESCRIPTION, HEADS, PARTS, TABLES
 from ocm.files import sha256, write_json, write_tensors
 
 _SETTINGS = "settings.json"
 # What is read of a checkpoint or of a pipeline; the directory may hold results as well.
-_READ = ("ocm.json", "tables.json", "data_covariance.safetensors", "model_index.json")
-_FOLDERS_READ = ("denoiser", "heads", ".parts-*", "unet", "transformer", "scheduler")
+_READ = (DESCRIPTION, TABLES, DATA_COVARIANCE, "model_index.json")
+_FOLDERS_READ = (DENOISER, HEADS, f"{PARTS}*", "unet", "transformer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -119,29 +121,23 @@ def parts_of(folder: Path, settings: Mapping[str, Any]) -> tuple[Parts, str | No
     file, now = folder / _SETTINGS, json.loads(json.dumps(settings))
     removed = None
     if folder.exists():
-        before = _settings_in(file)
+        try:
+            before = read_json(file)
+        except CheckpointError:  # as a process leaves it that is killed while it removes them
+            before = {}
         if before == now:
             return Parts(folder), None
         if Parts(folder).names():
-            changed = [
-                f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-                for name in {**now, **before}
-                if before.get(name) != now.get(name)
-            ]
-            removed = f"removed what is in {folder}, which has other settings: {changed[0]}"
+            was, is_now = ({k: repr(v) for k, v in said.items()} for said in (before, now))
+            name = next(name for name in is_now | was if was.get(name) != is_now.get(name))
+            removed = (
+                f"removed what is in {folder}, which has other settings: {name} was "
+                f"{was.get(name, 'missing')}, now {is_now.get(name, 'missing')}"
+            )
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     write_json(file, now)
     return Parts(folder), removed
-
-
-def _settings_in(file: Path) -> dict[str, Any]:
-    """Return the settings in a file; of none that can be read, those of no computation."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def fingerprint(path: Path, *, without: tuple[str, ...] = ()) -> str:

@@ -6,7 +6,7 @@ compared with what the headers of the files name. So nothing is built that the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,10 +27,8 @@ from ocm.checkpoints.entries import (
 
 Module = TypeVar("Module", bound=nn.Module)
 # Type and shape of each tensor, by its name.
-Header = Mapping[str, tuple[str, tuple[int, ...]]]
+Header = dict[str, tuple[str, tuple[int, ...]]]
 
-# As diffusers' save_pretrained names them: one file, or several and an index.
-_SINGLE = "diffusion_pytorch_model.safetensors"
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _OTHERS = {torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL", torch.uint8: "U8"}
@@ -53,7 +51,7 @@ def load_model(kind: Any, path: str | Path) -> Any:
             or has one too many, or holds weights of another type, NaN or infinite ones.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").exists():
         raise CheckpointError(
             f"path must be the folder of {kind.__name__}, with config.json and weights, got {path}"
         )
@@ -74,7 +72,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """
     suffix = "" if variant is None else f".{variant}"
     single = folder / f"diffusion_pytorch_model{suffix}.safetensors"
-    index = folder / f"{_SINGLE}.index{suffix}.json"
+    index = folder / f"diffusion_pytorch_model.safetensors.index{suffix}.json"
     if single.exists():
         return [single]
     if index.exists():
@@ -185,10 +183,10 @@ def _at_most(count: int) -> Iterator[None]:
         handle.remove()
 
 
-def _header_of(files: Sequence[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _header_of(files: Sequence[Path]) -> Header:
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: Header = {}
     for file in files:
         try:
             if file.suffix in _PICKLED:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.layout import (
@@ -59,7 +58,7 @@ def save(
             "processes: load it again, and replace it in the checkpoint by that"
         )
     backbone = denoiser.backbone if dtype is None else copy.deepcopy(denoiser.backbone).to(dtype)
-    _check_finite(_weights(checkpoint, backbone))
+    _check_finite(checkpoint, backbone)
     description: dict[str, Any] = {
         **FORMAT,
         "schedule": _schedule_entry(denoiser.schedule),
@@ -108,27 +107,19 @@ def _head_entry(covariance: LearnedCovariance) -> dict[str, Any]:
     }
 
 
-def _weights(checkpoint: Checkpoint, backbone: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield everything that is written and must be finite, with what to call it."""
-    for name, tensor in backbone.state_dict().items():
-        yield f"{name} of the denoiser", tensor
-    for kind, covariance in checkpoint.learned.items():
-        for name, tensor in covariance.head.state_dict().items():
-            yield f"{name} of the head {kind}", tensor
-    if checkpoint.denoiser.data_covariance is not None:
-        yield (
-            "data_covariance of the denoiser",
-            torch.as_tensor(checkpoint.denoiser.data_covariance),
-        )
-
-
-def _check_finite(weights: Iterator[tuple[str, Tensor]]) -> None:
-    for name, tensor in weights:
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"a checkpoint must hold finite weights, and {name} has NaN or infinity in "
-                f"{tensor.dtype}: nothing was written"
-            )
+def _check_finite(checkpoint: Checkpoint, backbone: nn.Module) -> None:
+    """Raise unless all weights that are to be written are finite."""
+    weights = {"denoiser": backbone.state_dict()}
+    if (values := checkpoint.denoiser.data_covariance) is not None:
+        weights["denoiser"]["data_covariance"] = torch.as_tensor(values)
+    weights |= {f"head {name}": c.head.state_dict() for name, c in checkpoint.learned.items()}
+    for owner, tensors in weights.items():
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(
+                    f"a checkpoint must hold finite weights, and {name} of the {owner} has NaN or "
+                    f"infinity in {tensor.dtype}: nothing was written"
+                )
 
 
 def _schedule_entry(schedule: Schedule) -> dict[str, Any]:

@@ -55,6 +55,18 @@ def check_finite(name: str, x: object) -> None:
         )
 
 
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number.
+
+    Example:
+        >>> is_number(3), is_number(1e300), is_number(float("nan")), is_number("3")
+        (True, True, False, False)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= 1e308 and math.isfinite(value)
+
+
 def check_number(name: str, value: object) -> None:
     """Raise unless ``value`` is a finite real number; booleans are none.
 

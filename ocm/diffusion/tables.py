@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ocm.diffusion.checks import is_number
 
 Place = float | tuple[float, float]
 """A timestep t, or a step (s, t), s < t."""
@@ -75,7 +76,7 @@ class Table:
             )
         for place, row in self.rows.items():
             s, t = place if isinstance(place, tuple) else (0, place)
-            if not all(map(_is_finite, (s, t, *row))):
+            if not all(map(is_number, (s, t, *row))):
                 raise ValueError(f"rows must hold finite numbers, got {row} at {place}")
             if not 0 <= s < t and place != 0:
                 raise ValueError(f"rows must be by t >= 0 or by (s, t), 0 <= s < t, got {place}")
@@ -152,9 +153,3 @@ class Table:
                 f"{len(record['values'])}"
             )
         return Table(dict(zip(places, record["values"], strict=True)))
-
-
-def _is_finite(number: object) -> bool:
-    if isinstance(number, bool) or not isinstance(number, (int, float)):
-        return False
-    return math.isfinite(number)

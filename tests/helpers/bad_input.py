@@ -15,7 +15,7 @@ class Case:
 
     Attributes:
         name: What is bad about it, unique in its table.
-        call: Takes an empty folder, and makes the call.
+        call: Takes an empty folder, or what its test gives instead, and makes the call.
         error: What it must raise; None if it must return.
         says: Texts that the message must have: the argument, its value, what would be right.
         check: Of what is returned; raises AssertionError where the result is wrong.

@@ -6,8 +6,8 @@ from faults.fault import Fault
 
 OF_HELD_BACK = ("tests/ocm/checkpoints/test_held_back.py",)
 OF_CHECKPOINTS = (
-    "tests/ocm/checkpoints/test_read_again.py",
     "tests/ocm/checkpoints/test_checkpoints.py",
+    "tests/bad_input/test_checkpoints.py::test_what_is_spoiled_is_refused",
 )
 OF_CATALOGUE = ("tests/ocm/checkpoints/test_catalogue.py",)
 OF_SCORES = ("tests/ocm/evaluation/test_scores.py",)

@@ -37,11 +37,18 @@ def test_json_and_float64_come_back_to_the_bit(tmp_path):
     assert torch.equal(parts.tensors("b", lambda: {"x": double})["x"], double)
 
 
-def test_other_settings_remove_what_there_is(tmp_path):
-    parts, _ = parts_of(tmp_path / "a", {"seed": 1, "steps": [1, 2]})
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ({"steps": [1, 2]}, {"steps": [1, 3]}, "steps was [1, 2], now [1, 3]"),
+        ({"eta": None}, {}, "eta was None, now missing"),
+    ],
+)
+def test_other_settings_remove_what_there_is(tmp_path, before, now, said):
+    parts, _ = parts_of(tmp_path / "a", {"seed": 1, **before})
     parts.json("mean", lambda: 1)
-    parts, removed = parts_of(tmp_path / "a", {"seed": 1, "steps": [1, 3]})
-    assert "steps was [1, 2], now [1, 3]" in removed
+    parts, removed = parts_of(tmp_path / "a", {"seed": 1, **now})
+    assert removed.endswith(f"which has other settings: {said}")
     assert parts.names() == []
     assert parts.json("mean", lambda: 2) == 2
 
