@@ -50,9 +50,9 @@ nitpick_ignore_regex = [
 
 autosummary_generate = True
 autosummary_imported_members = False
-autodoc_typehints = "none"  # the signature has them, and the docstring says what they mean
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
@@ -82,11 +82,16 @@ sphinx_gallery_conf = {
 html_theme = "pydata_sphinx_theme"
 html_title = "hessdiag"
 html_static_path = ["_static"]
+html_favicon = "_static/icon.svg"
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_math_renderer = "mathml"
 html_theme_options = {
-    "logo": {"text": "hessdiag"},
+    "logo": {
+        "text": "hessdiag",
+        "image_light": "_static/icon.svg",
+        "image_dark": "_static/icon.svg",
+    },
     "navbar_align": "left",
     "navbar_persistent": ["search-button"],
     "show_toc_level": 2,

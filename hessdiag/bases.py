@@ -22,7 +22,7 @@ class Basis:
     """An orthonormal change of basis.
 
     Attributes:
-        analyse: From (..., *sample_shape) to coefficients of the same shape: F.
+        analyse: From ``(..., *sample_shape)`` to coefficients of the same shape: F.
         synthesise: Back: F^T, its inverse.
         num_axes: How many axes a sample must have, so that no axis of the batch is mixed.
 

@@ -159,12 +159,12 @@ class Jacobian:
 
     @property
     def mode(self) -> str:
-        """The mode that is taken: "vjp" or "jvp"."""
+        """The mode that is taken, "vjp" or "jvp"."""
         return self._evaluator.candidates[0][0]
 
     @property
     def batching(self) -> str:
-        """The way that is taken: "loop", "vmap" or "fold"."""
+        """The way that is taken, "loop", "vmap" or "fold"."""
         return self._evaluator.candidates[0][1]
 
     @property

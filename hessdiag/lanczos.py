@@ -12,11 +12,11 @@ from hessdiag.products import Products
 def lanczos(products: Products, start: Tensor, num_probes: int) -> tuple[Tensor, Tensor]:
     """Run the Lanczos recurrence from one vector of each sample.
 
-    With A symmetric and v_1 = start / |start|, k products give an orthonormal V = [v_1 .. v_k] of
+    With A symmetric and v_1 = start / ‖start‖, k products give an orthonormal V = [v_1 .. v_k] of
     the Krylov space and the tridiagonal T = V^T A V (Lanczos, 1950; with full
     reorthogonalisation), so that
 
-        f(A) start is close to |start| V f(T) e_1,
+        f(A) start is close to ‖start‖ V f(T) e_1,
 
     exactly so from k = D on. Where the space is exhausted earlier, the rest of V is zero and the
     rest of T is cut off from its beginning.

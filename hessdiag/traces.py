@@ -122,7 +122,7 @@ def trace(
         max_probes: Most probes for a sample.
         probes: As in :func:`hessdiag.estimate`; for the right-hand side of an ODE, probes that
             :func:`hessdiag.fixed_probes` drew once.
-        rtol: Stop once, with 95% confidence, the error is at most atol + rtol * |trace|.
+        rtol: Stop once, with 95% confidence, the error is at most atol + rtol * abs(trace).
         atol: The absolute part of that tolerance.
         chunk_size: Probes held in memory at a time.
         seed: Seed of the probes.

@@ -25,8 +25,8 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
             type and their device.
 
     Returns:
-        The tensor, and a function from tensors (..., D) to trees of (..., *sample_shape): a batch
-        of points, or of several products for each.
+        The tensor, and a function from tensors (..., D) to trees of
+        ``(..., *sample_shape)``: a batch of points, or of several products for each.
 
     Raises:
         TypeError: If a leaf is no tensor, or types or devices differ.

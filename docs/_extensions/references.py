@@ -50,6 +50,10 @@ def resolve(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
 ) -> nodes.Node | None:
     """Lead a reference to the public name of its object, or let its text stand."""
+    if not isinstance(
+        content, nodes.literal
+    ):  # the type of an argument, which no one wrote as a link
+        return content
     name = node.get("reftarget", "")
     inside = node.get("py:module") or ""
     for candidate in (name, f"{inside}.{name}"):
@@ -59,9 +63,7 @@ def resolve(
         if public is None:
             return content
         domain = env.get_domain("py")
-        return domain.resolve_xref(
-            env, node["refdoc"], app.builder, "obj", public, node, content
-        )
+        return domain.resolve_xref(env, node["refdoc"], app.builder, "obj", public, node, content)
     return None
 
 

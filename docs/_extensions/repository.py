@@ -36,7 +36,7 @@ _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(?=(?:#[^)\s]*)?\))")
 def copy(app: Sphinx) -> None:
     """Copy what has changed since the last build."""
     site = Path(app.srcdir)
-    for source, place in COPIED.items():
+    for source in COPIED:
         if (site.parent / source).is_dir():
             files = [file for file in (site.parent / source).rglob("*") if file.is_file()]
         else:

@@ -33,7 +33,7 @@ class Hutchinson(Covariance):
     The probes of different timesteps are different ones of the same seed. The estimates are
     unbiased without a floor, but many of them may be negative: with few probes, and where the
     network's Jacobian errs, with any number. A variance of zero in their place is a certainty that
-    no estimate can have, and costs the likelihood most. The floor of :func:`floored` gives up that
+    no estimate can have, and costs the likelihood most. The floor of ``floored`` gives up that
     the estimates are unbiased, and changes nothing where all of them are positive.
 
     Attributes:
@@ -42,7 +42,7 @@ class Hutchinson(Covariance):
         seed: Seed of the probes.
         probes: The design; ``hessdiag.Coloring(M)`` colors images by a lattice. The number of
             probes is a multiple of its block.
-        floor: "error" for that of :func:`floored`, or None for the unbiased estimates.
+        floor: "error" for that of ``floored``, or None for the unbiased estimates.
 
     Warns:
         UserWarning: Once, with a floor, where more than a tenth of the estimates are not positive

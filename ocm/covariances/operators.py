@@ -92,7 +92,7 @@ class SpectralCovariance:
     """C = F^T diag(lambda) F.
 
     Attributes:
-        eigenvalues: Lambda, in the layout of ``basis``; for :data:`PIXELS` the variance of each
+        eigenvalues: Lambda, in the layout of ``basis``; for ``PIXELS`` the variance of each
             dimension, which may broadcast to ``shape``.
         shape: The shape (B, ...) of x_t.
         basis: F.

@@ -160,10 +160,10 @@ class Prediction:
 
     @property
     def features(self) -> Tensor:
-        """The input of the backbone's last output layer, (B, channels, ...) or (B, *grid, width).
+        """The input of the backbone's last output layer.
 
-        A grid is that of the patches for which tokens stand.
-        Under guidance that of the evaluation with a condition.
+        Its shape is (B, channels, ...) or ``(B, *grid, width)``. A grid is that of the
+        patches for which tokens stand. Under guidance the evaluation is that with a condition.
 
         Raises:
             ValueError: If the backbone shows none.
@@ -177,7 +177,7 @@ class Prediction:
 
     @property
     def branches(self) -> tuple[tuple[float, Branch], ...]:
-        """Weights and evaluations of which this is the sum: one, or two under guidance."""
+        """Weights and evaluations of which this is the sum, two under guidance and one without."""
         output, aux = self._evaluated
         weights, outputs, parts = [1.0], [output], [aux]
         if self.condition is not None and "branches" in aux:
@@ -362,7 +362,7 @@ class Denoiser:
             null_label: The label for no class; for ``DiTTransformer2DModel`` its number of
                 classes, which is the default there.
             tensors: Further arguments of the backbone, such as ``encoder_hidden_states``
-                (:class:`Condition`).
+                (:class:`ocm.diffusion.conditions.Condition`).
             null_tensors: Those of the branch without a condition that differ from ``tensors``.
 
         Raises:
@@ -409,7 +409,7 @@ class Denoiser:
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is evaluated: the device of its weights, unless they are offloaded."""
+        """The device of the backbone, that of its weights unless they are offloaded."""
         return device_of(self.backbone)
 
     def predict(

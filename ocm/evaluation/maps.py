@@ -71,7 +71,7 @@ def reliability(
         timesteps: Noise levels.
         conditions: That of each batch.
         batch_size: Images at a time.
-        num_bins: Bins of :attr:`Reliability.predicted`.
+        num_bins: Bins of ``Reliability.predicted``.
         seed: Seed of all noise.
         options: Other arguments of :func:`ocm.uncertainty`.
 

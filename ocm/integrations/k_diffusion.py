@@ -42,7 +42,7 @@ class KDiffusionDenoiser:
 
     @property
     def sigma_max(self) -> float:
-        """The largest that is finite, with which sampling starts: x = sigma_max n."""
+        """The largest that is finite, with which sampling starts, from x = sigma_max n."""
         return self._sigmas[-1].item()
 
     @property

@@ -82,7 +82,7 @@ class LikelihoodSettings:
 
     @property
     def num_sets_of_probes(self) -> int:
-        """How many sets of probes a solution takes: one, or one for each evaluation."""
+        """How many sets of probes a solution takes, one or one for each evaluation."""
         if not self.draws_anew:
             return 1
         return self.num_steps * SOLVERS[self.solver].num_stages
@@ -174,7 +174,7 @@ class LogLikelihood:
 
     @property
     def budget(self) -> dict[str, Tensor | None]:
-        """What each part may be off by, in bits/dim: "solver", "probes" and "dequantisation".
+        """What "solver", "probes" and "dequantisation" may each be off by, in bits/dim.
 
         The first is that of :func:`ocm.likelihood_settings`, None where nobody measured it.
         """

@@ -13,7 +13,7 @@ MMPS (Rozet et al., 2024)          products   (A C A^T + noise_std^2 I)^-1 r
 TMPD (Boys et al., 2023)           products   r / (row sums of A C A^T + noise_std^2)
 PiGDM (Song et al., 2023)          products   as MMPS, with beta_bar I for C in the inverse
 DiffPIR (Zhu et al., 2023)         r^2 I      (A C A^T + noise_std^2 I)^-1 r
-DPS (Chung et al., 2023)           products   r / |r| times a length that is chosen by hand
+DPS (Chung et al., 2023)           products   r / ‖r‖ times a length that is chosen by hand
 =================================  =========  ==================================================
 
 "Products" are those with the Jacobian of the network, of :class:`ocm.Lanczos` or :class:`ocm.Full`:
@@ -81,7 +81,7 @@ def posterior_mean_given_measurement(
         noise_std: Standard deviation of the noise, a number or a tensor that broadcasts to y.
         weighting: What weighs r: None for C; "row_sums" for TMPD, which stands for an A C A^T
             without negative entries: sums below 0 count by their size; a number z for DPS, of
-            u = z r / |r|; or a covariance that takes the place of C in the equation of u, as in
+            u = z r / ‖r‖; or a covariance that takes the place of C in the equation of u, as in
             PiGDM. One with smaller eigenvalues than C, such as its diagonal, overshoots.
         tolerance: Norm of the residual of u, relative to that of y - A x0_hat, for each sample.
             None takes ``max_iterations`` as they are: where C is a network's that errs, one or two

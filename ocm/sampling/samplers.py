@@ -196,7 +196,7 @@ def sample(
         sample_offset: Number of the first sample.
         x0_range: Where the data lie; None for data without bounds, latents say.
         max_last_noise: Largest standard deviation of the last noisy step (see
-            :func:`last_step_noise`); None for no bound.
+            :func:`ocm.sampling.samplers.last_step_noise`); None for no bound.
         noise_at_end: Whether x_0 is drawn from N(x0_hat, Cov[x0 | x_t]) rather than its mean:
             samples then have the variance of the data from few steps too, where a diagonal
             covariance is white noise on each of them.

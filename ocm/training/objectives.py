@@ -164,7 +164,7 @@ def train_head(
     On several processes (``torchrun --nproc-per-node 8 script.py``) each takes a share of every
     batch, and the gradients of the head are averaged. The backbone may be sharded over them by
     ``torch.distributed.fsdp.fully_shard``, its blocks first and then itself, before it becomes a
-    denoiser:
+    denoiser::
 
         torch.distributed.init_process_group()
         for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:

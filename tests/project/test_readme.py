@@ -289,7 +289,7 @@ def broken(links, file):
 @each_document
 def test_files_and_headings_that_are_linked_exist(name):
     links = re.findall(r"\]\(([^):]+)\)", TEXTS[name])
-    assert links
+    assert links or "{toctree}" in TEXTS[name]
     assert broken(links, ROOT / name) == []
 
 

@@ -139,7 +139,7 @@ class TokenHead(nn.Module):
         start_at_zero(self.out)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return o, of shape (B, out_channels, ...), from the tokens (B, *grid, width)."""
+        """Return o, of shape (B, out_channels, ...), from the tokens ``(B, *grid, width)``."""
         tokens = tokens.to(self.out.weight.dtype)
         with outside_autocast(tokens):
             if self.block is not None:

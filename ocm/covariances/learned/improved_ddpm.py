@@ -46,7 +46,7 @@ class ImprovedDDPM(Covariance):
 
     @property
     def depends_on_s(self) -> bool:
-        """Whether the variance depends on s: in the interpolation it does."""
+        """Whether the variance depends on s, as it does in the interpolation."""
         return math.isinf(self.parameterisation.data_std)
 
     def at(self, prediction: Prediction) -> SpectralCovariance:

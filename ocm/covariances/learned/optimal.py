@@ -27,9 +27,10 @@ class OptimalCovarianceMatching(Covariance):
         mean w_t (ratio - (1/M) sum_m v_m * (C v_m) / c_t)^2,    C v = c v + k J^T v,
 
     with C = Cov[x0 | x_t] of the denoiser (:mod:`ocm.diffusion.denoiser`), w_t of
-    :func:`ocm.covariances.base.loss_weight`. In the paper's parameterisation, for a network that
-    predicts the noise, ratio = 1 + h and this is its (h - v * (beta_bar H v))^2. The gradient is
-    unbiased for every number of probes, since the minimiser is the conditional mean.
+    :func:`ocm.covariances.learned.base.loss_weight`. In the paper's parameterisation, for a
+    network that predicts the noise, ratio = 1 + h and this is its
+    (h - v * (beta_bar H v))^2. The gradient is unbiased for every number of probes, since the
+    minimiser is the conditional mean.
 
     Attributes:
         denoiser: The frozen denoiser, whose features the head reads.

@@ -59,8 +59,8 @@ class Architecture:
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output and, detached, the features that one evaluation went through.
 
-        Those of tokens have the shape (B, *grid, width), a grid of the patches of x_t. There are
-        none without a feature layer; nor from a backbone that ``torch.compile`` compiled before
+        Those of tokens have the shape ``(B, *grid, width)``, a grid of the patches of x_t. There
+        are none without a feature layer; nor from a backbone that ``torch.compile`` compiled before
         this module had seen it, since compiled code passes by later hooks.
 
         Raises:
