@@ -55,7 +55,7 @@ def gauss_newton_over_data(
     of each sample get K colors at random and signs e_nc, and v_nk is the sum of e_nc s_nc over
     color k. The sum of (J_n^T v_nk)^2 is unbiased and never negative. An entry i has the variance
 
-        sum_n 2 (C - K) / (K (C - 1)) (|u|^4 - sum_c u_c^4),    u = S_n^T J_n e_i,
+        sum_n 2 (C - K) / (K (C - 1)) (‖u‖^4 - sum_c u_c^4),    u = S_n^T J_n e_i,
 
     or 2/K (...) where K is below an eighth of C and each v_nk is S_n times plain signs. For a cross
     entropy this is the Fisher matrix, and the estimate takes the place of one with drawn labels.
