@@ -1,18 +1,18 @@
 """Bad input of ocm: schedules, denoiser, covariances, samplers, likelihoods, inverse problems."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
-from bad_input import Case, run, table
-from expectations import close, holds, shaped
+from bad_input import case, cases_of, cases_of_each, close, holds, run, shaped, table
 from torch import nn
 
 import hessdiag
 import ocm
 from ocm.covariances.operators import channel_blocks, cosine_diagonal, diagonal, full
 from ocm.diffusion.tables import Table
-from ocm.sampling.samplers import ReverseStep
+from ocm.sampling.samplers import ReverseStep, starting_noise
 
 NAN, INF = math.nan, math.inf
 N = 1000
@@ -38,13 +38,9 @@ def of(function):
 
 NANS = of(lambda x, time: x * NAN)
 
-
-def case(name, call, error=None, *says, check=None):
-    return Case(name, lambda _: call(), error, says, check)
-
-
 # Schedules and timesteps
 
+from_betas = cases_of(ocm.from_betas)
 SCHEDULES = [
     *(
         case(f"{make.__name__} of {n!r} steps", lambda make=make, n=n: make(n), error, says)
@@ -56,7 +52,7 @@ SCHEDULES = [
         )
     ),
     *(
-        case(f"betas {betas}", lambda betas=betas: ocm.from_betas(betas), ValueError, "betas must")
+        from_betas(f"betas {betas}", ValueError, "betas must", betas=betas)
         for betas in ([], [0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [-0.1], [NAN], [[0.1]])
     ),
     # alpha_bar is the product of 1 - beta, whatever the last beta is.
@@ -95,6 +91,11 @@ SCHEDULES = [
     ),
 ]
 
+leading = cases_of(ocm.leading_timesteps, schedule=LINEAR, K=3)
+optimal = cases_of(ocm.optimal_timesteps, schedule=LINEAR, K=3)
+at_sigmas = cases_of(ocm.timesteps_at, schedule=FLOW)
+shifted = cases_of(ocm.shifted, sigmas=[1.0], shift=3.0)
+dynamic = cases_of(ocm.dynamic_shift)
 SPACINGS = [
     *(
         case(f"{f.__name__} of {K!r}", lambda f=f, K=K: f(LINEAR, K), error, says)
@@ -117,18 +118,14 @@ SPACINGS = [
         lambda: ocm.even_timesteps(LINEAR, N),
         check=lambda found: holds(found == list(range(1, N + 1))),
     ),
-    case(
-        "half an offset", lambda: ocm.leading_timesteps(LINEAR, 3, 0.5), ValueError, "offset must"
-    ),
-    case(
-        "an offset too far", lambda: ocm.leading_timesteps(LINEAR, 3, N), ValueError, "offset must"
-    ),
+    leading("half an offset", ValueError, "offset must", offset=0.5),
+    leading("an offset too far", ValueError, "offset must", offset=N),
     *(
-        case(
+        optimal(
             f"variances {name}",
-            lambda variances=variances: ocm.optimal_timesteps(LINEAR, variances, 3),
             ValueError,
             "variances must be 1000 finite numbers of at least 0",
+            variances=variances,
         )
         for name, variances in {
             "below 0": -torch.ones(N),
@@ -138,44 +135,35 @@ SPACINGS = [
         }.items()
     ),
     *(
-        case(
-            f"timesteps at {name}", lambda s=s: ocm.timesteps_at(FLOW, s), ValueError, "sigmas must"
-        )
-        for name, s in {"no sigma": [], "0": [0.0], "-1": [-1.0], "NaN": [NAN], "2": [2.0]}.items()
+        at_sigmas(f"timesteps at {name}", ValueError, "sigmas must", sigmas=sigmas)
+        for name, sigmas in {
+            "no sigma": [],
+            "0": [0.0],
+            "-1": [-1.0],
+            "NaN": [NAN],
+            "2": [2.0],
+        }.items()
     ),
-    case(
-        "sigmas of a discrete path",
-        lambda: ocm.timesteps_at(LINEAR, [0.5]),
-        ValueError,
-        "continuous",
-    ),
+    at_sigmas("sigmas of a discrete path", ValueError, "continuous", schedule=LINEAR, sigmas=[0.5]),
     *(
-        case(
-            f"a shift of {s}",
-            lambda s=s: ocm.shifted([1.0], s),
-            ValueError,
-            "shift must be positive",
-        )
+        shifted(f"a shift of {s}", ValueError, "shift must be positive", shift=s)
         for s in (0.0, -1.0, NAN, INF)
     ),
     *(
-        case(f"a sigma of {s} shifted", lambda s=s: ocm.shifted([s], 3.0), ValueError, "in [0, 1]")
+        shifted(f"a sigma of {s} shifted", ValueError, "in [0, 1]", sigmas=[s])
         for s in (-0.1, 1.1, NAN)
     ),
     *(
-        case(
-            f"an image of {n} tokens",
-            lambda n=n: ocm.dynamic_shift(n),
-            ValueError,
-            "num_tokens must",
-        )
+        dynamic(f"an image of {n} tokens", ValueError, "num_tokens must", num_tokens=n)
         for n in (0, -5, NAN)
     ),
-    case(
+    dynamic(
         "shifts between equal ends",
-        lambda: ocm.dynamic_shift(7, base_tokens=7, max_tokens=7),
         ValueError,
         "base_tokens below max_tokens",
+        num_tokens=7,
+        base_tokens=7,
+        max_tokens=7,
     ),
 ]
 
@@ -220,12 +208,15 @@ OUTPUTS = {
     "an error": (lambda x, t: [][0], IndexError, "list index out of range"),
 }
 
-
-def made(name, error, *says, backbone=noise_of_standard_normals, schedule=LINEAR, **options):
-    return case(name, lambda: ocm.Denoiser(backbone, schedule, **options), error, *says)
-
-
 FLOWS = {"schedule": FLOW, "prediction_type": "flow_prediction"}
+made = cases_of(ocm.Denoiser, backbone=noise_of_standard_normals, schedule=LINEAR)
+predicted = cases_of(DENOISER.predict, x_t=X, t=500)
+output = cases_of_each(
+    {
+        "the output": lambda backbone: of(backbone).predict(X, 500).output,
+        "the Jacobian": lambda backbone: ocm.Exact(of(backbone)).at(of(backbone).predict(X, 500)),
+    }
+)
 DENOISERS = [
     made("no backbone", TypeError, "backbone must be a module or a function", backbone=None),
     made("no schedule", TypeError, "schedule must be an ocm.Schedule", "NoneType", schedule=None),
@@ -235,40 +226,19 @@ DENOISERS = [
     made("data of variance -1", ValueError, "at least 0", data_covariance=-1.0, **FLOWS),
     made("data of variance NaN", ValueError, "data_covariance must", data_covariance=NAN, **FLOWS),
     made("data of a word", TypeError, "data_covariance must be", data_covariance="1", **FLOWS),
+    *(predicted(f"x_t {name}", error, says, x_t=x) for name, (x, error, says) in POINTS.items()),
     *(
-        case(f"x_t {name}", lambda x=x: DENOISER.predict(x, 500), error, says)
-        for name, (x, error, says) in POINTS.items()
-    ),
-    *(
-        case(f"a timestep that is {name}", lambda t=t: DENOISER.predict(X, t), error, says)
+        predicted(f"a timestep that is {name}", error, says, t=t)
         for name, (t, error, says) in TIMES.items()
     ),
     *(
-        case(
-            f"a step from 500 to {s}",
-            lambda s=s: DENOISER.predict(X, 500, s=s),
-            ValueError,
-            "s must lie in [0, t)",
-        )
+        predicted(f"a step from 500 to {s}", ValueError, "s must lie in [0, t)", s=s)
         for s in (500, 501, -1, NAN)
     ),
     *(
-        case(
-            f"a backbone that returns {name}",
-            lambda f=f: of(f).predict(X, 500).output,
-            error,
-            *says,
-        )
+        row
         for name, (f, error, *says) in OUTPUTS.items()
-    ),
-    *(
-        case(
-            f"the Jacobian of a backbone that returns {name}",
-            lambda f=f: ocm.Exact(of(f)).at(of(f).predict(X, 500)),
-            error,
-            *says,
-        )
-        for name, (f, error, *says) in OUTPUTS.items()
+        for row in output(f"a backbone that returns {name}", error, *says, backbone=f)
     ),
     case(
         "a prediction of no samples",
@@ -310,88 +280,44 @@ LABELLED = ocm.Denoiser(
     ),
 ).freeze()
 CLASSES = torch.tensor([1, 2])
+COLUMN = CLASSES.reshape(2, 1, 1, 1)
 
 
-def condition(name, error, *says, check=None, **arguments):
-    given = {"labels": CLASSES, **arguments}
-
-    def call():
-        return LABELLED.predict(X, 500, condition=LABELLED.condition(**given)).output
-
-    return case(name, call, error, *says, check=check)
+def output_under(**given):
+    return LABELLED.predict(X, 500, condition=LABELLED.condition(**given)).output
 
 
+condition = cases_of(output_under, labels=CLASSES)
+guided = cases_of(lambda scale: output_under(labels=CLASSES, guidance_scale=scale, null_label=0))
+OF_INT64 = "labels must be a tensor of int64"
+WITHIN = "labels must lie in 0 .. 4"
 CONDITIONS = [
-    condition(
-        "three labels", ValueError, "one for each sample", "3", labels=torch.tensor([1, 2, 3])
-    ),
+    condition("three labels", ValueError, "one for each sample", "3", labels=torch.arange(1, 4)),
     condition("no labels in a tensor", ValueError, "one for each sample", labels=CLASSES[:0]),
-    condition(
-        "labels of floats", TypeError, "labels must be a tensor of int64", labels=CLASSES.float()
-    ),
-    condition(
-        "labels of booleans", TypeError, "labels must be a tensor of int64", labels=CLASSES > 1
-    ),
-    condition(
-        "labels in a list", TypeError, "labels must be a tensor of int64, got list", labels=[1, 2]
-    ),
+    condition("labels of floats", TypeError, OF_INT64, labels=CLASSES.float()),
+    condition("labels of booleans", TypeError, OF_INT64, labels=CLASSES > 1),
+    condition("labels in a list", TypeError, OF_INT64 + ", got list", labels=[1, 2]),
     condition("a label that is a number", TypeError, "labels must be a tensor", labels=1),
     condition(
         "a label of no dimension", ValueError, "labels must have shape (B,)", labels=CLASSES[0]
     ),
     condition("a column of labels", ValueError, "labels must have shape", labels=CLASSES[:, None]),
-    condition(
-        "a class below 0", ValueError, "labels must lie in 0 .. 4", labels=torch.tensor([-1, 0])
-    ),
-    condition(
-        "a class too many",
-        ValueError,
-        "labels must lie in 0 .. 4, got 0 .. 5",
-        labels=torch.tensor([0, 5]),
-    ),
+    condition("a class below 0", ValueError, WITHIN, labels=torch.tensor([-1, 0])),
+    condition("a class too many", ValueError, WITHIN + ", got 0 .. 5", labels=torch.tensor([0, 5])),
     condition(
         "neither labels nor tensors", ValueError, "labels or tensors must be given", labels=None
     ),
     condition("guidance without null", ValueError, "null_label must be given", guidance_scale=2.0),
-    condition(
-        "guidance of NaN",
-        ValueError,
-        "guidance_scale must be finite, got nan",
-        guidance_scale=NAN,
-        null_label=0,
-    ),
-    condition(
-        "guidance without end",
-        ValueError,
-        "guidance_scale must be finite",
-        guidance_scale=INF,
-        null_label=0,
-    ),
-    condition(
-        "guidance that is a word",
-        TypeError,
-        "guidance_scale must be a number",
-        guidance_scale="2",
-        null_label=0,
-    ),
+    guided("guidance of NaN", ValueError, "guidance_scale must be finite, got nan", scale=NAN),
+    guided("guidance without end", ValueError, "guidance_scale must be finite", scale=INF),
+    guided("guidance that is a word", TypeError, "guidance_scale must be a number", scale="2"),
     condition(
         "null tensors of nothing", ValueError, "null_tensors must be named", null_tensors={"a": 1}
     ),
-    condition(
-        "labels of 32 bits",
-        None,
-        labels=CLASSES.int(),
-        check=close(X + CLASSES.reshape(2, 1, 1, 1)),
-    ),
-    condition("one label for all", None, labels=CLASSES[:1], check=close(X + 1)),
+    condition("labels of 32 bits", labels=CLASSES.int(), check=close(X + COLUMN)),
+    condition("one label for all", labels=CLASSES[:1], check=close(X + 1)),
     # (1 - w) x + w (x + label), with class 0 for none
-    condition(
-        "negative guidance",
-        None,
-        guidance_scale=-1.0,
-        null_label=0,
-        check=close(X - CLASSES.reshape(2, 1, 1, 1)),
-    ),
+    guided("negative guidance", scale=-1.0, check=close(X - COLUMN)),
     case(
         "labels in place of a condition",
         lambda: LABELLED.predict(X, 500, condition=CLASSES),
@@ -417,6 +343,14 @@ VECTORS = {
     "without a batch": X[0],
     "that is None": None,
 }
+
+
+def calibrated(*weights):
+    return ocm.Calibrated((BETA,), Table({5: weights}))
+
+
+stated = cases_of(lambda covariance, prediction=AT: covariance.at(prediction))
+of_matrix = cases_of(full, shape=FOUR)
 COVARIANCES = [
     *(
         case(
@@ -441,16 +375,17 @@ COVARIANCES = [
         for make in (ocm.Exact, ocm.Full, ocm.ChannelBlocks)
     ),
     *(
-        case(
+        stated(
             f"{name} of a timestep for each sample",
-            lambda C=C: C.at(DENOISER.predict(X, TIMESTEP)),
             TypeError,
             "prediction.t must be one timestep",
+            covariance=C,
+            prediction=DENOISER.predict(X, TIMESTEP),
         )
         for name, C in {
             "probes": ocm.Hutchinson(DENOISER, 2),
             "blocks": ocm.ChannelBlocks(DENOISER),
-            "a calibration": ocm.Calibrated((BETA,), Table({5: [1.0, 0.0]})),
+            "a calibration": calibrated(1.0, 0.0),
         }.items()
     ),
     case(
@@ -459,29 +394,31 @@ COVARIANCES = [
         ValueError,
         "floor must be 'error' or None",
     ),
-    case(
+    stated(
         "a seed of probes below 0",
-        lambda: ocm.Hutchinson(DENOISER, 2, seed=-1).at(AT),
         ValueError,
         "seed must lie in [0, 2**64), got -1",
+        covariance=ocm.Hutchinson(DENOISER, 2, seed=-1),
     ),
-    case(
+    stated(
         "fewer probes than colors",
-        lambda: ocm.Hutchinson(DENOISER, 2, probes=hessdiag.Coloring(3)).at(AT),
         ValueError,
         "max_probes must be at least 3",
+        covariance=ocm.Hutchinson(DENOISER, 2, probes=hessdiag.Coloring(3)),
     ),
-    case(
+    stated(
         "cosines of flat samples",
-        lambda: ocm.CosineDiagonal(DENOISER).at(DENOISER.predict(X.flatten(1), 5)),
         ValueError,
         "two axes of positions",
+        covariance=ocm.CosineDiagonal(DENOISER),
+        prediction=DENOISER.predict(X.flatten(1), 5),
     ),
-    case(
+    stated(
         "channels of flat samples",
-        lambda: ocm.ChannelBlocks(DENOISER).at(DENOISER.predict(X.flatten(1), 5)),
         ValueError,
         "(B, C, ...)",
+        covariance=ocm.ChannelBlocks(DENOISER),
+        prediction=DENOISER.predict(X.flatten(1), 5),
     ),
     case(
         "no variance beside the output",
@@ -500,21 +437,21 @@ COVARIANCES = [
     ),
     case(
         "weights below 0",
-        lambda: ocm.Calibrated((BETA,), Table({5: [-1.0, 0.0]})),
+        lambda: calibrated(-1.0, 0.0),
         ValueError,
         "weights must be at least 0, got -1",
     ),
     case(
         "weights of two covariances",
-        lambda: ocm.Calibrated((BETA,), Table({5: [1.0]})),
+        lambda: calibrated(1.0),
         ValueError,
         "weights must have 2 columns",
     ),
-    case(
+    stated(
         "a calibration of another timestep",
-        lambda: ocm.Calibrated((BETA,), Table({5: [1.0, 0.0]})).at(AT),
         ValueError,
         "t must lie in 5 .. 5, where this was fitted, got 500",
+        covariance=calibrated(1.0, 0.0),
     ),
     *(
         case(
@@ -554,29 +491,27 @@ COVARIANCES = [
         case(
             f"{name} by a vector in {dtype}",
             lambda C=C, d=dtype: C.multiply(X.to(d)),
-            check=close(
-                2 * X, check_dtype=False, atol=1e-2 if dtype == torch.float16 else 1e-6, rtol=0.0
-            ),
+            check=close(2 * X, check_dtype=False, atol=error, rtol=0.0),
         )
         for name, C in TWOS.items()
-        for dtype in (torch.float64, torch.float16)
+        for dtype, error in ((torch.float64, 1e-6), (torch.float16, 1e-2))
     ),
     case(
         "one sample of a covariance for all",
         lambda: full(2 * torch.eye(4)[None], torch.Size((1, 1, 2, 2))).multiply(X),
         check=close(2 * X),
     ),
-    case(
+    of_matrix(
         "a matrix of one sample",
-        lambda: full(torch.eye(4)[None], FOUR),
         ValueError,
         "matrix must have shape (2, 4, 4)",
+        matrix=torch.eye(4)[None],
     ),
-    case(
+    of_matrix(
         "a matrix of three features",
-        lambda: full(torch.eye(3).expand(2, 3, 3), FOUR),
         ValueError,
         "(2, 4, 4), got (2, 3, 3)",
+        matrix=torch.eye(3).expand(2, 3, 3),
     ),
     case(
         "variances of three samples",
@@ -586,48 +521,33 @@ COVARIANCES = [
     ),
 ]
 
-
-def fitted(function):
-    kind = function.__name__
-
-    def row(name, error, *says, check=None, **arguments):
-        given = {"denoiser": DENOISER, "x0": IMAGES, "timesteps": [500], **arguments}
-        denoiser, x0, timesteps = (given.pop(k) for k in ("denoiser", "x0", "timesteps"))
-        before = (denoiser, BETA) if function is ocm.calibrate else (denoiser,)
-        return case(
-            f"{kind}: {name}",
-            lambda: function(*before, x0, timesteps, **given),
-            error,
-            *says,
-            check=check,
-        )
-
-    return [
-        row("data that are NaN", ValueError, "x0 must be finite, got 8 NaN", x0=X * NAN),
-        row("data of integers", TypeError, "x0 must be a real floating-point", x0=X.long()),
-        row("data of bytes", TypeError, "x0 must be a real floating-point", x0=X.to(torch.uint8)),
-        row("data of NumPy", TypeError, "x0 must be a real floating-point", x0=X.numpy()),
-        row("no data", ValueError, "x0 must hold at least one sample", x0=X[:0]),
-        row("one dimension", ValueError, "x0 must have shape (B, channels, ...)", x0=torch.ones(3)),
-        row("no timesteps", ValueError, "timesteps must hold at least one", timesteps=[]),
-        row("one timestep", TypeError, "timesteps must be a sequence of numbers", timesteps=500),
-        row("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", timesteps=[0]),
-        row("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", timesteps=[N + 1]),
-        row("timestep NaN", TypeError, "t must be whole", timesteps=[NAN]),
-        row("half a timestep", TypeError, "t must be whole", timesteps=[0.5]),
-        row("one label", ValueError, "labels must be", "(1,)", labels=torch.tensor([1])),
-        row("more labels than data", ValueError, "each of 2 samples", labels=torch.arange(9)),
-        row("batches of 0", ValueError, "batch_size must be at least 1, got 0", batch_size=0),
-        row("batches of -1", ValueError, "batch_size must be at least 1", batch_size=-1),
-        row("batches of 2.5", TypeError, "batch_size must be an int", batch_size=2.5),
-        row("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
-    ]
-
-
+calibrate = partial(ocm.calibrate, covariances=BETA)
+FITTED = {
+    "fit_analytic": ocm.fit_analytic,
+    "fit_analytic_from_data": ocm.fit_analytic_from_data,
+    "calibrate": calibrate,
+}
+fitted = cases_of_each(FITTED, denoiser=DENOISER, x0=IMAGES, timesteps=[500])
+calibration = cases_of(ocm.calibrate, "a calibration of ", denoiser=DENOISER, x0=X, timesteps=[5])
 FITS = [
-    *fitted(ocm.fit_analytic),
-    *fitted(ocm.fit_analytic_from_data),
-    *fitted(ocm.calibrate),
+    *fitted("data that are NaN", ValueError, "x0 must be finite, got 8 NaN", x0=X * NAN),
+    *fitted("data of integers", TypeError, "x0 must be a real floating-point", x0=X.long()),
+    *fitted("data of bytes", TypeError, "x0 must be a real floating-point", x0=X.byte()),
+    *fitted("data of NumPy", TypeError, "x0 must be a real floating-point", x0=X.numpy()),
+    *fitted("no data", ValueError, "x0 must hold at least one sample", x0=X[:0]),
+    *fitted("one dimension", ValueError, "x0 must have shape (B, channels, ...)", x0=torch.ones(3)),
+    *fitted("no timesteps", ValueError, "timesteps must hold at least one", timesteps=[]),
+    *fitted("one timestep", TypeError, "timesteps must be a sequence of numbers", timesteps=500),
+    *fitted("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", timesteps=[0]),
+    *fitted("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", timesteps=[N + 1]),
+    *fitted("timestep NaN", TypeError, "t must be whole", timesteps=[NAN]),
+    *fitted("half a timestep", TypeError, "t must be whole", timesteps=[0.5]),
+    *fitted("one label", ValueError, "labels must be", "(1,)", labels=torch.tensor([1])),
+    *fitted("more labels than data", ValueError, "each of 2 samples", labels=torch.arange(9)),
+    *fitted("batches of 0", ValueError, "batch_size must be at least 1, got 0", batch_size=0),
+    *fitted("batches of -1", ValueError, "batch_size must be at least 1", batch_size=-1),
+    *fitted("batches of 2.5", TypeError, "batch_size must be an int", batch_size=2.5),
+    *fitted("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
     *(
         case(
             f"{f.__name__} in a range that is reversed",
@@ -637,40 +557,41 @@ FITS = [
         )
         for f, a in ((ocm.calibrate, (DENOISER, BETA)), (ocm.fit_analytic_from_data, (DENOISER,)))
     ),
+    calibration("nothing", ValueError, "covariances must hold at least one", covariances=[]),
     *(
-        case(
-            f"a calibration of {name}",
-            lambda c=c, t=t: ocm.calibrate(DENOISER, c, X, t),
-            error,
-            says,
-        )
-        for name, c, t, error, says in (
-            ("nothing", [], [5], ValueError, "covariances must hold at least one"),
-            ("a name", "beta", [5], TypeError, "covariance must state Cov[x0 | x_t]"),
-            ("a class", ocm.Beta, [5], TypeError, "covariance must state Cov[x0 | x_t]"),
-            ("what has no density", ocm.Lanczos(DENOISER), [5], TypeError, "must have a density"),
-            ("two that do not mix", [BETA, ocm.Full(DENOISER)], [5], TypeError, "must be diagonal"),
-            ("a step backwards", BETA, [(10, 5)], ValueError, "s must lie in [0, t)"),
-        )
+        calibration(name, TypeError, "covariance must state Cov[x0 | x_t]", covariances=C)
+        for name, C in {"a name": "beta", "a class": ocm.Beta}.items()
+    ),
+    calibration(
+        "what has no density",
+        TypeError,
+        "must have a density",
+        covariances=ocm.Lanczos(DENOISER),
+    ),
+    calibration(
+        "two that do not mix",
+        TypeError,
+        "must be diagonal",
+        covariances=[BETA, ocm.Full(DENOISER)],
+    ),
+    calibration(
+        "a step backwards",
+        ValueError,
+        "s must lie in [0, t)",
+        covariances=BETA,
+        timesteps=[(10, 5)],
     ),
 ]
 
 # Samplers
 
-
-def sampled(name, error, *says, check=None, function=ocm.sample, **arguments):
-    given = {"denoiser": DENOISER, "covariance": BETA, "shape": SHAPE, "steps": 2, **arguments}
-    return case(name, lambda: function(**given), error, *says, check=check)
-
-
-def loops(name, error, *says, **arguments):
-    """The same of both loops."""
-    return [
-        sampled(name, error, *says, **arguments),
-        sampled(
-            f"{name}, in a trajectory", error, *says, function=ocm.sample_trajectory, **arguments
-        ),
-    ]
+SAMPLED = {"denoiser": DENOISER, "covariance": BETA, "shape": SHAPE, "steps": 2}
+sampled = cases_of(ocm.sample, **SAMPLED)
+trajectory = cases_of(ocm.sample_trajectory, **SAMPLED)
+loops = cases_of_each({"sample": ocm.sample, "trajectory": ocm.sample_trajectory}, **SAMPLED)
+ddim = cases_of(ocm.ddim, schedule=LINEAR, s=1, t=5)
+renoised = cases_of(ocm.renoised, schedule=LINEAR, s=1, t=5)
+second_order = cases_of(ocm.SecondOrder)
 
 
 def step_of(*numbers):
@@ -689,30 +610,15 @@ SAMPLERS = [
         for s, t in ((5, 5), (6, 5), (-1, 5), (0, N + 1), (NAN, 5), (0, NAN))
     ),
     *(
-        case(
-            f"eta {eta}",
-            lambda eta=eta: ocm.ddim(LINEAR, 1, 5, eta=eta),
-            ValueError,
-            "eta must lie in [0, 1]",
-        )
+        ddim(f"eta {eta}", ValueError, "eta must lie in [0, 1]", eta=eta)
         for eta in (-0.1, 1.1, NAN, INF)
     ),
     *(
-        case(
-            f"{noise} of the noise",
-            lambda n=noise: ocm.renoised(LINEAR, 1, 5, noise=n),
-            ValueError,
-            "noise must lie in [0, 1]",
-        )
+        renoised(f"{noise} of the noise", ValueError, "noise must lie in [0, 1]", noise=noise)
         for noise in (-0.1, 1.1, NAN)
     ),
     *(
-        case(
-            f"second order of eta {eta}",
-            lambda eta=eta: ocm.SecondOrder(eta),
-            ValueError,
-            "eta must lie in [0, 1]",
-        )
+        second_order(f"second order of eta {eta}", ValueError, "eta must lie in [0, 1]", eta=eta)
         for eta in (-0.1, 1.1, NAN)
     ),
     *loops("no steps", ValueError, "K must be at least 1, got 0", steps=0),
@@ -758,18 +664,16 @@ SAMPLERS = [
         condition=DENOISER.condition(torch.tensor([1, 2, 3])),
     ),
     *loops("a condition that is a word", TypeError, "condition must be made by", condition="cat"),
-    sampled(
+    trajectory(
         "a sampler of second order",
         TypeError,
         "sampler must look at x_t alone",
-        function=ocm.sample_trajectory,
         sampler=ocm.SecondOrder(),
     ),
-    sampled(
+    trajectory(
         "a trajectory without density",
         TypeError,
         "must have a density",
-        function=ocm.sample_trajectory,
         covariance=ocm.Lanczos(DENOISER),
     ),
     *(
@@ -787,21 +691,23 @@ SAMPLERS = [
             "second order": {"sampler": ocm.SecondOrder(1.0)},
         }.items()
     ),
-    sampled("a capture on the CPU", ValueError, "CUDA device, got cpu", function=ocm.capture),
-    sampled("no samples", None, shape=(0, 1, 2, 2), check=shaped(0, 1, 2, 2)),
-    sampled("no pixels", None, shape=(2, 1, 0, 2), check=shaped(2, 1, 0, 2)),
+    case(
+        "a capture on the CPU",
+        lambda: ocm.capture(**SAMPLED),
+        ValueError,
+        "CUDA device, got cpu",
+    ),
+    sampled("no samples", shape=(0, 1, 2, 2), check=shaped(0, 1, 2, 2)),
+    sampled("no pixels", shape=(2, 1, 0, 2), check=shaped(2, 1, 0, 2)),
     # x0_hat = alpha_N x_N, which is far inside of the range
     sampled(
         "one step",
-        None,
         steps=1,
         check=lambda found: close(
-            LINEAR.alpha(N).float() * ocm.sampling.samplers.starting_noise(DENOISER, SHAPE, N, 0, 0)
+            LINEAR.alpha(N).float() * starting_noise(DENOISER, SHAPE, N, 0, 0)
         )(found),
     ),
-    sampled(
-        "a range of one number", None, x0_range=(0.25, 0.25), check=close(torch.full(SHAPE, 0.25))
-    ),
+    sampled("a range of one number", x0_range=(0.25, 0.25), check=close(torch.full(SHAPE, 0.25))),
     sampled(
         "a network that returns NaN",
         FloatingPointError,
@@ -810,7 +716,9 @@ SAMPLERS = [
     ),
 ]
 
-LAW = ocm.transition(AT, BETA, ocm.ddpm(LINEAR, 400, 500))
+STEP = ocm.ddpm(LINEAR, 400, 500)
+LAW = ocm.transition(AT, BETA, STEP)
+transition = cases_of(ocm.transition, "a transition of ", prediction=AT, covariance=BETA, step=STEP)
 TRANSITIONS = [
     *(
         case(
@@ -822,24 +730,9 @@ TRANSITIONS = [
         for name, f in {"a draw": LAW.draw, "the density": LAW.log_prob}.items()
         for what, z in VECTORS.items()
     ),
-    case(
-        "a transition of no step",
-        lambda: ocm.transition(AT, BETA, None),
-        TypeError,
-        "ReverseStep, got None",
-    ),
-    case(
-        "a transition of two numbers",
-        lambda: ocm.transition(AT, BETA, (1.0, 2.0)),
-        TypeError,
-        "ReverseStep",
-    ),
-    case(
-        "a transition of no covariance",
-        lambda: ocm.transition(AT, None, ocm.ddpm(LINEAR, 400, 500)),
-        TypeError,
-        "covariance must state",
-    ),
+    transition("no step", TypeError, "ReverseStep, got None", step=None),
+    transition("two numbers", TypeError, "ReverseStep", step=(1.0, 2.0)),
+    transition("no covariance", TypeError, "covariance must state", covariance=None),
     case(
         "the density of a step without noise",
         lambda: ocm.transition(AT, ocm.BetaTilde(DENOISER), ocm.ddim(LINEAR, 400, 500)).log_prob(X),
@@ -853,47 +746,32 @@ TRANSITIONS = [
 C = diagonal(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))
 MEASURED = torch.tensor([[5.0]])
 EXPECTED = torch.tensor([[5 / 6, 20 / 6]])  # C A^T (A C A^T + 1)^-1 y
+ONE = torch.ones(1, 2)
 
 
 def total(x):
     return x.sum(dim=1, keepdim=True)
 
 
-def inverse(name, error, *says, check=None, **arguments):
-    given = {
-        "mean": torch.zeros(1, 2),
-        "covariance": C,
-        "measurement": MEASURED,
-        "operator": total,
-        "noise_std": 1.0,
-        **arguments,
-    }
-    return case(
-        name, lambda: ocm.posterior_mean_given_measurement(**given), error, *says, check=check
-    )
-
-
-def restored(name, error, *says, check=None, **arguments):
-    given = {
-        "denoiser": DENOISER,
-        "covariance": BETA,
-        "measurement": X[:, :, :1],
-        "operator": lambda v: v[:, :, :1],
-        "noise_std": 0.1,
-        "shape": SHAPE,
-        "steps": 2,
-        **arguments,
-    }
-    return case(
-        f"{name}, in a loop",
-        lambda: ocm.sample_given_measurement(**given),
-        error,
-        *says,
-        check=check,
-    )
-
-
-ONE = torch.ones(1, 2)
+inverse = cases_of(
+    ocm.posterior_mean_given_measurement,
+    mean=torch.zeros(1, 2),
+    covariance=C,
+    measurement=MEASURED,
+    operator=total,
+    noise_std=1.0,
+)
+restored = cases_of(
+    ocm.sample_given_measurement,
+    "in a loop: ",
+    denoiser=DENOISER,
+    covariance=BETA,
+    measurement=X[:, :, :1],
+    operator=lambda v: v[:, :, :1],
+    noise_std=0.1,
+    shape=SHAPE,
+    steps=2,
+)
 INVERSE = [
     inverse(
         "a measurement of NaN", ValueError, "must be finite, got NaN", measurement=MEASURED * NAN
@@ -930,37 +808,29 @@ INVERSE = [
         "operator must return a",
         operator=lambda x: None,
     ),
-    inverse(
-        "an operator that is a square",
-        ValueError,
-        "operator must be linear",
-        mean=ONE,
-        operator=lambda x: total(x * x),
-    ),
-    inverse(
-        "an operator that is a cube",
-        ValueError,
-        "operator must be linear",
-        mean=ONE,
-        operator=lambda x: total(x**3),
+    *(
+        inverse(
+            f"an operator that is {name}",
+            ValueError,
+            "operator must be linear",
+            mean=ONE,
+            operator=lambda x, power=power: total(x**power),
+        )
+        for name, power in {"a square": 2, "a cube": 3}.items()
     ),
     inverse("an adjoint to another shape", ValueError, "adjoint must map", adjoint=lambda u: u),
     inverse(
         "an adjoint that returns nothing", ValueError, "adjoint must map", adjoint=lambda u: None
     ),
-    inverse(
-        "an adjoint of the other sign",
-        ValueError,
-        "adjoint its transpose",
-        mean=ONE,
-        adjoint=lambda u: -u.expand(1, 2),
-    ),
-    inverse(
-        "an adjoint twice as large",
-        ValueError,
-        "adjoint its transpose",
-        mean=ONE,
-        adjoint=lambda u: 2 * u.expand(1, 2),
+    *(
+        inverse(
+            f"an adjoint {name}",
+            ValueError,
+            "adjoint its transpose",
+            mean=ONE,
+            adjoint=lambda u, factor=factor: factor * u.expand(1, 2),
+        )
+        for name, factor in {"of the other sign": -1, "twice as large": 2}.items()
     ),
     inverse("noise below 0", ValueError, "noise_std must be at least 0, got -1", noise_std=-1.0),
     inverse("noise of NaN", ValueError, "noise_std must be at least 0, got nan", noise_std=NAN),
@@ -985,19 +855,16 @@ INVERSE = [
     ),
     inverse("no iterations", ValueError, "max_iterations must be at least 1", max_iterations=0),
     inverse("half an iteration", TypeError, "max_iterations must be an int", max_iterations=0.5),
-    inverse("a measurement of integers", None, measurement=MEASURED.long(), check=close(EXPECTED)),
+    inverse("a measurement of integers", measurement=MEASURED.long(), check=close(EXPECTED)),
     inverse(
         "a measurement in float64",
-        None,
         measurement=MEASURED.double(),
         check=close(EXPECTED, check_dtype=False),
     ),
-    inverse("a tolerance of 0", None, tolerance=0.0, check=close(EXPECTED)),
-    inverse("without a tolerance", None, tolerance=None, max_iterations=2, check=close(EXPECTED)),
-    inverse("no noise", None, noise_std=0.0, check=close(torch.tensor([[1.0, 4.0]]))),
-    inverse(
-        "a covariance of 0", None, covariance=C.affine(0.0, 0.0), check=close(torch.zeros(1, 2))
-    ),
+    inverse("a tolerance of 0", tolerance=0.0, check=close(EXPECTED)),
+    inverse("without a tolerance", tolerance=None, max_iterations=2, check=close(EXPECTED)),
+    inverse("no noise", noise_std=0.0, check=close(torch.tensor([[1.0, 4.0]]))),
+    inverse("a covariance of 0", covariance=C.affine(0.0, 0.0), check=close(torch.zeros(1, 2))),
     restored("a measurement of NaN", ValueError, "must be finite", measurement=X[:, :, :1] * NAN),
     restored(
         "a measurement of one sample", ValueError, "shape of operator", measurement=X[:1, :, :1]
@@ -1030,6 +897,7 @@ SIGMAS = {
     "a NaN of one sample": (torch.tensor([NAN, 1.0]), ValueError, "sigma must lie in"),
 }
 K = ocm.KDiffusionDenoiser(DENOISER)
+given = cases_of(ocm.x0_given, denoiser=DENOISER, covariance=BETA, x=X, sigma=1.0)
 ANY_SIGMA = [
     *(
         case(f"{name} at a sigma of {what}", lambda f=f, s=s: f(s), error, says)
@@ -1039,30 +907,10 @@ ANY_SIGMA = [
         }.items()
         for what, (s, error, says) in SIGMAS.items()
     ),
-    case(
-        "x0 given integers",
-        lambda: ocm.x0_given(DENOISER, BETA, X.long(), 1.0),
-        TypeError,
-        "x must be a real floating-point tensor",
-    ),
-    case(
-        "x0 given one dimension",
-        lambda: ocm.x0_given(DENOISER, BETA, X[0, 0, 0], 1.0),
-        ValueError,
-        "x must have shape",
-    ),
-    case(
-        "x0 in a range that is reversed",
-        lambda: ocm.x0_given(DENOISER, BETA, X, 1.0, x0_range=(1, -1)),
-        ValueError,
-        "x0_range must be",
-    ),
-    case(
-        "x0 of no covariance",
-        lambda: ocm.x0_given(DENOISER, None, X, 1.0),
-        TypeError,
-        "covariance must state",
-    ),
+    given("x0 given integers", TypeError, "x must be a real floating-point tensor", x=X.long()),
+    given("x0 given one dimension", ValueError, "x must have shape", x=X[0, 0, 0]),
+    given("x0 in a range that is reversed", ValueError, "x0_range must be", x0_range=(1, -1)),
+    given("x0 of no covariance", TypeError, "covariance must state", covariance=None),
     case(
         "k-diffusion in a range that is reversed",
         lambda: ocm.KDiffusionDenoiser(DENOISER, (1, -1)),
@@ -1074,7 +922,7 @@ ANY_SIGMA = [
     case(
         "one sigma",
         lambda: K.get_sigmas(1),
-        check=lambda found: close(torch.tensor([K.sigma_max, 0.0]), check_dtype=False)(found),
+        check=close(torch.tensor([K.sigma_max, 0.0]), check_dtype=False),
     ),
     # N(0, 1) beside noise of sigma: x / (1 + sigma^2)
     case(
@@ -1086,37 +934,32 @@ ANY_SIGMA = [
 
 # Likelihoods
 
-
-def bound(name, error, *says, check=None, **arguments):
-    given = {"denoiser": DENOISER, "covariance": BETA, "x0": IMAGES, "steps": 2, **arguments}
-    return case(
-        f"a bound: {name}", lambda: ocm.bits_per_dim(**given).total, error, *says, check=check
-    )
-
-
-def likelihood(name, error, *says, check=None, settings=None, **arguments):
-    given = {"denoiser": DENOISER, "x": X.double(), **arguments}
-    settings = ocm.LikelihoodSettings(num_steps=2) if settings is None else settings
-    return case(
-        f"a likelihood: {name}",
-        lambda: ocm.log_likelihood(settings=settings, **given).value,
-        error,
-        *says,
-        check=check,
-    )
-
-
-def settings(name, error, *says, **options):
-    return case(f"settings: {name}", lambda: ocm.LikelihoodSettings(**options), error, *says)
-
-
+bound = cases_of(
+    lambda **given: ocm.bits_per_dim(**given).total,
+    "a bound: ",
+    denoiser=DENOISER,
+    covariance=BETA,
+    x0=IMAGES,
+    steps=2,
+)
+likelihood = cases_of(
+    lambda **given: ocm.log_likelihood(DENOISER, **given).value,
+    "a likelihood: ",
+    x=X.double(),
+    settings=ocm.LikelihoodSettings(num_steps=2),
+)
+settings = cases_of(ocm.LikelihoodSettings, "settings: ")
+settings_by = cases_of(
+    ocm.likelihood_settings, "settings by ", denoiser=DENOISER, x=X, tolerance=0.1
+)
+quantised = cases_of(ocm.quantise, x0=X)
 LIKELIHOODS = [
     bound("no steps", ValueError, "K must be at least 1, got 0", steps=0),
     bound("timesteps that miss N", ValueError, "steps must end at N = 1000", steps=[5, 10]),
     bound("values off the grid", ValueError, "must lie on the grid", x0=X * 0.99),
     bound("values beyond 1", ValueError, "x0 must lie in [-1, 1], got values up to 2", x0=X * 2),
     bound("images of NaN", ValueError, "x0 must be finite", x0=X * NAN),
-    bound("images of bytes", TypeError, "x0 must be a real floating", x0=X.to(torch.uint8)),
+    bound("images of bytes", TypeError, "x0 must be a real floating", x0=X.byte()),
     bound("images of no channels", ValueError, "shape (B, channels", x0=torch.ones(3)),
     bound("one level", ValueError, "levels must be at least 2, got 1", levels=1),
     bound("levels of NaN", TypeError, "levels must be an int, got nan", levels=NAN),
@@ -1126,7 +969,7 @@ LIKELIHOODS = [
     bound("no covariance", TypeError, "covariance must state", covariance=None),
     bound("no density", TypeError, "must have a density", covariance=ocm.Lanczos(DENOISER)),
     bound("a network that returns NaN", FloatingPointError, "backbone must put", denoiser=NANS),
-    bound("no images", None, x0=IMAGES[:0], check=shaped(0)),
+    bound("no images", x0=IMAGES[:0], check=shaped(0)),
     # A density of variance 0 is 0 but at its mean.
     bound(
         "certainty about continuous data",
@@ -1136,16 +979,14 @@ LIKELIHOODS = [
         covariance=ocm.BetaTilde(DENOISER),
     ),
     *(
-        case(f"{levels!r} levels", lambda n=levels: ocm.quantise(X, n), error, says)
+        quantised(f"{levels!r} levels", error, says, levels=levels)
         for levels, error, says in (
             (1, ValueError, "levels must be at least 2, got 1"),
             (2.5, TypeError, "levels must be an int, got 2.5"),
             ("256", TypeError, "levels must be an int, got '256'"),
         )
     ),
-    case(
-        "levels of bytes", lambda: ocm.quantise(X.to(torch.uint8)), TypeError, "x0 must be a real"
-    ),
+    quantised("levels of bytes", TypeError, "x0 must be a real", x0=X.byte()),
     likelihood("data of NaN", ValueError, "x must be finite", x=X * NAN),
     likelihood("data of integers", TypeError, "x must be a real floating-point", x=X.long()),
     likelihood("no data", ValueError, "x must hold at least one sample", x=X[:0]),
@@ -1184,12 +1025,7 @@ LIKELIHOODS = [
     settings("no probes", TypeError, "probes must be a design", probes=None),
     settings("a class of probes", TypeError, "probes must be", probes=hessdiag.Rademacher),
     *(
-        case(
-            f"settings by a tolerance of {t!r}",
-            lambda t=t: ocm.likelihood_settings(DENOISER, X, t),
-            error,
-            "tolerance must be",
-        )
+        settings_by(f"a tolerance of {t!r}", error, "tolerance must be", tolerance=t)
         for t, error in (
             (0.0, ValueError),
             (-1.0, ValueError),
@@ -1198,23 +1034,10 @@ LIKELIHOODS = [
             ("1", TypeError),
         )
     ),
-    case(
-        "settings by no samples",
-        lambda: ocm.likelihood_settings(DENOISER, X[:0], 0.1),
-        ValueError,
-        "x must hold samples",
-    ),
+    settings_by("no samples", ValueError, "x must hold samples", x=X[:0]),
 ]
 
 # Maps, and the training interface
-
-
-def mapped(name, error, *says, check=None, **arguments):
-    given = {"model": DENOISER, "t": 500, "image": X, **arguments}
-    return case(f"a map: {name}", lambda: ocm.uncertainty(**given).std, error, *says, check=check)
-
-
-SETTINGS = ocm.TrainingSettings(num_steps=1, batch_size=2)
 
 
 class Scale(nn.Module):
@@ -1228,31 +1051,31 @@ class Scale(nn.Module):
         return self.weight * x
 
 
-def trained(name, error, *says, **arguments):
-    def call():
-        architecture = ocm.Architecture("Scale", None, lambda n, x, t, labels: n(x, t))
-        denoiser = ocm.Denoiser(Scale(), LINEAR, architecture=architecture)
-        given = {"images": X, "settings": SETTINGS, "progress": False, **arguments}
-        return ocm.train_denoiser(denoiser, given.pop("images"), given.pop("settings"), **given)
-
-    return case(f"training: {name}", call, error, *says)
+def trained(**given):
+    architecture = ocm.Architecture("Scale", None, lambda n, x, t, labels: n(x, t))
+    denoiser = ocm.Denoiser(Scale(), LINEAR, architecture=architecture)
+    settings = ocm.TrainingSettings(num_steps=1, batch_size=2)
+    return ocm.train_denoiser(denoiser, X, settings, progress=False, **given)
 
 
-def denoising(name, error, *says, **arguments):
-    given = {"x0": X, "t": torch.tensor([5, 6]), "seed": 0, "sample_offset": 0, **arguments}
-    return case(
-        f"a loss: {name}",
-        lambda: ocm.denoising_loss(DENOISER, given.pop("x0"), given.pop("t"), **given),
-        error,
-        *says,
-    )
-
-
+mapped = cases_of(
+    lambda **given: ocm.uncertainty(**given).std, "a map: ", model=DENOISER, t=500, image=X
+)
+denoising = cases_of(
+    ocm.denoising_loss,
+    "a loss: ",
+    denoiser=DENOISER,
+    x0=X,
+    t=TIMESTEP,
+    seed=0,
+    sample_offset=0,
+)
+training = cases_of(trained, "training: ")
 MAPS = [
     mapped("neither image nor x_t", ValueError, "must be given, got neither", image=None),
     mapped("both image and x_t", ValueError, "must be given, got both", x_t=X),
     mapped("an image of NaN", ValueError, "image must be finite", image=X * NAN),
-    mapped("an image of bytes", TypeError, "image must be a real", image=X.to(torch.uint8)),
+    mapped("an image of bytes", TypeError, "image must be a real", image=X.byte()),
     mapped("an image of one dimension", ValueError, "must have shape", image=torch.ones(3)),
     mapped("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", t=0),
     mapped("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", t=N + 1),
@@ -1266,14 +1089,14 @@ MAPS = [
     mapped("a range that is reversed", ValueError, "x0_range must be", x0_range=(1.0, -1.0)),
     mapped("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
     mapped("no model", TypeError, "model must be a denoiser, a covariance", model=None),
-    mapped("no images", None, image=X[:0], check=shaped(0, 1, 2, 2)),
+    mapped("no images", image=X[:0], check=shaped(0, 1, 2, 2)),
     # Var[x0 | x_t] = sigma^2 for N(0, I)
-    mapped("four dimensions", None, check=close(LINEAR.sigma(500).float().expand(SHAPE))),
+    mapped("four dimensions", check=close(LINEAR.sigma(500).float().expand(SHAPE))),
     denoising("timestep 0", ValueError, "t must lie in 1 .. 1000", t=torch.tensor([0, 5])),
     denoising("three timesteps", ValueError, "each of 2 samples", t=torch.tensor([5, 6, 7])),
     denoising("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
     denoising("a sample below 0", ValueError, "sample_offset must be", sample_offset=-1),
-    trained("three labels", ValueError, "labels", labels=torch.tensor([1, 2, 3])),
+    training("three labels", ValueError, "labels", labels=torch.tensor([1, 2, 3])),
 ]
 
 
