@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import BATCHES, IMAGES, TENSOR_SEEDS, schedules, tables, tensor, trajectories
 from torch import nn
@@ -233,9 +233,9 @@ def test_the_floor_is_never_negative_and_changes_no_certain_estimate(batch, feat
 @given(st.data(), schedules(), TENSOR_SEEDS)
 def test_both_fixed_variances_are_those_of_their_steps(data, schedule, seed):
     """Var = 0 and beta_bar are beta_tilde and beta of q(x_t | x_s), on a path of one total."""
+    assume(schedule.name not in ("flow", "edm", "trigflow"))
     places = data.draw(trajectories(schedule, count=2, least=1e-2))
-    if schedule.name in ("flow", "edm", "trigflow") or len(places) < 2:
-        return
+    assume(len(places) == 2)
     s, t = places
     denoiser = ocm.Denoiser(Featured(), schedule, "sample", ARCHITECTURE)
     prediction = denoiser.predict(tensor((1, 2), seed), t)
