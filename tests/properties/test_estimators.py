@@ -146,6 +146,14 @@ def test_means_that_agree_but_for_rounding_leave_a_merged_standard_error_unknown
     assert stderr == math.inf
 
 
+def test_a_mean_that_is_nan_leaves_a_merged_standard_error_nan():
+    """It was 0 from ten blocks on: a NaN that counts as exact."""
+    block = torch.tensor([[math.nan]]), torch.tensor([[math.inf]]), torch.tensor([1])
+    mean, stderr, _ = merge(*[block] * 10)
+    assert mean.isnan()
+    assert stderr.isnan()
+
+
 @given(st.data(), SHAPES, BATCHES, TENSOR_SEEDS, SEEDS)
 def test_reverse_mode_is_forward_mode_of_the_transpose(data, shape, batch, seed, probe_seed):
     design, x = data.draw(designs(shape)), tensor((batch, *shape), seed)
