@@ -40,17 +40,17 @@ NANS = of(lambda x, time: x * NAN)
 
 # Schedules and timesteps
 
+paths = cases_of_each(
+    {
+        make.__name__: make
+        for make in (ocm.linear, ocm.cosine, ocm.vp, ocm.flow, ocm.edm, ocm.trigflow)
+    }
+)
 from_betas = cases_of(ocm.from_betas)
 SCHEDULES = [
-    *(
-        case(f"{make.__name__} of {n!r} steps", lambda make=make, n=n: make(n), error, says)
-        for make in (ocm.linear, ocm.cosine, ocm.vp, ocm.flow, ocm.edm, ocm.trigflow)
-        for n, error, says in (
-            (0, ValueError, "num_timesteps must be at least 1, got 0"),
-            (1, ValueError, "num_timesteps must be"),
-            (10.0, TypeError, "num_timesteps must be an int, got 10.0"),
-        )
-    ),
+    *paths("0 steps", ValueError, "num_timesteps must be at least 1, got 0", num_timesteps=0),
+    *paths("1 step", ValueError, "num_timesteps must be", num_timesteps=1),
+    *paths("10.0 steps", TypeError, "num_timesteps must be an int, got 10.0", num_timesteps=10.0),
     *(
         from_betas(f"betas {betas}", ValueError, "betas must", betas=betas)
         for betas in ([], [0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [-0.1], [NAN], [[0.1]])
@@ -91,28 +91,26 @@ SCHEDULES = [
     ),
 ]
 
+spaced = cases_of_each(
+    {
+        "even": ocm.even_timesteps,
+        "trailing": ocm.trailing_timesteps,
+        "leading": ocm.leading_timesteps,
+        "quadratic": ocm.quadratic_timesteps,
+        "optimal": partial(ocm.optimal_timesteps, variances=torch.ones(N)),
+    },
+    schedule=LINEAR,
+)
 leading = cases_of(ocm.leading_timesteps, schedule=LINEAR, K=3)
 optimal = cases_of(ocm.optimal_timesteps, schedule=LINEAR, K=3)
 at_sigmas = cases_of(ocm.timesteps_at, schedule=FLOW)
 shifted = cases_of(ocm.shifted, sigmas=[1.0], shift=3.0)
 dynamic = cases_of(ocm.dynamic_shift)
 SPACINGS = [
-    *(
-        case(f"{f.__name__} of {K!r}", lambda f=f, K=K: f(LINEAR, K), error, says)
-        for f in (
-            ocm.even_timesteps,
-            ocm.trailing_timesteps,
-            ocm.leading_timesteps,
-            ocm.quadratic_timesteps,
-            lambda schedule, K: ocm.optimal_timesteps(schedule, torch.ones(N), K),
-        )
-        for K, error, says in (
-            (0, ValueError, "K must be at least 1, got 0"),
-            (N + 1, ValueError, "K must lie in 1 .. 1000, got 1001"),
-            (2.0, TypeError, "K must be an int, got 2.0"),
-            (True, TypeError, "K must be an int, got True"),
-        )
-    ),
+    *spaced("K = 0", ValueError, "K must be at least 1, got 0", K=0),
+    *spaced("K = N + 1", ValueError, "K must lie in 1 .. 1000, got 1001", K=N + 1),
+    *spaced("K = 2.0", TypeError, "K must be an int, got 2.0", K=2.0),
+    *spaced("K = True", TypeError, "K must be an int, got True", K=True),
     case(
         "all timesteps",
         lambda: ocm.even_timesteps(LINEAR, N),
@@ -349,28 +347,28 @@ def calibrated(*weights):
     return ocm.Calibrated((BETA,), Table({5: weights}))
 
 
+by_products = cases_of_each(
+    {
+        "Hutchinson": ocm.Hutchinson,
+        "Lanczos": ocm.Lanczos,
+        "CosineDiagonal": ocm.CosineDiagonal,
+    },
+    denoiser=DENOISER,
+)
+times = cases_of_each({name: C.multiply for name, C in TWOS.items()})
+bounded = cases_of_each({name: C.bounded for name, C in TWOS.items()})
+clamped = cases_of_each({name: C.clamped for name, C in TWOS.items()})
 stated = cases_of(lambda covariance, prediction=AT: covariance.at(prediction))
 of_matrix = cases_of(full, shape=FOUR)
 COVARIANCES = [
+    *by_products("0 products", ValueError, "num_probes must be at least 1, got 0", num_probes=0),
+    *by_products("2.5 products", TypeError, "num_probes must be an int, got 2.5", num_probes=2.5),
     *(
-        case(
-            f"{make.__name__} by {n!r} products",
-            lambda make=make, n=n: make(DENOISER, n),
-            error,
-            says,
-        )
-        for make in (ocm.Hutchinson, ocm.Lanczos, ocm.CosineDiagonal)
-        for n, error, says in (
-            (0, ValueError, "num_probes must be at least 1, got 0"),
-            (2.5, TypeError, "num_probes must be an int, got 2.5"),
-        )
-    ),
-    *(
-        case(
+        stated(
             f"{make.__name__} of no denoiser",
-            lambda make=make: make(None).at(AT),
             TypeError,
             "denoiser of a covariance must be an ocm.Denoiser",
+            covariance=make(None),
         )
         for make in (ocm.Exact, ocm.Full, ocm.ChannelBlocks)
     ),
@@ -454,48 +452,19 @@ COVARIANCES = [
         covariance=calibrated(1.0, 0.0),
     ),
     *(
-        case(
-            f"{name} by a vector {what}",
-            lambda C=C, v=v: C.multiply(v),
-            ValueError,
-            "a vector must have the shape of the covariance",
-        )
-        for name, C in TWOS.items()
+        row
         for what, v in VECTORS.items()
-    ),
-    *(
-        case(
-            f"{name} in a range {what}",
-            lambda C=C, r=r: C.bounded(r),
-            error,
-            "x0_range must be (low, high)",
-        )
-        for name, C in TWOS.items()
-        for what, r, error in (
-            ("that is reversed", (1.0, -1.0), ValueError),
-            ("from NaN", (NAN, 1.0), ValueError),
-            ("of one number", (1.0,), TypeError),
+        for row in times(
+            f"a vector {what}", ValueError, "a vector must have the shape of the covariance", v=v
         )
     ),
-    *(
-        case(
-            f"{name} clamped to bounds out of order",
-            lambda C=C: C.clamped(1.0, 0.0),
-            ValueError,
-            "low <= high",
-        )
-        for name, C in TWOS.items()
-    ),
+    *bounded("a range to -1", ValueError, "x0_range must be (low, high)", x0_range=(1.0, -1.0)),
+    *bounded("a range from NaN", ValueError, "x0_range must be (low, high)", x0_range=(NAN, 1.0)),
+    *bounded("one number", TypeError, "x0_range must be (low, high)", x0_range=(1.0,)),
+    *clamped("bounds out of order", ValueError, "low <= high", low=1.0, high=0.0),
     # C = 2 I in every basis, in any precision of the vector.
-    *(
-        case(
-            f"{name} by a vector in {dtype}",
-            lambda C=C, d=dtype: C.multiply(X.to(d)),
-            check=close(2 * X, check_dtype=False, atol=error, rtol=0.0),
-        )
-        for name, C in TWOS.items()
-        for dtype, error in ((torch.float64, 1e-6), (torch.float16, 1e-2))
-    ),
+    *times("float64", v=X.double(), check=close(2 * X, check_dtype=False)),
+    *times("float16", v=X.half(), check=close(2 * X, check_dtype=False, atol=1e-2, rtol=0.0)),
     case(
         "one sample of a covariance for all",
         lambda: full(2 * torch.eye(4)[None], torch.Size((1, 1, 2, 2))).multiply(X),
@@ -563,16 +532,10 @@ FITS = [
         for name, C in {"a name": "beta", "a class": ocm.Beta}.items()
     ),
     calibration(
-        "what has no density",
-        TypeError,
-        "must have a density",
-        covariances=ocm.Lanczos(DENOISER),
+        "what has no density", TypeError, "must have a density", covariances=ocm.Lanczos(DENOISER)
     ),
     calibration(
-        "two that do not mix",
-        TypeError,
-        "must be diagonal",
-        covariances=[BETA, ocm.Full(DENOISER)],
+        "two that do not mix", TypeError, "must be diagonal", covariances=[BETA, ocm.Full(DENOISER)]
     ),
     calibration(
         "a step backwards",
@@ -692,10 +655,7 @@ SAMPLERS = [
         }.items()
     ),
     case(
-        "a capture on the CPU",
-        lambda: ocm.capture(**SAMPLED),
-        ValueError,
-        "CUDA device, got cpu",
+        "a capture on the CPU", lambda: ocm.capture(**SAMPLED), ValueError, "CUDA device, got cpu"
     ),
     sampled("no samples", shape=(0, 1, 2, 2), check=shaped(0, 1, 2, 2)),
     sampled("no pixels", shape=(2, 1, 0, 2), check=shaped(2, 1, 0, 2)),
@@ -719,16 +679,16 @@ SAMPLERS = [
 STEP = ocm.ddpm(LINEAR, 400, 500)
 LAW = ocm.transition(AT, BETA, STEP)
 transition = cases_of(ocm.transition, "a transition of ", prediction=AT, covariance=BETA, step=STEP)
+at_points = cases_of_each(
+    {"a draw": lambda point: LAW.draw(point), "the density": lambda point: LAW.log_prob(point)}
+)
 TRANSITIONS = [
     *(
-        case(
-            f"{name} of a transition, {what}",
-            lambda f=f, z=z: f(z),
-            ValueError,
-            "must have the shape of the mean, (2, 1, 2, 2)",
-        )
-        for name, f in {"a draw": LAW.draw, "the density": LAW.log_prob}.items()
+        row
         for what, z in VECTORS.items()
+        for row in at_points(
+            what, ValueError, "must have the shape of the mean, (2, 1, 2, 2)", point=z
+        )
     ),
     transition("no step", TypeError, "ReverseStep, got None", step=None),
     transition("two numbers", TypeError, "ReverseStep", step=(1.0, 2.0)),
@@ -1039,38 +999,13 @@ LIKELIHOODS = [
 
 # Maps, and the training interface
 
-
-class Scale(nn.Module):
-    """A network of one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, x, time):
-        return self.weight * x
-
-
-def trained(**given):
-    architecture = ocm.Architecture("Scale", None, lambda n, x, t, labels: n(x, t))
-    denoiser = ocm.Denoiser(Scale(), LINEAR, architecture=architecture)
-    settings = ocm.TrainingSettings(num_steps=1, batch_size=2)
-    return ocm.train_denoiser(denoiser, X, settings, progress=False, **given)
-
-
 mapped = cases_of(
     lambda **given: ocm.uncertainty(**given).std, "a map: ", model=DENOISER, t=500, image=X
 )
 denoising = cases_of(
-    ocm.denoising_loss,
-    "a loss: ",
-    denoiser=DENOISER,
-    x0=X,
-    t=TIMESTEP,
-    seed=0,
-    sample_offset=0,
+    ocm.denoising_loss, "a loss: ", denoiser=DENOISER, x0=X, t=TIMESTEP, seed=0, sample_offset=0
 )
-training = cases_of(trained, "training: ")
+SETTINGS = ocm.TrainingSettings(num_steps=1, batch_size=2)
 MAPS = [
     mapped("neither image nor x_t", ValueError, "must be given, got neither", image=None),
     mapped("both image and x_t", ValueError, "must be given, got both", x_t=X),
@@ -1096,7 +1031,12 @@ MAPS = [
     denoising("three timesteps", ValueError, "each of 2 samples", t=torch.tensor([5, 6, 7])),
     denoising("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
     denoising("a sample below 0", ValueError, "sample_offset must be", sample_offset=-1),
-    training("three labels", ValueError, "labels", labels=torch.tensor([1, 2, 3])),
+    case(
+        "training: three labels",
+        lambda: ocm.train_denoiser(LABELLED, X, SETTINGS, labels=torch.tensor([1, 2, 3])),
+        ValueError,
+        "labels must be int64 of shape (2,), one for each image",
+    ),
 ]
 
 
