@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from gaussian_on_paths import Gaussian
+from told import told_denoiser
 from torch import nn
 
 import ocm
@@ -144,21 +145,6 @@ def step_of(dtype):
     return worst
 
 
-class Told(nn.Module):
-    """A backbone that puts out and shows what it was told."""
-
-    def __init__(self, output, features):
-        super().__init__()
-        self.output, self.told, self.features = output, features, nn.Identity()
-
-    def forward(self, x):
-        self.features(self.told)
-        return self.output
-
-
-ARCHITECTURE = ocm.Architecture("Told", "features", lambda module, x, time, _: module(x))
-
-
 @dataclass(frozen=True)
 class Case:
     """A step (s, t), where a network and a head put out x0 and o of the type of x_t."""
@@ -172,7 +158,7 @@ class Case:
 
     @property
     def denoiser(self):
-        return ocm.Denoiser(Told(self.x0, self.o), self.schedule, "sample", ARCHITECTURE)
+        return told_denoiser(self.x0, self.o, self.schedule)
 
     @property
     def noise_to_signal(self):
@@ -415,7 +401,7 @@ def test_x0_of_noise_is_finite_in_half_precision_where_alpha_is_small():
 def test_interpolated_variances_keep_their_digits_in_half_precision():
     """They were infinite, or 12 times what they are."""
     schedule, o = ocm.edm(), torch.zeros(1, 3, dtype=torch.float16)
-    denoiser = ocm.Denoiser(Told(o, o), schedule, "sample", ARCHITECTURE)
+    denoiser = told_denoiser(o, o, schedule)
     covariance = ocm.ImprovedDDPM(denoiser, nn.Identity(), PAPER)
     for t in (2, torch.tensor([2.0])):
         stated = covariance.at(denoiser.predict(o, t, s=1)).diagonal().double()
