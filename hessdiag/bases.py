@@ -54,10 +54,11 @@ def check_basis(basis: Basis | None, x: Tensor) -> None:
         return
     if not isinstance(basis, Basis):
         raise TypeError(f"basis must be a hessdiag.Basis or None, got {type(basis).__name__}")
-    if basis.num_axes >= x.dim():
+    axes = x.dim() - 1
+    if basis.num_axes > axes:
         raise ValueError(
-            f"basis must mix at most the {x.dim() - 1} axes of a sample of x, got one of "
-            f"{basis.num_axes}: dct({max(1, x.dim() - 1)}) say"
+            f"basis must mix at most the {axes} axes of a sample of x, got one of "
+            f"{basis.num_axes}" + (f": dct({axes}) say" if axes else "")
         )
 
 

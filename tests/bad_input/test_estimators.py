@@ -245,6 +245,13 @@ OPTIONS = [
         "basis must mix at most the 1 axes of a sample of x, got one of 2: dct(1) say",
         basis=hessdiag.dct(),
     ),
+    estimate(
+        "cosines of samples without axes",
+        ValueError,
+        "basis must mix at most the 0 axes of a sample of x, got one of 2",
+        x=X[0],
+        basis=hessdiag.dct(),
+    ),
     # F diag(cos) F^T of two features: both entries are the mean.
     estimate(
         "cosines of each sample",
@@ -514,6 +521,7 @@ HESSIANS = [
     of_parameters("parameters of integers", TypeError, "parameters must", parameters=X.long()),
     of_parameters("parameters that are a module", TypeError, "tensors only", parameters=LINEAR),
     of_parameters("a parameter that is NaN", ValueError, "finite", parameters=X * NAN),
+    of_parameters("sparse parameters", TypeError, "must be a dense", parameters=X.to_sparse()),
     of_parameters("parameters without data", ValueError, "hold data", parameters=X.to("meta")),
     of_parameters("a mode of no name", ValueError, "mode must be one of", mode="reverse"),
     of_parameters("a tolerance without errors", ValueError, "stderr must", rtol=0.1, stderr=False),
