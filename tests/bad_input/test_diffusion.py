@@ -30,6 +30,7 @@ def noise_of_standard_normals(x, time):
 DENOISER = ocm.Denoiser(noise_of_standard_normals, LINEAR)
 BETA = ocm.Beta(DENOISER)
 AT = DENOISER.predict(X, 500, s=400)
+TIMESTEP = torch.tensor([5, 6])
 
 
 def of(function):
@@ -167,33 +168,6 @@ SPACINGS = [
 
 # The denoiser
 
-POINTS = {
-    "of integers": (X.long(), TypeError, "x_t must be a real floating-point tensor"),
-    "of booleans": (X > 0, TypeError, "x_t must be a real floating-point tensor"),
-    "of complex numbers": (X.cfloat(), TypeError, "x_t must be a real floating-point tensor"),
-    "of NumPy": (X.numpy(), TypeError, "x_t must be a real floating-point tensor, got ndarray"),
-    "that is None": (None, TypeError, "x_t must be a real floating-point tensor, got NoneType"),
-    "of no dimension": (torch.tensor(1.0), ValueError, "x_t must have shape (B, channels, ...)"),
-    "of one dimension": (torch.ones(3), ValueError, "(B, channels, ...), got (3,)"),
-}
-TIMES = {
-    "0": (0, ValueError, "t must lie in 1 .. 1000, got 0"),
-    "below 0": (-1, ValueError, "t must lie in 1 .. 1000, got -1"),
-    "N + 1": (N + 1, ValueError, "t must lie in 1 .. 1000, got 1001"),
-    "NaN": (NAN, TypeError, "t must be whole on the discrete schedule 'linear', got nan"),
-    "infinity": (INF, TypeError, "t must be whole on the discrete schedule 'linear', got inf"),
-    "a half": (0.5, TypeError, "t must be whole on the discrete schedule 'linear', got 0.5"),
-    "a word": ("500", TypeError, "t must be a number or a tensor, got str"),
-    "a list": ([500], TypeError, "t must be a number or a tensor, got list"),
-    "three timesteps": (
-        torch.tensor([5, 6, 7]),
-        ValueError,
-        "one for each of 2 samples, got shape (3,)",
-    ),
-    "a column of timesteps": (torch.tensor([[5], [6]]), ValueError, "got shape (2, 1)"),
-    "timesteps with a 0": (torch.tensor([0, 5]), ValueError, "t must lie in 1 .. 1000"),
-    "timesteps with a NaN": (torch.tensor([NAN, 5.0]), TypeError, "t must be whole"),
-}
 OUTPUTS = {
     "a tuple": (lambda x, t: (x,), TypeError, "backbone must put out a floating-point tensor"),
     "None": (lambda x, t: None, TypeError, "backbone must put out a floating-point tensor"),
@@ -206,6 +180,9 @@ OUTPUTS = {
     "an error": (lambda x, t: [][0], IndexError, "list index out of range"),
 }
 
+REAL, AXES = "x_t must be a real floating-point tensor", "x_t must have shape (B, channels, ...)"
+EACH = "one for each of 2 samples"
+INSIDE, WHOLE = "t must lie in 1 .. 1000", "t must be whole on the discrete schedule 'linear'"
 FLOWS = {"schedule": FLOW, "prediction_type": "flow_prediction"}
 made = cases_of(ocm.Denoiser, backbone=noise_of_standard_normals, schedule=LINEAR)
 predicted = cases_of(DENOISER.predict, x_t=X, t=500)
@@ -224,11 +201,25 @@ DENOISERS = [
     made("data of variance -1", ValueError, "at least 0", data_covariance=-1.0, **FLOWS),
     made("data of variance NaN", ValueError, "data_covariance must", data_covariance=NAN, **FLOWS),
     made("data of a word", TypeError, "data_covariance must be", data_covariance="1", **FLOWS),
-    *(predicted(f"x_t {name}", error, says, x_t=x) for name, (x, error, says) in POINTS.items()),
-    *(
-        predicted(f"a timestep that is {name}", error, says, t=t)
-        for name, (t, error, says) in TIMES.items()
-    ),
+    predicted("x_t of integers", TypeError, REAL, x_t=X.long()),
+    predicted("x_t of booleans", TypeError, REAL, x_t=X > 0),
+    predicted("x_t of complex numbers", TypeError, REAL, x_t=X.cfloat()),
+    predicted("x_t of NumPy", TypeError, f"{REAL}, got ndarray", x_t=X.numpy()),
+    predicted("x_t that is None", TypeError, f"{REAL}, got NoneType", x_t=None),
+    predicted("x_t of no dimension", ValueError, AXES, x_t=torch.tensor(1.0)),
+    predicted("x_t of one dimension", ValueError, f"{AXES}, got (3,)", x_t=torch.ones(3)),
+    predicted("a timestep of 0", ValueError, f"{INSIDE}, got 0", t=0),
+    predicted("a timestep below 0", ValueError, f"{INSIDE}, got -1", t=-1),
+    predicted("a timestep of N + 1", ValueError, f"{INSIDE}, got 1001", t=N + 1),
+    predicted("a timestep of NaN", TypeError, f"{WHOLE}, got nan", t=NAN),
+    predicted("a timestep without end", TypeError, f"{WHOLE}, got inf", t=INF),
+    predicted("half a timestep", TypeError, f"{WHOLE}, got 0.5", t=0.5),
+    predicted("a word", TypeError, "t must be a number or a tensor, got str", t="500"),
+    predicted("a list", TypeError, "t must be a number or a tensor, got list", t=[500]),
+    predicted("three timesteps", ValueError, f"{EACH}, got shape (3,)", t=torch.arange(5, 8)),
+    predicted("a column of timesteps", ValueError, "got shape (2, 1)", t=TIMESTEP[:, None]),
+    predicted("timesteps with a 0", ValueError, INSIDE, t=torch.tensor([0, 5])),
+    predicted("timesteps with a NaN", TypeError, WHOLE, t=torch.tensor([NAN, 5.0])),
     *(
         predicted(f"a step from 500 to {s}", ValueError, "s must lie in [0, t)", s=s)
         for s in (500, 501, -1, NAN)
@@ -326,8 +317,8 @@ CONDITIONS = [
 
 # Covariances
 
-TIMESTEP = torch.tensor([5, 6])
 FOUR = torch.Size(SHAPE)
+FLAT = DENOISER.predict(X.flatten(1), 5)
 TWOS = {
     "diagonal": diagonal(torch.full(SHAPE, 2.0), FOUR),
     "full": full(2 * torch.eye(4).expand(2, 4, 4), FOUR),
@@ -343,7 +334,7 @@ VECTORS = {
 }
 
 
-def calibrated(*weights):
+def calibrated(weights=(1.0, 0.0)):
     return ocm.Calibrated((BETA,), Table({5: weights}))
 
 
@@ -359,6 +350,8 @@ times = cases_of_each({name: C.multiply for name, C in TWOS.items()})
 bounded = cases_of_each({name: C.bounded for name, C in TWOS.items()})
 clamped = cases_of_each({name: C.clamped for name, C in TWOS.items()})
 stated = cases_of(lambda covariance, prediction=AT: covariance.at(prediction))
+probed = cases_of(lambda **given: ocm.Hutchinson(DENOISER, 2, **given).at(AT))
+weighted = cases_of(calibrated)
 of_matrix = cases_of(full, shape=FOUR)
 COVARIANCES = [
     *by_products("0 products", ValueError, "num_probes must be at least 1, got 0", num_probes=0),
@@ -383,40 +376,23 @@ COVARIANCES = [
         for name, C in {
             "probes": ocm.Hutchinson(DENOISER, 2),
             "blocks": ocm.ChannelBlocks(DENOISER),
-            "a calibration": calibrated(1.0, 0.0),
+            "a calibration": calibrated(),
         }.items()
     ),
-    case(
-        "a floor of no name",
-        lambda: ocm.Hutchinson(DENOISER, 2, floor="none"),
-        ValueError,
-        "floor must be 'error' or None",
-    ),
-    stated(
-        "a seed of probes below 0",
-        ValueError,
-        "seed must lie in [0, 2**64), got -1",
-        covariance=ocm.Hutchinson(DENOISER, 2, seed=-1),
-    ),
-    stated(
+    probed("a floor of no name", ValueError, "floor must be 'error' or None", floor="none"),
+    probed("a seed below 0", ValueError, "seed must lie in [0, 2**64), got -1", seed=-1),
+    probed(
         "fewer probes than colors",
         ValueError,
         "max_probes must be at least 3",
-        covariance=ocm.Hutchinson(DENOISER, 2, probes=hessdiag.Coloring(3)),
+        probes=hessdiag.Coloring(3),
     ),
-    stated(
-        "cosines of flat samples",
-        ValueError,
-        "two axes of positions",
-        covariance=ocm.CosineDiagonal(DENOISER),
-        prediction=DENOISER.predict(X.flatten(1), 5),
-    ),
-    stated(
-        "channels of flat samples",
-        ValueError,
-        "(B, C, ...)",
-        covariance=ocm.ChannelBlocks(DENOISER),
-        prediction=DENOISER.predict(X.flatten(1), 5),
+    *(
+        stated(f"{name} of flat samples", ValueError, says, covariance=C, prediction=FLAT)
+        for name, C, says in (
+            ("cosines", ocm.CosineDiagonal(DENOISER), "two axes of positions"),
+            ("channels", ocm.ChannelBlocks(DENOISER), "(B, C, ...)"),
+        )
     ),
     case(
         "no variance beside the output",
@@ -433,23 +409,17 @@ COVARIANCES = [
         )
         for make in (ocm.Full, ocm.Lanczos)
     ),
-    case(
-        "weights below 0",
-        lambda: calibrated(-1.0, 0.0),
-        ValueError,
-        "weights must be at least 0, got -1",
+    weighted(
+        "weights below 0", ValueError, "weights must be at least 0, got -1", weights=[-1.0, 0.0]
     ),
-    case(
-        "weights of two covariances",
-        lambda: calibrated(1.0),
-        ValueError,
-        "weights must have 2 columns",
+    weighted(
+        "weights of two covariances", ValueError, "weights must have 2 columns", weights=[1.0]
     ),
     stated(
         "a calibration of another timestep",
         ValueError,
         "t must lie in 5 .. 5, where this was fitted, got 500",
-        covariance=calibrated(1.0, 0.0),
+        covariance=calibrated(),
     ),
     *(
         row
@@ -497,7 +467,7 @@ FITTED = {
     "calibrate": calibrate,
 }
 fitted = cases_of_each(FITTED, denoiser=DENOISER, x0=IMAGES, timesteps=[500])
-calibration = cases_of(ocm.calibrate, "a calibration of ", denoiser=DENOISER, x0=X, timesteps=[5])
+calibration = cases_of(calibrate, "a calibration of ", denoiser=DENOISER, x0=X, timesteps=[5])
 FITS = [
     *fitted("data that are NaN", ValueError, "x0 must be finite, got 8 NaN", x0=X * NAN),
     *fitted("data of integers", TypeError, "x0 must be a real floating-point", x0=X.long()),
@@ -537,13 +507,7 @@ FITS = [
     calibration(
         "two that do not mix", TypeError, "must be diagonal", covariances=[BETA, ocm.Full(DENOISER)]
     ),
-    calibration(
-        "a step backwards",
-        ValueError,
-        "s must lie in [0, t)",
-        covariances=BETA,
-        timesteps=[(10, 5)],
-    ),
+    calibration("a step backwards", ValueError, "s must lie in [0, t)", timesteps=[(10, 5)]),
 ]
 
 # Samplers
@@ -847,26 +811,22 @@ INVERSE = [
     ),
 ]
 
-SIGMAS = {
-    "0": (0.0, ValueError, "sigma must lie in (0, 314.8]"),
-    "-1": (-1.0, ValueError, "sigma must lie in (0, 314.8]"),
-    "NaN": (NAN, ValueError, "sigma must lie in (0, 314.8]"),
-    "infinity": (INF, ValueError, "sigma must lie in (0, 314.8]"),
-    "a word": ("1", TypeError, "sigma must be a number or a tensor, got str"),
-    "three numbers": (torch.ones(3), ValueError, "one for each of 2 samples, got 3"),
-    "a NaN of one sample": (torch.tensor([NAN, 1.0]), ValueError, "sigma must lie in"),
-}
 K = ocm.KDiffusionDenoiser(DENOISER)
+at_sigma = cases_of_each(
+    {
+        "x0 at a sigma": partial(ocm.x0_given, DENOISER, BETA, X),
+        "k-diffusion at a sigma": partial(K, X),
+    }
+)
 given = cases_of(ocm.x0_given, denoiser=DENOISER, covariance=BETA, x=X, sigma=1.0)
 ANY_SIGMA = [
-    *(
-        case(f"{name} at a sigma of {what}", lambda f=f, s=s: f(s), error, says)
-        for name, f in {
-            "x0": lambda s: ocm.x0_given(DENOISER, BETA, X, s),
-            "k-diffusion": lambda s: K(X, s),
-        }.items()
-        for what, (s, error, says) in SIGMAS.items()
-    ),
+    *at_sigma("0", ValueError, "sigma must lie in (0, 314.8]", sigma=0.0),
+    *at_sigma("-1", ValueError, "sigma must lie in (0, 314.8]", sigma=-1.0),
+    *at_sigma("NaN", ValueError, "sigma must lie in (0, 314.8]", sigma=NAN),
+    *at_sigma("infinity", ValueError, "sigma must lie in (0, 314.8]", sigma=INF),
+    *at_sigma("a word", TypeError, "sigma must be a number or a tensor, got str", sigma="1"),
+    *at_sigma("three", ValueError, "one for each of 2 samples, got 3", sigma=torch.ones(3)),
+    *at_sigma("one NaN", ValueError, "sigma must lie in", sigma=torch.tensor([NAN, 1.0])),
     given("x0 given integers", TypeError, "x must be a real floating-point tensor", x=X.long()),
     given("x0 given one dimension", ValueError, "x must have shape", x=X[0, 0, 0]),
     given("x0 in a range that is reversed", ValueError, "x0_range must be", x0_range=(1, -1)),
