@@ -143,6 +143,15 @@ def test_overwrite_replaces_the_training_of_other_settings_and_says_so(tmp_path)
     assert json.loads((out / "train.json").read_text())["head"]["num_steps"] == 3
 
 
+def test_heads_for_another_denoiser_leave_an_unfinished_one_there(made, tmp_path):
+    out = tmp_path / "out"
+    stopped("--out", out, *NARROW, "--denoiser-steps", 2, "--head-steps", 2)
+    answer = train("--out", out, "--denoiser", made, "--head", "sn", "--head-steps", 2)
+    assert answer.exit_code == 0, answer.output
+    kept = {path.parent.name for path in (out / "training").rglob("training-state-*")}
+    assert kept == {"denoiser", "npr"}
+
+
 def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(made, copy, capfd):
     """A file may hold the state of the small head, and not the weights of the denoiser."""
     arguments = (
