@@ -55,9 +55,15 @@ def trained(tmp_path_factory):
 
 
 def fewer(images):
-    """Of the training images the last, which distances between samples take no time for."""
-    train, labels = images.train[-200:], images.train_labels[-200:]
-    return replace(images, train=train, train_labels=labels)
+    """Of the images the last, which distances between samples take no time for."""
+    train, test = slice(-200, None), slice(-100, None)
+    return replace(
+        images,
+        train=images.train[train],
+        train_labels=images.train_labels[train],
+        test=images.test[test],
+        test_labels=images.test_labels[test],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -341,7 +347,8 @@ def test_an_evaluation_says_first_what_it_will_do(trained, tmp_path):
 def test_too_few_samples_for_a_distance_are_said(trained, tmp_path):
     answer = invoke("evaluate", trained, "--out", tmp_path, *_SCORED)
     assert answer.exit_code == 0, answer.output
-    assert answer.output.index("caution: Fréchet distances in 64 features want 128") < 1000
     caution = json.loads((tmp_path / "evaluation.json").read_text())["frechet_caution"]
-    assert "and there are 8 samples" in caution
+    assert caution.startswith("Fréchet distances in 64 features want 128 samples and images")
+    assert "and there are 8 samples and 100 images" in caution
+    assert answer.output.index(f"caution: {caution}") < 1000
     assert f"Caution: {caution}" in (tmp_path / "report.md").read_text(encoding="utf-8")
