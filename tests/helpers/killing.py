@@ -25,6 +25,7 @@ _forked.set_forkserver_preload(
     ]
 )
 _GOLDEN = 0.618
+_LIMIT = 300.0  # seconds, within which every process must end
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,15 @@ class Attempt:
         return self.status == -signal.SIGKILL
 
 
-def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, first=None, limit=300.0):
-    """Run ``ocm`` with these arguments in a process of its own, which is sent a signal.
+def attempt(arguments, folder, *, after=None, first=None):
+    """Run ``ocm`` with these arguments in a process of its own, which may be killed.
 
     Args:
         arguments: Of the command line.
         folder: Is returned with the attempt; beside it stands a file of what was said.
-        after: Seconds until the signal, or a function that says whether the time has come; None
-            for none.
-        by: The signal.
+        after: Seconds until it is killed, or a function that says whether the time has come; None
+            for never.
         first: A function of a module, called in the process before the command.
-        limit: Seconds after which the process must have ended.
     """
     log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
@@ -68,14 +67,14 @@ def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, first=None, lim
     start = time.monotonic()
     if callable(after):
         while process.is_alive() and not after():
-            assert time.monotonic() < start + limit, f"nothing came of {arguments}"
+            assert time.monotonic() < start + _LIMIT, f"nothing came of {arguments}"
             time.sleep(0.005)
     elif after is not None:
         process.join(after)
     if after is not None and process.is_alive():
-        os.kill(process.pid, by)
-    process.join(limit)
-    assert process.exitcode is not None, f"{arguments} did not end within {limit} seconds"
+        process.kill()
+    process.join(_LIMIT)
+    assert process.exitcode is not None, f"{arguments} did not end within {_LIMIT} seconds"
     said = log.read_text(encoding="utf-8") if log.exists() else ""
     return Attempt(folder, process.exitcode, said, time.monotonic() - start)
 

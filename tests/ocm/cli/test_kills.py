@@ -58,12 +58,12 @@ def test_a_command_that_is_killed_ends_with_what_it_would_have_made(
     checkpoint, tmp_path, command, seed, first
 ):
     """Samples are neither lost nor repeated, and the checkpoint can be read after every kill."""
-    command = partial(command, checkpoint)
+    in_place, command = command is calibrate, partial(command, checkpoint)
     whole = finished(command, tmp_path / "whole", first=first)
     went_on = 0
     for found in killings(command, whole, kills=15, seed=seed, first=first):
         went_on += "going on from" in found.said
-        checkpoints.load(found.folder if (found.folder / "ocm.json").exists() else checkpoint)
+        checkpoints.load(found.folder if in_place else checkpoint)
         if not found.killed:
             assert found.status == 0, found.said
             assert_same(found.folder, whole.folder)
