@@ -219,7 +219,7 @@ def density_term(
     variance = covariance.eigenvalues.double()
     squared_error = _squared_errors(covariance, prediction, x0, x0_range)
     terms = squared_error / variance + variance.log() + math.log(2 * math.pi)
-    # Where the stated variance is 0 the density is too: the error is not.
+    # No variance at all gives every other x0 a density of 0.
     return _mean_bits(0.5 * torch.where(variance > 0, terms, torch.inf))
 
 
