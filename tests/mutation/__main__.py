@@ -4,8 +4,8 @@
 
 The same tests are run without a fault first, and must pass. A fault that changes nothing that can
 be noticed says why (``equivalent``), and must live. What was found is kept in .cache/faults.json,
-and tried again only where the fault, its file or its tests have changed. The exit status is 1 if a
-fault lived, or could not be tried.
+and tried again where the fault, its file or its tests have changed, or where it should have been
+otherwise. The exit status is 1 if a fault lived, or could not be tried.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def main() -> int:
     # Once, whatever is edited while they are tried.
     prints = {fault: fault.fingerprint(ROOT) for fault in (*untouched, *faults)}
     known = {} if options.again or not RECORD.exists() else json.loads(RECORD.read_text())
-    todo = [fault for fault in prints if prints[fault] not in known]
+    todo = [
+        fault
+        for fault, key in prints.items()
+        if key not in known or known[key]["outcome"] != fault.expected
+    ]
     print(
         f"{len(faults)} faults for {len(untouched)} choices of tests; of both "
         f"{len(prints) - len(todo)} known from before",
