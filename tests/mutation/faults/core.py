@@ -471,22 +471,10 @@ FAULTS = [
         OF_GAUSS_NEWTON,
         (
             "the Gauss-Newton matrix without its loss",
-            "outputs, leaves, curvature(change), retain_graph=True, allow_unused=True\n"
-            "        )\n"
-            "        return tree.zeros_for_missing(found)\n"
-            "\n"
-            "    return product\n"
-            "\n"
-            "\n"
-            "def _by_forward_mode",
-            "outputs, leaves, change, retain_graph=True, allow_unused=True\n"
-            "        )\n"
-            "        return tree.zeros_for_missing(found)\n"
-            "\n"
-            "    return product\n"
-            "\n"
-            "\n"
-            "def _by_forward_mode",
+            "used], retain_graph=True)\n        found = torch.autograd.grad(\n            "
+            "outputs, leaves, curvature(change)",
+            "used], retain_graph=True)\n        found = torch.autograd.grad(\n            "
+            "outputs, leaves, change",
         ),
         (
             "other dropout in the transpose",

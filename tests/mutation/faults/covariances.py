@@ -54,8 +54,6 @@ HUTCHINSON = "ocm/covariances/hutchinson.py"
 ANALYTIC = "ocm/covariances/analytic.py"
 CALIBRATED = "ocm/covariances/calibrated.py"
 OPTIMAL = "ocm/covariances/learned/optimal.py"
-NPR = "ocm/covariances/learned/npr.py"
-SN = "ocm/covariances/learned/sn.py"
 
 FAULTS = [
     # Paths.
@@ -394,7 +392,7 @@ FAULTS = [
         ),
     ),
     *in_file(
-        NPR,
+        "ocm/covariances/learned/npr.py",
         OF_HEADS,
         (
             "NPR without the network's error",
@@ -403,7 +401,7 @@ FAULTS = [
         ),
     ),
     *in_file(
-        SN,
+        "ocm/covariances/learned/sn.py",
         OF_HEADS,
         (
             "SN's moments around x_t",

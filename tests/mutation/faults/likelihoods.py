@@ -22,7 +22,6 @@ OF_BUDGETS = ("tests/ocm/likelihoods/test_budget.py", "-k", "solver_errs")
 
 LOG_LIKELIHOOD = "ocm/likelihoods/log_likelihood.py"
 INTEGRAL = "ocm/likelihoods/integral.py"
-DEQUANTISATION = "ocm/likelihoods/dequantisation.py"
 
 FAULTS = [
     *in_file(
@@ -129,7 +128,7 @@ FAULTS = [
         ("radii between timesteps of the first", "at(radii, place)", "radii[0]"),
     ),
     *in_file(
-        DEQUANTISATION,
+        "ocm/likelihoods/dequantisation.py",
         OF_DEQUANTISATION,
         ("uniform's weight of half a bin", "math.log(2 * half_bin)", "math.log(half_bin)"),
         ("truncated normals' mass forgotten", "math.log(std) + log_mass", "math.log(std)"),
