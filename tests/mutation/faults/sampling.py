@@ -77,7 +77,7 @@ FAULTS = [
         ),
         (
             "variances of a step unbounded",
-            "math.inf if x0_range is None else variance_bound(x0_range)",
+            "variance_bound(x0_range)",
             "math.inf",
         ),
         (
