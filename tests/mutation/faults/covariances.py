@@ -446,7 +446,7 @@ FAULTS = [
         (
             "grey levels by the variance of coefficients",
             "variance = basis.diagonal(variance)",
-            "pass",
+            "variance = variance.reshape(x0.shape)",
         ),
         (
             "energies in no unit",
