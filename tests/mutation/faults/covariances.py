@@ -241,11 +241,15 @@ FAULTS = [
             "lambda v: v.reshape(len(v), -1, v.shape[1]), lambda b: b.reshape(",
         ),
         (
-            "the cosines of rows for columns",
+            "the cosines of columns transposed",
             "values @ F_columns.square()",
-            "values @ F_rows.square()",
+            "values @ F_columns.square().T",
         ),
-        ("the determinant of a single dimension", "logs = logs.expand(self.shape)", "pass"),
+        (
+            "the determinant of a single dimension",
+            "logs = logs.expand(self.shape)",
+            "per_entry = logs[0].numel()",
+        ),
         (
             "the largest variance of a batch bounds all",
             "variances.flatten(1).amax(dim=1).clamp(min=bound)",
