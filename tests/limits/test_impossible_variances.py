@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from plain_heads import Constant
 from torch import nn
 
 import ocm
@@ -19,17 +20,6 @@ from ocm.sampling.finite import all_finite
 SHAPE = (2, 1, 4, 4)
 STEPS = [1, 400, 1000]
 VALUES = {"negative": -1e30, "zero": 0.0, "large": 1e30, "inf": math.inf, "-inf": -math.inf}
-
-
-class Constant(nn.Module):
-    """A head that puts out one number everywhere."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, features, *_):
-        return torch.full_like(features, self.value)
 
 
 class Featured(nn.Module):
