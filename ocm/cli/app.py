@@ -17,6 +17,7 @@ import typer
 
 from ocm.cli.calibrate import calibrate
 from ocm.cli.evaluate import evaluate
+from ocm.cli.info import info
 from ocm.cli.sample import sample
 from ocm.cli.train import train
 
@@ -26,10 +27,35 @@ app = typer.Typer(
         "steps, and score likelihoods."
     ),
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["--help", "-h"]},
 )
+
+# Below the options of each command; a blank line between two keeps each on its own.
+EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
+    train: (
+        "ocm train --out runs/digits --head ml --head ocm",
+        "ocm train --data FOLDER --image-size 32 --schedule flow --out runs/flow",
+        "ocm train --denoiser PIPELINE --head ml --data FOLDER --out runs/heads",
+        "ocm train --config runs/digits/train.toml --seed 1 --out runs/again",
+        "torchrun --nproc-per-node 4 -m ocm train --data FOLDER --out runs/four",
+    ),
+    calibrate: (
+        "ocm calibrate runs/digits",
+        "ocm calibrate runs/digits --covariance coloring --num-probes 12 --steps 10",
+    ),
+    sample: (
+        "ocm sample runs/digits --steps 10 --sampler second-order",
+        "ocm sample PIPELINE --covariance coloring --num-probes 12 --steps 10",
+    ),
+    evaluate: (
+        "ocm evaluate runs/digits --all",
+        "ocm evaluate runs/digits --covariance ml --covariance beta --steps 10",
+        "ocm evaluate runs/digits --likelihood ode --tolerance 0.02",
+    ),
+    info: ("ocm info runs/digits", "ocm info runs/digits --json"),
+}
 
 
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,8 +83,8 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-for command in (train, calibrate, sample, evaluate):
-    app.command()(_interruptible(command))
+for command, examples in EXAMPLES.items():
+    app.command(epilog="\n\n".join(("Examples:", *examples)))(_interruptible(command))
 
 
 def _version(wanted: bool) -> None:

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ocm.cli import lasting, options
+from ocm.cli import configuration, lasting, options
 from ocm.files import write_json
 
 
 def calibrate(
+    context: typer.Context,
     checkpoint: options.CheckpointPath,
     out: Annotated[
         Path | None,
@@ -20,8 +21,9 @@ def calibrate(
     covariance: Annotated[
         list[options.CovarianceName] | None,
         typer.Option(
+            metavar=options.NAME,
             help="Covariance to calibrate; may be given several times. Default: the analytic ones "
-            "and those with a trained head."
+            f"and those with a trained head. {options.ALL_NAMES}",
         ),
     ] = None,
     steps: Annotated[
@@ -47,6 +49,7 @@ def calibrate(
     num_probes: options.NumProbes = 8,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    config: configuration.Config = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Fit analytic variances and calibrations, and store them in a checkpoint.
@@ -118,6 +121,7 @@ def calibrate(
             "calibrations": {name: result.calibrations[name].to_json() for name in names},
             "environment": environment(place),
         }
+        configuration.record(context, record_folder)
         write_json(record_folder / "calibration.json", record)
     parts.remove()
     typer.echo("covariance       scale a and shift b at the lowest, a middle and the highest t")

@@ -9,11 +9,12 @@ from typing import Annotated, Literal
 
 import typer
 
-from ocm.cli import lasting, options
+from ocm.cli import configuration, lasting, options
 from ocm.files import sha256, write_json, write_text
 
 
 def evaluate(
+    context: typer.Context,
     checkpoint: options.ModelPath,
     out: Annotated[Path, typer.Option(help="Directory for evaluation.json and the report.")] = Path(
         "runs/evaluate"
@@ -23,7 +24,8 @@ def evaluate(
         typer.Option(
             help="Covariance to score; may be given several times. Default: all that the "
             "checkpoint can state, without those that take a product for every pixel; samples are "
-            "drawn with those that take none."
+            f"drawn with those that take none. {options.ALL_NAMES}",
+            metavar=options.NAME,
         ),
     ] = None,
     steps: Annotated[
@@ -89,6 +91,7 @@ def evaluate(
     lanczos_probes: options.LanczosProbes = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    config: configuration.Config = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Score covariances on held-out images: bits/dim, and with --all sample quality.
@@ -171,6 +174,7 @@ def evaluate(
         }
         if left is not None:
             text += f"\n\n{left[0].upper()}{left[1:]}."
+        configuration.record(context, out)
         write_json(out / "evaluation.json", record)
         write_text(out / "report.md", f"# {checkpoint}\n\n{text}\n\n![Curves](evaluation.png)\n")
         evaluation_plot(record, out / "evaluation.png", title=f"{checkpoint}, {images.name}")

@@ -37,9 +37,17 @@ Data = Annotated[str | None, typer.Option(help="Data set. Default: the checkpoin
 Vae = Annotated[
     Path | None, typer.Option(help="Folder of the AutoencoderKL, for a model of its latents.")
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 2, help="Seed of all randomness.")]
+RUN = "Run"  # the part of their help that all commands have
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**63 - 2, help="Seed of all randomness.", rich_help_panel=RUN),
+]
 Device = Annotated[
-    str, typer.Option(help="'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one.")
+    str,
+    typer.Option(
+        help="'cpu', 'cuda', 'cuda:1', ..., or 'auto': CUDA where there is one.",
+        rich_help_panel=RUN,
+    ),
 ]
 NumProbes = Annotated[
     int, typer.Option(min=1, help="Probes M of 'hutchinson', 'coloring' and 'cosine'.")
@@ -47,10 +55,12 @@ NumProbes = Annotated[
 LanczosProbes = Annotated[
     int, typer.Option(min=1, help="Products k that 'lanczos' takes for each vector.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.", rich_help_panel=RUN)]
 
 # With a head, and all. Typer has no lists of Literals, and mypy wants the names written out here.
 HeadName = Enum("HeadName", {name: name for name in LEARNED}, type=str)  # type: ignore[misc]
+# In help, where a choice of all names is too wide.
+NAME, ALL_NAMES = "NAME", f"One of {', '.join(NAMES)}."
 CovarianceName = Enum("CovarianceName", {name: name for name in NAMES}, type=str)  # type: ignore[misc]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ocm.cli import lasting, options
+from ocm.cli import configuration, lasting, options
 from ocm.files import write_json, write_tensors
 
 if TYPE_CHECKING:
@@ -26,11 +26,16 @@ _LONGEST_WAIT = timedelta(days=7)
 
 
 def sample(
+    context: typer.Context,
     checkpoint: options.ModelPath,
     out: Annotated[Path, typer.Option(help="Directory for the images.")] = Path("runs/sample"),
     covariance: Annotated[
         options.CovarianceName | None,
-        typer.Option(help="Covariance of x0 given x_t. Default: a trained head, ml or else ocm."),
+        typer.Option(
+            metavar=options.NAME,
+            help="Covariance of x0 given x_t. Default: a trained head, ml or else ocm. "
+            f"{options.ALL_NAMES}",
+        ),
     ] = None,
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Take it as `ocm calibrate` fitted it.")
@@ -97,6 +102,7 @@ def sample(
     lanczos_probes: options.LanczosProbes = 3,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    config: configuration.Config = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Draw images from a checkpoint or from a pipeline of diffusers.
@@ -209,6 +215,7 @@ def sample(
             "pixel_std": images.std().item(),
             "environment": environment(place),
         }
+        configuration.record(context, out)
         _write(out, images, record)
     for finished in (out / "unfinished").glob("sample*"):
         Parts(finished).remove()

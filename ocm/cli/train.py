@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ocm.cli import options
+from ocm.cli import configuration, options
 from ocm.files import write_json
 
 if TYPE_CHECKING:
     from ocm.checkpoints.checkpoint import Checkpoint
+
+# Parts of its help.
+_DATA, _DENOISER, _HEADS, _TRAINING = "Data", "Denoiser", "Heads", "Training"
 
 # Options that go with no --denoiser.
 _OF_A_NEW_DENOISER = (
@@ -31,22 +34,33 @@ def train(
         str,
         typer.Option(
             help="'digits', a folder of images, a parquet file or a folder of them, or the name "
-            "of a data set on the Hugging Face Hub."
+            "of a data set on the Hugging Face Hub.",
+            rich_help_panel=_DATA,
         ),
     ] = "digits",
     image_size: Annotated[
-        int | None, typer.Option(min=1, help="Side to which images are cropped and resized.")
+        int | None,
+        typer.Option(
+            min=1, help="Side to which images are cropped and resized.", rich_help_panel=_DATA
+        ),
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Column of the images. Default: the one that holds images.")
+        str | None,
+        typer.Option(
+            help="Column of the images. Default: the one that holds images.", rich_help_panel=_DATA
+        ),
     ] = None,
     label_column: Annotated[
-        str | None, typer.Option(help="Column of integer labels. Default: the one of classes.")
+        str | None,
+        typer.Option(
+            help="Column of integer labels. Default: the one of classes.", rich_help_panel=_DATA
+        ),
     ] = None,
     caption_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of texts. The text encoders of the pipeline --denoiser encode them."
+            help="Column of texts. The text encoders of the pipeline --denoiser encode them.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     conditions: Annotated[
@@ -54,21 +68,29 @@ def train(
         typer.Option(
             help="Embeddings in place of --caption-column: a safetensors file that holds a tensor "
             "for each argument of the denoiser, with a row for each row of the train split, in the "
-            "order of its files. null.NAME, of shape (1, ...), is the embedding of no text."
+            "order of its files. null.NAME, of shape (1, ...), is the embedding of no text.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Most images of each split, after shuffling.")
+        int | None,
+        typer.Option(
+            min=1, help="Most images of each split, after shuffling.", rich_help_panel=_DATA
+        ),
     ] = None,
     workers: Annotated[
-        int, typer.Option(min=0, help="Processes that read images ahead of the steps.")
+        int,
+        typer.Option(
+            min=0, help="Processes that read images ahead of the steps.", rich_help_panel=_DATA
+        ),
     ] = 0,
     vae: options.Vae = None,
     denoiser: Annotated[
         Path | None,
         typer.Option(
             help="Checkpoint, or pipeline of diffusers, with the denoiser to train heads for. The "
-            "denoiser stays as it is; so do the other heads of a checkpoint."
+            "denoiser stays as it is; so do the other heads of a checkpoint.",
+            rich_help_panel=_DENOISER,
         ),
     ] = None,
     shard: Annotated[
@@ -77,17 +99,20 @@ def train(
             "--shard",
             help="Spread the weights of --denoiser over the processes, if it is too large for one "
             "device.",
+            rich_help_panel=_DENOISER,
         ),
     ] = False,
     head: Annotated[
         list[options.HeadName] | None,
         typer.Option(
             help="Covariance whose head is trained; may be given several times. Default: ml, by "
-            "the likelihood of chains of few steps."
+            "the likelihood of chains of few steps.",
+            rich_help_panel=_HEADS,
         ),
     ] = None,
     head_kind: Annotated[
-        Literal["simple", "residual"], typer.Option(help="Size of the heads: residual is larger.")
+        Literal["simple", "residual"],
+        typer.Option(help="Size of the heads: residual is larger.", rich_help_panel=_HEADS),
     ] = "residual",
     parameterisation: Annotated[
         Literal["paper", "preconditioned", "positive"],
@@ -95,28 +120,37 @@ def train(
             help="Units of what the heads predict. positive: a positive ratio to the posterior "
             "variance of Gaussian data, which is bounded at every noise level. preconditioned: the "
             "same ratio, of any sign. paper: the papers' units, which multiply errors by up to "
-            "25000 where the noise is high."
+            "25000 where the noise is high.",
+            rich_help_panel=_HEADS,
         ),
     ] = "positive",
     start_from: Annotated[
         Literal["ocm", "npr"] | None,
-        typer.Option(help="Head of --denoiser from which --head ml starts, in the same units."),
+        typer.Option(
+            help="Head of --denoiser from which --head ml starts, in the same units.",
+            rich_help_panel=_HEADS,
+        ),
     ] = None,
     width: Annotated[
-        int, typer.Option(min=8, help="Channels of a new denoiser, a multiple of 8.")
+        int,
+        typer.Option(
+            min=8, help="Channels of a new denoiser, a multiple of 8.", rich_help_panel=_DENOISER
+        ),
     ] = 32,
     schedule: Annotated[
         Literal["linear", "cosine", "vp", "flow", "edm", "trigflow"],
         typer.Option(
             help="Path from data to noise of a new denoiser, N = 1000: the discrete schedules "
-            "linear and cosine, vp in continuous time, flow matching, EDM's or TrigFlow's."
+            "linear and cosine, vp in continuous time, flow matching, EDM's or TrigFlow's.",
+            rich_help_panel=_DENOISER,
         ),
     ] = "cosine",
     prediction_type: Annotated[
         Literal["epsilon", "sample", "v_prediction", "flow_prediction", "edm", "trigflow"] | None,
         typer.Option(
             help="What a new denoiser predicts. Default: that of the path's family; epsilon, the "
-            "noise, for linear, cosine and vp."
+            "noise, for linear, cosine and vp.",
+            rich_help_panel=_DENOISER,
         ),
     ] = None,
     class_conditional: Annotated[
@@ -124,41 +158,69 @@ def train(
         typer.Option(
             "--class-conditional",
             help="Give a new denoiser the classes of the images. `ocm sample --label` names one.",
+            rich_help_panel=_DENOISER,
         ),
     ] = False,
-    denoiser_steps: Annotated[int, typer.Option(min=1, help="Steps for a new denoiser.")] = 900,
-    head_steps: Annotated[int, typer.Option(min=1, help="Steps for each head.")] = 1000,
+    denoiser_steps: Annotated[
+        int, typer.Option(min=1, help="Steps for a new denoiser.", rich_help_panel=_DENOISER)
+    ] = 900,
+    head_steps: Annotated[
+        int, typer.Option(min=1, help="Steps for each head.", rich_help_panel=_HEADS)
+    ] = 1000,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images in a step, over all processes.")
+        int,
+        typer.Option(
+            min=1, help="Images in a step, over all processes.", rich_help_panel=_TRAINING
+        ),
     ] = 64,
     learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate of a new denoiser.")
+        float, typer.Option(help="Peak learning rate of a new denoiser.", rich_help_panel=_DENOISER)
     ] = 1e-3,
     head_learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate of the heads.")
+        float, typer.Option(help="Peak learning rate of the heads.", rich_help_panel=_HEADS)
     ] = 3e-3,
     target_probes: Annotated[
-        int, typer.Option(min=1, help="Probes M in each target of the OCM head.")
+        int,
+        typer.Option(
+            min=1, help="Probes M in each target of the OCM head.", rich_help_panel=_HEADS
+        ),
     ] = 1,
     forward_mode: Annotated[
         bool,
         typer.Option(
             "--forward-mode",
             help="Compute targets of the OCM head in forward mode, which takes less memory.",
+            rich_help_panel=_HEADS,
         ),
     ] = False,
     mixed_precision: Annotated[
-        Literal["no", "bf16", "fp16"], typer.Option(help="Type that losses are computed in.")
+        Literal["no", "bf16", "fp16"],
+        typer.Option(help="Type that losses are computed in.", rich_help_panel=_TRAINING),
     ] = "no",
     accumulation: Annotated[
-        int, typer.Option(min=1, help="Micro-batches that a process splits a step into.")
+        int,
+        typer.Option(
+            min=1,
+            help="Micro-batches that a process splits a step into.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 1,
-    flip: Annotated[bool, typer.Option("--flip", help="Flip images at random.")] = False,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Flip images at random.", rich_help_panel=_DATA)
+    ] = False,
     checkpoint_every: Annotated[
-        int, typer.Option(min=1, help="Steps between the saved states of a training.")
+        int,
+        typer.Option(
+            min=1, help="Steps between the saved states of a training.", rich_help_panel=_TRAINING
+        ),
     ] = 200,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Log losses into --out for TensorBoard.")
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Log losses into --out for TensorBoard.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = False,
     hold_out: Annotated[
         int | None,
@@ -166,6 +228,7 @@ def train(
             min=0,
             help="How many training images to keep from training, for `ocm calibrate`: the last "
             "ones. Default: a tenth, at most 1000; with --denoiser, as its checkpoint did.",
+            rich_help_panel=_DATA,
         ),
     ] = None,
     overwrite: Annotated[
@@ -174,10 +237,12 @@ def train(
             "--overwrite",
             help="Replace the checkpoint in --out, once the new one is whole, and the unfinished "
             "training of other settings there. That of the same settings goes on.",
+            rich_help_panel=_TRAINING,
         ),
     ] = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    config: configuration.Config = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Train a denoiser and the heads of its covariances, or heads for a denoiser that exists.
@@ -299,6 +364,7 @@ def train(
         if vae is not None:
             trained = replace(trained, x0_range=None)
         # First, since the training is finished once the checkpoint is there.
+        configuration.record(context, out, () if denoiser is None else _OF_A_NEW_DENOISER)
         write_json(out / "train.json", record | {"environment": environment(place)})
         checkpoints.save(trained, out)
     except KeyboardInterrupt:

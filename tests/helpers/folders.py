@@ -2,6 +2,8 @@
 
 import json
 
+from ocm.cli.configuration import tomllib
+
 # Entries of a record that differ from run to run.
 _OF_A_RUN = {"seconds", "environment", "batches_drawn_before", "parts_finished_before"}
 
@@ -16,8 +18,12 @@ def contents(folder):
 
 
 def record_of(file):
-    """Return the entries of a record that are those of any run, in any folder."""
-    record = json.loads(file.read_text(encoding="utf-8"))
+    """Return the entries of a record, or of options, that are those of any run, in any folder."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".toml":
+        (record,) = tomllib.loads(text).values()
+    else:
+        record = json.loads(text)
     return {
         name: value
         for name, value in record.items()
@@ -31,7 +37,7 @@ def assert_same(found, wanted):
     assert paths[0] == paths[1]
     one, other = contents(found), contents(wanted)
     for name in (name for name in one if one[name] != other[name]):
-        assert name.endswith(".json"), name
+        assert name.endswith((".json", ".toml")), name
         assert record_of(found / name) == record_of(wanted / name)
 
 
@@ -43,7 +49,9 @@ def assert_whole(folder):
     for file in folder.rglob("*"):
         if any(map(_is_unfinished, file.relative_to(folder).parts)):
             continue
-        if file.suffix == ".json":
+        if file.suffix == ".toml":
+            tomllib.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".json":
             json.loads(file.read_text(encoding="utf-8"))
         elif file.suffix == ".safetensors":
             load_file(file)

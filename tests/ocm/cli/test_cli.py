@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import typer
 from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -459,17 +461,39 @@ def test_the_version_is_that_of_the_package(invoke):
     assert invoke("--version").output == f"ocm {hessdiag.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [(), ("train",), ("calibrate",), ("sample",), ("evaluate",)],
-)
+@pytest.mark.parametrize("command", [(), ("train",), ("calibrate",), ("sample",), ("evaluate",)])
 def test_help_explains(invoke, command):
     answer = invoke(*command, "--help")
     assert answer.exit_code == 0
-    assert "--help" in answer.output
-    if command:
-        for option in ("--seed", "--device", "--out"):
-            assert option in answer.output
+    for option in ("--seed", "--device", "--out", "--config") if command else ("--version",):
+        assert option in answer.output
+
+
+def test_the_examples_of_help_are_commands_that_exist(invoke):
+    """Each is parsed whole, and stands under the command it is of."""
+    commands = typer.main.get_command(cli.app).commands
+    assert set(commands) == {one.__name__ for one in cli.EXAMPLES}
+    for command, examples in cli.EXAMPLES.items():
+        shown = invoke(command.__name__, "--help").output
+        for example in examples:
+            assert example.split(" --")[0] in shown
+            name, *arguments = shlex.split(example[example.index("ocm ") :])[1:]
+            assert name == command.__name__
+            arguments = arguments[2:] if arguments[0] == "--config" else arguments
+            assert commands[name].make_context(name, arguments).params
+
+
+def test_shells_complete_commands_and_options():
+    def completed(*words):
+        asked = {"COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+        answer = subprocess.run(
+            [sys.executable, "-m", "ocm"], capture_output=True, text=True, check=False,
+            env=os.environ | asked | {"_OCM_COMPLETE": "complete_bash"},
+        )  # fmt: skip
+        return answer.stdout.split()
+
+    assert completed("ocm", "sa") == ["sample"]
+    assert completed("ocm", "sample", "--lanc") == ["--lanczos-probes"]
 
 
 def test_wrong_input_ends_a_process_in_one_line_and_status_2(tmp_path):

@@ -106,7 +106,12 @@ def test_an_interrupted_sampling_goes_on_with_the_batch_it_was_at(trained, tmp_p
     assert drawn == 1
     assert_same(part, whole)
     assert json.loads((part / "samples.json").read_text())["batches_drawn_before"] == 2
-    assert contents(part).keys() == {"samples.json", "samples.png", "samples.safetensors"}
+    assert contents(part).keys() == {
+        "sample.toml",
+        "samples.json",
+        "samples.png",
+        "samples.safetensors",
+    }
 
 
 @pytest.mark.parametrize(
