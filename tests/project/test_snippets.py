@@ -64,6 +64,9 @@ def commands_in(text):
 def parsed(arguments):
     """What a command makes of its arguments, which it checks."""
     name, *options = arguments
+    if "--config" in options:  # a file that a run would have written
+        at = options.index("--config")
+        del options[at : at + 2]
     return COMMANDS[name].make_context(name, options).params
 
 
