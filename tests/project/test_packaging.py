@@ -124,7 +124,7 @@ def test_the_lowest_versions_are_one_environment():
     bounds = dict(re.findall(r'"([a-z][a-z-]+)>=([0-9.]+)[";]', text))
     tools = {"setuptools", "mypy", "ruff"}  # of a build, and of `make lint`
     lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    pins = dict(line.split(";")[0].split("==") for line in lines if line and line[0] != "#")
     assert pins.keys() == bounds.keys() - tools
     for name, bound in bounds.items():
         if name not in tools:
