@@ -42,6 +42,15 @@ class DiagonalEstimate:
         mode: "vjp" or "jvp".
         batching: "loop", "vmap" or "fold".
         note: Which probes were chosen, why a preferred way was not taken, and the like; or "".
+
+    Example:
+        >>> import torch, hessdiag
+        >>> J = torch.eye(3) + 0.1
+        >>> result = hessdiag.estimate(lambda x: x @ J, torch.zeros(2, 3), max_probes=200, rtol=0.2)
+        >>> bool(result.converged.all()), bool((result.num_probes < 200).all()), result.mode
+        (True, True, 'vjp')
+        >>> result.diagonal.shape, result.stderr.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
     """
 
     diagonal: Tensor

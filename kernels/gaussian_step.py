@@ -44,6 +44,16 @@ class StepCoefficients(NamedTuple):
         mean_from_x0: b.
         noise_variance: c in ``sigma^2 = c + k variance``.
         noise_from_variance: k.
+
+    Example:
+        x0 is predicted, and x_s lies half-way to it, with the stated variance of x0 as noise:
+
+        >>> half = StepCoefficients(
+        ...     x0_from_x_t=0.0, x0_from_prediction=1.0, mean_from_x_t=0.5, mean_from_x0=0.5,
+        ...     noise_variance=0.0, noise_from_variance=1.0)
+        >>> x_t, x0_hat = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> gaussian_step(x_t, x0_hat, 0.0, half, seed=0, step=1)    # of a variance of zero
+        tensor([[0.5000, 0.5000]])
     """
 
     x0_from_x_t: float | Tensor

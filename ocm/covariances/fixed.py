@@ -22,10 +22,19 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 
 @dataclass(frozen=True)
 class Beta(Covariance):
-    """The variance beta(s, t) of q(x_t | x_s): Var[x0 | x_t] = beta_bar_t.
+    """The variance beta(s, t) of q(x_t | x_s): Var[x0 | x_t] = beta_bar_t, that of N(0, I) data.
+
+    Of Ho, Jain and Abbeel (2020); it costs nothing.
 
     Attributes:
         denoiser: Whose schedule it is.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(2, 1, 4, 4), 500)
+        >>> ocm.Beta(denoiser).at(prediction).diagonal()    # broadcast to the shape of x_t
+        tensor([[[[0.5000]]]])
     """
 
     denoiser: Denoiser
@@ -42,8 +51,16 @@ class Beta(Covariance):
 class BetaTilde(Covariance):
     """The variance beta_tilde(s, t) of q(x_s | x_t, x_0): Var[x0 | x_t] = 0.
 
+    Of Ho, Jain and Abbeel (2020). It takes x0_hat for x0.
+
     Attributes:
         denoiser: Whose schedule it is.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> ocm.sample(denoiser, ocm.BetaTilde(denoiser), (2, 1, 4, 4), steps=5).shape
+        torch.Size([2, 1, 4, 4])
     """
 
     denoiser: Denoiser

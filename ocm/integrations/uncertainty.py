@@ -58,6 +58,14 @@ class UncertaintyMap:
         raised: Share of the stated variances that were negative: those say nothing, and were raised
             to the floor of :func:`ocm.covariances.hutchinson.floored`.
         latent: The map of the latents that this one was decoded from, or None.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> found = uncertainty(denoiser, 500, image=torch.zeros(1, 1, 2, 2), x0_range=None)
+        >>> found.std.square().round(decimals=3)    # beta_bar at t = 500
+        tensor([[[[0.5000, 0.5000],
+                  [0.5000, 0.5000]]]])
     """
 
     t: float

@@ -130,10 +130,12 @@ class Parameterisation:
         return Parameterisation(math.inf if std is None else float(std), positive)
 
 
+#: The papers' :class:`ocm.Parameterisation`: ratio 1 + o in units of sigma^2 / alpha^2, which grow
+#: without bound towards t = N. ``ocm.NPR(denoiser, head, ocm.PAPER)`` takes it.
 PAPER = Parameterisation()
-"""The papers': ratio 1 + o in units of sigma^2 / alpha^2."""
 
 # Images in [-1, 1] have a standard deviation near 0.5 and latents one near 1; the order of
 # magnitude is what matters.
+#: The default :class:`ocm.Parameterisation`: a positive variance (softplus), in units that are at
+#: most ``data_std``^2 = 1/4 at every noise level. It suits images in [-1, 1], and latents too.
 BOUNDED = Parameterisation(data_std=0.5, positive=True)
-"""The default: a positive variance, in units that are bounded at every noise level."""
