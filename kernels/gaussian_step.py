@@ -39,11 +39,11 @@ class StepCoefficients(NamedTuple):
 
     Attributes:
         x0_from_x_t: p in ``x0_hat = p x_t + q prediction``.
-        x0_from_prediction: q.
+        x0_from_prediction: q of the same.
         mean_from_x_t: a in ``mean = a x_t + b x0_hat``.
-        mean_from_x0: b.
+        mean_from_x0: b of the same.
         noise_variance: c in ``sigma^2 = c + k variance``.
-        noise_from_variance: k.
+        noise_from_variance: k of the same.
 
     Example:
         x0 is predicted, and x_s lies half-way to it, with the stated variance of x0 as noise:

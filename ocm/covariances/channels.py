@@ -26,7 +26,7 @@ class ChannelBlocks(Covariance):
         probes: ``hessdiag.UnitVectors()`` for the exact blocks, or ``hessdiag.Rademacher()``.
 
     Raises:
-        TypeError: By ``at``, if the probes are neither.
+        TypeError: By ``at``, if the probes are neither, or signs come without ``max_probes``.
         ValueError: By ``at``, if ``max_probes`` is given for the exact blocks, or is below C.
 
     Example:

@@ -38,7 +38,7 @@ class Hutchinson(Covariance):
 
     Attributes:
         denoiser: Whose output is differentiated.
-        num_probes: M.
+        num_probes: The number M of probes, and products, at every t.
         seed: Seed of the probes.
         probes: The design; ``hessdiag.Coloring(M)`` colors images by a lattice. The number of
             probes is a multiple of its block.

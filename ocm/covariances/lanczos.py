@@ -88,7 +88,7 @@ class LanczosCovariance:
     Attributes:
         products: v -> C v, on (1, B, ...).
         like: A tensor of the shape of x_t, float32 at least.
-        num_probes: k.
+        num_probes: The number k of products for each vector.
         transforms: The chain g.
     """
 

@@ -109,7 +109,7 @@ class SpectralCovariance:
         eigenvalues: Lambda, in the layout of ``basis``; for ``PIXELS`` the variance of each
             dimension, which may broadcast to ``shape``.
         shape: The shape (B, ...) of x_t.
-        basis: F.
+        basis: The basis F.
 
     Raises:
         ValueError: By its methods, if a vector is of another shape, or bounds are not in order.

@@ -264,8 +264,8 @@ class Denoiser:
     """A diffusers backbone and the schedule it was trained with.
 
     It states the mean x0_hat of x0 given x_t, and by Tweedie's formula (Efron, 2011) the covariance
-    (sigma^2 / alpha) d x0_hat / d x_t. The backbone is used as it is: put it in eval mode and freeze it with :meth:`freeze` before
-    sampling, scoring or training a head.
+    (sigma^2 / alpha) d x0_hat / d x_t. The backbone is used as it is: put it in eval mode and
+    freeze it with :meth:`freeze` before sampling, scoring or training a head.
 
     Attributes:
         backbone: A model of diffusers that :mod:`ocm.diffusion.backbones.families` lists, compiled

@@ -59,7 +59,7 @@ class Schedule:
 
     Attributes:
         name: What ``SCHEDULES`` calls it.
-        num_timesteps: N.
+        num_timesteps: The last timestep N, of noise.
         scales: From t, float64 of any shape in [0, N], to alpha and sigma of that shape. SNR falls
             strictly, from alpha = 1 and sigma = 0.
         time: From t to what the network is told, of the same shape.

@@ -56,7 +56,7 @@ def dequantise(
         noise: Standard normal numbers of that shape.
         name: Of q.
         levels: Number of grey levels.
-        std: s.
+        std: The standard deviation s.
 
     Raises:
         ValueError: If the name is unknown.

@@ -42,7 +42,7 @@ class Place:
 
     Attributes:
         t: The timestep, whole or between those of a discrete schedule.
-        scale: r.
+        scale: The scale r.
         of_z: cos(theta) - r p, the weight of z in dz/domega, which no rounding of z disturbs.
         of_output: -q, the weight of the output.
     """

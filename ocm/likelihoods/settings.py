@@ -155,7 +155,7 @@ class LogLikelihood:
             draws share the weight.
         degrees: Degrees of freedom of ``probe_stderr``, by Welch and Satterthwaite; 0 where that
             is infinite.
-        num_features: D.
+        num_features: The number D of dimensions of a sample.
         num_evaluations: Of the network, for a sample.
         num_products: With its Jacobian, for a sample.
         settings: How it was taken.

@@ -42,8 +42,8 @@ class ReverseStep(NamedTuple):
     """x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]).
 
     Attributes:
-        mean_from_x_t: a.
-        mean_from_x0: b.
+        mean_from_x_t: The factor a.
+        mean_from_x0: The factor b.
         noise_variance: lambda^2.
     """
 
@@ -203,10 +203,10 @@ def sample(
 ) -> Tensor:
     """Draw samples with one evaluation of the backbone a step, and what the covariance costs.
 
-    Each step draws x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]), with a, b and lambda^2
-    of the sampler. The noise follows the random-number contract: sample i is the same in any batch and on any
-    number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it allows. The
-    last step, to s = 0, returns x0_hat unless noise is asked for.
+    Each step draws x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]), with the sampler's a,
+    b and lambda^2. The noise follows the random-number contract: sample i is the same in any batch
+    and on any number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it
+    allows. The last step, to s = 0, returns x0_hat unless noise is asked for.
 
     Args:
         denoiser: The frozen denoiser.

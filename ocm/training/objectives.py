@@ -52,7 +52,7 @@ def denoising_loss(
 
     Raises:
         TypeError: If x0 is no floating-point tensor.
-        ValueError: If there is not one timestep for each sample, or one lies outside the schedule.
+        ValueError: If there is not one timestep for each sample.
 
     Example:
         Noise of variance 1, predicted as 0:

@@ -18,9 +18,9 @@ from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 class LearnedCovariance(Covariance, Protocol):
     """A covariance whose head is trained by a loss of its own.
 
-    :func:`ocm.train_head` trains whatever has these five: ``denoiser``, ``head`` and
-    ``parameterisation``, which may be fields, and ``at`` and ``loss``. A class of your own derives
-    from :class:`ocm.Covariance`.
+    A class of your own derives from :class:`ocm.Covariance` and has the five members below, the
+    first three as fields or properties. :func:`ocm.train_head` trains its head by ``loss``, and
+    samplers and bounds call ``at``.
 
     Example:
         A head trained by the Gaussian likelihood of x0 around x0_hat:
