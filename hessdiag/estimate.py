@@ -232,11 +232,11 @@ def hutchinson(
     """Estimate diag(J) of each sample with M Rademacher probes.
 
     The estimate is Hutchinson's, as written for the diagonal by Bekas, Kokiopoulou and Saad
-    (2007),
+    (2007)::
 
         d = (1/M) sum_m v_m * (J v_m),    v_m uniform on {-1, +1}^D,
 
-    or the same with the transpose of J. It is unbiased, with variance
+    or the same with the transpose of J. It is unbiased, with variance::
 
         Var[d_i] = (1/M) sum_{j != i} J_ij^2    (forward mode; J_ji^2 in reverse mode).
 

@@ -1,6 +1,6 @@
 """Probe designs: which vectors v are multiplied with the Jacobian.
 
-Every estimate of diag(J) here is a mean over *blocks* of probes,
+Every estimate of diag(J) here is a mean over *blocks* of probes::
 
     d = weight * sum over the block of v * (J v),
 
@@ -200,7 +200,7 @@ class Coloring(ProbeDesign):
 
     The colors are those of :mod:`hessdiag.lattices`, any number of them: what couples most,
     neighbours and the channels of a pixel, never shares a color. With z drawn once a block, probe
-    k of the block is
+    k of the block is::
 
         one-color form   z on the features of color k, zero elsewhere;    weight 1
         dense form       z * (row k of a Hadamard matrix, at the colors); weight 1/m

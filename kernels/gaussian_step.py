@@ -1,6 +1,6 @@
 """One reverse step of a Gaussian diffusion sampler, with its noise made inside the kernel.
 
-With the posterior mean and variance of x0 given x_t, every DDPM and DDIM step is
+With the posterior mean and variance of x0 given x_t, every DDPM and DDIM step is::
 
     x0_hat  = clamp(p x_t + q prediction)
     sigma^2 = c + k clamp(variance)
@@ -326,7 +326,7 @@ def gaussian_step(
 ) -> Tensor:
     """Return x_s of one reverse step from the network's prediction and the variance of x0.
 
-    Computes, elementwise and in one kernel on CUDA,
+    Computes, elementwise and in one kernel on CUDA::
 
         x0_hat  = clamp(p x_t + q prediction, x0_range)
         sigma^2 = clamp(c + k clamp(variance, variance_range), 0, max_noise_std^2)

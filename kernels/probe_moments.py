@@ -1,7 +1,7 @@
 """Running moments of v * (J v) over probes, with the signs v made again inside the kernel.
 
 For y_m = v_m * (J v_m) the running mean and sum of squared deviations follow Welford's recurrence
-(Chan, Golub and LeVeque, 1983), one probe after the other:
+(Chan, Golub and LeVeque, 1983), one probe after the other::
 
     delta = y_m - mean,    mean += delta / m,    deviations += delta (y_m - mean).
 

@@ -1,7 +1,7 @@
 """Calibration: two numbers for each timestep that make any covariance fit the errors of the mean.
 
 A covariance describes a perfect mean; a learned mean errs, and where few steps are taken a variance
-that is too small in a few dimensions dominates the bound. So
+that is too small in a few dimensions dominates the bound. So::
 
     Cov' = a_t Cov + b_t I,    a_t, b_t >= 0,
 
@@ -193,7 +193,7 @@ def fit_variance_components(variances: Tensor, squared_errors: Tensor) -> Tensor
 
     The negative log-likelihood, mean of log v_i + e_i^2 / v_i, is the Itakura-Saito divergence of
     v from e^2 up to a constant, which the multiplicative updates of nonnegative matrix
-    factorisation never increase (Févotte and Idier, 2011),
+    factorisation never increase (Févotte and Idier, 2011)::
 
         a_j <- a_j sqrt(sum_i variance_ji e_i^2 / v_i^2  /  sum_i variance_ji / v_i).
 

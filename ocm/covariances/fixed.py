@@ -2,7 +2,7 @@
 
 They are stated there for the reverse step. Taken back to x0 by
 Var = (sigma^2 - beta_tilde) beta_bar_t^2 / (alpha_bar_s beta(s, t)^2), both are independent of s:
-sigma^2 = beta_tilde(s, t) means Var = 0, and sigma^2 = beta(s, t) means Var = beta_bar_t, since
+sigma^2 = beta_tilde(s, t) means Var = 0, and sigma^2 = beta(s, t) means Var = beta_bar_t, since::
 
     beta(s, t) - beta_tilde(s, t) = beta(s, t) (beta_bar_t - beta_bar_s) / beta_bar_t
                                   = alpha_bar_s beta(s, t)^2 / beta_bar_t.

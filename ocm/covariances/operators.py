@@ -2,7 +2,7 @@
 
 Each is C = F^T diag(lambda) F in an orthonormal basis F: the pixels themselves for a diagonal
 covariance, cosines, the eigenvectors of a matrix or of its blocks. So everything is a function of
-the eigenvalues:
+the eigenvalues::
 
     product    C v     = F^T (lambda * F v)         noise  C^(1/2) z = F^T (sqrt(lambda) * F z)
     solve      C^-1 v  = F^T (F v / lambda)         log det C        = sum log lambda

@@ -1,12 +1,12 @@
 """A diffusion backbone with its schedule: what it says about x0 given x_t.
 
 Whatever a network predicts (:mod:`ocm.diffusion.predictions`), the posterior mean is linear in its
-output,
+output::
 
     x0_hat = p_t x_t + q_t output,
 
 and by Tweedie's formula, twice, on any path x_t = alpha x0 + sigma n, with J the Jacobian of the
-output at x_t,
+output at x_t::
 
     Cov[x0 | x_t] = (sigma^2 / alpha) d x0_hat / d x_t = (sigma^2 / alpha) (p_t I + q_t J).
 
@@ -17,7 +17,7 @@ Cov[x0 | x_t] is the covariance of the data.
 
 Classifier-free guidance of scale w (Ho and Salimans, 2022) replaces the score by
 (1 - w) score(x_t) + w score(x_t | label), the score of q(x_t)^(1-w) q(x_t | label)^w. Its Hessian
-is the same combination, and so is the covariance stated here:
+is the same combination, and so is the covariance stated here::
 
     x0_hat = (1 - w) x0_hat(x_t) + w x0_hat(x_t | label),
     Cov    = (1 - w) Cov[x0 | x_t] + w Cov[x0 | x_t, label],

@@ -1,11 +1,11 @@
 """Paths from data to noise, x_t = alpha_t x0 + sigma_t n, by a real number t from 0 to N.
 
 t = 0 is data (alpha = 1, sigma = 0) and N noise. Everything that is said about x0 given x_t rests
-on the signal-to-noise ratio SNR = alpha^2 / sigma^2, whatever the path: with
+on the signal-to-noise ratio SNR = alpha^2 / sigma^2, whatever the path: with::
 
     alpha_bar = alpha^2 / (alpha^2 + sigma^2),      beta_bar = 1 - alpha_bar
 
-x_t / sqrt(alpha^2 + sigma^2) is the x_t of a variance-preserving process. For s < t
+x_t / sqrt(alpha^2 + sigma^2) is the x_t of a variance-preserving process. For s < t::
 
     beta(s, t)       = sigma_t^2 (1 - SNR_t / SNR_s)      variance of q(x_t | x_s)
     beta_tilde(s, t) = sigma_s^2 (1 - SNR_t / SNR_s)      variance of q(x_s | x_t, x_0).

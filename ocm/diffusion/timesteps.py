@@ -280,7 +280,7 @@ def quadratic_timesteps(schedule: Schedule, K: int) -> list[float]:
 def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[float]:
     """Return the K timesteps 1 = t_1 < ... < t_K = N that minimise the bound, or [N] for K = 1.
 
-    With the optimal covariance the expected KL of the step from t to s is, per dimension,
+    With the optimal covariance the expected KL of the step from t to s is, per dimension::
 
         1/2 log(1 + (SNR(s) - SNR(t)) Var_t),    SNR = alpha_bar / beta_bar,
 

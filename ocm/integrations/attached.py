@@ -4,7 +4,7 @@ The model that :func:`attach` returns is one of diffusers: pipelines save, load 
 call it as they call its backbone. Its output is twice as long as x_t in dimension 1: what the
 backbone predicts, and the ratio of Var[x0 | x_t] to the unit of its :class:`ocm.Parameterisation`,
 from the same pass through the backbone. For images and videos these are twice the channels; for
-the tokens of Flux, Qwen-Image and LTX-Video twice the tokens, laid out alike in both halves.
+the tokens of Flux, Qwen-Image and LTX-Video twice the tokens, laid out alike in both halves::
 
     scheduler = model.scheduler(pipeline.scheduler)
     pipeline = DDPMPipeline(unet=model, scheduler=scheduler)

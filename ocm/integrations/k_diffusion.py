@@ -1,7 +1,9 @@
 """A denoiser as k-diffusion's samplers call it.
 
-model = ocm.KDiffusionDenoiser(denoiser)
-images = k_diffusion.sampling.sample_heun(model, x, model.get_sigmas(20))
+For example::
+
+    model = ocm.KDiffusionDenoiser(denoiser)
+    images = k_diffusion.sampling.sample_heun(model, x, model.get_sigmas(20))
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """How sure a model is of each pixel: the standard deviation of x0 given x_t, as a map.
 
+For example::
+
     found = ocm.uncertainty(pipeline, 500, image=images)      # noised to t = 500
     found = ocm.uncertainty(pipeline, 500, x_t=latents)       # in the middle of sampling
     found.mean, found.std                                     # images in [-1, 1]
 
 Latents are decoded. With D the decoder, the image of x0 ~ N(m, C) has about the covariance
-J C J^T, J = dD/dz at m. Two ways lead to its diagonal, both by C^(1/2) z with standard normal z:
+J C J^T, J = dD/dz at m. Two ways lead to its diagonal, both by C^(1/2) z with standard normal z::
 
     draws      the variance of D(m + C^(1/2) z) over M draws, M passes through the decoder
     products   the mean of (J C^(1/2) z)^2 over M draws, M products in forward mode

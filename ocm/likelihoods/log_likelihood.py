@@ -1,6 +1,6 @@
 """Log-likelihoods by the probability-flow ODE, with an error for every part that is estimated.
 
-Along a solution from the data, z_1, to noise, z_N,
+Along a solution from the data, z_1, to noise, z_N::
 
     log p(z_1) = log N(z_N; 0, I) + integral of div(dz/domega) domega
 

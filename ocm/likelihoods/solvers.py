@@ -13,6 +13,8 @@ from torch import Tensor
 class RungeKutta:
     """An explicit method, by its tableau.
 
+    A step of length h is::
+
         k_j = f(w + c_j h, z + h sum_l a_jl k_l),    z <- z + h sum_j b_j k_j
 
     Attributes:

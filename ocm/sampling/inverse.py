@@ -1,6 +1,6 @@
 """x0 given x_t and a linear measurement of it, by any covariance, and samplers made of it.
 
-With y = A x0 + noise_std n, r = y - A x0_hat and x0 given x_t of covariance C, every method has
+With y = A x0 + noise_std n, r = y - A x0_hat and x0 given x_t of covariance C, every method has::
 
     E[x0 | x_t, y] = x0_hat + C A^T u,
 
@@ -193,7 +193,7 @@ def sample_given_measurement(
 ) -> Tensor:
     """Draw samples of x0 given y = A x0 + noise_std n, from any denoiser and covariance.
 
-    :func:`ocm.sample` with E[x0 | x_t, y] and Cov[x0 | x_t, y] in the place of x0_hat and C,
+    :func:`ocm.sample` with E[x0 | x_t, y] and Cov[x0 | x_t, y] in the place of x0_hat and C::
 
         x_s ~ N(a x_t + b E[x0 | x_t, y], lambda^2 I + b^2 Cov[x0 | x_t, y]),
 

@@ -1,6 +1,6 @@
 """The variational bound on the likelihood, in bits per dimension.
 
-For a trajectory t_1 < ... < t_K = N the bound on -log2 p(x_0) is the sum of
+For a trajectory t_1 < ... < t_K = N the bound on -log2 p(x_0) is the sum of::
 
     KL(q(x_N | x_0) || N(0, (alpha_N^2 + sigma_N^2) I))                  the prior
     KL(q(x_s | x_t, x_0) || p(x_s | x_t)),  (s, t) = (t_{k-1}, t_k)      a Gaussian step each
@@ -9,7 +9,7 @@ For a trajectory t_1 < ... < t_K = N the bound on -log2 p(x_0) is the sum of
 With p(x_s | x_t) of the form of :mod:`ocm.sampling.samplers` the step's KL needs nothing but
 r = SNR(s) - SNR(t), since b^2 / beta_tilde(s, t) = r, on every path. With the
 eigenvalues Var_k of Cov[x0 | x_t] in its eigenbasis F, the pixels for a diagonal one, it is the sum
-over k of
+over k of::
 
     1/2 [log(1 + r Var_k) + (1 + r (F (x_0 - x0_hat))_k^2) / (1 + r Var_k) - 1].
 

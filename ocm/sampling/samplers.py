@@ -1,6 +1,6 @@
 """DDPM, DDIM and all between, at any timesteps and with any covariance of x0 given x_t.
 
-Integrating q(x_s | x_t, x_0) over N(x0_hat, Cov[x0 | x_t]) gives all samplers the same form,
+Integrating q(x_s | x_t, x_0) over N(x0_hat, Cov[x0 | x_t]) gives all samplers the same form::
 
     mean       = a x_t + b x0_hat
     covariance = lambda^2 I + b^2 Cov[x0 | x_t],

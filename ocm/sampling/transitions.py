@@ -2,7 +2,7 @@
 
 Reinforcement learning of diffusion and flow models, importance weights and annealed samplers need
 log p(x_s | x_t) of every step that was taken. With the posterior covariance a step has the right
-second moments at any number of steps, and its density is known:
+second moments at any number of steps, and its density is known::
 
     trajectory = ocm.sample_trajectory(denoiser, covariance, shape, steps=10)
     ratio = (ocm.trajectory_log_prob(denoiser, covariance, trajectory) - trajectory.log_prob).exp()

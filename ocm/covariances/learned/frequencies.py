@@ -81,7 +81,7 @@ class FrequencyLikelihood(MaximumLikelihood):
 
     After K-DCT (Xia et al., TMLR 2026). The errors of natural images are correlated over pixels and
     channels, and little over frequencies of uncorrelated colours. The unit of coefficient k of
-    variance v_k in the data is
+    variance v_k in the data is::
 
         c_tk = sigma_t^2 / (alpha_t^2 + sigma_t^2 / v_k),
 

@@ -25,7 +25,7 @@ class ImprovedDDPM(Covariance):
     """The reverse variance interpolated between beta_tilde and beta in its logarithm.
 
     That of Nichol and Dhariwal (2021, arXiv 2102.09672). For the step from t to s with fraction
-    v = (1 + o) / 2,
+    v = (1 + o) / 2::
 
         sigma^2 = beta(s, t)^v beta_tilde(s, t)^(1 - v),
 

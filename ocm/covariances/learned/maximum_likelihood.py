@@ -34,7 +34,7 @@ class MaximumLikelihood(Covariance):
     """Var[x0 | x_t] = c_t ratio(o), trained to maximise the bound of chains of few steps.
 
     A sample trains one term of the bound (:mod:`ocm.sampling.likelihood`) of one chain of K steps,
-    weighted by K. With the mean stopped, and r = SNR(s) - SNR(t) of the step from t to s, it is
+    weighted by K. With the mean stopped, and r = SNR(s) - SNR(t) of the step from t to s, it is::
 
         1/2 [log(1 + r Var) + (1 + r (x0 - x0_hat)^2) / (1 + r Var) - 1],
 

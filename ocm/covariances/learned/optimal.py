@@ -22,7 +22,7 @@ from ocm.diffusion.noise import noisy
 class OptimalCovarianceMatching(Covariance):
     """Var[x0 | x_t] = c_t ratio(o), with the ratio regressed on an unbiased estimate of it.
 
-    The method of Ou et al. (ICLR 2025, arXiv 2406.10808). The loss is
+    The method of Ou et al. (ICLR 2025, arXiv 2406.10808). The loss is::
 
         mean w_t (ratio - (1/M) sum_m v_m * (C v_m) / c_t)^2,    C v = c v + k J^T v,
 

@@ -1,6 +1,6 @@
 """What the output of a covariance head means: a variance in units that suit the noise level.
 
-With output o, a learned covariance states
+With output o, a learned covariance states::
 
     Var[x0 | x_t] = c_t ratio(o),      c_t = sigma_t^2 / (alpha_t^2 + sigma_t^2 / data_std^2),
 
