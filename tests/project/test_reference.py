@@ -1,5 +1,6 @@
 """The site's reference has every public name once, and each says what its reader needs."""
 
+import ast
 import inspect
 import re
 from collections import Counter
@@ -12,7 +13,8 @@ import hessdiag
 import hessdiag.kernels
 import ocm
 
-PAGES = Path(__file__).parents[2] / "docs" / "api"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "api"
 PACKAGES = {"hessdiag": hessdiag, "kernels": hessdiag.kernels, "ocm": ocm}
 PUBLIC = [(package, name) for package in PACKAGES.values() for name in package.__all__]
 
@@ -59,3 +61,14 @@ def test_every_public_name_is_documented(package, name):
         assert arguments(thing) <= set(re.findall(r"^(\w+):", listed, re.MULTILINE))
         # A letter alone is the number of an empty list to Sphinx, which leaves it out.
         assert not re.search(r"^\w+: \w[.)]$", listed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_formulas_and_code_are_blocks(folder):
+    """What is indented and does not follow a "::" is a quotation, whose lines Sphinx joins."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                prose = re.split(r"^\w+:$", ast.get_docstring(node) or "", flags=re.MULTILINE)[0]
+                quoted = re.search(r"^\S.*(?<!::)\n\n +\S.*", prose, re.MULTILINE)
+                assert quoted is None, f"{file}: {quoted[0]}"

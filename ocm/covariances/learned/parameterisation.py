@@ -130,12 +130,14 @@ class Parameterisation:
         return Parameterisation(math.inf if std is None else float(std), positive)
 
 
-#: The papers' :class:`ocm.Parameterisation`: ratio 1 + o in units of sigma^2 / alpha^2, which grow
-#: without bound towards t = N. ``ocm.NPR(denoiser, head, ocm.PAPER)`` takes it.
+#: The papers' :class:`ocm.Parameterisation`: ratio 1 + o in units of sigma^2 / alpha^2, which are
+#: large near t = N, and infinite where x_t holds no signal. ``ocm.NPR(denoiser, head, ocm.PAPER)``
+#: takes it.
 PAPER = Parameterisation()
 
 # Images in [-1, 1] have a standard deviation near 0.5 and latents one near 1; the order of
 # magnitude is what matters.
 #: The default :class:`ocm.Parameterisation`: a positive variance (softplus), in units that are at
-#: most ``data_std``^2 = 1/4 at every noise level. It suits images in [-1, 1], and latents too.
+#: most 1/4, the square of its ``data_std``, at every noise level. It suits images in [-1, 1] and
+#: latents.
 BOUNDED = Parameterisation(data_std=0.5, positive=True)
