@@ -37,11 +37,11 @@ class Basis:
     num_axes: int = 0
 
 
-def check_basis(basis: Basis, x: Tensor) -> None:
-    """Raise unless ``basis`` is one of the samples of x.
+def check_basis(basis: Basis | None, x: Tensor) -> None:
+    """Raise unless ``basis`` is None or one of the samples of x.
 
     Raises:
-        TypeError: If it is no basis.
+        TypeError: If it is neither.
         ValueError: If samples have fewer axes than it mixes.
 
     Example:
@@ -50,12 +50,15 @@ def check_basis(basis: Basis, x: Tensor) -> None:
         ...
         ValueError: basis must mix at most the 1 axes of a sample of x, got one of 2: dct(1) say
     """
+    if basis is None:
+        return
     if not isinstance(basis, Basis):
         raise TypeError(f"basis must be a hessdiag.Basis or None, got {type(basis).__name__}")
-    if basis.num_axes >= x.dim():
+    axes = x.dim() - 1
+    if basis.num_axes > axes:
         raise ValueError(
-            f"basis must mix at most the {x.dim() - 1} axes of a sample of x, got one of "
-            f"{basis.num_axes}: dct({max(1, x.dim() - 1)}) say"
+            f"basis must mix at most the {axes} axes of a sample of x, got one of "
+            f"{basis.num_axes}" + (f": dct({axes}) say" if axes else "")
         )
 
 
@@ -129,9 +132,9 @@ def _is_recorded(device: torch.device) -> bool:
 
 
 def _computed(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    place = torch.arange(length, dtype=torch.float64, device=device)
     if length == 0:
         return torch.empty(0, 0, dtype=dtype, device=device)
+    place = torch.arange(length, dtype=torch.float64, device=device)
     F = torch.cos(math.pi / length * place[:, None] * (place + 0.5)) * math.sqrt(2.0 / length)
     F[0] /= math.sqrt(2.0)
     return F.to(dtype)

@@ -11,8 +11,6 @@ from torch import Tensor
 from hessdiag.compat import has_tangent
 from hessdiag.kernels.philox import integer_of
 
-_LEAST_SIZE = 2
-
 
 def check_positive_int(name: str, value: object) -> int:
     """Return ``value`` as an int, unless it is no integer or below 1.
@@ -75,7 +73,7 @@ def check_batch(name: str, x: object, *, differentiable: bool = False) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{name} must be a real floating-point tensor, got {x.dtype}")
-    if x.itemsize < _LEAST_SIZE:
+    if x.itemsize < 2:
         raise TypeError(f"{name} must be of a type of at least 16 bits, got {x.dtype}")
     if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got {x.layout}; pass {name}.to_dense()")

@@ -109,7 +109,7 @@ def merge(*parts: Part) -> Part:
         within = torch.where(stderr.isinf(), 0.0, weight * (weight - 1) * stderr.square())
         # Means that agree but for the rounding of their mean leave the error unknown too.
         between, rounding = part - mean, 8 * torch.finfo(mean.dtype).eps * mean.abs()
-        between = torch.where(between.abs() > rounding, between, 0.0)
+        between = torch.where(between.abs() <= rounding, 0.0, between)  # NaN stays NaN
         deviations += within + weight * between.square()
     # Samples may have stopped at different numbers of blocks.
     stderr = torch.full_like(mean, torch.inf)
@@ -136,7 +136,8 @@ def half_width(stderr: Tensor, num_blocks: Tensor, level: float) -> Tensor:
         level: Between 0 and 1.
 
     Raises:
-        ValueError: If ``level`` is not between 0 and 1.
+        TypeError: If ``level`` is no number.
+        ValueError: If it is not between 0 and 1.
 
     Example:
         >>> half_width(torch.tensor([[1.0, 1.0]]), torch.tensor([2]), 0.5)

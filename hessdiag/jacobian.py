@@ -138,12 +138,9 @@ class Jacobian:
         _check_differentiable(differentiable, compile, batching)
         if not callable(score_fn):
             raise TypeError(f"score_fn must be callable, got {type(score_fn).__name__}")
-        if basis is not None:
-            check_basis(basis, x)
-            if rectangular:
-                raise ValueError(
-                    "basis must be left out with rectangular=True: it is that of x alone"
-                )
+        check_basis(basis, x)
+        if rectangular and basis is not None:
+            raise ValueError("basis must be left out with rectangular=True: it is that of x alone")
         self.x, self.basis, self.asked_mode = x, basis, mode
         self.differentiable, self.rectangular = differentiable, rectangular
         prepared_fn, mode = prepared(score_fn, x, compile=compile, autocast=autocast, mode=mode)
@@ -257,8 +254,7 @@ class Jacobian:
             >>> J.in_basis(Basis(torch.negative, torch.negative)).products(torch.ones(1, 1, 2))
             tensor([[[1., 1.]]])
         """
-        if basis is not None:
-            check_basis(basis, self.x)
+        check_basis(basis, self.x)
         other = copy.copy(self)
         other.basis = basis
         return other

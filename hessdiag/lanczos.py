@@ -42,7 +42,9 @@ def lanczos(products: Products, start: Tensor, num_probes: int) -> tuple[Tensor,
     """
     check_positive_int("num_probes", num_probes)
     if not isinstance(start, Tensor) or not start.is_floating_point() or start.dim() < 1:
-        got = start.dtype if isinstance(start, Tensor) else type(start).__name__
+        got = type(start).__name__
+        if isinstance(start, Tensor):
+            got = f"{start.dtype} of shape {tuple(start.shape)}"
         raise TypeError(f"start must be a floating-point tensor of shape (B, ...), got {got}")
     batch, tiny = len(start), torch.finfo(start.dtype).eps
     v = start.reshape(batch, start.shape[1:].numel())

@@ -68,14 +68,12 @@ class ParameterTree:
             kinds = sorted({f"{leaf.dtype} on {leaf.device}" for leaf in leaves})
             raise TypeError(f"parameters must be of one type on one device, got {', '.join(kinds)}")
         # One pass over the memory, and the check that says more where the sum is not finite.
-        is_usual = leaves[0].is_floating_point() and leaves[0].itemsize > 1
-        if (
-            not is_usual
-            or leaves[0].is_meta
-            or not math.isfinite(sum(leaf.detach().sum() for leaf in leaves))
-        ):
+        first = leaves[0]
+        is_usual = first.is_floating_point() and first.itemsize > 1 and not first.is_meta
+        is_usual = is_usual and all(leaf.layout is torch.strided for leaf in leaves)
+        if not is_usual or not math.isfinite(sum(leaf.detach().sum() for leaf in leaves)):
             for leaf in leaves:
-                check_batch("parameters", leaf.detach().reshape(1, -1))
+                check_batch("parameters", leaf.detach()[None])
         # A tensor made in inference mode can take part in no graph; a copy of it can.
         with torch.inference_mode(False):
             plain = [leaf.clone() if leaf.is_inference() else leaf.detach() for leaf in leaves]

@@ -103,7 +103,8 @@ def xdiag(
     # Products may depend on each other: of signs that come twice among few features, or where J has
     # fewer than k directions. What rounding makes of the rest of Q is no direction of theirs.
     eps = torch.finfo(dtype).eps
-    U, sizes, Vh = torch.linalg.svd(R)
+    finite = R.isfinite().flatten(1).all(dim=1)
+    U, sizes, Vh = torch.linalg.svd(torch.where(finite[:, None, None], R, 0.0))
     kept = sizes > 100 * eps * sizes[:, :1]
     Q, Z = Q @ U * kept[:, None], Z @ U * kept[:, None]
     R = (sizes * kept)[..., None] * Vh
@@ -115,5 +116,5 @@ def xdiag(
     QS, ZS = Q @ S, Z @ S
     # (I - Q_i Q_i^T) J omega_i = Q s_i (s_i^T R e_i), as J omega_i lies in the span of Q.
     residual = QS * (S * R).sum(dim=-2, keepdim=True)
-    diagonal: Tensor = (Q * Z).sum(dim=-1) + (omega * residual - QS * ZS).mean(dim=-1)
-    return diagonal.reshape(x.shape)
+    diagonal = (Q * Z).sum(dim=-1) + (omega * residual - QS * ZS).mean(dim=-1)
+    return torch.where(finite[:, None], diagonal, torch.nan).reshape(x.shape)

@@ -13,6 +13,7 @@ import hessdiag
 from ocm.checkpoints.catalogue import available, build_covariance, num_products
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.covariances.names import CALIBRATED, named
+from ocm.data import Images
 from ocm.diffusion.noise import labelled, noisy_prediction
 from ocm.evaluation.distances import frechet_caution
 from ocm.evaluation.evaluation import SAMPLERS, EvaluationSettings, lacking
@@ -115,7 +116,7 @@ def left_out(checkpoint: Checkpoint, settings: EvaluationSettings) -> str | None
 
 
 def announcement(
-    checkpoint: Checkpoint, settings: EvaluationSettings, num_fit: int, num_real: int
+    checkpoint: Checkpoint, settings: EvaluationSettings, num_fit: int, images: Images
 ) -> list[str]:
     """Return what will be done, in lines.
 
@@ -123,7 +124,7 @@ def announcement(
         checkpoint: What is evaluated.
         settings: Of the evaluation.
         num_fit: Training images that are there to fit to.
-        num_real: Images that samples are compared with.
+        images: The data set, with whose training images samples are compared.
     """
     variances, calibrations = lacking(checkpoint, settings)
     counts = _listed(map(str, settings.step_counts))
@@ -139,9 +140,10 @@ def announcement(
     if settings.quality:
         lines.append(
             f"{settings.num_samples} samples for each of {len(settings.drawn)} covariances, each K "
-            f"and each of {_listed(SAMPLERS)}, compared with {num_real} images"
+            f"and each of {_listed(SAMPLERS)}, compared with {len(images.train)} images"
         )
-        caution = frechet_caution(num_real, settings.num_samples, settings.num_features)
+        fewest = min(len(images.train), len(images.test))  # held-out ones are compared too
+        caution = frechet_caution(fewest, settings.num_samples, settings.num_features)
         if caution is not None:
             lines.append(f"caution: {caution}")
     if settings.by_ode:

@@ -103,7 +103,8 @@ def _status(error: Exception) -> int | None:
     if isinstance(error, wrong_use):
         return 2
     # PyTorch's errors of memory are RuntimeErrors, of a name on GPUs alone.
-    of_memory = isinstance(error, RuntimeError) and "memory" in str(error)
+    lacks = ("out of memory", "tried to allocate")
+    of_memory = isinstance(error, RuntimeError) and any(x in str(error).lower() for x in lacks)
     if isinstance(error, (ArithmeticError, OSError, MemoryError)) or of_memory:
         return 1
     return None

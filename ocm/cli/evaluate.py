@@ -143,7 +143,7 @@ def evaluate(
     check(loaded, images, settings)
     held_out = images.test[:num_images]
     x0, labels = held_back(loaded, images, fit_images)
-    for line in announcement(loaded, settings, len(x0), len(images.train)):
+    for line in announcement(loaded, settings, len(x0), images):
         typer.echo(line)
     left = None if chosen else left_out(loaded, settings)
     if left is not None:

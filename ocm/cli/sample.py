@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -139,8 +138,7 @@ def sample(
     timesteps = _timesteps(loaded, spacing, steps)
     name = preferred(loaded) if covariance is None else covariance.value
     name += CALIBRATED if calibrated else ""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    group = _join(processes) if processes > 1 else None
+    rank, processes, group = _join()
     first, end = (num_images * r // processes for r in (rank, rank + 1))
     chosen = {
         "covariance": name,
@@ -253,15 +251,16 @@ def _timesteps(loaded: Checkpoint, spacing: str, steps: int) -> list[float]:
     return timesteps.optimal_timesteps(schedule, variances, steps)
 
 
-def _join(processes: int) -> Any:
-    """Find the other processes, and return their group: each notices when another ends."""
+def _join() -> tuple[int, int, Any]:
+    """Return the number of this process, how many there are, and the group they are in, if any."""
     from torch import distributed
 
-    from ocm.training.processes import MEETING, naming_lost
+    from ocm.training.processes import join, naming_lost
 
-    with naming_lost(processes, lambda: "before all had come"):
-        distributed.init_process_group("gloo", timeout=MEETING)
-        return distributed.new_group(timeout=_LONGEST_WAIT)
+    found = join("cpu")
+    with naming_lost(found.count, lambda: "before all had come together"):
+        group = None if found.count == 1 else distributed.new_group(timeout=_LONGEST_WAIT)
+    return found.rank, found.count, group
 
 
 def _gathered(images: Tensor, processes: int, group: Any) -> Tensor:

@@ -303,8 +303,8 @@ def train(
         checkpoints.save(trained, out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(out)) from None
-    # What is left there now is unfinished.
-    for name in ("denoiser", *heads.names):
+    # Those of other trainings are unfinished, and stay.
+    for name in heads.names if denoiser is not None else ("denoiser", *heads.names):
         remove_states(out / "training" / name)
     summary = ", ".join(f"{name} {loss:.4f}" for name, loss in record["head_loss"].items())
     typer.echo(f"head loss {summary} after {record['seconds']:.0f} s")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ocm.covariances.base import Covariance, constant
 from ocm.covariances.operators import SpectralCovariance, variance_bound
-from ocm.diffusion.checks import check_range, check_samples, check_timesteps
+from ocm.diffusion.checks import check_samples, check_timesteps
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.draws import FITTING
 from ocm.diffusion.noise import labelled, noisy_prediction
@@ -53,7 +53,7 @@ class Analytic(Covariance):
             ValueError: If the table does not reach from 1 to N.
         """
         levels = range(1, self.denoiser.schedule.num_timesteps + 1)
-        bound = torch.inf if x0_range is None else variance_bound(x0_range)
+        bound = variance_bound(x0_range)
         variances = [self._variance(t) for t in levels]
         return torch.tensor(variances, dtype=torch.float64).clamp(0.0, bound)
 
@@ -185,10 +185,9 @@ def fit_analytic_from_data(
         (torch.Size([1000]), True)
     """
     check_samples(x0, labels, batch_size)
-    check_range("x0_range", x0_range)
+    bound = variance_bound(x0_range)
     denoiser.check_states_a_mean()
     mean = x0.double().mean(dim=0).cpu()
-    bound = torch.inf if x0_range is None else variance_bound(x0_range)
 
     def variance(t: float) -> float:
         pairs = []

@@ -139,7 +139,7 @@ class LanczosCovariance:
         that the factor is one for each vector: it brings a runaway covariance down, without being
         linear. Leave it out where products must be, in conjugate gradients say.
         """
-        limit = torch.inf if x0_range is None else variance_bound(x0_range)
+        limit = variance_bound(x0_range)
 
         def bound(values: Tensor, weights: Tensor) -> Tensor:
             values = values.clamp(min=0.0)

@@ -168,10 +168,8 @@ class SpectralCovariance:
         to it by S C S with diagonal S, which keeps correlations; in a basis that does not allow
         this (cosines) the whole sample is scaled down.
         """
-        if x0_range is None:
-            return self.clamped(0.0, torch.inf)
         bound = variance_bound(x0_range)
-        if self.basis is PIXELS:
+        if self.basis is PIXELS or bound == torch.inf:
             return self.clamped(0.0, bound)
         # An infinite eigenvalue would leave NaN below.
         positive = self.clamped(0.0, torch.finfo(self.eigenvalues.dtype).max ** 0.5)
@@ -212,8 +210,10 @@ def spectral(covariance: PosteriorCovariance) -> SpectralCovariance:
     return covariance
 
 
-def variance_bound(x0_range: tuple[float, float]) -> float:
+def variance_bound(x0_range: tuple[float, float] | None) -> float:
     """Return ((high - low) / 2)^2, the largest variance of a number in ``x0_range``.
+
+    None stands for data without bounds, whose variance may be infinite.
 
     Raises:
         TypeError: If it is no pair.
@@ -224,7 +224,7 @@ def variance_bound(x0_range: tuple[float, float]) -> float:
         1.0
     """
     check_range("x0_range", x0_range)
-    low, high = x0_range
+    low, high = (-torch.inf, torch.inf) if x0_range is None else x0_range
     return ((high - low) / 2.0) ** 2
 
 

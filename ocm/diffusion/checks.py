@@ -30,6 +30,18 @@ def check_positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def floating(name: str, x: object) -> Tensor:
+    """Return ``x``, a real floating-point tensor.
+
+    Raises:
+        TypeError: If it is no tensor, or of an integer, boolean or complex type.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
+    return x
+
+
 def check_finite(name: str, x: object) -> None:
     """Raise unless ``x`` is a floating-point tensor of finite values.
 
@@ -43,9 +55,7 @@ def check_finite(name: str, x: object) -> None:
         ...
         ValueError: x0 must be finite, got 1 NaN or infinite of 2 values
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
+    x = floating(name, x)
     if x.is_meta:
         raise ValueError(f"{name} must hold data, got a tensor on the meta device")
     infinite = int((~torch.isfinite(x)).sum())
@@ -101,27 +111,9 @@ def check_batch(name: str, x: object) -> None:
         ...
         ValueError: x_t must have shape (B, channels, ...), got (3,)
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a real floating-point tensor, got {got}")
+    x = floating(name, x)
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (B, channels, ...), got {tuple(x.shape)}")
-
-
-def check_type(name: str, dtype: object) -> None:
-    """Raise unless ``dtype`` is a floating-point type of PyTorch.
-
-    Raises:
-        TypeError: If it is none.
-
-    Example:
-        >>> check_type("dtype", torch.int64)
-        Traceback (most recent call last):
-        ...
-        TypeError: dtype must be a floating-point type of torch, got torch.int64
-    """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"{name} must be a floating-point type of torch, got {dtype}")
 
 
 def check_range(name: str, bounds: object) -> None:
@@ -160,9 +152,9 @@ def check_samples(x0: object, labels: object, batch_size: object) -> None:
         ValueError: labels must be a tensor of one for each of 3 samples, got (1,)
     """
     check_positive_int("batch_size", batch_size)
+    x0 = floating("x0", x0)
     check_batch("x0", x0)
     check_finite("x0", x0)
-    assert isinstance(x0, Tensor)
     if len(x0) == 0:
         raise ValueError(f"x0 must hold at least one sample, got shape {tuple(x0.shape)}")
     if labels is not None and (not isinstance(labels, Tensor) or labels.shape != x0.shape[:1]):

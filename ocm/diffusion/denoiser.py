@@ -40,14 +40,7 @@ from ocm.diffusion.backbones.architecture import Architecture, FunctionBackbone
 from ocm.diffusion.backbones.families import ARCHITECTURES, architecture_of, is_distilled
 from ocm.diffusion.backbones.wrappers import class_of, device_of, in_type_of, unwrapped
 from ocm.diffusion.checks import check_batch, check_finite
-from ocm.diffusion.conditions import (
-    Arguments,
-    Condition,
-    check_labels,
-    check_rows,
-    guided,
-    joined,
-)
+from ocm.diffusion.conditions import Arguments, Condition, check_labels, check_rows, guided, joined
 from ocm.diffusion.predictions import (
     PRECONDITIONED,
     Coefficients,

@@ -11,14 +11,7 @@ from typing import Any
 
 import torch
 
-from ocm.diffusion.schedules import (
-    Schedule,
-    check_num_timesteps,
-    edm,
-    flow,
-    from_betas,
-    trigflow,
-)
+from ocm.diffusion.schedules import Schedule, check_num_timesteps, edm, flow, from_betas, trigflow
 
 _FLOW = (
     "FlowMatchEulerDiscreteScheduler",

@@ -31,7 +31,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -490,7 +490,7 @@ def trigflow(num_timesteps: int = 1000, data_std: float = 0.5) -> Schedule:
     )
 
 
-def check_num_timesteps(num_timesteps: object) -> None:
+def check_num_timesteps(num_timesteps: int) -> None:
     """Raise unless N is an int in [2, 1000000], so that tables of all timesteps stay small.
 
     Raises:
@@ -498,7 +498,7 @@ def check_num_timesteps(num_timesteps: object) -> None:
         ValueError: If it lies outside.
     """
     check_positive_int("num_timesteps", num_timesteps)
-    if not 2 <= cast("int", num_timesteps) <= MOST_TIMESTEPS:
+    if not 2 <= num_timesteps <= MOST_TIMESTEPS:
         raise ValueError(f"num_timesteps must be in [2, {MOST_TIMESTEPS}], got {num_timesteps}")
 
 

@@ -121,7 +121,9 @@ def evaluate(
             what is asked.
     """
     check(checkpoint, images, settings)
-    extractor = _features(images, settings, out, parts, progress) if settings.quality else None
+    extractor, said = None, ""
+    if settings.quality:
+        extractor, said = _features(images, settings, out, parts, progress)
     checkpoint = _fitted(checkpoint, images, settings, parts, progress)
     scored = settings.scored
     table = likelihood_table(
@@ -169,7 +171,7 @@ def evaluate(
         record |= part
         sections += more
     if extractor is not None:
-        part, more = _quality(checkpoint, images, settings, *extractor, parts, progress)
+        part, more = _quality(checkpoint, images, settings, extractor, said, parts, progress)
         record |= part
         sections += more
     return record, "\n\n".join(sections)

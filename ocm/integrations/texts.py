@@ -162,7 +162,7 @@ def encode_by(path: Path, texts: Sequence[str], device: torch.device | str) -> d
     parts = _parts_of(path)
     others = ("unet", "transformer", "transformer_2", "vae")
     given: dict[str, Any] = {
-        name: None for name, part in parts.items() if name in others or part == [None, None]
+        part: None for part, kind in parts.items() if part in others or kind == [None, None]
     }
     try:
         for part, kind in parts.items():

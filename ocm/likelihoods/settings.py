@@ -79,15 +79,13 @@ class LikelihoodSettings:
         check_number("tolerance", self.tolerance)
         if not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance must lie between 0 and 1, got {self.tolerance}")
-        if isinstance(self.probes, str) and self.probes not in get_args(Probes):
+        probes = self.probes
+        if isinstance(probes, type) or not isinstance(probes, (str, hessdiag.ProbeDesign)):
+            raise TypeError(f"probes must be a design of hessdiag or a name, got {probes!r}")
+        if isinstance(probes, str) and probes not in get_args(Probes):
             raise ValueError(
-                f"probes must be a design or one of {', '.join(get_args(Probes))}, got "
-                f"{self.probes!r}"
+                f"probes must be a design or one of {', '.join(get_args(Probes))}, got {probes!r}"
             )
-        if not isinstance(self.probes, (str, hessdiag.ProbeDesign)) or isinstance(
-            self.probes, type
-        ):
-            raise TypeError(f"probes must be a design of hessdiag or a name, got {self.probes!r}")
 
     @property
     def is_adaptive(self) -> bool:

@@ -114,8 +114,8 @@ def posterior_mean_given_measurement(
         check_number("tolerance", tolerance)
         if not 0.0 <= tolerance < 1.0:
             raise ValueError(f"tolerance must lie in [0, 1), got {tolerance}")
-    check_noise(noise_std, measurement)
-    check_weighting(weighting)
+    _check_noise(noise_std, measurement)
+    _check_weighting(weighting)
     if not callable(getattr(covariance, "multiply", None)):
         raise TypeError(
             "covariance must be one of a posterior, as Posterior.covariance, got "
@@ -253,8 +253,10 @@ def sample_given_measurement(
             "covariance of x0 given x_t and y belongs to them"
         )
     check_options(denoiser, covariance, sampler, x0_range, dtype)
-    check_noise(noise_std, measurement)
-    if weighting is not None and not isinstance(weighting, (str, int, float)):
+    _check_noise(noise_std, measurement)
+    if weighting is None or isinstance(weighting, (str, int, float)):
+        _check_weighting(weighting)
+    else:
         check_covariance(weighting)
     schedule, timesteps = denoiser.schedule, timesteps_of(denoiser.schedule, steps)
     seed = seed_tensor(seed, denoiser.device)
@@ -302,22 +304,13 @@ def sample_given_measurement(
     return x
 
 
-def check_noise(noise_std: object, measurement: object) -> None:
-    """Raise unless ``noise_std`` is one of noise in ``measurement``.
-
-    Raises:
-        TypeError: If the measurement is no tensor, or the standard deviation no real number or
-            tensor.
-        ValueError: If it is negative or NaN, or does not broadcast to the measurement.
-
-    Example:
-        >>> check_noise(-1.0, torch.zeros(1, 2))
-        Traceback (most recent call last):
-        ...
-        ValueError: noise_std must be at least 0, got -1.0
-    """
+def _check_noise(noise_std: object, measurement: object) -> None:
+    """Raise unless ``noise_std`` is a standard deviation of noise in ``measurement``."""
     if not isinstance(measurement, Tensor):
         raise TypeError(f"measurement must be a tensor, got {type(measurement).__name__}")
+    if not isinstance(noise_std, (int, float, Tensor)):
+        kind = type(noise_std).__name__
+        raise TypeError(f"noise_std must be a number or a tensor, got {noise_std!r} of type {kind}")
     if isinstance(noise_std, Tensor):
         pairs = zip(reversed(noise_std.shape), reversed(measurement.shape), strict=False)
         if noise_std.dim() > measurement.dim() or any(n not in (1, full) for n, full in pairs):
@@ -325,23 +318,12 @@ def check_noise(noise_std: object, measurement: object) -> None:
                 f"noise_std must broadcast to the measurement, {tuple(measurement.shape)}, got "
                 f"{tuple(noise_std.shape)}"
             )
-        is_right = bool((noise_std >= 0).all())
-    elif isinstance(noise_std, (int, float)):
-        is_right = noise_std >= 0
-    else:
-        kind = type(noise_std).__name__
-        raise TypeError(f"noise_std must be a number or a tensor, got {noise_std!r} of type {kind}")
-    if not is_right:
+    if not bool((torch.as_tensor(noise_std) >= 0).all()):
         raise ValueError(f"noise_std must be at least 0, got {noise_std}")
 
 
-def check_weighting(weighting: object) -> None:
-    """Raise unless ``weighting`` is one of :func:`posterior_mean_given_measurement`.
-
-    Raises:
-        TypeError: If it is of no kind that it may be.
-        ValueError: If it is another name, or a number that is negative or not finite.
-    """
+def _check_weighting(weighting: object) -> None:
+    """Raise unless ``weighting`` is one of :func:`posterior_mean_given_measurement`."""
     if weighting is None or callable(getattr(weighting, "multiply", None)):
         return
     if isinstance(weighting, str):

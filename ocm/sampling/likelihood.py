@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ocm.covariances.base import Covariance, check_covariance
 from ocm.covariances.operators import PosteriorCovariance, SpectralCovariance, spectral
-from ocm.diffusion.checks import check_finite, check_positive_int, check_range
+from ocm.diffusion.checks import check_finite, check_positive_int, check_range, floating
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.divergences import (
@@ -245,7 +245,7 @@ def density_term(
     variance = covariance.eigenvalues.double()
     squared_error = _squared_errors(covariance, prediction, x0, x0_range)
     terms = squared_error / variance + variance.log() + math.log(2 * math.pi)
-    # Where the stated variance is 0 the density is too: the error is not.
+    # No variance at all gives every other x0 a density of 0.
     return _mean_bits(0.5 * torch.where(variance > 0, terms, torch.inf))
 
 
@@ -317,10 +317,7 @@ def quantise(x0: Tensor, levels: int = 256) -> Tensor:
     check_positive_int("levels", levels)
     if levels < 2:
         raise ValueError(f"levels must be at least 2, got {levels}")
-    if not isinstance(x0, Tensor) or not x0.is_floating_point():
-        got = x0.dtype if isinstance(x0, Tensor) else type(x0).__name__
-        raise TypeError(f"x0 must be a real floating-point tensor, got {got}")
-    return ((x0 + 1) * (levels - 1) / 2).round() * 2 / (levels - 1) - 1
+    return ((floating("x0", x0) + 1) * (levels - 1) / 2).round() * 2 / (levels - 1) - 1
 
 
 def _mean_bits(nats: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from ocm.covariances.operators import (
     variance_bound,
 )
 from ocm.diffusion import draws
-from ocm.diffusion.checks import check_range, check_type
+from ocm.diffusion.checks import check_range
 from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
@@ -307,7 +307,8 @@ def check_options(
         )
     check_covariance(covariance)
     check_range("x0_range", x0_range)
-    check_type("dtype", dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type of torch, got {dtype}")
 
 
 def check_reverse_step(step: object) -> None:
@@ -380,7 +381,7 @@ def reverse_step(
     p, q, _ = prediction.denoiser.numbers(prediction.timestep)
     coefficients = StepCoefficients(p, q, a, b, noise_variance, b**2)
     if isinstance(covariance, SpectralCovariance) and covariance.basis is PIXELS:
-        bound = math.inf if x0_range is None else variance_bound(x0_range)
+        bound = variance_bound(x0_range)
         return gaussian_step(
             x_t,
             prediction.output,

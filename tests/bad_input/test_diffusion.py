@@ -1,18 +1,18 @@
 """Bad input of ocm: schedules, denoiser, covariances, samplers, likelihoods, inverse problems."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
-from bad_input import Case, run, table
-from expectations import close, holds, shaped
+from bad_input import case, cases_of, cases_of_each, close, holds, run, shaped, table
 from torch import nn
 
 import hessdiag
 import ocm
 from ocm.covariances.operators import channel_blocks, cosine_diagonal, diagonal, full
 from ocm.diffusion.tables import Table
-from ocm.sampling.samplers import ReverseStep
+from ocm.sampling.samplers import ReverseStep, starting_noise
 
 NAN, INF = math.nan, math.inf
 N = 1000
@@ -30,6 +30,7 @@ def noise_of_standard_normals(x, time):
 DENOISER = ocm.Denoiser(noise_of_standard_normals, LINEAR)
 BETA = ocm.Beta(DENOISER)
 AT = DENOISER.predict(X, 500, s=400)
+TIMESTEP = torch.tensor([5, 6])
 
 
 def of(function):
@@ -38,25 +39,21 @@ def of(function):
 
 NANS = of(lambda x, time: x * NAN)
 
-
-def case(name, call, error=None, *says, check=None):
-    return Case(name, lambda _: call(), error, says, check)
-
-
 # Schedules and timesteps
 
-SCHEDULES = [
-    *(
-        case(f"{make.__name__} of {n!r} steps", lambda make=make, n=n: make(n), error, says)
+paths = cases_of_each(
+    {
+        make.__name__: make
         for make in (ocm.linear, ocm.cosine, ocm.vp, ocm.flow, ocm.edm, ocm.trigflow)
-        for n, error, says in (
-            (0, ValueError, "num_timesteps must be at least 1, got 0"),
-            (1, ValueError, "num_timesteps must be"),
-            (10.0, TypeError, "num_timesteps must be an int, got 10.0"),
-        )
-    ),
+    }
+)
+from_betas = cases_of(ocm.from_betas)
+SCHEDULES = [
+    *paths("0 steps", ValueError, "num_timesteps must be at least 1, got 0", num_timesteps=0),
+    *paths("1 step", ValueError, "num_timesteps must be", num_timesteps=1),
+    *paths("10.0 steps", TypeError, "num_timesteps must be an int, got 10.0", num_timesteps=10.0),
     *(
-        case(f"betas {betas}", lambda betas=betas: ocm.from_betas(betas), ValueError, "betas must")
+        from_betas(f"betas {betas}", ValueError, "betas must", betas=betas)
         for betas in ([], [0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [-0.1], [NAN], [[0.1]])
     ),
     # alpha_bar is the product of 1 - beta, whatever the last beta is.
@@ -95,40 +92,39 @@ SCHEDULES = [
     ),
 ]
 
+spaced = cases_of_each(
+    {
+        "even": ocm.even_timesteps,
+        "trailing": ocm.trailing_timesteps,
+        "leading": ocm.leading_timesteps,
+        "quadratic": ocm.quadratic_timesteps,
+        "optimal": partial(ocm.optimal_timesteps, variances=torch.ones(N)),
+    },
+    schedule=LINEAR,
+)
+leading = cases_of(ocm.leading_timesteps, schedule=LINEAR, K=3)
+optimal = cases_of(ocm.optimal_timesteps, schedule=LINEAR, K=3)
+at_sigmas = cases_of(ocm.timesteps_at, schedule=FLOW)
+shifted = cases_of(ocm.shifted, sigmas=[1.0], shift=3.0)
+dynamic = cases_of(ocm.dynamic_shift)
 SPACINGS = [
-    *(
-        case(f"{f.__name__} of {K!r}", lambda f=f, K=K: f(LINEAR, K), error, says)
-        for f in (
-            ocm.even_timesteps,
-            ocm.trailing_timesteps,
-            ocm.leading_timesteps,
-            ocm.quadratic_timesteps,
-            lambda schedule, K: ocm.optimal_timesteps(schedule, torch.ones(N), K),
-        )
-        for K, error, says in (
-            (0, ValueError, "K must be at least 1, got 0"),
-            (N + 1, ValueError, "K must lie in 1 .. 1000, got 1001"),
-            (2.0, TypeError, "K must be an int, got 2.0"),
-            (True, TypeError, "K must be an int, got True"),
-        )
-    ),
+    *spaced("K = 0", ValueError, "K must be at least 1, got 0", K=0),
+    *spaced("K = N + 1", ValueError, "K must lie in 1 .. 1000, got 1001", K=N + 1),
+    *spaced("K = 2.0", TypeError, "K must be an int, got 2.0", K=2.0),
+    *spaced("K = True", TypeError, "K must be an int, got True", K=True),
     case(
         "all timesteps",
         lambda: ocm.even_timesteps(LINEAR, N),
         check=lambda found: holds(found == list(range(1, N + 1))),
     ),
-    case(
-        "half an offset", lambda: ocm.leading_timesteps(LINEAR, 3, 0.5), ValueError, "offset must"
-    ),
-    case(
-        "an offset too far", lambda: ocm.leading_timesteps(LINEAR, 3, N), ValueError, "offset must"
-    ),
+    leading("half an offset", ValueError, "offset must", offset=0.5),
+    leading("an offset too far", ValueError, "offset must", offset=N),
     *(
-        case(
+        optimal(
             f"variances {name}",
-            lambda variances=variances: ocm.optimal_timesteps(LINEAR, variances, 3),
             ValueError,
             "variances must be 1000 finite numbers of at least 0",
+            variances=variances,
         )
         for name, variances in {
             "below 0": -torch.ones(N),
@@ -138,76 +134,40 @@ SPACINGS = [
         }.items()
     ),
     *(
-        case(
-            f"timesteps at {name}", lambda s=s: ocm.timesteps_at(FLOW, s), ValueError, "sigmas must"
-        )
-        for name, s in {"no sigma": [], "0": [0.0], "-1": [-1.0], "NaN": [NAN], "2": [2.0]}.items()
+        at_sigmas(f"timesteps at {name}", ValueError, "sigmas must", sigmas=sigmas)
+        for name, sigmas in {
+            "no sigma": [],
+            "0": [0.0],
+            "-1": [-1.0],
+            "NaN": [NAN],
+            "2": [2.0],
+        }.items()
     ),
-    case(
-        "sigmas of a discrete path",
-        lambda: ocm.timesteps_at(LINEAR, [0.5]),
-        ValueError,
-        "continuous",
-    ),
+    at_sigmas("sigmas of a discrete path", ValueError, "continuous", schedule=LINEAR, sigmas=[0.5]),
     *(
-        case(
-            f"a shift of {s}",
-            lambda s=s: ocm.shifted([1.0], s),
-            ValueError,
-            "shift must be positive",
-        )
+        shifted(f"a shift of {s}", ValueError, "shift must be positive", shift=s)
         for s in (0.0, -1.0, NAN, INF)
     ),
     *(
-        case(f"a sigma of {s} shifted", lambda s=s: ocm.shifted([s], 3.0), ValueError, "in [0, 1]")
+        shifted(f"a sigma of {s} shifted", ValueError, "in [0, 1]", sigmas=[s])
         for s in (-0.1, 1.1, NAN)
     ),
     *(
-        case(
-            f"an image of {n} tokens",
-            lambda n=n: ocm.dynamic_shift(n),
-            ValueError,
-            "num_tokens must",
-        )
+        dynamic(f"an image of {n} tokens", ValueError, "num_tokens must", num_tokens=n)
         for n in (0, -5, NAN)
     ),
-    case(
+    dynamic(
         "shifts between equal ends",
-        lambda: ocm.dynamic_shift(7, base_tokens=7, max_tokens=7),
         ValueError,
         "base_tokens below max_tokens",
+        num_tokens=7,
+        base_tokens=7,
+        max_tokens=7,
     ),
 ]
 
 # The denoiser
 
-POINTS = {
-    "of integers": (X.long(), TypeError, "x_t must be a real floating-point tensor"),
-    "of booleans": (X > 0, TypeError, "x_t must be a real floating-point tensor"),
-    "of complex numbers": (X.cfloat(), TypeError, "x_t must be a real floating-point tensor"),
-    "of NumPy": (X.numpy(), TypeError, "x_t must be a real floating-point tensor, got ndarray"),
-    "that is None": (None, TypeError, "x_t must be a real floating-point tensor, got NoneType"),
-    "of no dimension": (torch.tensor(1.0), ValueError, "x_t must have shape (B, channels, ...)"),
-    "of one dimension": (torch.ones(3), ValueError, "(B, channels, ...), got (3,)"),
-}
-TIMES = {
-    "0": (0, ValueError, "t must lie in 1 .. 1000, got 0"),
-    "below 0": (-1, ValueError, "t must lie in 1 .. 1000, got -1"),
-    "N + 1": (N + 1, ValueError, "t must lie in 1 .. 1000, got 1001"),
-    "NaN": (NAN, TypeError, "t must be whole on the discrete schedule 'linear', got nan"),
-    "infinity": (INF, TypeError, "t must be whole on the discrete schedule 'linear', got inf"),
-    "a half": (0.5, TypeError, "t must be whole on the discrete schedule 'linear', got 0.5"),
-    "a word": ("500", TypeError, "t must be a number or a tensor, got str"),
-    "a list": ([500], TypeError, "t must be a number or a tensor, got list"),
-    "three timesteps": (
-        torch.tensor([5, 6, 7]),
-        ValueError,
-        "one for each of 2 samples, got shape (3,)",
-    ),
-    "a column of timesteps": (torch.tensor([[5], [6]]), ValueError, "got shape (2, 1)"),
-    "timesteps with a 0": (torch.tensor([0, 5]), ValueError, "t must lie in 1 .. 1000"),
-    "timesteps with a NaN": (torch.tensor([NAN, 5.0]), TypeError, "t must be whole"),
-}
 OUTPUTS = {
     "a tuple": (lambda x, t: (x,), TypeError, "backbone must put out a floating-point tensor"),
     "None": (lambda x, t: None, TypeError, "backbone must put out a floating-point tensor"),
@@ -220,12 +180,18 @@ OUTPUTS = {
     "an error": (lambda x, t: [][0], IndexError, "list index out of range"),
 }
 
-
-def made(name, error, *says, backbone=noise_of_standard_normals, schedule=LINEAR, **options):
-    return case(name, lambda: ocm.Denoiser(backbone, schedule, **options), error, *says)
-
-
+REAL, AXES = "x_t must be a real floating-point tensor", "x_t must have shape (B, channels, ...)"
+EACH = "one for each of 2 samples"
+INSIDE, WHOLE = "t must lie in 1 .. 1000", "t must be whole on the discrete schedule 'linear'"
 FLOWS = {"schedule": FLOW, "prediction_type": "flow_prediction"}
+made = cases_of(ocm.Denoiser, backbone=noise_of_standard_normals, schedule=LINEAR)
+predicted = cases_of(DENOISER.predict, x_t=X, t=500)
+output = cases_of_each(
+    {
+        "the output": lambda backbone: of(backbone).predict(X, 500).output,
+        "the Jacobian": lambda backbone: ocm.Exact(of(backbone)).at(of(backbone).predict(X, 500)),
+    }
+)
 DENOISERS = [
     made("no backbone", TypeError, "backbone must be a module or a function", backbone=None),
     made("no schedule", TypeError, "schedule must be an ocm.Schedule", "NoneType", schedule=None),
@@ -235,40 +201,33 @@ DENOISERS = [
     made("data of variance -1", ValueError, "at least 0", data_covariance=-1.0, **FLOWS),
     made("data of variance NaN", ValueError, "data_covariance must", data_covariance=NAN, **FLOWS),
     made("data of a word", TypeError, "data_covariance must be", data_covariance="1", **FLOWS),
+    predicted("x_t of integers", TypeError, REAL, x_t=X.long()),
+    predicted("x_t of booleans", TypeError, REAL, x_t=X > 0),
+    predicted("x_t of complex numbers", TypeError, REAL, x_t=X.cfloat()),
+    predicted("x_t of NumPy", TypeError, f"{REAL}, got ndarray", x_t=X.numpy()),
+    predicted("x_t that is None", TypeError, f"{REAL}, got NoneType", x_t=None),
+    predicted("x_t of no dimension", ValueError, AXES, x_t=torch.tensor(1.0)),
+    predicted("x_t of one dimension", ValueError, f"{AXES}, got (3,)", x_t=torch.ones(3)),
+    predicted("a timestep of 0", ValueError, f"{INSIDE}, got 0", t=0),
+    predicted("a timestep below 0", ValueError, f"{INSIDE}, got -1", t=-1),
+    predicted("a timestep of N + 1", ValueError, f"{INSIDE}, got 1001", t=N + 1),
+    predicted("a timestep of NaN", TypeError, f"{WHOLE}, got nan", t=NAN),
+    predicted("a timestep without end", TypeError, f"{WHOLE}, got inf", t=INF),
+    predicted("half a timestep", TypeError, f"{WHOLE}, got 0.5", t=0.5),
+    predicted("a word", TypeError, "t must be a number or a tensor, got str", t="500"),
+    predicted("a list", TypeError, "t must be a number or a tensor, got list", t=[500]),
+    predicted("three timesteps", ValueError, f"{EACH}, got shape (3,)", t=torch.arange(5, 8)),
+    predicted("a column of timesteps", ValueError, "got shape (2, 1)", t=TIMESTEP[:, None]),
+    predicted("timesteps with a 0", ValueError, INSIDE, t=torch.tensor([0, 5])),
+    predicted("timesteps with a NaN", TypeError, WHOLE, t=torch.tensor([NAN, 5.0])),
     *(
-        case(f"x_t {name}", lambda x=x: DENOISER.predict(x, 500), error, says)
-        for name, (x, error, says) in POINTS.items()
-    ),
-    *(
-        case(f"a timestep that is {name}", lambda t=t: DENOISER.predict(X, t), error, says)
-        for name, (t, error, says) in TIMES.items()
-    ),
-    *(
-        case(
-            f"a step from 500 to {s}",
-            lambda s=s: DENOISER.predict(X, 500, s=s),
-            ValueError,
-            "s must lie in [0, t)",
-        )
+        predicted(f"a step from 500 to {s}", ValueError, "s must lie in [0, t)", s=s)
         for s in (500, 501, -1, NAN)
     ),
     *(
-        case(
-            f"a backbone that returns {name}",
-            lambda f=f: of(f).predict(X, 500).output,
-            error,
-            *says,
-        )
+        row
         for name, (f, error, *says) in OUTPUTS.items()
-    ),
-    *(
-        case(
-            f"the Jacobian of a backbone that returns {name}",
-            lambda f=f: ocm.Exact(of(f)).at(of(f).predict(X, 500)),
-            error,
-            *says,
-        )
-        for name, (f, error, *says) in OUTPUTS.items()
+        for row in output(f"a backbone that returns {name}", error, *says, backbone=f)
     ),
     case(
         "a prediction of no samples",
@@ -310,88 +269,44 @@ LABELLED = ocm.Denoiser(
     ),
 ).freeze()
 CLASSES = torch.tensor([1, 2])
+COLUMN = CLASSES.reshape(2, 1, 1, 1)
 
 
-def condition(name, error, *says, check=None, **arguments):
-    given = {"labels": CLASSES, **arguments}
-
-    def call():
-        return LABELLED.predict(X, 500, condition=LABELLED.condition(**given)).output
-
-    return case(name, call, error, *says, check=check)
+def output_under(**given):
+    return LABELLED.predict(X, 500, condition=LABELLED.condition(**given)).output
 
 
+condition = cases_of(output_under, labels=CLASSES)
+guided = cases_of(lambda scale: output_under(labels=CLASSES, guidance_scale=scale, null_label=0))
+OF_INT64 = "labels must be a tensor of int64"
+WITHIN = "labels must lie in 0 .. 4"
 CONDITIONS = [
-    condition(
-        "three labels", ValueError, "one for each sample", "3", labels=torch.tensor([1, 2, 3])
-    ),
+    condition("three labels", ValueError, "one for each sample", "3", labels=torch.arange(1, 4)),
     condition("no labels in a tensor", ValueError, "one for each sample", labels=CLASSES[:0]),
-    condition(
-        "labels of floats", TypeError, "labels must be a tensor of int64", labels=CLASSES.float()
-    ),
-    condition(
-        "labels of booleans", TypeError, "labels must be a tensor of int64", labels=CLASSES > 1
-    ),
-    condition(
-        "labels in a list", TypeError, "labels must be a tensor of int64, got list", labels=[1, 2]
-    ),
+    condition("labels of floats", TypeError, OF_INT64, labels=CLASSES.float()),
+    condition("labels of booleans", TypeError, OF_INT64, labels=CLASSES > 1),
+    condition("labels in a list", TypeError, OF_INT64 + ", got list", labels=[1, 2]),
     condition("a label that is a number", TypeError, "labels must be a tensor", labels=1),
     condition(
         "a label of no dimension", ValueError, "labels must have shape (B,)", labels=CLASSES[0]
     ),
     condition("a column of labels", ValueError, "labels must have shape", labels=CLASSES[:, None]),
-    condition(
-        "a class below 0", ValueError, "labels must lie in 0 .. 4", labels=torch.tensor([-1, 0])
-    ),
-    condition(
-        "a class too many",
-        ValueError,
-        "labels must lie in 0 .. 4, got 0 .. 5",
-        labels=torch.tensor([0, 5]),
-    ),
+    condition("a class below 0", ValueError, WITHIN, labels=torch.tensor([-1, 0])),
+    condition("a class too many", ValueError, WITHIN + ", got 0 .. 5", labels=torch.tensor([0, 5])),
     condition(
         "neither labels nor tensors", ValueError, "labels or tensors must be given", labels=None
     ),
     condition("guidance without null", ValueError, "null_label must be given", guidance_scale=2.0),
-    condition(
-        "guidance of NaN",
-        ValueError,
-        "guidance_scale must be finite, got nan",
-        guidance_scale=NAN,
-        null_label=0,
-    ),
-    condition(
-        "guidance without end",
-        ValueError,
-        "guidance_scale must be finite",
-        guidance_scale=INF,
-        null_label=0,
-    ),
-    condition(
-        "guidance that is a word",
-        TypeError,
-        "guidance_scale must be a number",
-        guidance_scale="2",
-        null_label=0,
-    ),
+    guided("guidance of NaN", ValueError, "guidance_scale must be finite, got nan", scale=NAN),
+    guided("guidance without end", ValueError, "guidance_scale must be finite", scale=INF),
+    guided("guidance that is a word", TypeError, "guidance_scale must be a number", scale="2"),
     condition(
         "null tensors of nothing", ValueError, "null_tensors must be named", null_tensors={"a": 1}
     ),
-    condition(
-        "labels of 32 bits",
-        None,
-        labels=CLASSES.int(),
-        check=close(X + CLASSES.reshape(2, 1, 1, 1)),
-    ),
-    condition("one label for all", None, labels=CLASSES[:1], check=close(X + 1)),
+    condition("labels of 32 bits", labels=CLASSES.int(), check=close(X + COLUMN)),
+    condition("one label for all", labels=CLASSES[:1], check=close(X + 1)),
     # (1 - w) x + w (x + label), with class 0 for none
-    condition(
-        "negative guidance",
-        None,
-        guidance_scale=-1.0,
-        null_label=0,
-        check=close(X - CLASSES.reshape(2, 1, 1, 1)),
-    ),
+    guided("negative guidance", scale=-1.0, check=close(X - COLUMN)),
     case(
         "labels in place of a condition",
         lambda: LABELLED.predict(X, 500, condition=CLASSES),
@@ -402,8 +317,8 @@ CONDITIONS = [
 
 # Covariances
 
-TIMESTEP = torch.tensor([5, 6])
 FOUR = torch.Size(SHAPE)
+FLAT = DENOISER.predict(X.flatten(1), 5)
 TWOS = {
     "diagonal": diagonal(torch.full(SHAPE, 2.0), FOUR),
     "full": full(2 * torch.eye(4).expand(2, 4, 4), FOUR),
@@ -417,71 +332,67 @@ VECTORS = {
     "without a batch": X[0],
     "that is None": None,
 }
+
+
+def calibrated(weights=(1.0, 0.0)):
+    return ocm.Calibrated((BETA,), Table({5: weights}))
+
+
+by_products = cases_of_each(
+    {
+        "Hutchinson": ocm.Hutchinson,
+        "Lanczos": ocm.Lanczos,
+        "CosineDiagonal": ocm.CosineDiagonal,
+    },
+    denoiser=DENOISER,
+)
+times = cases_of_each({name: C.multiply for name, C in TWOS.items()})
+bounded = cases_of_each({name: C.bounded for name, C in TWOS.items()})
+clamped = cases_of_each({name: C.clamped for name, C in TWOS.items()})
+stated = cases_of(lambda covariance, prediction=AT: covariance.at(prediction))
+probed = cases_of(lambda **given: ocm.Hutchinson(DENOISER, 2, **given).at(AT))
+weighted = cases_of(calibrated)
+of_matrix = cases_of(full, shape=FOUR)
 COVARIANCES = [
+    *by_products("0 products", ValueError, "num_probes must be at least 1, got 0", num_probes=0),
+    *by_products("2.5 products", TypeError, "num_probes must be an int, got 2.5", num_probes=2.5),
     *(
-        case(
-            f"{make.__name__} by {n!r} products",
-            lambda make=make, n=n: make(DENOISER, n),
-            error,
-            says,
-        )
-        for make in (ocm.Hutchinson, ocm.Lanczos, ocm.CosineDiagonal)
-        for n, error, says in (
-            (0, ValueError, "num_probes must be at least 1, got 0"),
-            (2.5, TypeError, "num_probes must be an int, got 2.5"),
-        )
-    ),
-    *(
-        case(
+        stated(
             f"{make.__name__} of no denoiser",
-            lambda make=make: make(None).at(AT),
             TypeError,
             "denoiser of a covariance must be an ocm.Denoiser",
+            covariance=make(None),
         )
         for make in (ocm.Exact, ocm.Full, ocm.ChannelBlocks)
     ),
     *(
-        case(
+        stated(
             f"{name} of a timestep for each sample",
-            lambda C=C: C.at(DENOISER.predict(X, TIMESTEP)),
             TypeError,
             "prediction.t must be one timestep",
+            covariance=C,
+            prediction=DENOISER.predict(X, TIMESTEP),
         )
         for name, C in {
             "probes": ocm.Hutchinson(DENOISER, 2),
             "blocks": ocm.ChannelBlocks(DENOISER),
-            "a calibration": ocm.Calibrated((BETA,), Table({5: [1.0, 0.0]})),
+            "a calibration": calibrated(),
         }.items()
     ),
-    case(
-        "a floor of no name",
-        lambda: ocm.Hutchinson(DENOISER, 2, floor="none"),
-        ValueError,
-        "floor must be 'error' or None",
-    ),
-    case(
-        "a seed of probes below 0",
-        lambda: ocm.Hutchinson(DENOISER, 2, seed=-1).at(AT),
-        ValueError,
-        "seed must lie in [0, 2**64), got -1",
-    ),
-    case(
+    probed("a floor of no name", ValueError, "floor must be 'error' or None", floor="none"),
+    probed("a seed below 0", ValueError, "seed must lie in [0, 2**64), got -1", seed=-1),
+    probed(
         "fewer probes than colors",
-        lambda: ocm.Hutchinson(DENOISER, 2, probes=hessdiag.Coloring(3)).at(AT),
         ValueError,
         "max_probes must be at least 3",
+        probes=hessdiag.Coloring(3),
     ),
-    case(
-        "cosines of flat samples",
-        lambda: ocm.CosineDiagonal(DENOISER).at(DENOISER.predict(X.flatten(1), 5)),
-        ValueError,
-        "two axes of positions",
-    ),
-    case(
-        "channels of flat samples",
-        lambda: ocm.ChannelBlocks(DENOISER).at(DENOISER.predict(X.flatten(1), 5)),
-        ValueError,
-        "(B, C, ...)",
+    *(
+        stated(f"{name} of flat samples", ValueError, says, covariance=C, prediction=FLAT)
+        for name, C, says in (
+            ("cosines", ocm.CosineDiagonal(DENOISER), "two axes of positions"),
+            ("channels", ocm.ChannelBlocks(DENOISER), "(B, C, ...)"),
+        )
     ),
     case(
         "no variance beside the output",
@@ -498,85 +409,48 @@ COVARIANCES = [
         )
         for make in (ocm.Full, ocm.Lanczos)
     ),
-    case(
-        "weights below 0",
-        lambda: ocm.Calibrated((BETA,), Table({5: [-1.0, 0.0]})),
-        ValueError,
-        "weights must be at least 0, got -1",
+    weighted(
+        "weights below 0", ValueError, "weights must be at least 0, got -1", weights=[-1.0, 0.0]
     ),
-    case(
-        "weights of two covariances",
-        lambda: ocm.Calibrated((BETA,), Table({5: [1.0]})),
-        ValueError,
-        "weights must have 2 columns",
+    weighted(
+        "weights of two covariances", ValueError, "weights must have 2 columns", weights=[1.0]
     ),
-    case(
+    stated(
         "a calibration of another timestep",
-        lambda: ocm.Calibrated((BETA,), Table({5: [1.0, 0.0]})).at(AT),
         ValueError,
         "t must lie in 5 .. 5, where this was fitted, got 500",
+        covariance=calibrated(),
     ),
     *(
-        case(
-            f"{name} by a vector {what}",
-            lambda C=C, v=v: C.multiply(v),
-            ValueError,
-            "a vector must have the shape of the covariance",
-        )
-        for name, C in TWOS.items()
+        row
         for what, v in VECTORS.items()
-    ),
-    *(
-        case(
-            f"{name} in a range {what}",
-            lambda C=C, r=r: C.bounded(r),
-            error,
-            "x0_range must be (low, high)",
-        )
-        for name, C in TWOS.items()
-        for what, r, error in (
-            ("that is reversed", (1.0, -1.0), ValueError),
-            ("from NaN", (NAN, 1.0), ValueError),
-            ("of one number", (1.0,), TypeError),
+        for row in times(
+            f"a vector {what}", ValueError, "a vector must have the shape of the covariance", v=v
         )
     ),
-    *(
-        case(
-            f"{name} clamped to bounds out of order",
-            lambda C=C: C.clamped(1.0, 0.0),
-            ValueError,
-            "low <= high",
-        )
-        for name, C in TWOS.items()
-    ),
+    *bounded("a range to -1", ValueError, "x0_range must be (low, high)", x0_range=(1.0, -1.0)),
+    *bounded("a range from NaN", ValueError, "x0_range must be (low, high)", x0_range=(NAN, 1.0)),
+    *bounded("one number", TypeError, "x0_range must be (low, high)", x0_range=(1.0,)),
+    *clamped("bounds out of order", ValueError, "low <= high", low=1.0, high=0.0),
     # C = 2 I in every basis, in any precision of the vector.
-    *(
-        case(
-            f"{name} by a vector in {dtype}",
-            lambda C=C, d=dtype: C.multiply(X.to(d)),
-            check=close(
-                2 * X, check_dtype=False, atol=1e-2 if dtype == torch.float16 else 1e-6, rtol=0.0
-            ),
-        )
-        for name, C in TWOS.items()
-        for dtype in (torch.float64, torch.float16)
-    ),
+    *times("float64", v=X.double(), check=close(2 * X, check_dtype=False)),
+    *times("float16", v=X.half(), check=close(2 * X, check_dtype=False, atol=1e-2, rtol=0.0)),
     case(
         "one sample of a covariance for all",
         lambda: full(2 * torch.eye(4)[None], torch.Size((1, 1, 2, 2))).multiply(X),
         check=close(2 * X),
     ),
-    case(
+    of_matrix(
         "a matrix of one sample",
-        lambda: full(torch.eye(4)[None], FOUR),
         ValueError,
         "matrix must have shape (2, 4, 4)",
+        matrix=torch.eye(4)[None],
     ),
-    case(
+    of_matrix(
         "a matrix of three features",
-        lambda: full(torch.eye(3).expand(2, 3, 3), FOUR),
         ValueError,
         "(2, 4, 4), got (2, 3, 3)",
+        matrix=torch.eye(3).expand(2, 3, 3),
     ),
     case(
         "variances of three samples",
@@ -586,48 +460,33 @@ COVARIANCES = [
     ),
 ]
 
-
-def fitted(function):
-    kind = function.__name__
-
-    def row(name, error, *says, check=None, **arguments):
-        given = {"denoiser": DENOISER, "x0": IMAGES, "timesteps": [500], **arguments}
-        denoiser, x0, timesteps = (given.pop(k) for k in ("denoiser", "x0", "timesteps"))
-        before = (denoiser, BETA) if function is ocm.calibrate else (denoiser,)
-        return case(
-            f"{kind}: {name}",
-            lambda: function(*before, x0, timesteps, **given),
-            error,
-            *says,
-            check=check,
-        )
-
-    return [
-        row("data that are NaN", ValueError, "x0 must be finite, got 8 NaN", x0=X * NAN),
-        row("data of integers", TypeError, "x0 must be a real floating-point", x0=X.long()),
-        row("data of bytes", TypeError, "x0 must be a real floating-point", x0=X.to(torch.uint8)),
-        row("data of NumPy", TypeError, "x0 must be a real floating-point", x0=X.numpy()),
-        row("no data", ValueError, "x0 must hold at least one sample", x0=X[:0]),
-        row("one dimension", ValueError, "x0 must have shape (B, channels, ...)", x0=torch.ones(3)),
-        row("no timesteps", ValueError, "timesteps must hold at least one", timesteps=[]),
-        row("one timestep", TypeError, "timesteps must be a sequence of numbers", timesteps=500),
-        row("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", timesteps=[0]),
-        row("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", timesteps=[N + 1]),
-        row("timestep NaN", TypeError, "t must be whole", timesteps=[NAN]),
-        row("half a timestep", TypeError, "t must be whole", timesteps=[0.5]),
-        row("one label", ValueError, "labels must be", "(1,)", labels=torch.tensor([1])),
-        row("more labels than data", ValueError, "each of 2 samples", labels=torch.arange(9)),
-        row("batches of 0", ValueError, "batch_size must be at least 1, got 0", batch_size=0),
-        row("batches of -1", ValueError, "batch_size must be at least 1", batch_size=-1),
-        row("batches of 2.5", TypeError, "batch_size must be an int", batch_size=2.5),
-        row("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
-    ]
-
-
+calibrate = partial(ocm.calibrate, covariances=BETA)
+FITTED = {
+    "fit_analytic": ocm.fit_analytic,
+    "fit_analytic_from_data": ocm.fit_analytic_from_data,
+    "calibrate": calibrate,
+}
+fitted = cases_of_each(FITTED, denoiser=DENOISER, x0=IMAGES, timesteps=[500])
+calibration = cases_of(calibrate, "a calibration of ", denoiser=DENOISER, x0=X, timesteps=[5])
 FITS = [
-    *fitted(ocm.fit_analytic),
-    *fitted(ocm.fit_analytic_from_data),
-    *fitted(ocm.calibrate),
+    *fitted("data that are NaN", ValueError, "x0 must be finite, got 8 NaN", x0=X * NAN),
+    *fitted("data of integers", TypeError, "x0 must be a real floating-point", x0=X.long()),
+    *fitted("data of bytes", TypeError, "x0 must be a real floating-point", x0=X.byte()),
+    *fitted("data of NumPy", TypeError, "x0 must be a real floating-point", x0=X.numpy()),
+    *fitted("no data", ValueError, "x0 must hold at least one sample", x0=X[:0]),
+    *fitted("one dimension", ValueError, "x0 must have shape (B, channels, ...)", x0=torch.ones(3)),
+    *fitted("no timesteps", ValueError, "timesteps must hold at least one", timesteps=[]),
+    *fitted("one timestep", TypeError, "timesteps must be a sequence of numbers", timesteps=500),
+    *fitted("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", timesteps=[0]),
+    *fitted("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", timesteps=[N + 1]),
+    *fitted("timestep NaN", TypeError, "t must be whole", timesteps=[NAN]),
+    *fitted("half a timestep", TypeError, "t must be whole", timesteps=[0.5]),
+    *fitted("one label", ValueError, "labels must be", "(1,)", labels=torch.tensor([1])),
+    *fitted("more labels than data", ValueError, "each of 2 samples", labels=torch.arange(9)),
+    *fitted("batches of 0", ValueError, "batch_size must be at least 1, got 0", batch_size=0),
+    *fitted("batches of -1", ValueError, "batch_size must be at least 1", batch_size=-1),
+    *fitted("batches of 2.5", TypeError, "batch_size must be an int", batch_size=2.5),
+    *fitted("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
     *(
         case(
             f"{f.__name__} in a range that is reversed",
@@ -637,40 +496,29 @@ FITS = [
         )
         for f, a in ((ocm.calibrate, (DENOISER, BETA)), (ocm.fit_analytic_from_data, (DENOISER,)))
     ),
+    calibration("nothing", ValueError, "covariances must hold at least one", covariances=[]),
     *(
-        case(
-            f"a calibration of {name}",
-            lambda c=c, t=t: ocm.calibrate(DENOISER, c, X, t),
-            error,
-            says,
-        )
-        for name, c, t, error, says in (
-            ("nothing", [], [5], ValueError, "covariances must hold at least one"),
-            ("a name", "beta", [5], TypeError, "covariance must state Cov[x0 | x_t]"),
-            ("a class", ocm.Beta, [5], TypeError, "covariance must state Cov[x0 | x_t]"),
-            ("what has no density", ocm.Lanczos(DENOISER), [5], TypeError, "must have a density"),
-            ("two that do not mix", [BETA, ocm.Full(DENOISER)], [5], TypeError, "must be diagonal"),
-            ("a step backwards", BETA, [(10, 5)], ValueError, "s must lie in [0, t)"),
-        )
+        calibration(name, TypeError, "covariance must state Cov[x0 | x_t]", covariances=C)
+        for name, C in {"a name": "beta", "a class": ocm.Beta}.items()
     ),
+    calibration(
+        "what has no density", TypeError, "must have a density", covariances=ocm.Lanczos(DENOISER)
+    ),
+    calibration(
+        "two that do not mix", TypeError, "must be diagonal", covariances=[BETA, ocm.Full(DENOISER)]
+    ),
+    calibration("a step backwards", ValueError, "s must lie in [0, t)", timesteps=[(10, 5)]),
 ]
 
 # Samplers
 
-
-def sampled(name, error, *says, check=None, function=ocm.sample, **arguments):
-    given = {"denoiser": DENOISER, "covariance": BETA, "shape": SHAPE, "steps": 2, **arguments}
-    return case(name, lambda: function(**given), error, *says, check=check)
-
-
-def loops(name, error, *says, **arguments):
-    """The same of both loops."""
-    return [
-        sampled(name, error, *says, **arguments),
-        sampled(
-            f"{name}, in a trajectory", error, *says, function=ocm.sample_trajectory, **arguments
-        ),
-    ]
+SAMPLED = {"denoiser": DENOISER, "covariance": BETA, "shape": SHAPE, "steps": 2}
+sampled = cases_of(ocm.sample, **SAMPLED)
+trajectory = cases_of(ocm.sample_trajectory, **SAMPLED)
+loops = cases_of_each({"sample": ocm.sample, "trajectory": ocm.sample_trajectory}, **SAMPLED)
+ddim = cases_of(ocm.ddim, schedule=LINEAR, s=1, t=5)
+renoised = cases_of(ocm.renoised, schedule=LINEAR, s=1, t=5)
+second_order = cases_of(ocm.SecondOrder)
 
 
 def step_of(*numbers):
@@ -689,30 +537,15 @@ SAMPLERS = [
         for s, t in ((5, 5), (6, 5), (-1, 5), (0, N + 1), (NAN, 5), (0, NAN))
     ),
     *(
-        case(
-            f"eta {eta}",
-            lambda eta=eta: ocm.ddim(LINEAR, 1, 5, eta=eta),
-            ValueError,
-            "eta must lie in [0, 1]",
-        )
+        ddim(f"eta {eta}", ValueError, "eta must lie in [0, 1]", eta=eta)
         for eta in (-0.1, 1.1, NAN, INF)
     ),
     *(
-        case(
-            f"{noise} of the noise",
-            lambda n=noise: ocm.renoised(LINEAR, 1, 5, noise=n),
-            ValueError,
-            "noise must lie in [0, 1]",
-        )
+        renoised(f"{noise} of the noise", ValueError, "noise must lie in [0, 1]", noise=noise)
         for noise in (-0.1, 1.1, NAN)
     ),
     *(
-        case(
-            f"second order of eta {eta}",
-            lambda eta=eta: ocm.SecondOrder(eta),
-            ValueError,
-            "eta must lie in [0, 1]",
-        )
+        second_order(f"second order of eta {eta}", ValueError, "eta must lie in [0, 1]", eta=eta)
         for eta in (-0.1, 1.1, NAN)
     ),
     *loops("no steps", ValueError, "K must be at least 1, got 0", steps=0),
@@ -758,18 +591,16 @@ SAMPLERS = [
         condition=DENOISER.condition(torch.tensor([1, 2, 3])),
     ),
     *loops("a condition that is a word", TypeError, "condition must be made by", condition="cat"),
-    sampled(
+    trajectory(
         "a sampler of second order",
         TypeError,
         "sampler must look at x_t alone",
-        function=ocm.sample_trajectory,
         sampler=ocm.SecondOrder(),
     ),
-    sampled(
+    trajectory(
         "a trajectory without density",
         TypeError,
         "must have a density",
-        function=ocm.sample_trajectory,
         covariance=ocm.Lanczos(DENOISER),
     ),
     *(
@@ -787,21 +618,20 @@ SAMPLERS = [
             "second order": {"sampler": ocm.SecondOrder(1.0)},
         }.items()
     ),
-    sampled("a capture on the CPU", ValueError, "CUDA device, got cpu", function=ocm.capture),
-    sampled("no samples", None, shape=(0, 1, 2, 2), check=shaped(0, 1, 2, 2)),
-    sampled("no pixels", None, shape=(2, 1, 0, 2), check=shaped(2, 1, 0, 2)),
+    case(
+        "a capture on the CPU", lambda: ocm.capture(**SAMPLED), ValueError, "CUDA device, got cpu"
+    ),
+    sampled("no samples", shape=(0, 1, 2, 2), check=shaped(0, 1, 2, 2)),
+    sampled("no pixels", shape=(2, 1, 0, 2), check=shaped(2, 1, 0, 2)),
     # x0_hat = alpha_N x_N, which is far inside of the range
     sampled(
         "one step",
-        None,
         steps=1,
         check=lambda found: close(
-            LINEAR.alpha(N).float() * ocm.sampling.samplers.starting_noise(DENOISER, SHAPE, N, 0, 0)
+            LINEAR.alpha(N).float() * starting_noise(DENOISER, SHAPE, N, 0, 0)
         )(found),
     ),
-    sampled(
-        "a range of one number", None, x0_range=(0.25, 0.25), check=close(torch.full(SHAPE, 0.25))
-    ),
+    sampled("a range of one number", x0_range=(0.25, 0.25), check=close(torch.full(SHAPE, 0.25))),
     sampled(
         "a network that returns NaN",
         FloatingPointError,
@@ -810,36 +640,23 @@ SAMPLERS = [
     ),
 ]
 
-LAW = ocm.transition(AT, BETA, ocm.ddpm(LINEAR, 400, 500))
+STEP = ocm.ddpm(LINEAR, 400, 500)
+LAW = ocm.transition(AT, BETA, STEP)
+transition = cases_of(ocm.transition, "a transition of ", prediction=AT, covariance=BETA, step=STEP)
+at_points = cases_of_each(
+    {"a draw": lambda point: LAW.draw(point), "the density": lambda point: LAW.log_prob(point)}
+)
 TRANSITIONS = [
     *(
-        case(
-            f"{name} of a transition, {what}",
-            lambda f=f, z=z: f(z),
-            ValueError,
-            "must have the shape of the mean, (2, 1, 2, 2)",
-        )
-        for name, f in {"a draw": LAW.draw, "the density": LAW.log_prob}.items()
+        row
         for what, z in VECTORS.items()
+        for row in at_points(
+            what, ValueError, "must have the shape of the mean, (2, 1, 2, 2)", point=z
+        )
     ),
-    case(
-        "a transition of no step",
-        lambda: ocm.transition(AT, BETA, None),
-        TypeError,
-        "ReverseStep, got None",
-    ),
-    case(
-        "a transition of two numbers",
-        lambda: ocm.transition(AT, BETA, (1.0, 2.0)),
-        TypeError,
-        "ReverseStep",
-    ),
-    case(
-        "a transition of no covariance",
-        lambda: ocm.transition(AT, None, ocm.ddpm(LINEAR, 400, 500)),
-        TypeError,
-        "covariance must state",
-    ),
+    transition("no step", TypeError, "ReverseStep, got None", step=None),
+    transition("two numbers", TypeError, "ReverseStep", step=(1.0, 2.0)),
+    transition("no covariance", TypeError, "covariance must state", covariance=None),
     case(
         "the density of a step without noise",
         lambda: ocm.transition(AT, ocm.BetaTilde(DENOISER), ocm.ddim(LINEAR, 400, 500)).log_prob(X),
@@ -853,47 +670,32 @@ TRANSITIONS = [
 C = diagonal(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))
 MEASURED = torch.tensor([[5.0]])
 EXPECTED = torch.tensor([[5 / 6, 20 / 6]])  # C A^T (A C A^T + 1)^-1 y
+ONE = torch.ones(1, 2)
 
 
 def total(x):
     return x.sum(dim=1, keepdim=True)
 
 
-def inverse(name, error, *says, check=None, **arguments):
-    given = {
-        "mean": torch.zeros(1, 2),
-        "covariance": C,
-        "measurement": MEASURED,
-        "operator": total,
-        "noise_std": 1.0,
-        **arguments,
-    }
-    return case(
-        name, lambda: ocm.posterior_mean_given_measurement(**given), error, *says, check=check
-    )
-
-
-def restored(name, error, *says, check=None, **arguments):
-    given = {
-        "denoiser": DENOISER,
-        "covariance": BETA,
-        "measurement": X[:, :, :1],
-        "operator": lambda v: v[:, :, :1],
-        "noise_std": 0.1,
-        "shape": SHAPE,
-        "steps": 2,
-        **arguments,
-    }
-    return case(
-        f"{name}, in a loop",
-        lambda: ocm.sample_given_measurement(**given),
-        error,
-        *says,
-        check=check,
-    )
-
-
-ONE = torch.ones(1, 2)
+inverse = cases_of(
+    ocm.posterior_mean_given_measurement,
+    mean=torch.zeros(1, 2),
+    covariance=C,
+    measurement=MEASURED,
+    operator=total,
+    noise_std=1.0,
+)
+restored = cases_of(
+    ocm.sample_given_measurement,
+    "in a loop: ",
+    denoiser=DENOISER,
+    covariance=BETA,
+    measurement=X[:, :, :1],
+    operator=lambda v: v[:, :, :1],
+    noise_std=0.1,
+    shape=SHAPE,
+    steps=2,
+)
 INVERSE = [
     inverse(
         "a measurement of NaN", ValueError, "must be finite, got NaN", measurement=MEASURED * NAN
@@ -930,37 +732,29 @@ INVERSE = [
         "operator must return a",
         operator=lambda x: None,
     ),
-    inverse(
-        "an operator that is a square",
-        ValueError,
-        "operator must be linear",
-        mean=ONE,
-        operator=lambda x: total(x * x),
-    ),
-    inverse(
-        "an operator that is a cube",
-        ValueError,
-        "operator must be linear",
-        mean=ONE,
-        operator=lambda x: total(x**3),
+    *(
+        inverse(
+            f"an operator that is {name}",
+            ValueError,
+            "operator must be linear",
+            mean=ONE,
+            operator=lambda x, power=power: total(x**power),
+        )
+        for name, power in {"a square": 2, "a cube": 3}.items()
     ),
     inverse("an adjoint to another shape", ValueError, "adjoint must map", adjoint=lambda u: u),
     inverse(
         "an adjoint that returns nothing", ValueError, "adjoint must map", adjoint=lambda u: None
     ),
-    inverse(
-        "an adjoint of the other sign",
-        ValueError,
-        "adjoint its transpose",
-        mean=ONE,
-        adjoint=lambda u: -u.expand(1, 2),
-    ),
-    inverse(
-        "an adjoint twice as large",
-        ValueError,
-        "adjoint its transpose",
-        mean=ONE,
-        adjoint=lambda u: 2 * u.expand(1, 2),
+    *(
+        inverse(
+            f"an adjoint {name}",
+            ValueError,
+            "adjoint its transpose",
+            mean=ONE,
+            adjoint=lambda u, factor=factor: factor * u.expand(1, 2),
+        )
+        for name, factor in {"of the other sign": -1, "twice as large": 2}.items()
     ),
     inverse("noise below 0", ValueError, "noise_std must be at least 0, got -1", noise_std=-1.0),
     inverse("noise of NaN", ValueError, "noise_std must be at least 0, got nan", noise_std=NAN),
@@ -985,19 +779,16 @@ INVERSE = [
     ),
     inverse("no iterations", ValueError, "max_iterations must be at least 1", max_iterations=0),
     inverse("half an iteration", TypeError, "max_iterations must be an int", max_iterations=0.5),
-    inverse("a measurement of integers", None, measurement=MEASURED.long(), check=close(EXPECTED)),
+    inverse("a measurement of integers", measurement=MEASURED.long(), check=close(EXPECTED)),
     inverse(
         "a measurement in float64",
-        None,
         measurement=MEASURED.double(),
         check=close(EXPECTED, check_dtype=False),
     ),
-    inverse("a tolerance of 0", None, tolerance=0.0, check=close(EXPECTED)),
-    inverse("without a tolerance", None, tolerance=None, max_iterations=2, check=close(EXPECTED)),
-    inverse("no noise", None, noise_std=0.0, check=close(torch.tensor([[1.0, 4.0]]))),
-    inverse(
-        "a covariance of 0", None, covariance=C.affine(0.0, 0.0), check=close(torch.zeros(1, 2))
-    ),
+    inverse("a tolerance of 0", tolerance=0.0, check=close(EXPECTED)),
+    inverse("without a tolerance", tolerance=None, max_iterations=2, check=close(EXPECTED)),
+    inverse("no noise", noise_std=0.0, check=close(torch.tensor([[1.0, 4.0]]))),
+    inverse("a covariance of 0", covariance=C.affine(0.0, 0.0), check=close(torch.zeros(1, 2))),
     restored("a measurement of NaN", ValueError, "must be finite", measurement=X[:, :, :1] * NAN),
     restored(
         "a measurement of one sample", ValueError, "shape of operator", measurement=X[:1, :, :1]
@@ -1020,49 +811,26 @@ INVERSE = [
     ),
 ]
 
-SIGMAS = {
-    "0": (0.0, ValueError, "sigma must lie in (0, 314.8]"),
-    "-1": (-1.0, ValueError, "sigma must lie in (0, 314.8]"),
-    "NaN": (NAN, ValueError, "sigma must lie in (0, 314.8]"),
-    "infinity": (INF, ValueError, "sigma must lie in (0, 314.8]"),
-    "a word": ("1", TypeError, "sigma must be a number or a tensor, got str"),
-    "three numbers": (torch.ones(3), ValueError, "one for each of 2 samples, got 3"),
-    "a NaN of one sample": (torch.tensor([NAN, 1.0]), ValueError, "sigma must lie in"),
-}
 K = ocm.KDiffusionDenoiser(DENOISER)
+at_sigma = cases_of_each(
+    {
+        "x0 at a sigma": partial(ocm.x0_given, DENOISER, BETA, X),
+        "k-diffusion at a sigma": partial(K, X),
+    }
+)
+given = cases_of(ocm.x0_given, denoiser=DENOISER, covariance=BETA, x=X, sigma=1.0)
 ANY_SIGMA = [
-    *(
-        case(f"{name} at a sigma of {what}", lambda f=f, s=s: f(s), error, says)
-        for name, f in {
-            "x0": lambda s: ocm.x0_given(DENOISER, BETA, X, s),
-            "k-diffusion": lambda s: K(X, s),
-        }.items()
-        for what, (s, error, says) in SIGMAS.items()
-    ),
-    case(
-        "x0 given integers",
-        lambda: ocm.x0_given(DENOISER, BETA, X.long(), 1.0),
-        TypeError,
-        "x must be a real floating-point tensor",
-    ),
-    case(
-        "x0 given one dimension",
-        lambda: ocm.x0_given(DENOISER, BETA, X[0, 0, 0], 1.0),
-        ValueError,
-        "x must have shape",
-    ),
-    case(
-        "x0 in a range that is reversed",
-        lambda: ocm.x0_given(DENOISER, BETA, X, 1.0, x0_range=(1, -1)),
-        ValueError,
-        "x0_range must be",
-    ),
-    case(
-        "x0 of no covariance",
-        lambda: ocm.x0_given(DENOISER, None, X, 1.0),
-        TypeError,
-        "covariance must state",
-    ),
+    *at_sigma("0", ValueError, "sigma must lie in (0, 314.8]", sigma=0.0),
+    *at_sigma("-1", ValueError, "sigma must lie in (0, 314.8]", sigma=-1.0),
+    *at_sigma("NaN", ValueError, "sigma must lie in (0, 314.8]", sigma=NAN),
+    *at_sigma("infinity", ValueError, "sigma must lie in (0, 314.8]", sigma=INF),
+    *at_sigma("a word", TypeError, "sigma must be a number or a tensor, got str", sigma="1"),
+    *at_sigma("three", ValueError, "one for each of 2 samples, got 3", sigma=torch.ones(3)),
+    *at_sigma("one NaN", ValueError, "sigma must lie in", sigma=torch.tensor([NAN, 1.0])),
+    given("x0 given integers", TypeError, "x must be a real floating-point tensor", x=X.long()),
+    given("x0 given one dimension", ValueError, "x must have shape", x=X[0, 0, 0]),
+    given("x0 in a range that is reversed", ValueError, "x0_range must be", x0_range=(1, -1)),
+    given("x0 of no covariance", TypeError, "covariance must state", covariance=None),
     case(
         "k-diffusion in a range that is reversed",
         lambda: ocm.KDiffusionDenoiser(DENOISER, (1, -1)),
@@ -1074,7 +842,7 @@ ANY_SIGMA = [
     case(
         "one sigma",
         lambda: K.get_sigmas(1),
-        check=lambda found: close(torch.tensor([K.sigma_max, 0.0]), check_dtype=False)(found),
+        check=close(torch.tensor([K.sigma_max, 0.0]), check_dtype=False),
     ),
     # N(0, 1) beside noise of sigma: x / (1 + sigma^2)
     case(
@@ -1086,37 +854,32 @@ ANY_SIGMA = [
 
 # Likelihoods
 
-
-def bound(name, error, *says, check=None, **arguments):
-    given = {"denoiser": DENOISER, "covariance": BETA, "x0": IMAGES, "steps": 2, **arguments}
-    return case(
-        f"a bound: {name}", lambda: ocm.bits_per_dim(**given).total, error, *says, check=check
-    )
-
-
-def likelihood(name, error, *says, check=None, settings=None, **arguments):
-    given = {"denoiser": DENOISER, "x": X.double(), **arguments}
-    settings = ocm.LikelihoodSettings(num_steps=2) if settings is None else settings
-    return case(
-        f"a likelihood: {name}",
-        lambda: ocm.log_likelihood(settings=settings, **given).value,
-        error,
-        *says,
-        check=check,
-    )
-
-
-def settings(name, error, *says, **options):
-    return case(f"settings: {name}", lambda: ocm.LikelihoodSettings(**options), error, *says)
-
-
+bound = cases_of(
+    lambda **given: ocm.bits_per_dim(**given).total,
+    "a bound: ",
+    denoiser=DENOISER,
+    covariance=BETA,
+    x0=IMAGES,
+    steps=2,
+)
+likelihood = cases_of(
+    lambda **given: ocm.log_likelihood(DENOISER, **given).value,
+    "a likelihood: ",
+    x=X.double(),
+    settings=ocm.LikelihoodSettings(num_steps=2),
+)
+settings = cases_of(ocm.LikelihoodSettings, "settings: ")
+settings_by = cases_of(
+    ocm.likelihood_settings, "settings by ", denoiser=DENOISER, x=X, tolerance=0.1
+)
+quantised = cases_of(ocm.quantise, x0=X)
 LIKELIHOODS = [
     bound("no steps", ValueError, "K must be at least 1, got 0", steps=0),
     bound("timesteps that miss N", ValueError, "steps must end at N = 1000", steps=[5, 10]),
     bound("values off the grid", ValueError, "must lie on the grid", x0=X * 0.99),
     bound("values beyond 1", ValueError, "x0 must lie in [-1, 1], got values up to 2", x0=X * 2),
     bound("images of NaN", ValueError, "x0 must be finite", x0=X * NAN),
-    bound("images of bytes", TypeError, "x0 must be a real floating", x0=X.to(torch.uint8)),
+    bound("images of bytes", TypeError, "x0 must be a real floating", x0=X.byte()),
     bound("images of no channels", ValueError, "shape (B, channels", x0=torch.ones(3)),
     bound("one level", ValueError, "levels must be at least 2, got 1", levels=1),
     bound("levels of NaN", TypeError, "levels must be an int, got nan", levels=NAN),
@@ -1126,7 +889,7 @@ LIKELIHOODS = [
     bound("no covariance", TypeError, "covariance must state", covariance=None),
     bound("no density", TypeError, "must have a density", covariance=ocm.Lanczos(DENOISER)),
     bound("a network that returns NaN", FloatingPointError, "backbone must put", denoiser=NANS),
-    bound("no images", None, x0=IMAGES[:0], check=shaped(0)),
+    bound("no images", x0=IMAGES[:0], check=shaped(0)),
     # A density of variance 0 is 0 but at its mean.
     bound(
         "certainty about continuous data",
@@ -1136,16 +899,14 @@ LIKELIHOODS = [
         covariance=ocm.BetaTilde(DENOISER),
     ),
     *(
-        case(f"{levels!r} levels", lambda n=levels: ocm.quantise(X, n), error, says)
+        quantised(f"{levels!r} levels", error, says, levels=levels)
         for levels, error, says in (
             (1, ValueError, "levels must be at least 2, got 1"),
             (2.5, TypeError, "levels must be an int, got 2.5"),
             ("256", TypeError, "levels must be an int, got '256'"),
         )
     ),
-    case(
-        "levels of bytes", lambda: ocm.quantise(X.to(torch.uint8)), TypeError, "x0 must be a real"
-    ),
+    quantised("levels of bytes", TypeError, "x0 must be a real", x0=X.byte()),
     likelihood("data of NaN", ValueError, "x must be finite", x=X * NAN),
     likelihood("data of integers", TypeError, "x must be a real floating-point", x=X.long()),
     likelihood("no data", ValueError, "x must hold at least one sample", x=X[:0]),
@@ -1184,12 +945,7 @@ LIKELIHOODS = [
     settings("no probes", TypeError, "probes must be a design", probes=None),
     settings("a class of probes", TypeError, "probes must be", probes=hessdiag.Rademacher),
     *(
-        case(
-            f"settings by a tolerance of {t!r}",
-            lambda t=t: ocm.likelihood_settings(DENOISER, X, t),
-            error,
-            "tolerance must be",
-        )
+        settings_by(f"a tolerance of {t!r}", error, "tolerance must be", tolerance=t)
         for t, error in (
             (0.0, ValueError),
             (-1.0, ValueError),
@@ -1198,61 +954,23 @@ LIKELIHOODS = [
             ("1", TypeError),
         )
     ),
-    case(
-        "settings by no samples",
-        lambda: ocm.likelihood_settings(DENOISER, X[:0], 0.1),
-        ValueError,
-        "x must hold samples",
-    ),
+    settings_by("no samples", ValueError, "x must hold samples", x=X[:0]),
 ]
 
 # Maps, and the training interface
 
-
-def mapped(name, error, *says, check=None, **arguments):
-    given = {"model": DENOISER, "t": 500, "image": X, **arguments}
-    return case(f"a map: {name}", lambda: ocm.uncertainty(**given).std, error, *says, check=check)
-
-
+mapped = cases_of(
+    lambda **given: ocm.uncertainty(**given).std, "a map: ", model=DENOISER, t=500, image=X
+)
+denoising = cases_of(
+    ocm.denoising_loss, "a loss: ", denoiser=DENOISER, x0=X, t=TIMESTEP, seed=0, sample_offset=0
+)
 SETTINGS = ocm.TrainingSettings(num_steps=1, batch_size=2)
-
-
-class Scale(nn.Module):
-    """A network of one weight."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, x, time):
-        return self.weight * x
-
-
-def trained(name, error, *says, **arguments):
-    def call():
-        architecture = ocm.Architecture("Scale", None, lambda n, x, t, labels: n(x, t))
-        denoiser = ocm.Denoiser(Scale(), LINEAR, architecture=architecture)
-        given = {"images": X, "settings": SETTINGS, "progress": False, **arguments}
-        return ocm.train_denoiser(denoiser, given.pop("images"), given.pop("settings"), **given)
-
-    return case(f"training: {name}", call, error, *says)
-
-
-def denoising(name, error, *says, **arguments):
-    given = {"x0": X, "t": torch.tensor([5, 6]), "seed": 0, "sample_offset": 0, **arguments}
-    return case(
-        f"a loss: {name}",
-        lambda: ocm.denoising_loss(DENOISER, given.pop("x0"), given.pop("t"), **given),
-        error,
-        *says,
-    )
-
-
 MAPS = [
     mapped("neither image nor x_t", ValueError, "must be given, got neither", image=None),
     mapped("both image and x_t", ValueError, "must be given, got both", x_t=X),
     mapped("an image of NaN", ValueError, "image must be finite", image=X * NAN),
-    mapped("an image of bytes", TypeError, "image must be a real", image=X.to(torch.uint8)),
+    mapped("an image of bytes", TypeError, "image must be a real", image=X.byte()),
     mapped("an image of one dimension", ValueError, "must have shape", image=torch.ones(3)),
     mapped("timestep 0", ValueError, "t must lie in 1 .. 1000, got 0", t=0),
     mapped("timestep N + 1", ValueError, "t must lie in 1 .. 1000, got 1001", t=N + 1),
@@ -1266,14 +984,19 @@ MAPS = [
     mapped("a range that is reversed", ValueError, "x0_range must be", x0_range=(1.0, -1.0)),
     mapped("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
     mapped("no model", TypeError, "model must be a denoiser, a covariance", model=None),
-    mapped("no images", None, image=X[:0], check=shaped(0, 1, 2, 2)),
+    mapped("no images", image=X[:0], check=shaped(0, 1, 2, 2)),
     # Var[x0 | x_t] = sigma^2 for N(0, I)
-    mapped("four dimensions", None, check=close(LINEAR.sigma(500).float().expand(SHAPE))),
+    mapped("four dimensions", check=close(LINEAR.sigma(500).float().expand(SHAPE))),
     denoising("timestep 0", ValueError, "t must lie in 1 .. 1000", t=torch.tensor([0, 5])),
     denoising("three timesteps", ValueError, "each of 2 samples", t=torch.tensor([5, 6, 7])),
     denoising("a seed below 0", ValueError, "seed must lie in [0, 2**64)", seed=-1),
     denoising("a sample below 0", ValueError, "sample_offset must be", sample_offset=-1),
-    trained("three labels", ValueError, "labels", labels=torch.tensor([1, 2, 3])),
+    case(
+        "training: three labels",
+        lambda: ocm.train_denoiser(LABELLED, X, SETTINGS, labels=torch.tensor([1, 2, 3])),
+        ValueError,
+        "labels must be int64 of shape (2,), one for each image",
+    ),
 ]
 
 

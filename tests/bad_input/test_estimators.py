@@ -1,11 +1,11 @@
 """Bad input of the estimators of hessdiag, over what they share and what each takes alone."""
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
-from bad_input import Case, run, table
-from expectations import close, holds, shaped
+from bad_input import case, cases_of, cases_of_each, close, holds, run, shaped, table
 from torch import nn
 
 import hessdiag
@@ -36,7 +36,6 @@ FUNCTIONS = {
         hessdiag.hessian_diagonal(f, x, max_probes=4, **k).diagonal
     ),
 }
-JACOBIANS = [name for name in FUNCTIONS if name != "hessian_diagonal"]
 
 POINTS = {
     "of no dimension": (torch.tensor(1.0), ValueError, "x must have shape (B, ...)"),
@@ -52,11 +51,13 @@ POINTS = {
     "with infinity": (X.where(X < 2, -INF), ValueError, "x must be finite, got 1 NaN"),
 }
 BAD_POINTS = [
-    Case(f"{name} at x {what}", lambda _, f=f, x=x: f(torch.sin, x), error, (says,))
+    case(f"{name} at x {what}", lambda f=f, x=x: f(torch.sin, x), error, says)
     for name, f in FUNCTIONS.items()
     for what, (x, error, says) in POINTS.items()
 ]
 
+with torch.inference_mode():
+    OF_INFERENCE_MODE = X.clone()
 # Whatever x is made of, the diagonal is the cosine.
 UNUSUAL = {
     "of float16": (X.half(), 1e-3),
@@ -67,43 +68,29 @@ UNUSUAL = {
     "of every second column": (torch.arange(8.0).reshape(2, 4)[:, ::2], 1e-6),
     "negated by a conjugate": (torch.complex(X, X).conj().imag, 1e-6),
     "that is a parameter": (nn.Parameter(X), 1e-6),
+    "of inference mode": (OF_INFERENCE_MODE, 1e-6),
     "without samples": (X[:0], 0.0),
     "without features": (X[:, :0], 0.0),
 }
 
 
-def inference():
-    with torch.inference_mode():
-        return X.clone()
-
-
-UNUSUAL["of inference mode"] = (inference(), 1e-6)
-
-
 def under(context):
-    def call(_):
-        with context():
-            return [hessdiag.exact(torch.sin, X), hessdiag.exact(torch.sin, X, mode="jvp")]
-
-    return call
+    with context():
+        return [hessdiag.exact(torch.sin, X), hessdiag.exact(torch.sin, X, mode="jvp")]
 
 
 GOOD_POINTS = [
     *(
-        Case(
+        case(
             f"{name} at x {what}",
-            lambda _, x=x, name=name: FUNCTIONS[name](torch.sin, x),
+            lambda x=x, f=FUNCTIONS[name]: f(torch.sin, x),
             check=close(x.detach().cos(), atol=error, rtol=0.0, check_dtype=name != "estimate"),
         )
         for name in ("estimate", "hutchinson", "exact")
         for what, (x, error) in UNUSUAL.items()
     ),
     *(
-        Case(
-            f"under {context.__name__}",
-            under(context),
-            check=lambda found: [close(COS)(diagonal) for diagonal in found],
-        )
+        case(f"under {context.__name__}", lambda c=context: under(c), check=close([COS, COS]))
         for context in (torch.no_grad, torch.inference_mode)
     ),
 ]
@@ -144,16 +131,18 @@ OUTPUTS = {
     "an error": (raises, KeyError, "the network is offline"),
 }
 BAD_OUTPUTS = [
-    Case(f"{name} of a function that returns {what}", lambda _, g=g, f=f: g(f, X), error, (says,))
-    for name, g in FUNCTIONS.items()
-    if name in ("estimate", "jacobian", "trace", "Jacobian")
+    case(
+        f"{name} of a function that returns {what}",
+        lambda g=FUNCTIONS[name], f=f: g(f, X),
+        error,
+        says,
+    )
+    for name in ("estimate", "jacobian", "trace", "Jacobian")
     for what, (f, error, says) in OUTPUTS.items()
 ] + [
-    Case(
-        f"{name} of no function", lambda _, f=f: f(3, X), TypeError, ("score_fn must be callable",)
-    )
+    case(f"{name} of no function", lambda f=f: f(3, X), TypeError, "score_fn must be callable")
     for name, f in FUNCTIONS.items()
-    if name in JACOBIANS
+    if name != "hessian_diagonal"
 ]
 
 # Options that estimators share: the value, the error, and what it says.
@@ -162,9 +151,9 @@ COUNTS = [
     (-3, ValueError, "must be at least 1, got -3"),
     (2.0, TypeError, "must be an int, got 2.0 of type float"),
     (True, TypeError, "must be an int, got True of type bool"),
-    ("4", TypeError, "must be an int, got '4' of type str"),
     (torch.tensor(4), TypeError, "must be an int, got tensor(4)"),
 ]
+LINEAR = nn.Linear(2, 2)
 TAKE_COUNTS = {
     "max_probes": lambda n: hessdiag.estimate(torch.sin, X, max_probes=n),
     "M": lambda n: hessdiag.hutchinson(torch.sin, X, n),
@@ -191,46 +180,29 @@ TAKE_CHUNKS = {
         lambda w: X @ w, squares, torch.ones(2), max_probes=4, chunk_size=n
     ),
 }
-LINEAR = nn.Linear(2, 2)
 BAD_COUNTS = [
-    Case(
-        f"{option}: {value!r}",
-        lambda _, call=call, value=value: call(value),
-        error,
-        (f"{option.split()[0]} {says}",),
+    case(f"{option}: {value!r}", lambda f=f, n=value: f(n), error, f"{option.split()[0]} {says}")
+    for takers, no_word in (
+        (TAKE_COUNTS, "must be an int, got '4' of type str"),
+        (TAKE_CHUNKS, "must be an int or 'auto', got '4'"),
     )
-    for option, call in TAKE_COUNTS.items()
-    for value, error, says in COUNTS
-] + [
-    Case(
-        f"{option}: {value!r}",
-        lambda _, call=call, value=value: call(value),
-        TypeError if isinstance(value, str) else error,
-        (
-            "chunk_size must be an int or 'auto'"
-            if isinstance(value, str)
-            else f"chunk_size {says}",
-        ),
-    )
-    for option, call in TAKE_CHUNKS.items()
-    for value, error, says in COUNTS
+    for option, f in takers.items()
+    for value, error, says in [*COUNTS, ("4", TypeError, no_word)]
 ]
 
-
-def estimate(name, error, *says, check=None, f=torch.sin, x=X, **arguments):
-    given = {"max_probes": 4, **arguments}
-    return Case(name, lambda _: hessdiag.estimate(f, x, **given).diagonal, error, says, check)
-
-
+estimate = cases_of(
+    lambda f=torch.sin, x=X, **given: hessdiag.estimate(f, x, **given).diagonal, max_probes=4
+)
+exact = cases_of(hessdiag.exact, score_fn=torch.sin, x=X)
 OPTIONS = [
     estimate("a seed below 0", ValueError, "seed must lie in [0, 2**64), got -1", seed=-1),
     estimate("a seed of 65 bits", ValueError, "seed must lie in [0, 2**64)", seed=2**64),
     estimate("a seed that is a float", TypeError, "seed must be an int", seed=1.5),
     estimate("a seed that is a boolean", TypeError, "seed must be an int", seed=True),
     estimate("two seeds", ValueError, "seed must have one element", seed=torch.tensor([1, 2])),
-    estimate("the last seed", None, seed=2**64 - 1, check=close(COS)),
-    estimate("a seed of NumPy", None, seed=np.int64(3), check=close(COS)),
-    estimate("a generator", None, seed=torch.Generator().manual_seed(0), check=close(COS)),
+    estimate("the last seed", seed=2**64 - 1, check=close(COS)),
+    estimate("a seed of NumPy", seed=np.int64(3), check=close(COS)),
+    estimate("a generator", seed=torch.Generator().manual_seed(0), check=close(COS)),
     estimate("a sample below 0", ValueError, "sample_offset must be at least 0", sample_offset=-1),
     estimate("a sample of 33 bits", ValueError, "at most 2**32", sample_offset=2**32 - 1),
     estimate("probes of 33 bits", ValueError, "at most 2**32", max_probes=2**33, probes="auto"),
@@ -273,38 +245,46 @@ OPTIONS = [
         "basis must mix at most the 1 axes of a sample of x, got one of 2: dct(1) say",
         basis=hessdiag.dct(),
     ),
+    estimate(
+        "cosines of samples without axes",
+        ValueError,
+        "basis must mix at most the 0 axes of a sample of x, got one of 2",
+        x=X[0],
+        basis=hessdiag.dct(),
+    ),
     # F diag(cos) F^T of two features: both entries are the mean.
     estimate(
         "cosines of each sample",
-        None,
         basis=hessdiag.dct(1),
         probes="auto",
         check=close(COS.mean(1, keepdim=True).expand(2, 2)),
     ),
-    Case(
+    case(
         "no further tensors",
-        lambda _: Jacobian(torch.sin, X, has_aux=True).output,
+        lambda: Jacobian(torch.sin, X, has_aux=True).output,
         TypeError,
-        ("score_fn must return (output, further tensors)", "Tensor"),
+        "score_fn must return (output, further tensors)",
+        "Tensor",
     ),
-    Case(
+    exact(
         "a diagonal of what is not square",
-        lambda _: hessdiag.exact(Jacobian(lambda x: x[:, :1], X, rectangular=True)),
         ValueError,
-        ("the Jacobian must be square",),
+        "the Jacobian must be square",
+        score_fn=Jacobian(lambda x: x[:, :1], X, rectangular=True),
+        x=None,
     ),
-    Case(
+    exact(
         "x beside a Jacobian",
-        lambda _: hessdiag.exact(Jacobian(torch.sin, X), X),
         ValueError,
-        ("x must be left out with a hessdiag.Jacobian",),
+        "x must be left out with a hessdiag.Jacobian",
+        score_fn=Jacobian(torch.sin, X),
     ),
-    Case("no x", lambda _: hessdiag.exact(torch.sin), TypeError, ("x must be given",)),
-    Case(
+    exact("no x", TypeError, "x must be given", x=None),
+    case(
         "an operator in cosines of the batch",
-        lambda _: Jacobian(torch.sin, X).in_basis(hessdiag.dct(2)),
+        lambda: Jacobian(torch.sin, X).in_basis(hessdiag.dct(2)),
         ValueError,
-        ("basis must mix at most the 1 axes",),
+        "basis must mix at most the 1 axes",
     ),
 ]
 
@@ -313,76 +293,67 @@ def nan_in_the_last_sample(x):
     return torch.where(x > 1.5, NAN, 1.0) * x.sin()
 
 
-# A NaN of one sample says nothing about the others, by any probes.
+def nan_in_the_last_row(found):
+    """A NaN of one sample says nothing about the others, by any probes."""
+    close(COS[0])(found[0])
+    assert found[1].isnan().any()
+
+
 NANS = [
-    Case(
-        f"{probes} probes of a function that is NaN in one entry",
-        lambda _, probes=probes, tolerance=tolerance: hessdiag.estimate(
-            nan_in_the_last_sample, X, max_probes=64, probes=probes, rtol=tolerance
-        ),
+    *(
+        estimate(
+            f"{probes} probes of a function that is NaN in one entry",
+            f=nan_in_the_last_sample,
+            max_probes=64,
+            probes=probes,
+            check=nan_in_the_last_row,
+        )
+        for probes in ("rademacher", "orthogonal", "auto")
+    ),
+    case(
+        "xdiag of a function that is NaN in one entry",
+        lambda: hessdiag.xdiag(nan_in_the_last_sample, X, num_probes=4),
         check=lambda found: (
-            close(COS[0])(found.diagonal[0]),
-            holds(bool(found.diagonal[1].isnan().any())),
-            holds(found.converged is None or found.converged.tolist() == [True, False]),
+            close(hessdiag.xdiag(torch.sin, X, num_probes=4)[0])(found[0]),
+            holds(bool(found[1].isnan().all())),
         ),
-    )
-    for probes, tolerance in (
-        ("rademacher", None),
-        ("rademacher", 0.1),
-        ("orthogonal", None),
-        ("auto", None),
-    )
-    if not (probes == "rademacher" and tolerance)
-] + [
-    Case(
+    ),
+    case(
         "a tolerance of a function that is NaN in one entry",
-        lambda _: hessdiag.estimate(nan_in_the_last_sample, X, max_probes=64, rtol=0.1),
+        lambda: hessdiag.estimate(nan_in_the_last_sample, X, max_probes=64, rtol=0.1),
         check=lambda found: holds(found.converged.tolist() == [True, False]),
     ),
-    Case(
+    exact(
         "an infinite derivative",
-        lambda _: hessdiag.exact(torch.sqrt, torch.tensor([[0.0, 4.0]])),
+        score_fn=torch.sqrt,
+        x=torch.tensor([[0.0, 4.0]]),
         check=close(torch.tensor([[INF, 0.25]])),
     ),
 ]
 
 
-def products(name, probes, error, *says):
-    return [
-        Case(
-            f"{name}, {mode} by {batching}",
-            lambda _, m=mode, b=batching: Jacobian(torch.sin, X, mode=m, batching=b).products(
-                probes
-            ),
-            error,
-            says,
-            shaped(0, 2, 2),
-        )
+ONES = torch.ones(3, 2, 2)
+products = cases_of_each(
+    {
+        f"{mode} by {batching}": Jacobian(torch.sin, X, mode=mode, batching=batching).products
         for mode in ("vjp", "jvp")
         for batching in ("loop", "vmap", "fold")
-    ]
-
-
-ONES = torch.ones(3, 2, 2)
+    }
+)
 PRODUCTS = [
-    *products("probes without their number", ONES[0], ValueError, "probes must have shape (m, 2"),
-    *products("probes of three features", torch.ones(1, 2, 3), ValueError, "got (1, 2, 3)"),
-    *products("probes in float64", ONES.double(), TypeError, "probes must be a tensor of"),
-    *products("probes of integers", ONES.long(), TypeError, "as x is, got torch.int64"),
-    *products("complex probes", ONES.cfloat(), TypeError, "as x is, got torch.complex64"),
-    *products("probes without data", ONES.to("meta"), ValueError, "probes must be on cpu"),
-    *products("no probes at all", None, TypeError, "probes must be a tensor of", "NoneType"),
-    *products("an empty set of probes", ONES[:0], None),
+    *products("no number", ValueError, "probes must have shape (m, 2", probes=ONES[0]),
+    *products("three features", ValueError, "got (1, 2, 3)", probes=torch.ones(1, 2, 3)),
+    *products("float64", TypeError, "probes must be a tensor of", probes=ONES.double()),
+    *products("integers", TypeError, "as x is, got torch.int64", probes=ONES.long()),
+    *products("complex", TypeError, "as x is, got torch.complex64", probes=ONES.cfloat()),
+    *products("no data", ValueError, "probes must be on cpu", probes=ONES.to("meta")),
+    *products("no probes", TypeError, "probes must be a tensor of", "NoneType", probes=None),
+    *products("an empty set", probes=ONES[:0], check=shaped(0, 2, 2)),
 ]
 
-
-def block(name, error, *says, x=X, check=None, **arguments):
-    given = {"partition": HALVES, **arguments}
-    return Case(
-        name, lambda _: hessdiag.block_diagonal(torch.sin, x, **given).blocks, error, says, check
-    )
-
-
+block = cases_of(
+    lambda x=X, **given: hessdiag.block_diagonal(torch.sin, x, **given).blocks, partition=HALVES
+)
 RADEMACHER = hessdiag.Rademacher()
 BLOCKS = [
     block("a partition of floats", ValueError, "integer tensor", partition=torch.zeros(2)),
@@ -408,21 +379,9 @@ BLOCKS = [
         probes=RADEMACHER,
         max_probes=1,
     ),
-    block(
-        "8 bits number the blocks", None, partition=HALVES.to(torch.uint8), check=shaped(2, 2, 1, 1)
-    ),
-    block(
-        "no samples",
-        None,
-        x=torch.zeros(0, 3, 2),
-        partition="channels",
-        check=shaped(0, 2, 3, 3),
-    ),
+    block("8 bits number the blocks", partition=HALVES.byte(), check=shaped(2, 2, 1, 1)),
+    block("no samples", x=torch.zeros(0, 3, 2), partition="channels", check=shaped(0, 2, 3, 3)),
 ]
-
-
-def lanczos(name, error, *says, f=lambda v: v @ MATRIX, start=X, k=2, check=None):
-    return Case(name, lambda _: hessdiag.lanczos(f, start, k)[1], error, says, check)
 
 
 def tridiagonal(found):
@@ -432,25 +391,24 @@ def tridiagonal(found):
         torch.testing.assert_close(torch.linalg.eigvalsh(T[:2, :2]), expected)
 
 
+lanczos = cases_of(lambda f=lambda v: v @ MATRIX, start=X, k=2: hessdiag.lanczos(f, start, k)[1])
 SOLVERS = [
     lanczos("a start of integers", TypeError, "start must be a floating-point", start=X.long()),
     lanczos("a start that is a list", TypeError, "start must be a floating", start=[1.0]),
-    lanczos("a start of no dimension", TypeError, "shape (B, ...)", start=torch.tensor(1.0)),
+    lanczos("a start of no dimension", TypeError, "(B, ...)", "shape ()", start=torch.tensor(1.0)),
     lanczos("products that are none", ValueError, "products must return", f=lambda v: None),
     lanczos("products without probes", ValueError, "shape (1, 2, 2), got (2, 2)", f=lambda v: v[0]),
     lanczos("products of one feature", ValueError, "products must", f=lambda v: v[..., :1]),
-    lanczos("more products than features", None, k=5, check=tridiagonal),
-    lanczos(
-        "products in float64", None, f=lambda v: v.double() @ MATRIX.double(), check=tridiagonal
-    ),
-    lanczos("no start", None, start=X[:0], check=shaped(0, 2, 2)),
-    lanczos("a start of 0", None, start=X * 0, check=close(torch.zeros(2, 2, 2))),
+    lanczos("more products than features", k=5, check=tridiagonal),
+    lanczos("products in float64", f=lambda v: v.double() @ MATRIX.double(), check=tridiagonal),
+    lanczos("no start", start=X[:0], check=shaped(0, 2, 2)),
+    lanczos("a start of 0", start=X * 0, check=close(torch.zeros(2, 2, 2))),
     *(
-        Case(
+        case(
             f"xdiag by {number} probes",
-            lambda _, n=number: hessdiag.xdiag(torch.sin, X, num_probes=n),
+            lambda n=number: hessdiag.xdiag(torch.sin, X, num_probes=n),
             error,
-            (says,),
+            says,
         )
         for number, error, says in (
             (0, ValueError, "num_probes must be even, at least 4"),
@@ -461,41 +419,23 @@ SOLVERS = [
     ),
 ]
 
-TREE = [torch.ones(2, 1), torch.ones(2, 2)]
-
-
-def ravel(name, tree, error, *says):
-    return Case(name, lambda _: hessdiag.ravel(tree)[0], error, says)
-
-
+ravel = cases_of(hessdiag.ravel)
+restore = cases_of(hessdiag.ravel([torch.ones(2, 1), torch.ones(2, 2)])[1], "values for a tree ")
+OF_THREE = "values must be a tensor of shape (..., 3)"
 TREES = [
-    ravel("an empty tree", [], ValueError, "at least one tensor"),
-    ravel("a tree of nothing", None, TypeError, "tensors only, got NoneType"),
-    ravel("a tree of numbers", {"a": 1.0}, TypeError, "tensors only, got float"),
-    ravel("a tree of two batches", [X, X[:1]], ValueError, "of one B"),
-    ravel("a tree of no dimension", [torch.tensor(1.0)], ValueError, "shapes (B, ...)"),
-    ravel("a tree of two types", [X, X.double()], TypeError, "one type on one device"),
-    *(
-        Case(
-            f"values for a tree that are {name}",
-            lambda _, values=values: hessdiag.ravel(TREE)[1](values),
-            ValueError,
-            ("values must be a tensor of shape (..., 3)",),
-        )
-        for name, values in {"too many": torch.ones(2, 4), "too few": X, "a list": [1]}.items()
-    ),
+    ravel("an empty tree", ValueError, "at least one tensor", tree=[]),
+    ravel("a tree of nothing", TypeError, "tensors only, got NoneType", tree=None),
+    ravel("a tree of numbers", TypeError, "tensors only, got float", tree={"a": 1.0}),
+    ravel("a tree of two batches", ValueError, "of one B", tree=[X, X[:1]]),
+    ravel("a tree of no dimension", ValueError, "shapes (B, ...)", tree=[torch.tensor(1.0)]),
+    ravel("a tree of two types", TypeError, "one type on one device", tree=[X, X.double()]),
+    restore("that are too many", ValueError, OF_THREE, values=torch.ones(2, 4)),
+    restore("that are too few", ValueError, OF_THREE, values=X),
+    restore("that are a list", ValueError, OF_THREE, values=[1]),
 ]
 
 KEPT = hessdiag.fixed_probes(X, 4, seed=5)
-
-
-def kept(name, error, *says, x=X, check=None, **arguments):
-    given = {"max_probes": 4, "probes": KEPT, **arguments}
-    return Case(
-        name, lambda _: hessdiag.estimate(torch.sin, x, **given).diagonal, error, says, check
-    )
-
-
+kept = partial(estimate, probes=KEPT)
 FIXED = [
     kept("kept probes for fewer samples", ValueError, "probes that are kept", x=X[:1]),
     kept("kept probes in float64", ValueError, "of torch.float64", x=X.double()),
@@ -503,27 +443,24 @@ FIXED = [
     kept("kept probes from the second on", ValueError, "at most 3", probe_offset=1),
     kept("kept probes with another seed", ValueError, "or theirs, 5, got 6", seed=6),
     kept("kept probes of other samples", ValueError, "sample_offset must", sample_offset=3),
-    kept("kept probes with their seed", None, seed=5, check=close(COS)),
-    Case(
+    kept("kept probes with their seed", seed=5, check=close(COS)),
+    case(
         "probes that wait for products",
-        lambda _: hessdiag.fixed_probes(X, 4, "auto"),
+        lambda: hessdiag.fixed_probes(X, 4, "auto"),
         ValueError,
-        ("probes must be a design or one of rademacher, normal, orthogonal", "'auto'"),
+        "probes must be a design or one of rademacher, normal, orthogonal",
+        "'auto'",
     ),
 ]
 
 FOUND = hessdiag.estimate(torch.sin, X, max_probes=4)
 TRACE = hessdiag.trace(torch.sin, X, max_probes=4)
 EXACT = hessdiag.estimate(torch.sin, X, max_probes=4, probes="auto")
+merged = cases_of(lambda other, one=FOUND: one.merged(other))
 RESULTS = [
     *(
-        Case(
-            f"an interval of level {level!r}",
-            lambda _, level=level, found=found: found.interval(level),
-            error,
-            ("level must",),
-        )
-        for found, level, error in (
+        case(f"an interval of level {x!r}", lambda x=x, of=of: of.interval(x), error, "level must")
+        for of, x, error in (
             (FOUND, 0, ValueError),
             (FOUND, 95, ValueError),
             (FOUND, NAN, ValueError),
@@ -532,72 +469,50 @@ RESULTS = [
             (TRACE, 1.0, ValueError),
         )
     ),
-    Case(
+    merged(
         "merged with another shape",
-        lambda _: FOUND.merged(hessdiag.estimate(torch.sin, X[:1], max_probes=4)),
         ValueError,
-        ("estimates to merge must have one shape", "(1, 2)"),
+        "estimates to merge must have one shape",
+        "(1, 2)",
+        other=hessdiag.estimate(torch.sin, X[:1], max_probes=4),
     ),
-    Case("merged with what is exact", lambda _: FOUND.merged(EXACT), ValueError, ("is exact",)),
-    Case("merged with nothing", lambda _: FOUND.merged(None), TypeError, ("other must be a",)),
-    Case("a diagonal and a trace", lambda _: FOUND.merged(TRACE), TypeError, ("DiagonalEstimate",)),
-    Case("a trace and a diagonal", lambda _: TRACE.merged(FOUND), TypeError, ("TraceEstimate",)),
+    merged("merged with what is exact", ValueError, "is exact", other=EXACT),
+    merged("merged with nothing", TypeError, "other must be a", other=None),
+    merged("a diagonal and a trace", TypeError, "DiagonalEstimate", other=TRACE),
+    merged("a trace and a diagonal", TypeError, "TraceEstimate", one=TRACE, other=FOUND),
 ]
 
-
-def dct(name, x, error, *says, num_axes=1, check=None):
-    return Case(name, lambda _: hessdiag.dct(num_axes).analyse(x), error, says, check)
-
-
+cosines = cases_of(lambda x, num_axes=1: hessdiag.dct(num_axes).analyse(x), "cosines of ")
 COSINES = [
-    dct("cosines of integers", X.long(), TypeError, "x must be a floating-point tensor"),
-    dct("cosines of too few axes", X, TypeError, "3 axes or more", "(2, 2)", num_axes=3),
-    dct("cosines of a list", [1.0], TypeError, "x must be a floating-point tensor", "list"),
-    dct("cosines of nothing", X[:, :0], None, check=shaped(2, 0)),
+    cosines("integers", TypeError, "x must be a floating-point tensor", x=X.long()),
+    cosines("too few axes", TypeError, "3 axes or more", "(2, 2)", x=X, num_axes=3),
+    cosines("a list", TypeError, "x must be a floating-point tensor", "list", x=[1.0]),
+    cosines("nothing", x=X[:, :0], check=shaped(2, 0)),
 ]
 
-
-def hessian(name, f, error, *says, check=None):
-    return Case(
-        name, lambda _: hessdiag.hessian_diagonal(f, X, max_probes=4).diagonal, error, says, check
-    )
-
-
-def of_parameters(name, error, *says, loss=squares, parameters=X, check=None, **arguments):
-    given = {"max_probes": 4, **arguments}
-    return Case(
-        name,
-        lambda _: hessdiag.parameter_hessian_diagonal(loss, parameters, **given).diagonal,
-        error,
-        says,
-        check,
-    )
-
-
-def gauss_newton(name, error, *says, check=None, **arguments):
-    given = {
-        "model": lambda w: X @ w,
-        "loss": squares,
-        "parameters": torch.ones(2),
-        "max_probes": 2,
-        "probes": "auto",
-        **arguments,
-    }
-    return Case(
-        name, lambda _: hessdiag.gauss_newton_diagonal(**given).diagonal, error, says, check
-    )
-
-
+hessian = cases_of(lambda f: hessdiag.hessian_diagonal(f, X, max_probes=4).diagonal)
+of_parameters = cases_of(
+    lambda **given: hessdiag.parameter_hessian_diagonal(**given).diagonal,
+    loss=squares,
+    parameters=X,
+    max_probes=4,
+)
+gauss_newton = cases_of(
+    lambda **given: hessdiag.gauss_newton_diagonal(**given).diagonal,
+    model=lambda w: X @ w,
+    loss=squares,
+    parameters=torch.ones(2),
+    max_probes=2,
+    probes="auto",
+)
 HESSIANS = [
-    hessian("an energy that is None", lambda x: None, TypeError, "f must return a torch.Tensor"),
-    hessian("an energy of entries", lambda x: x, ValueError, "shape (2,), or their sum"),
-    hessian("an energy of one sample", lambda x: x.sum()[None], ValueError, "got (1,)"),
-    hessian("a detached energy", lambda x: x.detach().sum(), ValueError, "does not depend on x"),
-    hessian("a complex energy", lambda x: (x * 1j).sum(), TypeError, "f must return real"),
-    hessian("a linear energy", lambda x: x.sum(), None, check=close(torch.zeros(2, 2))),
-    hessian(
-        "an energy in float64", lambda x: x.double().pow(2).sum(), None, check=close(0 * X + 2)
-    ),
+    hessian("an energy that is None", TypeError, "f must return a torch.Tensor", f=lambda x: None),
+    hessian("an energy of entries", ValueError, "shape (2,), or their sum", f=lambda x: x),
+    hessian("an energy of one sample", ValueError, "got (1,)", f=lambda x: x.sum()[None]),
+    hessian("a detached energy", ValueError, "does not depend on x", f=lambda x: x.detach().sum()),
+    hessian("a complex energy", TypeError, "f must return real", f=lambda x: (x * 1j).sum()),
+    hessian("a linear energy", f=lambda x: x.sum(), check=close(torch.zeros(2, 2))),
+    hessian("an energy in float64", f=lambda x: squares(x.double()), check=close(0 * X + 2)),
     of_parameters("a loss of entries", ValueError, "loss must return a 0-dim", loss=lambda p: p),
     of_parameters("no loss", ValueError, "loss must return", "NoneType", loss=lambda p: None),
     of_parameters("a complex loss", TypeError, "a real number", loss=lambda p: (p * 1j).sum()),
@@ -606,38 +521,35 @@ HESSIANS = [
     of_parameters("parameters of integers", TypeError, "parameters must", parameters=X.long()),
     of_parameters("parameters that are a module", TypeError, "tensors only", parameters=LINEAR),
     of_parameters("a parameter that is NaN", ValueError, "finite", parameters=X * NAN),
+    of_parameters("sparse parameters", TypeError, "must be a dense", parameters=X.to_sparse()),
     of_parameters("parameters without data", ValueError, "hold data", parameters=X.to("meta")),
     of_parameters("a mode of no name", ValueError, "mode must be one of", mode="reverse"),
     of_parameters("a tolerance without errors", ValueError, "stderr must", rtol=0.1, stderr=False),
-    of_parameters("parameters in float16", None, parameters=X.half(), check=close(0 * X + 2)),
-    of_parameters("parameters of no entries", None, parameters=X[:0], check=shaped(0, 2)),
+    of_parameters("parameters in float16", parameters=X.half(), check=close(0 * X + 2)),
+    of_parameters("parameters of no entries", parameters=X[:0], check=shaped(0, 2)),
     gauss_newton("a model that returns a tuple", TypeError, "tuple", model=lambda w: (X @ w,)),
     gauss_newton("a complex model", TypeError, "real numbers", model=lambda w: X @ w * 1j),
     gauss_newton("a model without parameters", ValueError, "no backward graph", model=lambda w: X),
     gauss_newton("a loss of all outputs", ValueError, "loss must return", loss=lambda y: y),
     gauss_newton("a complex loss of outputs", TypeError, "real", loss=lambda y: (y * 1j).sum()),
-    gauss_newton(
-        "a linear loss of outputs", None, loss=lambda y: y.sum(), check=close(torch.zeros(2))
-    ),
+    gauss_newton("a linear loss of outputs", loss=lambda y: y.sum(), check=close(torch.zeros(2))),
 ]
 
 INPUTS, TARGETS = torch.eye(2), torch.tensor([0, 1])
 
 
-def over_data(name, error, *says, data=((INPUTS, TARGETS),), check=None, **arguments):
-    given = {"model": LINEAR, "loss": nn.functional.cross_entropy, **arguments}
-    return [
-        Case(
-            f"{name}, {function.__name__}",
-            lambda _, f=function: f(data=data, **given).diagonal["weight"],
-            error,
-            says,
-            check,
-        )
-        for function in (hessdiag.gauss_newton_over_data, hessdiag.empirical_fisher_over_data)
-    ]
-
-
+over_data = cases_of_each(
+    {
+        "Gauss-Newton": hessdiag.gauss_newton_over_data,
+        "Fisher": hessdiag.empirical_fisher_over_data,
+    },
+    model=LINEAR,
+    loss=nn.functional.cross_entropy,
+    data=[(INPUTS, TARGETS)],
+)
+numbered = cases_of(
+    hessdiag.gauss_newton_over_data, model=LINEAR, loss=nn.functional.mse_loss, data=[(X, X)]
+)
 WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))
 OVER_DATA = [
     *over_data("no data", ValueError, "at least one sample", data=[]),
@@ -689,21 +601,17 @@ OVER_DATA = [
         "BatchNorm layers of model must be in eval mode",
         model=nn.Sequential(LINEAR, nn.BatchNorm1d(2)),
     ),
-    Case(
+    numbered(
         "a data set from sample -1 on",
-        lambda _: hessdiag.gauss_newton_over_data(
-            LINEAR, nn.functional.mse_loss, [(X, X)], sample_offset=-1
-        ),
         ValueError,
-        ("sample_offset must be at least 0, got -1",),
+        "sample_offset must be at least 0, got -1",
+        sample_offset=-1,
     ),
-    Case(
+    numbered(
         "a data set from no sample on",
-        lambda _: hessdiag.gauss_newton_over_data(
-            LINEAR, nn.functional.mse_loss, [(X, X)], sample_offset=None
-        ),
         TypeError,
-        ("sample_offset must be an int, got NoneType",),
+        "sample_offset must be an int, got NoneType",
+        sample_offset=None,
     ),
 ]
 

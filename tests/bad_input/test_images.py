@@ -34,13 +34,16 @@ def alone():
     assert not reached
 
 
-def png(pixels):
+def encoded(image, kind, **options):
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
-PNGS = [png(pixels) for pixels in PIXELS]
+PNGS = [encoded(Image.fromarray(pixels), "png") for pixels in PIXELS]
+NOISE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+ON_ITS_SIDE = Image.Exif()
+ON_ITS_SIDE[0x0112] = 6
 
 
 def png_of(width, height, depth=8, rows=b""):
@@ -67,29 +70,46 @@ def load(folder, name="", **options):
     return images
 
 
-def among(name, make, *says, **options):
-    """Return a case of a folder of three images to which something is added."""
+def beside(make, **options):
+    """Return a call that loads a folder of three images to which something is added."""
 
     def call(folder):
         make(pictures(folder))
         return load(folder, **options)
 
-    return Case(name, call, ValueError, says)
+    return call
 
 
-def works(name, make, count=3, shape=(3, 4, 4), images=3, **options):
-    def call(folder):
-        make(pictures(folder, images))
-        return load(folder, **options)
+def among(name, make, *says, **options):
+    return Case(name, beside(make, **options), ValueError, says)
 
+
+def works(name, make, count=3, shape=(3, 4, 4), **options):
     def check(found):
         assert (len(found.train) + len(found.test), found.shape) == (count, shape)
 
-    return Case(name, call, check=check)
+    return Case(name, beside(make, **options), check=check)
 
 
 def file(name, content):
     return lambda folder: (folder / name).write_bytes(content)
+
+
+def instead(suffix, content):
+    """Return what puts other contents in place of the images."""
+
+    def make(folder):
+        for place in sorted(folder.iterdir()):
+            place.unlink()
+            place.with_suffix(f".{suffix}").write_bytes(content)
+
+    return make
+
+
+def half(suffix):
+    """Return what cuts every image short, whose header is whole."""
+    content = encoded(NOISE, suffix)
+    return instead(suffix, content[: len(content) // 2])
 
 
 def saved(mode, suffix="png", **options):
@@ -106,31 +126,6 @@ def named(file_name):
     )
 
 
-def photograph(folder):
-    for place in folder.iterdir():
-        place.unlink()
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    for index in range(3):
-        Image.new("RGB", (6, 4)).save(folder / f"{index}.jpg", exif=exif)
-
-
-def cut(suffix):
-    """Return what adds an image cut short, whose header is whole."""
-
-    def make(folder):
-        buffer = io.BytesIO()
-        noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(buffer, suffix)
-        for place in folder.iterdir():
-            place.unlink()
-        content = buffer.getvalue()
-        for index in range(2):
-            (folder / f"{index}.{suffix}").write_bytes(content[: len(content) // 2])
-
-    return make
-
-
 ROW = "row 3 of the train split of "
 NO_IMAGE = "x.png) holds no image that PIL can read: "
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
@@ -138,8 +133,8 @@ FOLDERS = [
     among("text for an image", file("x.png", b"text"), ROW, NO_IMAGE, "of no known format"),
     among("an empty image", file("x.png", b""), ROW, NO_IMAGE),
     among("half a header", file("x.png", PNGS[0][:20]), ROW, NO_IMAGE),
-    among("half a PNG", cut("png"), "holds no image that PIL can read", image_size=4),
-    among("half a JPEG", cut("jpeg"), "holds no image that PIL can read", image_size=4),
+    among("half a PNG", half("png"), "holds no image that PIL can read", image_size=4),
+    among("half a JPEG", half("jpeg"), "holds no image that PIL can read", image_size=4),
     among(
         "a bomb",
         file("x.png", png_of(50_000, 50_000)),
@@ -160,7 +155,7 @@ FOLDERS = [
     among("a program by another name", file("x.png", POSTSCRIPT), "x.png) must not be PostScript"),
     among(
         "16 bits of grey",
-        lambda folder: Image.fromarray(np.zeros((4, 4), np.uint16)).save(folder / "x.png"),
+        file("x.png", encoded(Image.fromarray(np.zeros((4, 4), np.uint16)), "png")),
         "x.png) must have 8 bits a channel",
     ),
     among(
@@ -170,12 +165,12 @@ FOLDERS = [
     ),
     among(
         "floating-point numbers",
-        lambda folder: Image.fromarray(np.zeros((4, 4), np.float32)).save(folder / "x.tiff"),
+        file("x.tiff", encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "tiff")),
         "x.tiff) must have 8 bits a channel",
     ),
     among(
         "another size",
-        lambda folder: Image.new("RGB", (5, 4)).save(folder / "x.png"),
+        file("x.png", encoded(Image.new("RGB", (5, 4)), "png")),
         "image_size must be given for images of different sizes",
         "5x4 pixels",
     ),
@@ -237,7 +232,11 @@ FOLDERS = [
         saved("P", "gif", save_all=True, append_images=[Image.new("P", (4, 4))]),
         count=4,
     ),
-    works("photographs on their side", photograph, shape=(3, 6, 4)),
+    works(
+        "photographs on their side",
+        instead("jpg", encoded(Image.new("RGB", (6, 4)), "jpeg", exif=ON_ITS_SIDE)),
+        shape=(3, 6, 4),
+    ),
 ]
 
 

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import torch
-from bad_input import Case, run, table
-from expectations import close, holds, shaped
+from bad_input import cases_of, close, holds, run, shaped, table
 
 import hessdiag.kernels as kernels
 
@@ -16,43 +15,22 @@ COEFFICIENTS = kernels.StepCoefficients(0.0, 1.0, 0.5, 1.0, 0.0, 0.0)
 QUERY = torch.arange(48.0).reshape(2, 2, 3, 4).sin()
 
 
-def rademacher(name, error, *says, **arguments):
-    given = {"shape": (2, 2, 3), "seed": 0, **arguments}
-    return Case(name, lambda _: kernels.rademacher(**given), error, says)
-
-
-def normal(name, error, *says, **arguments):
-    given = {"shape": (2, 3), "seed": 0, **arguments}
-    return Case(name, lambda _: kernels.normal(**given), error, says)
-
-
-def moments(name, error, *says, check=None, **arguments):
-    given = {"products": PRODUCTS, "seed": 0, **arguments}
-    return Case(name, lambda _: kernels.probe_moments(**given), error, says, check)
-
-
-def step(name, error, *says, check=None, **arguments):
-    given = {
-        "x_t": X,
-        "prediction": 2 * X,
-        "variance": 0.0,
-        "coefficients": COEFFICIENTS,
-        "seed": 0,
-        "step": 1,
-        **arguments,
-    }
-    return Case(name, lambda _: kernels.gaussian_step(**given), error, says, check)
-
-
-def loss(name, error, *says, check=None, **arguments):
-    given = {"head": torch.ones(2, 4), "products": PRODUCTS, "seed": 0, **arguments}
-    return Case(name, lambda _: kernels.ocm_loss(**given), error, says, check)
-
-
-def attention(name, error, *says, check=None, **arguments):
-    given = {"query": QUERY, "key": QUERY, "value": QUERY, "value_tangent": QUERY, **arguments}
-    return Case(name, lambda _: kernels.attention_jvp(**given), error, says, check)
-
+rademacher = cases_of(kernels.rademacher, shape=(2, 2, 3), seed=0)
+normal = cases_of(kernels.normal, shape=(2, 3), seed=0)
+moments = cases_of(kernels.probe_moments, products=PRODUCTS, seed=0)
+step = cases_of(
+    kernels.gaussian_step,
+    x_t=X,
+    prediction=2 * X,
+    variance=0.0,
+    coefficients=COEFFICIENTS,
+    seed=0,
+    step=1,
+)
+loss = cases_of(kernels.ocm_loss, head=torch.ones(2, 4), products=PRODUCTS, seed=0)
+attention = cases_of(
+    kernels.attention_jvp, query=QUERY, key=QUERY, value=QUERY, value_tangent=QUERY
+)
 
 STATE = kernels.Moments(3, torch.zeros(2, 4), torch.zeros(2, 4))
 
@@ -88,19 +66,16 @@ RANDOM = [
     normal("a step below 0", ValueError, "step must be at least 0, got -1", step=-1),
     normal("half a step", TypeError, "step must be an int, got float", step=0.5),
     normal("no shape", ValueError, "shape must be (B, ...)", "()", shape=()),
-    Case(
-        "no samples have no signs",
-        lambda _: kernels.rademacher((3, 0, 5), 0),
-        check=shaped(3, 0, 5),
-    ),
-    Case(
+    rademacher("no samples have no signs", shape=(3, 0, 5), check=shaped(3, 0, 5)),
+    normal(
         "a seed of NumPy is that of Python",
-        lambda _: kernels.normal((2, 3), np.uint64(2**63)),
+        seed=np.uint64(2**63),
         check=lambda found: holds(torch.equal(found, kernels.normal((2, 3), 2**63))),
     ),
-    Case(
+    rademacher(
         "the last probe of 32 bits",
-        lambda _: kernels.rademacher((1, 2, 3), 0, probe_offset=2**32 - 1),
+        shape=(1, 2, 3),
+        probe_offset=2**32 - 1,
         check=lambda found: holds(torch.equal(found.abs(), torch.ones(1, 2, 3))),
     ),
 ]
@@ -145,17 +120,15 @@ MOMENTS = [
         )
         for count in (-5, 1.5, NAN, True, torch.tensor(3))
     ),
-    moments("no further products", None, state=STATE, products=PRODUCTS[:0], check=continued),
+    moments("no further products", state=STATE, products=PRODUCTS[:0], check=continued),
     moments(
         "samples that are none are counted as probes",
-        None,
         products=PRODUCTS[:, :0],
         state=kernels.Moments(3, torch.zeros(0, 4), torch.zeros(0, 4)),
         check=lambda found: holds(found.num_probes == 6),
     ),
     moments(
         "a NaN stays in its entry",
-        None,
         products=PRODUCTS.clone().index_put_((torch.tensor(1),) * 3, torch.tensor(NAN)),
         check=lambda found: holds(
             torch.equal(found.mean.isnan().nonzero(), torch.tensor([[1, 1]]))
@@ -199,18 +172,12 @@ STEPS = [
     step("a step of 33 bits", ValueError, "step + 1 must be at most 2**32", step=2**32),
     step("no step number", TypeError, "step must be an int, got NoneType", step=None),
     # x0_hat = 2 x, x_s = 0.5 x + x0_hat, without noise.
-    step("x_t of strides", None, x_t=X.T, prediction=2 * X.T, check=close(2.5 * X.T)),
-    step("no samples", None, x_t=X[:0], prediction=X[:0], check=shaped(0, 3)),
-    step("no features", None, x_t=X[:, :0], prediction=X[:, :0], check=shaped(2, 0)),
-    step(
-        "an infinite range is none",
-        None,
-        x0_range=(-INF, INF),
-        check=close(2.5 * X),
-    ),
+    step("x_t of strides", x_t=X.T, prediction=2 * X.T, check=close(2.5 * X.T)),
+    step("no samples", x_t=X[:0], prediction=X[:0], check=shaped(0, 3)),
+    step("no features", x_t=X[:, :0], prediction=X[:, :0], check=shaped(2, 0)),
+    step("an infinite range is none", x0_range=(-INF, INF), check=close(2.5 * X)),
     step(
         "NaN is not clipped to the range",
-        None,
         prediction=X * NAN,
         x0_range=(-1.0, 1.0),
         check=lambda found: holds(bool(found.isnan().all())),
@@ -233,7 +200,6 @@ LOSSES = [
     # J = I, so that v * J v = 1: (3 - 2 * 1 - 0.5)^2
     loss(
         "half precision",
-        None,
         head=torch.full((2, 4), 3.0).half(),
         products=kernels.rademacher((3, 2, 4), 0).half(),
         scale=2.0,
@@ -246,8 +212,7 @@ LOSSES = [
 def plain(found):
     """Attention and, of its value alone, the same of the tangent."""
     expected = torch.nn.functional.scaled_dot_product_attention(QUERY, QUERY, QUERY)
-    torch.testing.assert_close(found[0], expected)
-    torch.testing.assert_close(found[1], expected)
+    torch.testing.assert_close(found, (expected, expected))
 
 
 ATTENTION = [
@@ -276,10 +241,9 @@ ATTENTION = [
     attention("dropout", ValueError, "dropout_p must be 0, got 0.5", dropout_p=0.5),
     attention("a mask of integers", TypeError, "attn_mask must", attn_mask=torch.ones(3, 3).int()),
     attention("a mask too long", ValueError, "broadcast", attn_mask=torch.ones(4, 3).bool()),
-    attention("a mask that hides nothing", None, attn_mask=torch.ones(3, 3).bool(), check=plain),
+    attention("a mask that hides nothing", attn_mask=torch.ones(3, 3).bool(), check=plain),
     attention(
         "a mask that hides all",
-        None,
         attn_mask=torch.zeros(3, 3).bool(),
         check=lambda found: holds(not found[0].any() and not found[1].any()),
     ),

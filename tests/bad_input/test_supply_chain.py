@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_diffusers_itself_would_unpickle_what_is_refused(files, tmp_path):
             checkpoints.load_backbone(folder)
 
 
-def spoiled(name, change, *says, part="texts"):
+def spoiled(name, change, *says):
     """Return a case of a pipeline of texts, under whose folder nothing may be unpickled or run."""
 
     def call(folder):
@@ -197,32 +198,23 @@ def code(name, **changes):
     return change
 
 
-def encoder_weights(folder):
+def weights(change):
+    """Return what changes each of the encoder's weights, by its name, or leaves out a None."""
+
+    def spoil(folder, evil):
+        file = folder / "text_encoder" / "model.safetensors"
+        changed = {name: change(name, x) for name, x in load_file(file).items()}
+        file.unlink()
+        kept = {name: x for name, x in changed.items() if x is not None}
+        save_file(kept, file, metadata={"format": "pt"})
+
+    return spoil
+
+
+def pickled(folder, evil):
     file = folder / "text_encoder" / "model.safetensors"
-    tensors = load_file(file)
     file.unlink()
-    return file, tensors
-
-
-def evil_weights(folder, evil):
-    file, _ = encoder_weights(folder)
     torch.save(Evil(evil), file.with_name("pytorch_model.bin"))
-
-
-def fewer_weights(folder, evil):
-    file, tensors = encoder_weights(folder)
-    tensors.pop(next(name for name in tensors if name.endswith("token_embedding.weight")))
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def other_weights(folder, evil):
-    file, tensors = encoder_weights(folder)
-    save_file({n: x[..., :4].contiguous() for n, x in tensors.items()}, file, {"format": "pt"})
-
-
-def nan_weights(folder, evil):
-    file, tensors = encoder_weights(folder)
-    save_file({n: x * float("nan") for n, x in tensors.items()}, file, metadata={"format": "pt"})
 
 
 PIPELINES = [
@@ -250,10 +242,19 @@ PIPELINES = [
         "whose parts load: ",
         "attribute X",
     ),
-    spoiled("pickled weights of an encoder", evil_weights, "holds no pipeline whose parts load: "),
-    spoiled("a weight of an encoder too few", fewer_weights, "lacks weights", "token_embedding"),
-    spoiled("an encoder of another shape", other_weights, "holds no pipeline whose parts load: "),
-    spoiled("an encoder of NaN", nan_weights, "NaN or infinite"),
+    spoiled("pickled weights of an encoder", pickled, "holds no pipeline whose parts load: "),
+    spoiled(
+        "a weight of an encoder too few",
+        weights(lambda name, x: None if name.endswith("token_embedding.weight") else x),
+        "lacks weights",
+        "token_embedding",
+    ),
+    spoiled(
+        "an encoder of another shape",
+        weights(lambda name, x: x[..., :4].contiguous()),
+        "holds no pipeline whose parts load: ",
+    ),
+    spoiled("an encoder of NaN", weights(lambda name, x: x * math.nan), "NaN or infinite"),
     spoiled(
         "a deep list of parts",
         lambda folder, evil: (folder / "model_index.json").write_text(

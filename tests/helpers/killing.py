@@ -1,16 +1,18 @@
 """Commands that are killed at random moments and given again."""
 
-import json
 import multiprocessing
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from folders import assert_whole
+from two_processes import environment_of, free_port
 
 # A server that has imported these and runs no threads forks a process for each attempt, which
 # would take 5 seconds to start by itself.
@@ -22,9 +24,8 @@ _forked.set_forkserver_preload(
         *("ocm", "ocm.cli.app", "ocm.cli.inputs", "ocm.evaluation.evaluation", "killing"),
     ]
 )
-
-
 _GOLDEN = 0.618
+_LIMIT = 300.0  # seconds, within which every process must end
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,15 @@ class Attempt:
         return self.status == -signal.SIGKILL
 
 
-def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, first=None, limit=300.0):
-    """Run ``ocm`` with these arguments in a process of its own, which is sent a signal.
+def attempt(arguments, folder, *, after=None, first=None):
+    """Run ``ocm`` with these arguments in a process of its own, which may be killed.
 
     Args:
         arguments: Of the command line.
         folder: Is returned with the attempt; beside it stands a file of what was said.
-        after: Seconds until the signal, or a function that says whether the time has come; None
-            for none.
-        by: The signal.
+        after: Seconds until it is killed, or a function that says whether the time has come; None
+            for never.
         first: A function of a module, called in the process before the command.
-        limit: Seconds after which the process must have ended.
     """
     log = folder.with_name(f"{folder.name}.log")
     log.unlink(missing_ok=True)
@@ -68,14 +67,14 @@ def attempt(arguments, folder, *, after=None, by=signal.SIGKILL, first=None, lim
     start = time.monotonic()
     if callable(after):
         while process.is_alive() and not after():
-            assert time.monotonic() < start + limit, f"nothing came of {arguments}"
+            assert time.monotonic() < start + _LIMIT, f"nothing came of {arguments}"
             time.sleep(0.005)
     elif after is not None:
         process.join(after)
     if after is not None and process.is_alive():
-        os.kill(process.pid, by)
-    process.join(limit)
-    assert process.exitcode is not None, f"{arguments} did not end within {limit} seconds"
+        process.kill()
+    process.join(_LIMIT)
+    assert process.exitcode is not None, f"{arguments} did not end within {_LIMIT} seconds"
     said = log.read_text(encoding="utf-8") if log.exists() else ""
     return Attempt(folder, process.exitcode, said, time.monotonic() - start)
 
@@ -108,79 +107,77 @@ def learn_quickly():
 
 def be_one_of_two(rank, port):
     """Be one of two processes, as torchrun starts them."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ.update(environment_of(rank, port))
 
 
-def killings(
-    command: Callable[[Path], list],
-    root: Path,
-    *,
-    kills: int,
-    seconds: float,
-    seed: int,
-    first: Callable[[], None] | None = None,
-) -> Iterator[Attempt]:
-    """Give a command again and again, killed at random moments, until it was killed often enough.
-
-    Yields every attempt. One that ended by itself is the last in its folder, and the last folder is
-    brought to its end.
+def attempt_by_two(arguments, root, *, killed=None, after=None):
+    """Return the attempts of two processes, as torchrun starts them.
 
     Args:
-        command: Makes the arguments for a new folder, which it may fill first.
-        root: Where the folders are made.
+        arguments: Of the command line, the same for both.
+        root: Where the files are made of what they say.
+        killed: The number of the one that is killed; None for none.
+        after: When it is, as in :func:`attempt`.
+    """
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        started = [
+            pool.submit(
+                attempt,
+                arguments,
+                root / f"process-{rank}",
+                after=after if rank == killed else None,
+                first=partial(be_one_of_two, rank, port),
+            )
+            for rank in range(2)
+        ]
+        return [process.result() for process in started]
+
+
+def finished(command, folder, *, first=None):
+    """Return the attempt of a command that nobody kills, in a new folder.
+
+    Args:
+        command: Makes the arguments for a folder, which it may fill first.
+        folder: That folder.
+        first: As in :func:`attempt`.
+    """
+    folder.mkdir()
+    found = attempt(command(folder), folder, first=first)
+    assert found.status == 0, found.said
+    return found
+
+
+def killings(command, whole, *, kills, seed, first=None):
+    """Give a command again and again, killed at random moments, until it was killed often enough.
+
+    Yields every attempt, after each of which every file must be whole. One that ended by itself is
+    the last in its folder, and the last folder is brought to its end.
+
+    Args:
+        command: As in :func:`finished`.
+        whole: The same command that nobody killed. The folders are made beside its own; the first
+            moments in them are spread over its seconds, further ones over what may be left.
         kills: How often the command is killed.
-        seconds: How long it runs if nobody kills it. The first moments in the folders are spread
-            over that; further ones lie in what may be left.
         seed: Of the moments.
         first: As in :func:`attempt`.
     """
     chance = random.Random(seed)
     place = chance.random()
     left, begun = kills, 0
-    while left:
+    while left > 0:
         begun += 1
         place = (place + _GOLDEN) % 1.0  # no two of these are close
-        folder = root / f"folder-{begun}"
+        folder = whole.folder.with_name(f"folder-{begun}")
         folder.mkdir()
-        arguments, moment, spent = command(folder), place * seconds, 0.0
+        arguments, moment, spent = command(folder), place * whole.seconds, 0.0
         killed = True
         while killed:
             found = attempt(arguments, folder, after=moment if left else None, first=first)
             killed = found.killed
             left -= killed
             spent += found.seconds
-            moment = chance.uniform(0.0, max(seconds - spent, 0.1 * seconds))
+            moment = chance.uniform(0.0, max(whole.seconds - spent, 0.1 * whole.seconds))
+            assert_whole(folder)
             yield found
-
-
-def assert_whole(folder: Path):
-    """Raise unless every file of JSON, tensors or pixels below a folder can be read to its end."""
-    from PIL import Image
-    from safetensors.torch import load_file
-
-    for file in folder.rglob("*"):
-        if any(map(_is_unfinished, file.relative_to(folder).parts)):
-            continue
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
-        elif file.suffix == ".safetensors":
-            load_file(file)
-        elif file.suffix == ".png":
-            with Image.open(file) as picture:
-                picture.load()
-
-
-def left_beside(folder: Path):
-    """Return the files and folders that were being written when a process was killed."""
-    return [path for path in folder.rglob("*") if _is_unfinished(path.name)]
-
-
-def _is_unfinished(name):
-    """Whether it lies beside the file or the folder that it was to become."""
-    return name.startswith(".partial-") or name == "training-state.partial"
+    assert left == 0, "nobody else kills"

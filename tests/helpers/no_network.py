@@ -2,6 +2,7 @@
 
 import socket
 from contextlib import contextmanager
+from unittest import mock
 
 
 class ReachedError(OSError):
@@ -12,14 +13,13 @@ class ReachedError(OSError):
 def no_network():
     """Cut the network off, and yield the list of what was reached for."""
     reached = []
-    found = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
 
     def refuse(*arguments, **options):
         reached.append(arguments)
         raise ReachedError(f"no network: {arguments!r}")
 
-    socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
-    try:
+    with (
+        mock.patch.multiple(socket.socket, connect=refuse, connect_ex=refuse),
+        mock.patch.object(socket, "getaddrinfo", refuse),
+    ):
         yield reached
-    finally:
-        socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo = found

@@ -2,7 +2,7 @@
 
 import _pickle
 import pickle
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -23,20 +23,16 @@ def no_pickle():
     class Unpickler(pickle.Unpickler):
         load = refuse
 
-    functions = [
-        *((module, name) for module in (pickle, _pickle) for name in ("load", "loads")),
-        (pickle._Unpickler, "load"),
-        (torch, "load"),
-        (torch.serialization, "load"),
-        (_weights_only_unpickler.Unpickler, "load"),
-        (_weights_only_unpickler, "load"),
+    replaced = [
+        *((module, name, refuse) for module in (pickle, _pickle) for name in ("load", "loads")),
+        *((module, "Unpickler", Unpickler) for module in (pickle, _pickle)),
+        (pickle._Unpickler, "load", refuse),
+        (torch, "load", refuse),
+        (torch.serialization, "load", refuse),
+        (_weights_only_unpickler.Unpickler, "load", refuse),
+        (_weights_only_unpickler, "load", refuse),
     ]
-    patches = [mock.patch.object(owner, name, refuse) for owner, name in functions]
-    patches += [mock.patch.object(module, "Unpickler", Unpickler) for module in (pickle, _pickle)]
-    for patch in patches:
-        patch.start()
-    try:
+    with ExitStack() as stack:
+        for owner, name, instead in replaced:
+            stack.enter_context(mock.patch.object(owner, name, instead))
         yield
-    finally:
-        for patch in patches:
-            patch.stop()

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from torch.distributed.fsdp import fully_shard
+from two_processes import environment_of
 
 import ocm
 from ocm import checkpoints
@@ -71,8 +72,7 @@ def train_heads(unet, directory=None, **changes):
 def train_sharded(connection, rank, port, directory):
     """Train as one of two processes, each of which holds half of the backbone's weights."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(environment_of(rank, port))
     torch.distributed.init_process_group("gloo")
     whole = sum(p.numel() for p in make_unet().parameters())
     by_hand, by_us = sharded(make_unet()), make_unet()

@@ -50,37 +50,25 @@ def parts(ends):
     return [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
 
 
-class Linear:
+def matrix(shape, seed):
+    """A square matrix over the features of a sample."""
+    return tensor((math.prod(shape),) * 2, seed)
+
+
+def times(A):
     """x -> A x of each sample, features in order."""
-
-    def __init__(self, matrix):
-        self.matrix = matrix
-
-    def __call__(self, x):
-        return (x.flatten(1) @ self.matrix.to(x).mT).reshape(x.shape)
-
-
-class Curved:
-    """x -> tanh(A x + c) + B x, a network whose Jacobian differs between samples."""
-
-    def __init__(self, A, B, c):
-        self.A, self.B, self.c = A, B, c
-
-    def __call__(self, x):
-        flat = x.flatten(1)
-        inner = torch.tanh(flat @ self.A.to(x).mT + self.c.to(x))
-        return (inner + flat @ self.B.to(x).mT).reshape(x.shape)
+    return lambda x: (x.flatten(1) @ A.mT).reshape(x.shape)
 
 
 def linear(shape, seed):
-    D = math.prod(shape)
-    return Linear(tensor((D, D), seed))
+    return times(matrix(shape, seed))
 
 
 def curved(shape, seed):
-    D = math.prod(shape)
-    A, B, c = tensor((D, D), seed), tensor((D, D), seed + 1), tensor((D,), seed + 2)
-    return Curved(A / math.sqrt(D), 0.3 * B, c)
+    """x -> tanh(A x + c) + B x, a network whose Jacobian differs between samples."""
+    A, B = matrix(shape, seed) / math.sqrt(math.prod(shape)), 0.3 * matrix(shape, seed + 1)
+    c = tensor(shape, seed + 2)
+    return lambda x: torch.tanh(times(A)(x) + c) + times(B)(x)
 
 
 class Attention(nn.Module):
@@ -122,22 +110,15 @@ def block_jacobian(function, x):
     return whole.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-@st.composite
-def designs(draw, shape):
+def designs(shape):
     """A probe design that fits samples of a shape."""
     D = math.prod(shape)
-    kinds = ["rademacher", "normal", "unit"] + ["balanced"] * (D > 1)
-    kind = draw(st.sampled_from([*kinds, "coloring", "dense"] if len(shape) > 1 else kinds))
-    if kind in ("rademacher", "normal", "unit"):
-        return {
-            "rademacher": hessdiag.Rademacher,
-            "normal": hessdiag.Normal,
-            "unit": hessdiag.UnitVectors,
-        }[kind]()
-    colors = draw(st.integers(1, D))
-    if kind == "balanced":
-        return hessdiag.BalancedColoring(colors)
-    return hessdiag.Coloring(colors, dense=kind == "dense")
+    colors = st.integers(1, D)
+    return st.one_of(
+        st.sampled_from([hessdiag.Rademacher(), hessdiag.Normal(), hessdiag.UnitVectors()]),
+        *[st.builds(hessdiag.BalancedColoring, colors)] * (D > 1),
+        *[st.builds(hessdiag.Coloring, colors, dense=st.booleans())] * (len(shape) > 1),
+    )
 
 
 @st.composite

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from two_processes import environment_of
 
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
@@ -134,15 +135,7 @@ def train_and_report(connection, settings, directory, stay):
 def train_in_process(connection, rank, port, settings, options):
     """Train as one of two processes, of which the other has another random network at first."""
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
+    os.environ.update(environment_of(rank, port), OMP_NUM_THREADS="1")
     fail_in, signal_in = options.pop("fail_in", None), options.pop("signal_in", {})
     drawn = []
 

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import torch
 
 import ocm
-from ocm.diffusion.backbones.architecture import Architecture
 
 MEANS = torch.tensor([-0.3, 0.2])
 
@@ -21,7 +20,7 @@ class TwoClasses(torch.nn.Module):
         return SimpleNamespace(sample=mean + 0.0 * self.features(x) * self.scale)
 
 
-ARCHITECTURE = Architecture(
+ARCHITECTURE = ocm.Architecture(
     "TwoClasses",
     "features",
     lambda backbone, x, time, labels: backbone(x, time, labels).sample,

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from plain_heads import Constant
 from torch import nn
 
 import ocm
@@ -21,29 +22,17 @@ STEPS = [1, 400, 1000]
 VALUES = {"negative": -1e30, "zero": 0.0, "large": 1e30, "inf": math.inf, "-inf": -math.inf}
 
 
-class Constant(nn.Module):
-    """A head that puts out one number everywhere."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, features, *_):
-        return torch.full_like(features, self.value)
-
-
 class Featured(nn.Module):
     """A backbone for standard normal data, whose features are its input."""
 
-    def __init__(self, channels=1):
+    def __init__(self):
         super().__init__()
-        self.features, self.channels = nn.Identity(), channels
+        self.features = nn.Identity()
 
     def forward(self, x, time):
         self.time = time
         beta_bar = ocm.cosine().beta_bar.to(x)[time + 1]
-        output = self.features(x) * beta_bar.sqrt().reshape(-1, 1, 1, 1)
-        return output.repeat(1, self.channels, 1, 1)
+        return self.features(x) * beta_bar.sqrt().reshape(-1, 1, 1, 1)
 
 
 ARCHITECTURE = ocm.Architecture("Featured", "features", lambda module, x, time, _: module(x, time))
@@ -51,10 +40,6 @@ ARCHITECTURE = ocm.Architecture("Featured", "features", lambda module, x, time, 
 
 def denoiser():
     return ocm.Denoiser(Featured(), ocm.cosine(), architecture=ARCHITECTURE).freeze()
-
-
-def in_units(kind, units):
-    return lambda d, head: kind(d, head, units)
 
 
 def of_frequencies(d, head):
@@ -67,12 +52,12 @@ def calibrated(d, head):
 
 
 LEARNED = {
-    f"{kind.__name__}, {name}": in_units(kind, units)
+    f"{kind.__name__}, {name}": partial(kind, parameterisation=units)
     for kind in (ocm.OptimalCovarianceMatching, ocm.NPR, ocm.SN, ocm.MaximumLikelihood)
     for name, units in (("bounded", ocm.BOUNDED), ("paper", ocm.PAPER))
 } | {
-    "ImprovedDDPM, bounded": in_units(ocm.ImprovedDDPM, ocm.BOUNDED),
-    "ImprovedDDPM, interpolated": in_units(ocm.ImprovedDDPM, ocm.PAPER),
+    "ImprovedDDPM, bounded": partial(ocm.ImprovedDDPM, parameterisation=ocm.BOUNDED),
+    "ImprovedDDPM, interpolated": partial(ocm.ImprovedDDPM, parameterisation=ocm.PAPER),
     "FrequencyLikelihood": of_frequencies,
     "Calibrated": calibrated,
 }
@@ -85,6 +70,10 @@ def images():
 
 def half(x):
     return x[..., :2]
+
+
+def sample(d, covariance, **options):
+    return ocm.sample(d, covariance, SHAPE, STEPS, **options)
 
 
 def inverse(d, covariance, **options):
@@ -102,21 +91,16 @@ def bound(d, covariance, levels=256, **options):
 
 
 def density(d, covariance, **options):
-    images_ = images()
-    prediction = d.predict(images_, 400, s=1)
+    x = images()
     step = ocm.ddpm(d.schedule, 1, 400)
-    return ocm.transition(prediction, covariance, step, **options).log_prob(images_)
+    return ocm.transition(d.predict(x, 400, s=1), covariance, step, **options).log_prob(x)
 
 
 USES = {
-    "ddpm": lambda d, c, **options: ocm.sample(d, c, SHAPE, STEPS, noise_at_end=True, **options),
-    "ddim": lambda d, c, **options: ocm.sample(d, c, SHAPE, STEPS, sampler=ocm.ddim, **options),
-    "renoised": lambda d, c, **options: ocm.sample(
-        d, c, SHAPE, STEPS, sampler=ocm.renoised, **options
-    ),
-    "second order": lambda d, c, **options: ocm.sample(
-        d, c, SHAPE, STEPS, sampler=ocm.SecondOrder(0.5), **options
-    ),
+    "ddpm": partial(sample, noise_at_end=True),
+    "ddim": partial(sample, sampler=ocm.ddim),
+    "renoised": partial(sample, sampler=ocm.renoised),
+    "second order": partial(sample, sampler=ocm.SecondOrder(0.5)),
     "trajectory": trajectory,
     "transition": density,
     "bound": bound,
@@ -170,9 +154,9 @@ def test_the_error_names_the_first_timestep_that_is_wrong():
 
     d = denoiser()
     with pytest.raises(FloatingPointError, match=r"head Late .* 32 NaN .* of 32 .* at t = 400$"):
-        ocm.sample(d, ocm.NPR(d, Late(0.0)), SHAPE, STEPS, noise_at_end=True)
+        sample(d, ocm.NPR(d, Late(0.0)), noise_at_end=True)
     with pytest.raises(FloatingPointError, match=r"head Late .* at t = 400$"):
-        ocm.sample_trajectory(d, ocm.NPR(d, Late(0.0)), SHAPE, STEPS, noise_at_end=True)
+        trajectory(d, ocm.NPR(d, Late(0.0)), noise_at_end=True)
 
 
 @pytest.mark.parametrize("use", [use for use in USES if use != "transition"])
@@ -192,13 +176,13 @@ def test_nan_that_does_not_come_again_is_an_error_too():
 
     d = ocm.Denoiser(once, ocm.cosine())
     with pytest.raises(FloatingPointError, match="did not give again"):
-        ocm.sample(d, ocm.Beta(d), SHAPE, STEPS)
+        sample(d, ocm.Beta(d))
 
 
 def test_a_density_of_variance_zero_is_an_error():
     d = denoiser()
     with pytest.raises(FloatingPointError, match=r"BetaTilde states variances of 0 \.\. 0"):
-        ocm.bits_per_dim(d, ocm.BetaTilde(d), images(), STEPS, levels=None)
+        bound(d, ocm.BetaTilde(d), levels=None)
 
 
 def test_what_cannot_be_looked_at_is_not_waited_for():

@@ -4,8 +4,8 @@
 
 The same tests are run without a fault first, and must pass. A fault that changes nothing that can
 be noticed says why (``equivalent``), and must live. What was found is kept in .cache/faults.json,
-and tried again only where the fault, its file or its tests have changed. The exit status is 1 if a
-fault lived, or could not be tried.
+and tried again where the fault, its file or its tests have changed, or where it should have been
+otherwise. The exit status is 1 if a fault lived, or could not be tried.
 """
 
 from __future__ import annotations
@@ -44,27 +44,31 @@ def main() -> int:
         return 2
     untouched = [nothing(tests) for tests in dict.fromkeys(fault.tests for fault in faults)]
     # Once, whatever is edited while they are tried.
-    prints = {fault: fault.fingerprint(ROOT) for fault in (*untouched, *faults)}
+    keys = {fault: fault.fingerprint(ROOT) for fault in (*untouched, *faults)}
     known = {} if options.again or not RECORD.exists() else json.loads(RECORD.read_text())
-    todo = [fault for fault in prints if prints[fault] not in known]
+    todo = [
+        fault
+        for fault, key in keys.items()
+        if key not in known or known[key]["outcome"] != fault.expected
+    ]
     print(
         f"{len(faults)} faults for {len(untouched)} choices of tests; of both "
-        f"{len(prints) - len(todo)} known from before",
+        f"{len(keys) - len(todo)} known from before",
         flush=True,
     )
     for fault, outcome in _tried(todo, options.processes):
-        known[prints[fault]] = outcome
+        known[keys[fault]] = outcome
         _keep(known)
         print(f"  {outcome['outcome']:8} {outcome['seconds']:4.0f} s  {fault.name}", flush=True)
 
-    wrong = [fault for fault in prints if known[prints[fault]]["outcome"] != fault.expected]
+    wrong = [fault for fault in keys if known[keys[fault]]["outcome"] != fault.expected]
     argued = sum(bool(fault.equivalent) for fault in faults)
     print(
         f"{len(faults) - argued} faults to be caught and {argued} argued to be equivalent: "
         f"{sum(fault in wrong for fault in faults)} came out otherwise"
     )
     for fault in wrong:
-        outcome = known[prints[fault]]
+        outcome = known[keys[fault]]
         print(f"  {outcome['outcome']}: {fault.name} ({fault.path})\n{outcome['output']}")
     return 1 if wrong else 0
 

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import BATCHES, IMAGES, TENSOR_SEEDS, schedules, tables, tensor, trajectories
+from told import told_denoiser
 from torch import nn
 
 import ocm
@@ -123,27 +124,6 @@ def test_the_full_covariance_by_products_is_the_one_by_eigenvectors(D, batch, se
         close(one.log_determinant(), other.log_determinant(), rtol=1e-6, atol=1e-7)
 
 
-class Given(nn.Module):
-    """A head that puts out what it was given."""
-
-    def __init__(self, output):
-        super().__init__()
-        self.output = output
-
-    def forward(self, features):
-        return self.output
-
-
-class Featured(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.features = nn.Identity()
-
-    def forward(self, x):
-        return self.features(x)
-
-
-ARCHITECTURE = ocm.Architecture("Featured", "features", lambda module, x, time, _: module(x))
 KINDS = {
     "npr": ocm.NPR,
     "ocm": ocm.OptimalCovarianceMatching,
@@ -159,10 +139,10 @@ def test_positive_units_state_positive_variances_whatever_the_head_says(
     kind, data, schedule, seed, std, size
 ):
     t = data.draw(trajectories(schedule, count=1))[0]
-    denoiser = ocm.Denoiser(Featured(), schedule, "sample", ARCHITECTURE)
     x, output = tensor((2, 1, 2, 2), seed, torch.float32), size * tensor((2, 1, 2, 2), seed + 1)
+    denoiser = told_denoiser(x, output.float(), schedule)
     units = ocm.Parameterisation(std, positive=True)
-    stated = KINDS[kind](denoiser, Given(output.float()), units).at(denoiser.predict(x, t))
+    stated = KINDS[kind](denoiser, nn.Identity(), units).at(denoiser.predict(x, t))
     variances = stated.bounded(None).eigenvalues
     assert bool((variances >= 0).all())
     assert bool(torch.isfinite(variances).all())
@@ -233,11 +213,11 @@ def test_the_floor_is_never_negative_and_changes_no_certain_estimate(batch, feat
 @given(st.data(), schedules(), TENSOR_SEEDS)
 def test_both_fixed_variances_are_those_of_their_steps(data, schedule, seed):
     """Var = 0 and beta_bar are beta_tilde and beta of q(x_t | x_s), on a path of one total."""
+    assume(schedule.name not in ("flow", "edm", "trigflow"))
     places = data.draw(trajectories(schedule, count=2, least=1e-2))
-    if schedule.name in ("flow", "edm", "trigflow") or len(places) < 2:
-        return
+    assume(len(places) == 2)
     s, t = places
-    denoiser = ocm.Denoiser(Featured(), schedule, "sample", ARCHITECTURE)
+    denoiser = ocm.Denoiser(lambda x, time: x, schedule, "sample")
     prediction = denoiser.predict(tensor((1, 2), seed), t)
     _, b, noise_variance = ocm.ddpm(schedule, s, t)
     for kind, expected in (

@@ -18,10 +18,12 @@ from strategies import (
     curved,
     designs,
     linear,
+    matrix,
     offsets,
     parts,
     splits,
     tensor,
+    times,
 )
 
 import hessdiag
@@ -31,10 +33,6 @@ from hessdiag.kernels import rademacher
 close = torch.testing.assert_close
 
 
-def of(shape, seed, batch):
-    return tensor((batch, *shape), seed)
-
-
 def blocks_of(design, shape, count):
     """Probes of so many blocks."""
     return design.block_size(shape) * (1 if design.is_exact else count)
@@ -42,7 +40,7 @@ def blocks_of(design, shape, count):
 
 @given(st.data(), SHAPES, BATCHES, TENSOR_SEEDS, SEEDS, NUMBERS, NUMBERS)
 def test_estimates_are_linear_in_the_function(data, shape, batch, seed, probe_seed, a, b):
-    design, x = data.draw(designs(shape)), of(shape, seed, batch)
+    design, x = data.draw(designs(shape)), tensor((batch, *shape), seed)
     f, g = curved(shape, seed), linear(shape, seed + 7)
     M = blocks_of(design, shape, data.draw(st.integers(1, 3)))
     of_f, of_g, of_both = (
@@ -58,7 +56,12 @@ def test_estimates_do_not_depend_on_chunks(data, shape, batch, seed, probe_seed,
     M = blocks_of(design, shape, data.draw(st.integers(1, 4)))
     whole, chunked = (
         hessdiag.estimate(
-            f, of(shape, seed, batch), max_probes=M, probes=design, seed=probe_seed, chunk_size=size
+            f,
+            tensor((batch, *shape), seed),
+            max_probes=M,
+            probes=design,
+            seed=probe_seed,
+            chunk_size=size,
         )
         for size in (M, chunk)
     )
@@ -70,7 +73,7 @@ def test_estimates_do_not_depend_on_chunks(data, shape, batch, seed, probe_seed,
 @pytest.mark.parametrize("kind", ["estimate", "trace", "blocks", "xdiag"])
 @given(st.data(), SHAPES, st.integers(2, 4), TENSOR_SEEDS, SEEDS)
 def test_a_batch_in_parts_and_in_any_order_is_the_whole(kind, data, shape, batch, seed, probe_seed):
-    x, f = of(shape, seed, batch), curved(shape, seed)
+    x, f = tensor((batch, *shape), seed), curved(shape, seed)
     first = data.draw(offsets(batch))
     design, D = data.draw(designs(shape)), math.prod(shape)
     M = blocks_of(design, shape, 2)
@@ -83,10 +86,9 @@ def test_a_batch_in_parts_and_in_any_order_is_the_whole(kind, data, shape, batch
             return hessdiag.trace(f, x, max_probes=M, probes=design, **own).trace
         if kind == "xdiag":
             return hessdiag.xdiag(f, x, num_probes=2 * max(2, min(D, 3)), **own)
-        partition = torch.arange(D).reshape(shape) % 2
-        rademacher = hessdiag.Rademacher()
+        partition, probes = torch.arange(D).reshape(shape) % 2, hessdiag.Rademacher()
         return hessdiag.block_diagonal(
-            f, x, partition=partition, probes=rademacher, max_probes=2 * D, **own
+            f, x, partition=partition, probes=probes, max_probes=2 * D, **own
         ).blocks
 
     whole = found(x, first)
@@ -96,7 +98,7 @@ def test_a_batch_in_parts_and_in_any_order_is_the_whole(kind, data, shape, batch
 
 @given(FUNCTIONS, SHAPES, st.integers(2, 4), TENSOR_SEEDS, st.randoms(use_true_random=False))
 def test_what_is_exact_goes_with_its_sample(make, shape, batch, seed, random):
-    x, f = of(shape, seed, batch), make(shape, seed)
+    x, f = tensor((batch, *shape), seed), make(shape, seed)
     order = random.sample(range(batch), batch)
     for exactly in (hessdiag.exact, hessdiag.jacobian):
         close(exactly(f, x[order]), exactly(f, x)[order], rtol=1e-10, atol=1e-12)
@@ -107,7 +109,7 @@ def test_an_estimate_that_is_continued_is_the_whole(
     data, shape, batch, seed, probe_seed, before, after
 ):
     design = data.draw(designs(shape).filter(lambda design: not design.is_exact))
-    x, f, m = of(shape, seed, batch), curved(shape, seed), design.block_size(shape)
+    x, f, m = tensor((batch, *shape), seed), curved(shape, seed), design.block_size(shape)
     first = data.draw(offsets((before + after) * m, m))
     for kind, value in ((hessdiag.estimate, "diagonal"), (hessdiag.trace, "trace")):
         whole, begun, added = (
@@ -144,15 +146,22 @@ def test_means_that_agree_but_for_rounding_leave_a_merged_standard_error_unknown
     assert stderr == math.inf
 
 
+def test_a_mean_that_is_nan_leaves_a_merged_standard_error_nan():
+    """It was 0 from ten blocks on: a NaN that counts as exact."""
+    block = torch.tensor([[math.nan]]), torch.tensor([[math.inf]]), torch.tensor([1])
+    mean, stderr, _ = merge(*[block] * 10)
+    assert mean.isnan()
+    assert stderr.isnan()
+
+
 @given(st.data(), SHAPES, BATCHES, TENSOR_SEEDS, SEEDS)
 def test_reverse_mode_is_forward_mode_of_the_transpose(data, shape, batch, seed, probe_seed):
-    design, x = data.draw(designs(shape)), of(shape, seed, batch)
-    f = linear(shape, seed)
-    transposed = type(f)(f.matrix.mT)
+    design, x = data.draw(designs(shape)), tensor((batch, *shape), seed)
+    A = matrix(shape, seed)
     M = blocks_of(design, shape, 2)
     forward, backward = (
         hessdiag.estimate(g, x, max_probes=M, probes=design, seed=probe_seed, mode=mode).diagonal
-        for g, mode in ((f, "jvp"), (transposed, "vjp"))
+        for g, mode in ((times(A), "jvp"), (times(A.mT), "vjp"))
     )
     close(forward, backward, rtol=1e-10, atol=1e-12)
 
@@ -160,7 +169,7 @@ def test_reverse_mode_is_forward_mode_of_the_transpose(data, shape, batch, seed,
 @given(st.data(), SHAPES, BATCHES, TENSOR_SEEDS, SEEDS)
 def test_signs_are_exact_where_the_jacobian_is_diagonal(data, shape, batch, seed, probe_seed):
     design = data.draw(designs(shape).filter(lambda d: not isinstance(d, hessdiag.Normal)))
-    x = of(shape, seed, batch)
+    x = tensor((batch, *shape), seed)
     M = blocks_of(design, shape, 1)
     found = hessdiag.estimate(torch.sin, x, max_probes=M, probes=design, seed=probe_seed)
     close(found.diagonal, x.cos(), rtol=1e-10, atol=1e-12)
@@ -168,7 +177,7 @@ def test_signs_are_exact_where_the_jacobian_is_diagonal(data, shape, batch, seed
 
 @given(SHAPES, BATCHES, TENSOR_SEEDS, SEEDS)
 def test_as_many_probes_as_features_are_exact(shape, batch, seed, probe_seed):
-    x, f, D = of(shape, seed, batch), curved(shape, seed), math.prod(shape)
+    x, f, D = tensor((batch, *shape), seed), curved(shape, seed), math.prod(shape)
     expected = block_jacobian(f, x).diagonal(dim1=1, dim2=2).reshape(x.shape)
     exact = [hessdiag.UnitVectors(), hessdiag.BalancedColoring(D), "auto"]
     if len(shape) > 1:
@@ -181,7 +190,7 @@ def test_as_many_probes_as_features_are_exact(shape, batch, seed, probe_seed):
 
 @given(st.data(), SHAPES, BATCHES, TENSOR_SEEDS, SEEDS)
 def test_the_trace_is_the_sum_of_the_diagonal(data, shape, batch, seed, probe_seed):
-    design, x, f = data.draw(designs(shape)), of(shape, seed, batch), curved(shape, seed)
+    design, x, f = data.draw(designs(shape)), tensor((batch, *shape), seed), curved(shape, seed)
     options = {"max_probes": blocks_of(design, shape, 2), "probes": design, "seed": probe_seed}
     diagonal = hessdiag.estimate(f, x, **options).diagonal
     trace = hessdiag.trace(f, x, **options).trace
@@ -190,7 +199,7 @@ def test_the_trace_is_the_sum_of_the_diagonal(data, shape, batch, seed, probe_se
 
 @given(IMAGES, BATCHES, TENSOR_SEEDS)
 def test_the_blocks_of_pixels_are_those_of_the_matrix(shape, batch, seed):
-    x, f = of(shape, seed, batch), curved(shape, seed)
+    x, f = tensor((batch, *shape), seed), curved(shape, seed)
     channels, positions = shape[0], shape[1] * shape[2]
     matrix = block_jacobian(f, x).reshape(batch, channels, positions, channels, positions)
     expected = matrix.diagonal(dim1=2, dim2=4).permute(0, 3, 1, 2)
@@ -203,9 +212,8 @@ def test_the_blocks_of_pixels_are_those_of_the_matrix(shape, batch, seed):
 @given(st.integers(1, 6), BATCHES, TENSOR_SEEDS, SEEDS)
 def test_xdiag_is_exact_where_the_rank_is_small(D, batch, seed, probe_seed):
     u, v = tensor((D, 1), seed), tensor((1, D), seed + 1)
-    f, x = linear((D,), 0), of((D,), seed, batch)
-    f.matrix = u @ v
-    found = hessdiag.xdiag(f, x, num_probes=4, seed=probe_seed)
+    x = tensor((batch, D), seed)
+    found = hessdiag.xdiag(times(u @ v), x, num_probes=4, seed=probe_seed)
     expected = (u @ v).diagonal().expand(batch, D)
     close(found, expected, rtol=1e-7, atol=1e-8)
 
@@ -232,7 +240,7 @@ def test_xdiag_of_a_sign_vector_that_comes_twice_is_its_definition():
 def test_probes_that_were_kept_are_those_that_would_be_drawn(
     data, shape, batch, seed, probe_seed, count
 ):
-    design, x = data.draw(designs(shape)), of(shape, seed, batch)
+    design, x = data.draw(designs(shape)), tensor((batch, *shape), seed)
     f, M = curved(shape, seed), blocks_of(design, shape, count)
     kept = hessdiag.fixed_probes(x, max_probes=M, probes=design, seed=probe_seed)
     drawn, again = (

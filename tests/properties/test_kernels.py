@@ -150,7 +150,7 @@ def test_the_loss_and_its_gradient_are_their_formulas(
     st.tuples(*[st.integers(1, 3)] * 2, *[st.integers(1, 5)] * 4),
     st.booleans(),
     st.booleans(),
-    st.sampled_from(["contiguous", "reversed", "strided"]),
+    LAYOUTS,
     TENSOR_SEEDS,
 )
 def test_attention_and_its_derivative_are_those_of_the_formula(sizes, causal, masked, layout, seed):

@@ -19,12 +19,14 @@ def as_int64(seed):
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed)
 
 
+def counters(data, sizes):
+    probes, samples = (data.draw(offsets(size)) for size in sizes[:2])
+    return {"probe_offset": probes, "sample_offset": samples}
+
+
 @given(st.data(), SEEDS, SIZES)
 def test_signs_are_those_of_the_contract(data, seed, sizes):
-    at = {
-        "probe_offset": data.draw(offsets(sizes[0])),
-        "sample_offset": data.draw(offsets(sizes[1])),
-    }
+    at = counters(data, sizes)
     expected = torch.from_numpy(contract.rademacher(*sizes, seed, **at))
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         made = kernels.rademacher(sizes, seed, dtype=dtype, **at)
@@ -53,7 +55,7 @@ def test_permutations_are_those_of_the_contract(data, seed, samples, features):
 @given(st.data(), SEEDS, SIZES)
 def test_any_parts_make_up_the_whole(make, data, seed, sizes):
     probes, samples, features = sizes
-    at = {"probe_offset": data.draw(offsets(probes)), "sample_offset": data.draw(offsets(samples))}
+    at = counters(data, sizes)
     whole = make(sizes, seed, **at)
     for rows in parts(data.draw(splits(probes))):
         for batch in parts(data.draw(splits(samples))):
@@ -76,11 +78,11 @@ def test_features_do_not_depend_on_how_many_follow(seed, features, more):
 
 @given(SEEDS, st.integers(1, 5))
 def test_no_counter_of_more_than_32_bits_wraps_around(seed, count):
-    for make, at in ((kernels.rademacher, "probe_offset"), (kernels.rademacher, "sample_offset")):
-        shape = (count, count, 2)
-        make(shape, seed, **{at: 2**32 - count})
-        with pytest.raises(ValueError, match=at):
-            make(shape, seed, **{at: 2**32 - count + 1})
+    for make in (kernels.rademacher, kernels.normal_probes):
+        for at in ("probe_offset", "sample_offset"):
+            make((count, count, 2), seed, **{at: 2**32 - count})
+            with pytest.raises(ValueError, match=at):
+                make((count, count, 2), seed, **{at: 2**32 - count + 1})
 
 
 WORDS = st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**31, 2**32 - 1])

@@ -15,6 +15,7 @@ import ocm
 from ocm import checkpoints, data
 from ocm.checkpoints.held_back import held_back
 from ocm.training.batches import MicroBatches, batch_of_step, derived_seed
+from ocm.training.small_unet import small_unet
 
 FITTED = st.sampled_from(["analytic", "analytic_data"])
 NAMES = st.sampled_from(["analytic", "analytic_data", "ocm", "beta"])
@@ -23,21 +24,7 @@ UNITS = st.builds(
 )
 
 
-@lru_cache(maxsize=1)
-def backbone():
-    from diffusers import UNet2DModel
-
-    return UNet2DModel(
-        sample_size=4,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(4,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=2,
-        attention_head_dim=4,
-    ).eval()
+BACKBONE = small_unet((1, 4, 4), width=8).eval()
 
 
 def head_of(denoiser, seed):
@@ -45,6 +32,10 @@ def head_of(denoiser, seed):
     for i, parameter in enumerate(head.parameters()):
         parameter.copy_(tensor(parameter.shape, seed + i, torch.float32))
     return head
+
+
+def rows_of(tables):
+    return {name: dict(table.rows) for name, table in tables.items()}
 
 
 @given(
@@ -60,7 +51,7 @@ def head_of(denoiser, seed):
 def test_a_checkpoint_comes_back_from_the_disk(
     schedule, variances, weights, units, x0_range, num_calibration, levels, seed
 ):
-    denoiser = ocm.Denoiser(backbone(), schedule, "v_prediction", data_covariance=0.3).freeze()
+    denoiser = ocm.Denoiser(BACKBONE, schedule, "v_prediction", data_covariance=0.3).freeze()
     original = checkpoints.Checkpoint(
         denoiser,
         (1, 4, 4),
@@ -84,23 +75,15 @@ def test_a_checkpoint_comes_back_from_the_disk(
                 assert (again / file).read_bytes() == (Path(folder) / file).read_bytes()
     for field in ("image_shape", "levels", "data", "x0_range", "num_calibration", "data_options"):
         assert getattr(loaded, field) == getattr(original, field)
-    mine, its = (
-        {name: dict(table.rows) for name, table in of.calibrations.items()}
-        for of in (original, loaded)
-    )
-    assert mine == its
-    for name, covariance in original.analytic.items():
-        assert dict(loaded.analytic[name].scaled_variances.rows) == dict(
-            covariance.scaled_variances.rows
-        )
+    assert rows_of(loaded.calibrations) == rows_of(weights)
+    fitted = {name: covariance.scaled_variances for name, covariance in loaded.analytic.items()}
+    assert rows_of(fitted) == rows_of(variances)
     assert loaded.learned["npr"].parameterisation == units
     for one, other in (
         (original.denoiser.backbone, loaded.denoiser.backbone),
         (original.learned["npr"].head, loaded.learned["npr"].head),
     ):
-        states = one.state_dict(), other.state_dict()
-        assert states[0].keys() == states[1].keys()
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+        torch.testing.assert_close(one.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def different(images):
@@ -177,6 +160,6 @@ def test_derived_seeds_differ_where_a_part_does(parts, which):
 @pytest.mark.parametrize("change", [{"data_std": 0.5}, {"time": lambda t: t / 7}])
 def test_a_schedule_is_not_written_without_what_its_network_is_told(tmp_path, path, change):
     """It was written by its name, and read with data_std = 1: another network."""
-    denoiser = ocm.Denoiser(backbone(), replace(path(), **change), "edm")
+    denoiser = ocm.Denoiser(BACKBONE, replace(path(), **change), "edm")
     with pytest.raises(ValueError, match=r"schedule must .*data_std"):
         checkpoints.save(checkpoints.Checkpoint(denoiser, (1, 4, 4), 17, "digits"), tmp_path)

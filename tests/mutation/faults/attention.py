@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults.fault import Fault
+from faults.fault import in_file
 
 _OP = "tests/kernels/test_attention_jvp.py"
 _CHOICE = ("tests/hessdiag/test_attention.py", "-k")
@@ -15,341 +15,263 @@ REFERENCE = (_OP, "-k", "rows_without or grouped or TestTemp and not grow or tan
 VMAP = (_OP, "-k", "vmap")
 AUTOCAST = (_OP, "-k", "autocast")
 
-KERNEL_FILE = "hessdiag/kernels/attention_triton.py"
 REFERENCE_FILE = "hessdiag/kernels/attention_reference.py"
-OP_FILE = "hessdiag/kernels/attention_jvp.py"
 CHOICE = "hessdiag/attention.py"
 
 FAULTS = [
-    Fault(
-        "scores a hundredth too large",
-        KERNEL_FILE,
-        "        scores = scores * scale\n",
-        "        scores = scores * scale * 1.01\n",
+    *in_file(
+        "hessdiag/kernels/attention_triton.py",
         KERNEL,
+        (
+            "scores a hundredth too large",
+            "        scores = scores * scale\n",
+            "        scores = scores * scale * 1.01\n",
+        ),
+        (
+            "slopes of the scores unscaled",
+            "product = (weights * (slopes[i] * scale))",
+            "product = (weights * slopes[i])",
+        ),
+        (
+            "causal without the diagonal",
+            "first + rows[:, None] >= start + columns[None, :]",
+            "first + rows[:, None] > start + columns[None, :]",
+        ),
+        (
+            "causal from the other corner",
+            "first + rows[:, None] >= start + columns[None, :]",
+            "first + rows[:, None] + num_keys - num_queries >= start + columns[None, :]",
+        ),
+        (
+            "causal blocks left out",
+            "end = tl.minimum(num_keys, first + QUERIES)",
+            "end = tl.minimum(num_keys, first)",
+        ),
+        (
+            "one key too many",
+            "allowed = (columns < num_keys - start)[None, :]",
+            "allowed = (columns <= num_keys - start)[None, :]",
+        ),
+        (
+            "keys beyond the last",
+            "allowed = (columns < num_keys - start)[None, :]",
+            "allowed = (columns < KEYS)[None, :]",
+        ),
+        (
+            "the mask of the next key",
+            "place = mask_ptr + tl.cast(start, tl.int64) * mask_column",
+            "place = mask_ptr + tl.cast(start + 1, tl.int64) * mask_column",
+        ),
+        (
+            "rows of the mask by its columns",
+            "mask_ptr += first.to(tl.int64) * mask_row",
+            "mask_ptr += first.to(tl.int64) * mask_column",
+        ),
+        (
+            "one mask for all samples",
+            "(sample % mask_batch) * mask_sample",
+            "sample * mask_sample * 0",
+        ),
+        (
+            "tangents not rescaled",
+            "tangent = tangents[i] * shrink[:, None]",
+            "tangent = tangents[i]",
+        ),
+        (
+            "the change not rescaled",
+            "change = change * shrink + tl.sum(",
+            "change = change + tl.sum(",
+        ),
+        (
+            "the total not rescaled",
+            "total = total * shrink + tl.sum(weights, axis=1)",
+            "total = total + tl.sum(weights, axis=1)",
+        ),
+        (
+            "the output not rescaled",
+            "out = _add_product(rounded, value, out * shrink[:, None], UPCAST)",
+            "out = _add_product(rounded, value, out, UPCAST)",
+        ),
+        (
+            "the change of the total dropped",
+            "tangent = (tangents[i] - changes[i][:, None] * out) / total[:, None]",
+            "tangent = tangents[i] / total[:, None]",
+        ),
+        (
+            "the change of the total added",
+            "tangent = (tangents[i] - changes[i][:, None] * out) / total[:, None]",
+            "tangent = (tangents[i] + changes[i][:, None] * out) / total[:, None]",
+        ),
+        (
+            "rows without keys are NaN",
+            'shift = tl.where(new_top == float("-inf"), 0.0, new_top)',
+            "shift = new_top",
+        ),
+        (
+            "rows without keys divide by 0",
+            "total = tl.where(total == 0.0, 1.0, total)",
+            "total = total",
+        ),
+        (
+            "keys of another head",
+            "key_head = head // heads_per_key",
+            "key_head = head % heads_per_key",
+        ),
+        (
+            "probes of another program",
+            "probe = (index // batch) * PROBES",
+            "probe = index // batch",
+        ),
+        ("probes beyond the last written", "mask=inside & (probe + i < num_probes)", "mask=inside"),
+        (
+            "one query too many",
+            "inside = (rows < tl.where(exists, length - first, 0))[:, None]",
+            "inside = (rows <= tl.where(exists, length - first, 0))[:, None]",
+        ),
+        (
+            "the last columns of a head left out",
+            "for column in range(0, HEAD, CHUNK):",
+            "for column in range(0, HEAD - CHUNK, CHUNK):",
+        ),
+        (
+            "columns beyond the head",
+            "inside = inside & (columns < SIZE - column)[None, :]",
+            "inside = inside & (columns < SIZE)[None, :]",
+        ),
+        (
+            "the mask scaled",
+            "scores += mask.to(tl.float32)",
+            "scores += mask.to(tl.float32) * scale",
+        ),
+        (
+            "strides in other units",
+            "strides = [stride // unit for stride in strides]",
+            "strides = [stride // vector for stride in strides]",
+        ),
     ),
-    Fault(
-        "slopes of the scores unscaled",
-        KERNEL_FILE,
-        "product = (weights * (slopes[i] * scale))",
-        "product = (weights * slopes[i])",
-        KERNEL,
-    ),
-    Fault(
-        "causal without the diagonal",
-        KERNEL_FILE,
-        "first + rows[:, None] >= start + columns[None, :]",
-        "first + rows[:, None] > start + columns[None, :]",
-        KERNEL,
-    ),
-    Fault(
-        "causal from the other corner",
-        KERNEL_FILE,
-        "first + rows[:, None] >= start + columns[None, :]",
-        "first + rows[:, None] + num_keys - num_queries >= start + columns[None, :]",
-        KERNEL,
-    ),
-    Fault(
-        "causal blocks left out",
-        KERNEL_FILE,
-        "end = tl.minimum(num_keys, first + QUERIES)",
-        "end = tl.minimum(num_keys, first)",
-        KERNEL,
-    ),
-    Fault(
-        "one key too many",
-        KERNEL_FILE,
-        "allowed = (columns < num_keys - start)[None, :]",
-        "allowed = (columns <= num_keys - start)[None, :]",
-        KERNEL,
-    ),
-    Fault(
-        "keys beyond the last",
-        KERNEL_FILE,
-        "allowed = (columns < num_keys - start)[None, :]",
-        "allowed = (columns < KEYS)[None, :]",
-        KERNEL,
-    ),
-    Fault(
-        "the mask of the next key",
-        KERNEL_FILE,
-        "place = mask_ptr + tl.cast(start, tl.int64) * mask_column",
-        "place = mask_ptr + tl.cast(start + 1, tl.int64) * mask_column",
-        KERNEL,
-    ),
-    Fault(
-        "rows of the mask by its columns",
-        KERNEL_FILE,
-        "mask_ptr += first.to(tl.int64) * mask_row",
-        "mask_ptr += first.to(tl.int64) * mask_column",
-        KERNEL,
-    ),
-    Fault(
-        "one mask for all samples",
-        KERNEL_FILE,
-        "(sample % mask_batch) * mask_sample",
-        "sample * mask_sample * 0",
-        KERNEL,
-    ),
-    Fault(
-        "tangents not rescaled",
-        KERNEL_FILE,
-        "tangent = tangents[i] * shrink[:, None]",
-        "tangent = tangents[i]",
-        KERNEL,
-    ),
-    Fault(
-        "the change not rescaled",
-        KERNEL_FILE,
-        "change = change * shrink + tl.sum(",
-        "change = change + tl.sum(",
-        KERNEL,
-    ),
-    Fault(
-        "the total not rescaled",
-        KERNEL_FILE,
-        "total = total * shrink + tl.sum(weights, axis=1)",
-        "total = total + tl.sum(weights, axis=1)",
-        KERNEL,
-    ),
-    Fault(
-        "the output not rescaled",
-        KERNEL_FILE,
-        "out = _add_product(rounded, value, out * shrink[:, None], UPCAST)",
-        "out = _add_product(rounded, value, out, UPCAST)",
-        KERNEL,
-    ),
-    Fault(
-        "the change of the total dropped",
-        KERNEL_FILE,
-        "tangent = (tangents[i] - changes[i][:, None] * out) / total[:, None]",
-        "tangent = tangents[i] / total[:, None]",
-        KERNEL,
-    ),
-    Fault(
-        "the change of the total added",
-        KERNEL_FILE,
-        "tangent = (tangents[i] - changes[i][:, None] * out) / total[:, None]",
-        "tangent = (tangents[i] + changes[i][:, None] * out) / total[:, None]",
-        KERNEL,
-    ),
-    Fault(
-        "rows without keys are NaN",
-        KERNEL_FILE,
-        'shift = tl.where(new_top == float("-inf"), 0.0, new_top)',
-        "shift = new_top",
-        KERNEL,
-    ),
-    Fault(
-        "rows without keys divide by 0",
-        KERNEL_FILE,
-        "total = tl.where(total == 0.0, 1.0, total)",
-        "total = total",
-        KERNEL,
-    ),
-    Fault(
-        "keys of another head",
-        KERNEL_FILE,
-        "key_head = head // heads_per_key",
-        "key_head = head % heads_per_key",
-        KERNEL,
-    ),
-    Fault(
-        "probes of another program",
-        KERNEL_FILE,
-        "probe = (index // batch) * PROBES",
-        "probe = index // batch",
-        KERNEL,
-    ),
-    Fault(
-        "probes beyond the last written",
-        KERNEL_FILE,
-        "mask=inside & (probe + i < num_probes)",
-        "mask=inside",
-        KERNEL,
-    ),
-    Fault(
-        "one query too many",
-        KERNEL_FILE,
-        "inside = (rows < tl.where(exists, length - first, 0))[:, None]",
-        "inside = (rows <= tl.where(exists, length - first, 0))[:, None]",
-        KERNEL,
-    ),
-    Fault(
-        "the last columns of a head left out",
-        KERNEL_FILE,
-        "for column in range(0, HEAD, CHUNK):",
-        "for column in range(0, HEAD - CHUNK, CHUNK):",
-        KERNEL,
-    ),
-    Fault(
-        "columns beyond the head",
-        KERNEL_FILE,
-        "inside = inside & (columns < SIZE - column)[None, :]",
-        "inside = inside & (columns < SIZE)[None, :]",
-        KERNEL,
-    ),
-    Fault(
-        "the mask scaled",
-        KERNEL_FILE,
-        "scores += mask.to(tl.float32)",
-        "scores += mask.to(tl.float32) * scale",
-        KERNEL,
-    ),
-    Fault(
-        "strides in other units",
-        KERNEL_FILE,
-        "strides = [stride // unit for stride in strides]",
-        "strides = [stride // vector for stride in strides]",
-        KERNEL,
-    ),
-    Fault(
-        "scores of the reference unscaled",
+    *in_file(
         REFERENCE_FILE,
-        "baddbmm(_nothing(outs, dtype), part.query, part.key.mT, beta=0, alpha=scale)",
-        "baddbmm(_nothing(outs, dtype), part.query, part.key.mT, beta=0, alpha=1.0)",
         REFERENCE,
+        (
+            "scores of the reference unscaled",
+            "baddbmm(_nothing(outs, dtype), part.query, part.key.mT, beta=0, alpha=scale)",
+            "baddbmm(_nothing(outs, dtype), part.query, part.key.mT, beta=0, alpha=1.0)",
+        ),
+        ("causal reference without its diagonal", "later.triu_(first + 1)", "later.triu_(first)"),
+        ("causal reference from the first row", "later.triu_(first + 1)", "later.triu_(1)"),
+        (
+            "the last key of causal reference left out",
+            "some_keys = min(num_keys, last) if is_causal",
+            "some_keys = min(num_keys, last - 1) if is_causal",
+        ),
+        ("rows without keys in the reference", "weights.masked_fill_(none, 0.0)", "pass"),
+        ("the reference's change dropped", ".addcmul_(total, attended, value=-1.0)", ""),
+        (
+            "the reference's keys of another head",
+            "heads // heads_per_key)",
+            "heads % heads_per_key)",
+        ),
+        (
+            "masks of the reference by samples",
+            "rows[index // heads % len(rows), index % heads]",
+            "rows[index // heads % len(rows), index // heads % len(rows)]",
+        ),
+        (
+            "the boolean mask turned round",
+            "scores.masked_fill_(~mask, -torch.inf)",
+            "scores.masked_fill_(mask, -torch.inf)",
+        ),
     ),
-    Fault(
-        "causal reference without its diagonal",
-        REFERENCE_FILE,
-        "later.triu_(first + 1)",
-        "later.triu_(first)",
-        REFERENCE,
-    ),
-    Fault(
-        "causal reference from the first row",
-        REFERENCE_FILE,
-        "later.triu_(first + 1)",
-        "later.triu_(1)",
-        REFERENCE,
-    ),
-    Fault(
-        "the last key of causal reference left out",
-        REFERENCE_FILE,
-        "some_keys = min(num_keys, last) if is_causal",
-        "some_keys = min(num_keys, last - 1) if is_causal",
-        REFERENCE,
-    ),
-    Fault(
-        "rows without keys in the reference",
-        REFERENCE_FILE,
-        "weights.masked_fill_(none, 0.0)",
-        "pass",
-        REFERENCE,
-    ),
-    Fault(
-        "the reference's change dropped",
-        REFERENCE_FILE,
-        ".addcmul_(total, attended, value=-1.0)",
-        "",
-        REFERENCE,
-    ),
-    Fault(
-        "the reference's keys of another head",
-        REFERENCE_FILE,
-        "heads // heads_per_key)",
-        "heads % heads_per_key)",
-        REFERENCE,
-    ),
-    Fault(
-        "masks of the reference by samples",
-        REFERENCE_FILE,
-        "rows[index // heads % len(rows), index % heads]",
-        "rows[index // heads % len(rows), index // heads % len(rows)]",
-        REFERENCE,
-    ),
-    Fault(
-        "the boolean mask turned round",
-        REFERENCE_FILE,
-        "scores.masked_fill_(~mask, -torch.inf)",
-        "scores.masked_fill_(mask, -torch.inf)",
-        REFERENCE,
-    ),
-    Fault(
-        "vmapped probes in another order",
-        OP_FILE,
-        "return (out, tangent.unflatten(0, (size, len(tangent) // size))), (None, 0)",
-        "return (out, tangent.unflatten(0, (len(tangent) // size, size))), (None, 1)",
+    *in_file(
+        "hessdiag/kernels/attention_jvp.py",
         VMAP,
+        (
+            "vmapped probes in another order",
+            "return (out, tangent.unflatten(0, (size, len(tangent) // size))), (None, 0)",
+            "return (out, tangent.unflatten(0, (len(tangent) // size, size))), (None, 1)",
+        ),
+        (
+            "vmapped samples in another order",
+            "tangent.unflatten(1, (size, batch))), (0, 1)",
+            "tangent.unflatten(1, (batch, size))), (0, 2)",
+        ),
+        (
+            "the mask of vmapped samples",
+            "mask = mask.unsqueeze(1).expand(size, repeats, *mask.shape[1:]).flatten(0, 2)",
+            "mask = mask.flatten(0, 1)",
+        ),
     ),
-    Fault(
-        "vmapped samples in another order",
-        OP_FILE,
-        "tangent.unflatten(1, (size, batch))), (0, 1)",
-        "tangent.unflatten(1, (batch, size))), (0, 2)",
-        VMAP,
-    ),
-    Fault(
-        "the mask of vmapped samples",
-        OP_FILE,
-        "mask = mask.unsqueeze(1).expand(size, repeats, *mask.shape[1:]).flatten(0, 2)",
-        "mask = mask.flatten(0, 1)",
-        VMAP,
-    ),
-    Fault(
-        "nested jvp taken by the op",
+    *in_file(
         CHOICE,
-        "return innermost == kinds.Jvp and all(kind == kinds.Vmap for kind in outer)",
-        "return innermost == kinds.Jvp",
         (*_CHOICE, "vmap_inside or forward_over"),
+        (
+            "nested jvp taken by the op",
+            "return innermost == kinds.Jvp and all(kind == kinds.Vmap for kind in outer)",
+            "return innermost == kinds.Jvp",
+        ),
     ),
-    Fault(
-        "graphs cut",
+    *in_file(
         CHOICE,
-        "        or _has_graph([*points, *tangents, mask])\n",
-        "",
         (*_CHOICE, "parameters_that"),
+        ("graphs cut", "        or _has_graph([*points, *tangents, mask])\n", ""),
     ),
-    Fault(
-        "a mask's tangent lost",
+    *in_file(
         CHOICE,
-        "        or not _constant(mask)\n",
-        "",
         (*_CHOICE, "masks_that"),
+        ("a mask's tangent lost", "        or not _constant(mask)\n", ""),
     ),
-    Fault("dropout ignored", CHOICE, "        and dropout_p == 0.0\n", "", (*_CHOICE, "dropout")),
-    Fault(
-        "causal forgotten",
+    *in_file(
+        CHOICE, (*_CHOICE, "dropout"), ("dropout ignored", "        and dropout_p == 0.0\n", "")
+    ),
+    *in_file(
         CHOICE,
-        "        is_causal=is_causal,\n        scale=scale",
-        "        is_causal=False,\n        scale=scale",
         (*_CHOICE, "products_are and causal"),
+        (
+            "causal forgotten",
+            "        is_causal=is_causal,\n        scale=scale",
+            "        is_causal=False,\n        scale=scale",
+        ),
     ),
-    Fault(
-        "other threads' attention taken",
+    *in_file(
         CHOICE,
-        "_by_op(*args, **kwargs) if threading.get_ident() == here else None",
-        "_by_op(*args, **kwargs)",
         (*_CHOICE, "other_threads"),
+        (
+            "other threads' attention taken",
+            "_by_op(*args, **kwargs) if threading.get_ident() == here else None",
+            "_by_op(*args, **kwargs)",
+        ),
     ),
-    Fault(
-        "attention not put back",
+    *in_file(
         CHOICE,
-        "    try:\n        yield\n    finally:\n        functional.scaled_dot_product_attention "
-        "= original",
-        "    yield\n    functional.scaled_dot_product_attention = original",
         (*_CHOICE, "own_function"),
+        (
+            "attention not put back",
+            "    try:\n        yield\n    finally:\n        functional."
+            "scaled_dot_product_attention = original",
+            "    yield\n    functional.scaled_dot_product_attention = original",
+        ),
     ),
-    Fault(
-        "rows counted without probes",
+    *in_file(
         CHOICE,
-        "rows = _innermost(tangent).numel()",
-        "rows = tangent.numel()",
         (*_CHOICE, "counted_over"),
+        (
+            "rows counted without probes",
+            "rows = _innermost(tangent).numel()",
+            "rows = tangent.numel()",
+        ),
     ),
-    Fault(
-        "small scores by the op",
+    *in_file(
         CHOICE,
-        "        or not takes_op(query, key, given)\n",
-        "",
         (*_CHOICE, "small_scores"),
+        ("small scores by the op", "        or not takes_op(query, key, given)\n", ""),
     ),
-    Fault(
-        "autocast inside of the reference",
+    *in_file(
         REFERENCE_FILE,
-        "with torch.autocast(query.device.type, enabled=False):",
-        "with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled('cpu')):",
         AUTOCAST,
+        (
+            "autocast inside of the reference",
+            "with torch.autocast(query.device.type, enabled=False):",
+            "with torch.autocast(query.device.type, enabled=torch.is_autocast_enabled('cpu')):",
+        ),
     ),
 ]

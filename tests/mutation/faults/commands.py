@@ -2,100 +2,79 @@
 
 from __future__ import annotations
 
-from faults.fault import Fault
+from faults.fault import in_file
 
 PASSED_ON = ("tests/ocm/cli/test_options_passed_on.py",)
 
-TRAIN = "ocm/cli/train.py"
-SAMPLE = "ocm/cli/sample.py"
-EVALUATE = "ocm/cli/evaluate.py"
-CALIBRATE = "ocm/cli/calibrate.py"
-
 FAULTS = [
-    Fault(
-        "heads trained on the denoiser's noise",
-        TRAIN,
-        "learning_rate=head_learning_rate, seed=seed + 1",
-        "learning_rate=head_learning_rate, seed=seed",
+    *in_file(
+        "ocm/cli/train.py",
         PASSED_ON,
+        (
+            "heads trained on the denoiser's noise",
+            "learning_rate=head_learning_rate, seed=seed + 1",
+            "learning_rate=head_learning_rate, seed=seed",
+        ),
+        ("--flip lost", "horizontal_flip=flip,", ""),
+        ("--accumulation lost", "gradient_accumulation_steps=accumulation,", ""),
+        ("--mixed-precision lost", "mixed_precision=mixed_precision,", ""),
+        (
+            "--head-learning-rate lost",
+            "num_steps=head_steps, learning_rate=head_learning_rate,",
+            "num_steps=head_steps,",
+        ),
+        ("--checkpoint-every lost", "checkpoint_every=checkpoint_every,", ""),
+        ("--limit lost", "limit=limit,", ""),
     ),
-    Fault("--flip lost", TRAIN, "horizontal_flip=flip,", "", PASSED_ON),
-    Fault("--accumulation lost", TRAIN, "gradient_accumulation_steps=accumulation,", "", PASSED_ON),
-    Fault("--mixed-precision lost", TRAIN, "mixed_precision=mixed_precision,", "", PASSED_ON),
-    Fault(
-        "--head-learning-rate lost",
-        TRAIN,
-        "num_steps=head_steps, learning_rate=head_learning_rate,",
-        "num_steps=head_steps,",
+    *in_file(
+        "ocm/cli/sample.py",
         PASSED_ON,
+        ("--eta lost", "partial(samplers.ddim, eta=eta or 0.0)", "samplers.ddim"),
+        ("--eta lost for second order", "SecondOrder(eta or 0.0)", "SecondOrder()"),
+        (
+            "--seed lost for probes",
+            "CovarianceSettings(num_probes, lanczos_probes, seed)",
+            "CovarianceSettings(num_probes, lanczos_probes)",
+        ),
+        ("--batch-size lost", "batch_size=batch_size,", ""),
+        (
+            "--last-noise as a standard deviation",
+            "samplers.last_step_noise(last_noise)",
+            "last_noise",
+        ),
+        (
+            "calibrated samples take trailing steps",
+            '("even" if calibrated else "trailing")',
+            '"trailing"',
+        ),
     ),
-    Fault("--checkpoint-every lost", TRAIN, "checkpoint_every=checkpoint_every,", "", PASSED_ON),
-    Fault("--limit lost", TRAIN, "limit=limit,", "", PASSED_ON),
-    Fault(
-        "--eta lost", SAMPLE, "partial(samplers.ddim, eta=eta or 0.0)", "samplers.ddim", PASSED_ON
-    ),
-    Fault(
-        "--eta lost for second order", SAMPLE, "SecondOrder(eta or 0.0)", "SecondOrder()", PASSED_ON
-    ),
-    Fault(
-        "--seed lost for probes",
-        SAMPLE,
-        "CovarianceSettings(num_probes, lanczos_probes, seed)",
-        "CovarianceSettings(num_probes, lanczos_probes)",
+    *in_file(
+        "ocm/cli/evaluate.py",
         PASSED_ON,
+        ("--decoder lost", "decoder=decoder,", ""),
+        ("--tolerance lost", "tolerance=tolerance,", ""),
+        ("--fit-images lost", "fit_images=fit_images,", ""),
+        ("--num-samples lost", "num_samples=num_samples,", ""),
+        ("--seed of the evaluation lost", "seed=seed,\n        batch_size", "batch_size"),
+        (
+            "levels of the checkpoint for --data",
+            "loaded = replace(loaded, levels=images.levels)",
+            "pass",
+        ),
     ),
-    Fault("--batch-size lost", SAMPLE, "batch_size=batch_size,", "", PASSED_ON),
-    Fault(
-        "--last-noise as a standard deviation",
-        SAMPLE,
-        "samplers.last_step_noise(last_noise)",
-        "last_noise",
+    *in_file(
+        "ocm/cli/calibrate.py",
         PASSED_ON,
-    ),
-    Fault(
-        "calibrated samples take trailing steps",
-        SAMPLE,
-        '("even" if calibrated else "trailing")',
-        '"trailing"',
-        PASSED_ON,
-    ),
-    Fault("--decoder lost", EVALUATE, "decoder=decoder,", "", PASSED_ON),
-    Fault("--tolerance lost", EVALUATE, "tolerance=tolerance,", "", PASSED_ON),
-    Fault("--fit-images lost", EVALUATE, "fit_images=fit_images,", "", PASSED_ON),
-    Fault("--num-samples lost", EVALUATE, "num_samples=num_samples,", "", PASSED_ON),
-    Fault(
-        "--seed of the evaluation lost",
-        EVALUATE,
-        "seed=seed,\n        batch_size",
-        "batch_size",
-        PASSED_ON,
-    ),
-    Fault(
-        "levels of the checkpoint for --data",
-        EVALUATE,
-        "loaded = replace(loaded, levels=images.levels)",
-        "pass",
-        PASSED_ON,
-    ),
-    Fault(
-        "--seed of the calibration lost",
-        CALIBRATE,
-        "CovarianceSettings(num_probes, seed=seed)",
-        "CovarianceSettings(num_probes)",
-        PASSED_ON,
-    ),
-    Fault(
-        "--num-images of the calibration lost",
-        CALIBRATE,
-        "held_back(loaded, images, num_images)",
-        "held_back(loaded, images, 512)",
-        PASSED_ON,
-    ),
-    Fault(
-        "--steps of the calibration lost",
-        CALIBRATE,
-        "steps or [5, 10, 25, 50]",
-        "[5, 10, 25, 50]",
-        PASSED_ON,
+        (
+            "--seed of the calibration lost",
+            "CovarianceSettings(num_probes, seed=seed)",
+            "CovarianceSettings(num_probes)",
+        ),
+        (
+            "--num-images of the calibration lost",
+            "held_back(loaded, images, num_images)",
+            "held_back(loaded, images, 512)",
+        ),
+        ("--steps of the calibration lost", "steps or [5, 10, 25, 50]", "[5, 10, 25, 50]"),
     ),
 ]

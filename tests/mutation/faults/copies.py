@@ -20,7 +20,7 @@ class Copy:
         """Copy what the tests need; the kernels lie where the installed package has them."""
         self.place = place
         self._worker: subprocess.Popen[str] | None = None
-        ignored = shutil.ignore_patterns("__pycache__", "results", "kernels@")
+        ignored = shutil.ignore_patterns("__pycache__", "results")
         place.mkdir(parents=True)
         for name in COPIED:
             if (root / name).is_dir():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults.fault import Fault
+from faults.fault import in_file
 
 OF_SCHEDULES = (
     "tests/ocm/diffusion/test_schedules.py",
@@ -46,479 +46,416 @@ OF_NULLS = (
 )
 OF_GUIDANCE = ("tests/ocm/sampling/test_any_sigma.py", "-k", "guidance")
 
-SCHEDULES = "ocm/diffusion/schedules.py"
 TIMESTEPS = "ocm/diffusion/timesteps.py"
 PREDICTIONS = "ocm/diffusion/predictions.py"
 DRAWS = "ocm/diffusion/draws.py"
 NOISE = "ocm/diffusion/noise.py"
-TABLES = "ocm/diffusion/tables.py"
-CONDITIONS = "ocm/diffusion/conditions.py"
-DENOISER = "ocm/diffusion/denoiser.py"
 HUTCHINSON = "ocm/covariances/hutchinson.py"
-CHANNELS = "ocm/covariances/channels.py"
-COSINE = "ocm/covariances/cosine.py"
-LANCZOS = "ocm/covariances/lanczos.py"
 ANALYTIC = "ocm/covariances/analytic.py"
 CALIBRATED = "ocm/covariances/calibrated.py"
-OPERATORS = "ocm/covariances/operators.py"
-BASE = "ocm/covariances/learned/base.py"
 OPTIMAL = "ocm/covariances/learned/optimal.py"
-IMPROVED_DDPM = "ocm/covariances/learned/improved_ddpm.py"
-NPR = "ocm/covariances/learned/npr.py"
-SN = "ocm/covariances/learned/sn.py"
-MAXIMUM_LIKELIHOOD = "ocm/covariances/learned/maximum_likelihood.py"
-FREQUENCIES = "ocm/covariances/learned/frequencies.py"
 
 FAULTS = [
     # Paths.
-    Fault(
-        "beta by the noise of s",
-        SCHEDULES,
-        "lost(s, t) * self.level(t).sigma ** 2",
-        "lost(s, t) * self.level(s).sigma ** 2",
+    *in_file(
+        "ocm/diffusion/schedules.py",
         OF_SCHEDULES,
+        (
+            "beta by the noise of s",
+            "lost(s, t) * self.level(t).sigma ** 2",
+            "lost(s, t) * self.level(s).sigma ** 2",
+        ),
+        ("a cosine's betas up to nearly 1", ".clamp(max=max_beta)", ".clamp(max=0.9999)"),
+        (
+            "EDM's sigmas from t = 0",
+            "((t - 1) / (num_timesteps - 1)).clamp(min=0)",
+            "(t / num_timesteps).clamp(min=0)",
+        ),
     ),
-    Fault(
-        "a cosine's betas up to nearly 1",
-        SCHEDULES,
-        ".clamp(max=max_beta)",
-        ".clamp(max=0.9999)",
-        OF_SCHEDULES,
-    ),
-    Fault(
-        "EDM's sigmas from t = 0",
-        SCHEDULES,
-        "((t - 1) / (num_timesteps - 1)).clamp(min=0)",
-        "(t / num_timesteps).clamp(min=0)",
-        OF_SCHEDULES,
-    ),
-    Fault(
-        "quadratic timesteps that are even",
+    *in_file(
         TIMESTEPS,
-        "(k / (K - 1)) ** 2)",
-        "(k / (K - 1)))",
         OF_TIMESTEPS,
+        ("quadratic timesteps that are even", "(k / (K - 1)) ** 2)", "(k / (K - 1)))"),
+        (
+            "optimal timesteps by the variance at s",
+            "clamp(min=0) * variances.double().cpu()",
+            "clamp(min=0) * variances.double().cpu()[:, None]",
+        ),
     ),
-    Fault(
-        "optimal timesteps by the variance at s",
+    *in_file(
         TIMESTEPS,
-        "clamp(min=0) * variances.double().cpu()",
-        "clamp(min=0) * variances.double().cpu()[:, None]",
-        OF_TIMESTEPS,
-    ),
-    Fault(
-        "a shift turned round",
-        TIMESTEPS,
-        "(1 + (shift - 1) * sigmas)",
-        "(1 + (1 / shift - 1) * sigmas)",
         OF_FAMILIES,
+        ("a shift turned round", "(1 + (shift - 1) * sigmas)", "(1 + (1 / shift - 1) * sigmas)"),
     ),
     # What networks predict.
-    Fault(
-        "v without its radius", PREDICTIONS, "-sigma / squared.sqrt()", "-sigma", OF_CLOSED_FORMS
-    ),
-    Fault(
-        "EDM's input in other units",
+    *in_file(
         PREDICTIONS,
-        "c.sqrt() / data_std)",
-        "c.sqrt())",
         OF_CLOSED_FORMS,
+        ("v without its radius", "-sigma / squared.sqrt()", "-sigma"),
+        ("EDM's input in other units", "c.sqrt() / data_std)", "c.sqrt())"),
     ),
-    Fault(
-        "TrigFlow's target with EDM's sign",
+    *in_file(
         PREDICTIONS,
-        'return -v if prediction_type == "edm" else v',
-        "return -v if prediction_type in PRECONDITIONED else v",
         OF_TARGETS,
+        (
+            "TrigFlow's target with EDM's sign",
+            'return -v if prediction_type == "edm" else v',
+            "return -v if prediction_type in PRECONDITIONED else v",
+        ),
     ),
-    Fault(
-        "the prediction of another network taken",
-        DENOISER,
-        "denoiser.backbone is own.backbone",
-        "True",
+    *in_file(
+        "ocm/diffusion/denoiser.py",
         OF_PROBES,
+        ("the prediction of another network taken", "denoiser.backbone is own.backbone", "True"),
+        (
+            "numbers of samples lost on the way to another network",
+            "condition=self.condition, sample_offset=self.sample_offset",
+            "condition=self.condition",
+        ),
     ),
-    Fault(
-        "numbers of samples lost on the way to another network",
-        DENOISER,
-        "condition=self.condition, sample_offset=self.sample_offset",
-        "condition=self.condition",
-        OF_PROBES,
-    ),
-    Fault(
-        "guidance towards no condition",
-        CONDITIONS,
-        "(1.0 - guidance_scale) * without + guidance_scale * conditional",
-        "(1.0 - guidance_scale) * conditional + guidance_scale * without",
+    *in_file(
+        "ocm/diffusion/conditions.py",
         OF_GUIDANCE,
+        (
+            "guidance towards no condition",
+            "(1.0 - guidance_scale) * without + guidance_scale * conditional",
+            "(1.0 - guidance_scale) * conditional + guidance_scale * without",
+        ),
     ),
     # Whose random numbers are whose.
-    Fault(
-        "timesteps between others share their numbers",
+    *in_file(
         DRAWS,
-        "2**20 + int(t * _FRACTIONS)",
-        "int(t)",
         OF_FAMILIES,
+        ("timesteps between others share their numbers", "2**20 + int(t * _FRACTIONS)", "int(t)"),
     ),
-    Fault("fits on the noise that is scored", DRAWS, "FITTING = 2**31", "FITTING = 0", OF_CLASSES),
-    Fault(
-        "half of the samples without a condition",
+    *in_file(
+        DRAWS, OF_CLASSES, ("fits on the noise that is scored", "FITTING = 2**31", "FITTING = 0")
+    ),
+    *in_file(
         NOISE,
-        "_UPPER_TENTH = 1.2815515655446004",
-        "_UPPER_TENTH = 0.0",
         OF_NULLS,
+        (
+            "half of the samples without a condition",
+            "_UPPER_TENTH = 1.2815515655446004",
+            "_UPPER_TENTH = 0.0",
+        ),
     ),
-    Fault(
-        "labels that restart in every batch",
+    *in_file(
         NOISE,
-        "labels[first : first + count]",
-        "labels[:count]",
         OF_CLASSES,
+        ("labels that restart in every batch", "labels[first : first + count]", "labels[:count]"),
     ),
-    Fault(
-        "noise of the first samples for all",
+    *in_file(
         NOISE,
-        "normal(x0.shape, seed, step=step, sample_offset=sample_offset, device=x0.device).to(x0)",
-        "normal(x0.shape, seed, step=step, sample_offset=0, device=x0.device).to(x0)",
         OF_FITS,
+        (
+            "noise of the first samples for all",
+            "normal(x0.shape, seed, step=step, sample_offset=sample_offset, device=x0.device)"
+            ".to(x0)",
+            "normal(x0.shape, seed, step=step, sample_offset=0, device=x0.device).to(x0)",
+        ),
     ),
-    Fault(
-        "the same probes at every timestep",
+    *in_file(
         HUTCHINSON,
-        "draws.of_level(prediction.timestep) * self.num_probes",
-        "0",
         OF_PROBES,
+        (
+            "the same probes at every timestep",
+            "draws.of_level(prediction.timestep) * self.num_probes",
+            "0",
+        ),
+        (
+            "neighbouring timesteps share probes",
+            "draws.of_level(prediction.timestep) * self.num_probes",
+            "draws.of_level(prediction.timestep)",
+        ),
+        (
+            "every sample has the first one's probes",
+            "sample_offset=prediction.sample_offset",
+            "sample_offset=0",
+        ),
     ),
-    Fault(
-        "neighbouring timesteps share probes",
-        HUTCHINSON,
-        "draws.of_level(prediction.timestep) * self.num_probes",
-        "draws.of_level(prediction.timestep)",
+    *in_file(
+        "ocm/covariances/channels.py",
         OF_PROBES,
+        (
+            "the same signs of blocks at every timestep",
+            "draws.of_level(prediction.timestep) * vectors",
+            "0",
+        ),
     ),
-    Fault(
-        "the same signs of blocks at every timestep",
-        CHANNELS,
-        "draws.of_level(prediction.timestep) * vectors",
-        "0",
+    *in_file(
+        "ocm/covariances/cosine.py",
         OF_PROBES,
-    ),
-    Fault(
-        "the same probes of cosines at every timestep",
-        COSINE,
-        "draws.of_level(prediction.timestep) * num_probes",
-        "0",
-        OF_PROBES,
-    ),
-    Fault(
-        "every sample has the first one's probes",
-        HUTCHINSON,
-        "sample_offset=prediction.sample_offset",
-        "sample_offset=0",
-        OF_PROBES,
+        (
+            "the same probes of cosines at every timestep",
+            "draws.of_level(prediction.timestep) * num_probes",
+            "0",
+        ),
     ),
     # Covariances that are stated.
-    Fault(
-        "a floor by all estimates",
+    *in_file(
         HUTCHINSON,
-        "(negative < 0.0).sum(dim=1).clamp(min=1)",
-        "negative.shape[1]",
         OF_FLOORS,
+        (
+            "a floor by all estimates",
+            "(negative < 0.0).sum(dim=1).clamp(min=1)",
+            "negative.shape[1]",
+        ),
+        (
+            "one floor for the batch",
+            "error.reshape(-1, *[1] * (variance.dim() - 1))",
+            "error.mean()",
+        ),
     ),
-    Fault(
-        "one floor for the batch",
-        HUTCHINSON,
-        "error.reshape(-1, *[1] * (variance.dim() - 1))",
-        "error.mean()",
-        OF_FLOORS,
-    ),
-    Fault(
-        "Lanczos without the other half",
-        LANCZOS,
-        "+ taken(forward, v)",
-        "+ taken(backward, v)",
+    *in_file(
+        "ocm/covariances/lanczos.py",
         OF_OPERATORS,
+        ("Lanczos without the other half", "+ taken(forward, v)", "+ taken(backward, v)"),
+        (
+            "Lanczos by the square of the norm",
+            "v.flatten(1).norm(dim=1, keepdim=True)",
+            "v.flatten(1).square().sum(dim=1, keepdim=True)",
+        ),
+        (
+            "Lanczos bounded by its largest eigenvalue",
+            "mean = (weights * values).sum(dim=1, keepdim=True)",
+            "mean = values.amax(dim=1, keepdim=True)",
+        ),
     ),
-    Fault(
-        "Lanczos by the square of the norm",
-        LANCZOS,
-        "v.flatten(1).norm(dim=1, keepdim=True)",
-        "v.flatten(1).square().sum(dim=1, keepdim=True)",
+    *in_file(
+        "ocm/covariances/operators.py",
         OF_OPERATORS,
-    ),
-    Fault(
-        "Lanczos bounded by its largest eigenvalue",
-        LANCZOS,
-        "mean = (weights * values).sum(dim=1, keepdim=True)",
-        "mean = values.amax(dim=1, keepdim=True)",
-        OF_OPERATORS,
-    ),
-    Fault(
-        "the bound of a variance twice as large",
-        OPERATORS,
-        "((high - low) / 2.0) ** 2",
-        "(high - low) ** 2 / 2.0",
-        OF_OPERATORS,
-    ),
-    Fault(
-        "S C in place of S C S",
-        OPERATORS,
-        "s[..., None] * matrix * s[..., None, :]",
-        "s[..., None] * matrix",
-        OF_OPERATORS,
-    ),
-    Fault(
-        "positions and channels exchanged",
-        OPERATORS,
-        "lambda v: v.flatten(2).mT, lambda b: b.mT.reshape(",
-        "lambda v: v.reshape(len(v), -1, v.shape[1]), lambda b: b.reshape(",
-        OF_OPERATORS,
-    ),
-    Fault(
-        "the cosines of rows for columns",
-        OPERATORS,
-        "values @ F_columns.square()",
-        "values @ F_rows.square()",
-        OF_OPERATORS,
-    ),
-    Fault(
-        "the determinant of a single dimension",
-        OPERATORS,
-        "logs = logs.expand(self.shape)",
-        "pass",
-        OF_OPERATORS,
-    ),
-    Fault(
-        "the largest variance of a batch bounds all",
-        OPERATORS,
-        "variances.flatten(1).amax(dim=1).clamp(min=bound)",
-        "variances.amax().clamp(min=bound).expand(len(variances))",
-        OF_OPERATORS,
+        (
+            "the bound of a variance twice as large",
+            "((high - low) / 2.0) ** 2",
+            "(high - low) ** 2 / 2.0",
+        ),
+        (
+            "S C in place of S C S",
+            "s[..., None] * matrix * s[..., None, :]",
+            "s[..., None] * matrix",
+        ),
+        (
+            "positions and channels exchanged",
+            "lambda v: v.flatten(2).mT, lambda b: b.mT.reshape(",
+            "lambda v: v.reshape(len(v), -1, v.shape[1]), lambda b: b.reshape(",
+        ),
+        (
+            "the cosines of columns transposed",
+            "values @ F_columns.square()",
+            "values @ F_columns.square().T",
+        ),
+        (
+            "the determinant of a single dimension",
+            "logs = logs.expand(self.shape)",
+            "per_entry = logs[0].numel()",
+        ),
+        (
+            "the largest variance of a batch bounds all",
+            "variances.flatten(1).amax(dim=1).clamp(min=bound)",
+            "variances.amax().clamp(min=bound).expand(len(variances))",
+        ),
     ),
     # What is fitted.
-    Fault(
-        "analytic variances without their control variate",
+    *in_file(
         ANALYTIC,
-        "1.0 - predicted.mean() + weight * (drawn.mean() - 1.0)",
-        "1.0 - predicted.mean()",
         OF_FITS,
+        (
+            "analytic variances without their control variate",
+            "1.0 - predicted.mean() + weight * (drawn.mean() - 1.0)",
+            "1.0 - predicted.mean()",
+        ),
+        (
+            "analytic variances from an unclipped mean",
+            "prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)",
+            "prediction.x0_hat",
+        ),
     ),
-    Fault(
-        "a control variate of the wrong sign",
+    *in_file(
         ANALYTIC,
-        "predicted.mean() + weight * (drawn.mean() - 1.0)",
-        "predicted.mean() - weight * (drawn.mean() - 1.0)",
         OF_ANALYTIC,
+        (
+            "a control variate of the wrong sign",
+            "predicted.mean() + weight * (drawn.mean() - 1.0)",
+            "predicted.mean() - weight * (drawn.mean() - 1.0)",
+        ),
+        (
+            "analytic variances interpolated as they are",
+            "[variance(t) / denoiser.schedule.level(t).beta_bar]",
+            "[variance(t)]",
+        ),
     ),
-    Fault(
-        "analytic variances from an unclipped mean",
-        ANALYTIC,
-        "prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)",
-        "prediction.x0_hat",
-        OF_FITS,
-    ),
-    Fault(
-        "analytic variances interpolated as they are",
-        ANALYTIC,
-        "[variance(t) / denoiser.schedule.level(t).beta_bar]",
-        "[variance(t)]",
-        OF_ANALYTIC,
-    ),
-    Fault(
-        "a calibration from an unclipped mean",
+    *in_file(
         CALIBRATED,
-        "prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)",
-        "prediction.x0_hat",
         OF_FITS,
+        (
+            "a calibration from an unclipped mean",
+            "prediction.x0_hat if x0_range is None else prediction.x0_hat.clamp(*x0_range)",
+            "prediction.x0_hat",
+        ),
+        (
+            "a calibration of what is not bounded",
+            "spectral(c.at(prediction).bounded(x0_range))",
+            "spectral(c.at(prediction))",
+        ),
+        (
+            "batches of a calibration share their noise",
+            "denoiser, batch, t, seed, first, s=s",
+            "denoiser, batch, t, seed, 0, s=s",
+        ),
     ),
-    Fault(
-        "a calibration of what is not bounded",
+    *in_file(
         CALIBRATED,
-        "spectral(c.at(prediction).bounded(x0_range))",
-        "spectral(c.at(prediction))",
-        OF_FITS,
-    ),
-    Fault(
-        "a calibration on the noise that is scored",
-        CALIBRATED,
-        "condition=condition, draw=FITTING",
-        "condition=condition",
         OF_CLASSES,
+        (
+            "a calibration on the noise that is scored",
+            "condition=condition, draw=FITTING",
+            "condition=condition",
+        ),
     ),
-    Fault(
-        "batches of a calibration share their noise",
+    *in_file(
         CALIBRATED,
-        "denoiser, batch, t, seed, first, s=s",
-        "denoiser, batch, t, seed, 0, s=s",
-        OF_FITS,
-    ),
-    Fault(
-        "the shift of a calibration scaled",
-        CALIBRATED,
-        "parts[0].affine(scales[0], shift)",
-        "parts[0].affine(scales[0], shift * scales[0])",
         OF_ANALYTIC,
+        (
+            "the shift of a calibration scaled",
+            "parts[0].affine(scales[0], shift)",
+            "parts[0].affine(scales[0], shift * scales[0])",
+        ),
     ),
-    Fault(
-        "a table of steps by s = t",
-        TABLES,
-        "(t - 1 if s is None else s, t)",
-        "(t if s is None else s, t)",
+    *in_file(
+        "ocm/diffusion/tables.py",
         OF_FITS,
+        (
+            "a table of steps by s = t",
+            "(t - 1 if s is None else s, t)",
+            "(t if s is None else s, t)",
+        ),
     ),
     # Heads.
-    Fault(
-        "errors that are not amplified weigh less too",
-        BASE,
-        "(amplification - 1.0).clamp(min=0.0)",
-        "(amplification - 1.0)",
+    *in_file(
+        "ocm/covariances/learned/base.py",
         OF_HEADS,
+        (
+            "errors that are not amplified weigh less too",
+            "(amplification - 1.0).clamp(min=0.0)",
+            "(amplification - 1.0)",
+        ),
+        (
+            "the weight of x0_hat without p",
+            "schedule.sigma(t) * denoiser.coefficients(t).p.clamp(min=1.0)",
+            "schedule.sigma(t)",
+        ),
+        (
+            "the weight of the batch's first",
+            "weight = weight.reshape(-1, *[1] * (target.dim() - 1))",
+            "weight = weight[:1].reshape(-1, *[1] * (target.dim() - 1))",
+        ),
     ),
-    Fault(
-        "the weight of x0_hat without p",
-        BASE,
-        "schedule.sigma(t) * denoiser.coefficients(t).p.clamp(min=1.0)",
-        "schedule.sigma(t)",
-        OF_HEADS,
-    ),
-    Fault(
-        "the weight of the batch's first",
-        BASE,
-        "weight = weight.reshape(-1, *[1] * (target.dim() - 1))",
-        "weight = weight[:1].reshape(-1, *[1] * (target.dim() - 1))",
-        OF_HEADS,
-    ),
-    Fault(
-        "OCM's probes by the place in a batch",
+    *in_file(
         OPTIMAL,
-        "probe_offset=0,\n            sample_offset=sample_offset",
-        "probe_offset=0,\n            sample_offset=0",
         OF_HEADS,
+        (
+            "OCM's probes by the place in a batch",
+            "probe_offset=0,\n            sample_offset=sample_offset",
+            "probe_offset=0,\n            sample_offset=0",
+        ),
+        (
+            "OCM's targets without the design's weight",
+            "(weight * size / self.num_probes)",
+            "(size / self.num_probes)",
+        ),
+        (
+            "OCM's targets of one block in M",
+            "(weight * size / self.num_probes)",
+            "(weight / self.num_probes)",
+        ),
+        (
+            "OCM's own head in place of the wrapped one",
+            "(head or self.head)(denoiser.features_in(J.aux))",
+            "self.head(denoiser.features_in(J.aux))",
+        ),
     ),
-    Fault(
-        "OCM's targets without the design's weight",
+    *in_file(
         OPTIMAL,
-        "(weight * size / self.num_probes)",
-        "(size / self.num_probes)",
-        OF_HEADS,
-    ),
-    Fault(
-        "OCM's targets of one block in M",
-        OPTIMAL,
-        "(weight * size / self.num_probes)",
-        "(weight / self.num_probes)",
-        OF_HEADS,
-    ),
-    Fault(
-        "OCM asks for a Jacobian without signal",
-        OPTIMAL,
-        "t = t.clamp(max=schedule.num_timesteps - 1)",
-        "pass",
         OF_HEADS_OF_PATHS,
+        (
+            "OCM asks for a Jacobian without signal",
+            "t = t.clamp(max=schedule.num_timesteps - 1)",
+            "pass",
+        ),
     ),
-    Fault(
-        "OCM's own head in place of the wrapped one",
-        OPTIMAL,
-        "(head or self.head)(denoiser.features_in(J.aux))",
-        "self.head(denoiser.features_in(J.aux))",
+    *in_file(
+        "ocm/covariances/learned/improved_ddpm.py",
         OF_HEADS,
+        ("I-DDPM's limit doubled", "rounded(level.beta_bar, ", "rounded(2.0 * level.beta_bar, "),
+        ("I-DDPM trained on the step to 0", "t = t.clamp(min=2)", "t = t.clamp(min=1)"),
+        (
+            "I-DDPM's variance never below zero in training",
+            "floor = -0.99 / snr_difference",
+            "floor = 0.0 / snr_difference",
+        ),
     ),
-    Fault(
-        "I-DDPM's limit doubled",
-        IMPROVED_DDPM,
-        "rounded(level.beta_bar, ",
-        "rounded(2.0 * level.beta_bar, ",
+    *in_file(
+        "ocm/covariances/learned/npr.py",
         OF_HEADS,
+        (
+            "NPR without the network's error",
+            "self.denoiser, t, self.network_error",
+            "self.denoiser, t",
+        ),
     ),
-    Fault(
-        "I-DDPM trained on the step to 0",
-        IMPROVED_DDPM,
-        "t = t.clamp(min=2)",
-        "t = t.clamp(min=1)",
+    *in_file(
+        "ocm/covariances/learned/sn.py",
         OF_HEADS,
+        (
+            "SN's moments around x_t",
+            "target = (x0 - self.parameterisation.gaussian_mean(schedule, t, x_t)).square()",
+            "target = (x0 - x_t).square()",
+        ),
     ),
-    Fault(
-        "I-DDPM's variance never below zero in training",
-        IMPROVED_DDPM,
-        "floor = -0.99 / snr_difference",
-        "floor = 0.0 / snr_difference",
-        OF_HEADS,
-    ),
-    Fault(
-        "NPR without the network's error",
-        NPR,
-        "self.denoiser, t, self.network_error",
-        "self.denoiser, t",
-        OF_HEADS,
-    ),
-    Fault(
-        "SN's moments around x_t",
-        SN,
-        "target = (x0 - self.parameterisation.gaussian_mean(schedule, t, x_t)).square()",
-        "target = (x0 - x_t).square()",
-        OF_HEADS,
-    ),
-    Fault(
-        "chains of many steps weigh no more",
-        MAXIMUM_LIKELIHOOD,
-        "(per_sample(K, x_t) * terms).mean()",
-        "terms.mean()",
+    *in_file(
+        "ocm/covariances/learned/maximum_likelihood.py",
         OF_LIKELIHOOD_HEADS,
+        (
+            "chains of many steps weigh no more",
+            "(per_sample(K, x_t) * terms).mean()",
+            "terms.mean()",
+        ),
+        (
+            "likelihood heads with an unclipped mean",
+            "x0_hat = x0_hat.clamp(*self.x0_range)",
+            "pass",
+        ),
+        (
+            "chains by the place in a batch",
+            "step=draws.CHAINS, sample_offset=sample_offset",
+            "step=draws.CHAINS, sample_offset=0",
+        ),
+        ("the last chain is never taken", "* len(chains)).long()", "* (len(chains) - 1)).long()"),
+        (
+            "steps of a chain in reverse",
+            "chain[-1 - int(u * len(chain))]",
+            "chain[int(u * len(chain))]",
+        ),
+        (
+            "whole timesteps half a step late",
+            "half = 0.0 if schedule.is_continuous else 0.5",
+            "half = 0.0",
+        ),
     ),
-    Fault(
-        "likelihood heads with an unclipped mean",
-        MAXIMUM_LIKELIHOOD,
-        "x0_hat = x0_hat.clamp(*self.x0_range)",
-        "pass",
-        OF_LIKELIHOOD_HEADS,
-    ),
-    Fault(
-        "chains by the place in a batch",
-        MAXIMUM_LIKELIHOOD,
-        "step=draws.CHAINS, sample_offset=sample_offset",
-        "step=draws.CHAINS, sample_offset=0",
-        OF_LIKELIHOOD_HEADS,
-    ),
-    Fault(
-        "the last chain is never taken",
-        MAXIMUM_LIKELIHOOD,
-        "* len(chains)).long()",
-        "* (len(chains) - 1)).long()",
-        OF_LIKELIHOOD_HEADS,
-    ),
-    Fault(
-        "steps of a chain in reverse",
-        MAXIMUM_LIKELIHOOD,
-        "chain[-1 - int(u * len(chain))]",
-        "chain[int(u * len(chain))]",
-        OF_LIKELIHOOD_HEADS,
-    ),
-    Fault(
-        "whole timesteps half a step late",
-        MAXIMUM_LIKELIHOOD,
-        "half = 0.0 if schedule.is_continuous else 0.5",
-        "half = 0.0",
-        OF_LIKELIHOOD_HEADS,
-    ),
-    Fault(
-        "frequencies in the unit of pixels",
-        FREQUENCIES,
-        "sigma.square() / variances",
-        "sigma.square()",
+    *in_file(
+        "ocm/covariances/learned/frequencies.py",
         OF_FREQUENCIES,
-    ),
-    Fault(
-        "grey levels by the variance of coefficients",
-        FREQUENCIES,
-        "variance = basis.diagonal(variance)",
-        "pass",
-        OF_FREQUENCIES,
-    ),
-    Fault(
-        "energies in no unit",
-        FREQUENCIES,
-        "self._analysed(x0_hat).square() / self.variances",
-        "self._analysed(x0_hat).square()",
-        OF_FREQUENCIES,
+        ("frequencies in the unit of pixels", "sigma.square() / variances", "sigma.square()"),
+        (
+            "grey levels by the variance of coefficients",
+            "variance = basis.diagonal(variance)",
+            "variance = variance.reshape(x0.shape)",
+        ),
+        (
+            "energies in no unit",
+            "self._analysed(x0_hat).square() / self.variances",
+            "self._analysed(x0_hat).square()",
+        ),
     ),
 ]

@@ -59,6 +59,11 @@ class Fault:
         return digest.hexdigest()
 
 
+def in_file(path: str, tests: tuple[str, ...], *changes: tuple[str, str, str]) -> list[Fault]:
+    """Return a fault for each (name, old, new) of one file, which the same tests must notice."""
+    return [Fault(name, path, old, new, tests) for name, old, new in changes]
+
+
 def nothing(tests: tuple[str, ...]) -> Fault:
     """Return the fault that is none: the tests must pass before others may be noticed by them."""
     first = "[build-system]"

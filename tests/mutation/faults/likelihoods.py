@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from faults.fault import Fault
+from faults.fault import in_file
 
 OF_CLOSED_FORMS = (
     "tests/ocm/likelihoods/test_closed_forms.py",
@@ -22,165 +22,129 @@ OF_BUDGETS = ("tests/ocm/likelihoods/test_budget.py", "-k", "solver_errs")
 
 LOG_LIKELIHOOD = "ocm/likelihoods/log_likelihood.py"
 INTEGRAL = "ocm/likelihoods/integral.py"
-PROBABILITY_FLOW = "ocm/likelihoods/probability_flow.py"
-DEQUANTISATION = "ocm/likelihoods/dequantisation.py"
-SETTINGS = "ocm/likelihoods/settings.py"
-BUDGET = "ocm/likelihoods/budget.py"
 
 FAULTS = [
-    Fault(
-        "draws share their dequantisation noise",
+    *in_file(
         LOG_LIKELIHOOD,
-        "step = draws.DEQUANTISATION + draw",
-        "step = draws.DEQUANTISATION",
         OF_DRAWS,
+        (
+            "draws share their dequantisation noise",
+            "step = draws.DEQUANTISATION + draw",
+            "step = draws.DEQUANTISATION",
+        ),
+        ("weighed draws by their sum", "logs.logsumexp(0) - math.log(R)", "logs.logsumexp(0)"),
+        ("draws' variance not by R", "variances.sum(0) / R**2", "variances.sum(0) / R"),
+        (
+            "draws' spread with that of probes",
+            "(logs.detach().var(0) / R - variance).clamp(min=0)",
+            "(logs.detach().var(0) / R)",
+        ),
+        ("a single draw is certain", "0.0 if is_continuous else torch.inf", "0.0"),
     ),
-    Fault(
-        "dequantisation noise of the first sample",
+    *in_file(
         LOG_LIKELIHOOD,
-        "x.shape, seed, step=step, sample_offset=sample_offset, device=x.device",
-        "x.shape, seed, step=step, sample_offset=0, device=x.device",
         OF_PROBES,
+        (
+            "dequantisation noise of the first sample",
+            "x.shape, seed, step=step, sample_offset=sample_offset, device=x.device",
+            "x.shape, seed, step=step, sample_offset=0, device=x.device",
+        ),
+        (
+            "draws share their probes",
+            "number = 0 if settings.importance_weighted else draw",
+            "number = 0",
+        ),
+        (
+            "weighed draws have their own probes",
+            "number = 0 if settings.importance_weighted else draw",
+            "number = draw",
+        ),
     ),
-    Fault(
-        "draws share their probes",
+    *in_file(
         LOG_LIKELIHOOD,
-        "number = 0 if settings.importance_weighted else draw",
-        "number = 0",
-        OF_PROBES,
-    ),
-    Fault(
-        "weighed draws have their own probes",
-        LOG_LIKELIHOOD,
-        "number = 0 if settings.importance_weighted else draw",
-        "number = draw",
-        OF_PROBES,
-    ),
-    Fault(
-        "weighed draws by their sum",
-        LOG_LIKELIHOOD,
-        "logs.logsumexp(0) - math.log(R)",
-        "logs.logsumexp(0)",
-        OF_DRAWS,
-    ),
-    Fault(
-        "draws' variance not by R",
-        LOG_LIKELIHOOD,
-        "variances.sum(0) / R**2",
-        "variances.sum(0) / R",
-        OF_DRAWS,
-    ),
-    Fault(
-        "draws' spread with that of probes",
-        LOG_LIKELIHOOD,
-        "(logs.detach().var(0) / R - variance).clamp(min=0)",
-        "(logs.detach().var(0) / R)",
-        OF_DRAWS,
-    ),
-    Fault(
-        "a single draw is certain",
-        LOG_LIKELIHOOD,
-        "0.0 if is_continuous else torch.inf",
-        "0.0",
-        OF_DRAWS,
-    ),
-    Fault(
-        "the decoder's bits for a dimension",
-        LOG_LIKELIHOOD,
-        "bits * math.prod(shape) * math.log(2)",
-        "bits * math.log(2)",
         OF_DEQUANTISATION,
+        (
+            "the decoder's bits for a dimension",
+            "bits * math.prod(shape) * math.log(2)",
+            "bits * math.log(2)",
+        ),
+        (
+            "the first timestep's std of its square",
+            "math.exp(-0.5 * denoiser.schedule.log_snr(first_timestep).item())",
+            "math.exp(-denoiser.schedule.log_snr(first_timestep).item())",
+        ),
     ),
-    Fault(
-        "the first timestep's std of its square",
-        LOG_LIKELIHOOD,
-        "math.exp(-0.5 * denoiser.schedule.log_snr(first_timestep).item())",
-        "math.exp(-denoiser.schedule.log_snr(first_timestep).item())",
-        OF_DEQUANTISATION,
-    ),
-    Fault(
-        "the volume of y forgotten",
+    *in_file(
         INTEGRAL,
-        "log_prior + integral.mean + D * math.log(cosine)",
-        "log_prior + integral.mean",
         OF_CLOSED_FORMS,
+        (
+            "the volume of y forgotten",
+            "log_prior + integral.mean + D * math.log(cosine)",
+            "log_prior + integral.mean",
+        ),
     ),
-    Fault(
-        "the same probes at every evaluation",
+    *in_file(
         INTEGRAL,
-        "self.probe_offset + k * self.max_probes",
-        "self.probe_offset",
         OF_PROBES,
+        (
+            "the same probes at every evaluation",
+            "self.probe_offset + k * self.max_probes",
+            "self.probe_offset",
+        ),
+        (
+            "evaluations share all but one probe",
+            "self.probe_offset + k * self.max_probes",
+            "self.probe_offset + k",
+        ),
+        (
+            "kept probes of the first sample",
+            "sample_offset=probing.sample_offset",
+            "sample_offset=0",
+        ),
     ),
-    Fault(
-        "evaluations share all but one probe",
+    *in_file(
         INTEGRAL,
-        "self.probe_offset + k * self.max_probes",
-        "self.probe_offset + k",
-        OF_PROBES,
-    ),
-    Fault(
-        "weights of evaluations not squared",
-        INTEGRAL,
-        "(weight * place.scale * place.of_output * stderr).square()",
-        "weight.__abs__() * (place.scale * place.of_output * stderr).square()",
         OF_ERRORS,
+        (
+            "weights of evaluations not squared",
+            "(weight * place.scale * place.of_output * stderr).square()",
+            "weight.__abs__() * (place.scale * place.of_output * stderr).square()",
+        ),
+        (
+            "variances without the scale of z",
+            "(weight * place.scale * place.of_output * stderr)",
+            "(weight * place.of_output * stderr)",
+        ),
+        (
+            "kept groups' variance of one",
+            "integrals.detach().var(0) / n",
+            "integrals.detach().var(0)",
+        ),
     ),
-    Fault(
-        "variances without the scale of z",
-        INTEGRAL,
-        "(weight * place.scale * place.of_output * stderr)",
-        "(weight * place.of_output * stderr)",
-        OF_ERRORS,
-    ),
-    Fault(
-        "kept groups' variance of one",
-        INTEGRAL,
-        "integrals.detach().var(0) / n",
-        "integrals.detach().var(0)",
-        OF_ERRORS,
-    ),
-    Fault(
-        "kept probes of the first sample",
-        INTEGRAL,
-        "sample_offset=probing.sample_offset",
-        "sample_offset=0",
-        OF_PROBES,
-    ),
-    Fault(
-        "noise is asked for too early",
-        PROBABILITY_FLOW,
-        "_LEAST_LOG_SNR = -10.2",
-        "_LEAST_LOG_SNR = -5.1",
+    *in_file(
+        "ocm/likelihoods/probability_flow.py",
         OF_FLOW,
+        ("noise is asked for too early", "_LEAST_LOG_SNR = -10.2", "_LEAST_LOG_SNR = -5.1"),
+        ("radii between timesteps of the first", "at(radii, place)", "radii[0]"),
     ),
-    Fault(
-        "radii between timesteps of the first",
-        PROBABILITY_FLOW,
-        "at(radii, place)",
-        "radii[0]",
-        OF_FLOW,
-    ),
-    Fault(
-        "uniform's weight of half a bin",
-        DEQUANTISATION,
-        "math.log(2 * half_bin)",
-        "math.log(half_bin)",
+    *in_file(
+        "ocm/likelihoods/dequantisation.py",
         OF_DEQUANTISATION,
+        ("uniform's weight of half a bin", "math.log(2 * half_bin)", "math.log(half_bin)"),
+        ("truncated normals' mass forgotten", "math.log(std) + log_mass", "math.log(std)"),
     ),
-    Fault(
-        "truncated normals' mass forgotten",
-        DEQUANTISATION,
-        "math.log(std) + log_mass",
-        "math.log(std)",
-        OF_DEQUANTISATION,
+    *in_file(
+        "ocm/likelihoods/settings.py",
+        OF_ERRORS,
+        ("intervals by one side", "(1 + level) / 2", "level"),
     ),
-    Fault("intervals by one side", SETTINGS, "(1 + level) / 2", "level", OF_ERRORS),
-    Fault(
-        "the solver may err by four times its share",
-        BUDGET,
-        "_enough_steps(taken, allowed / 2, D)",
-        "_enough_steps(taken, allowed * 2, D)",
+    *in_file(
+        "ocm/likelihoods/budget.py",
         OF_BUDGETS,
+        (
+            "the solver may err by four times its share",
+            "_enough_steps(taken, allowed / 2, D)",
+            "_enough_steps(taken, allowed * 2, D)",
+        ),
     ),
 ]

@@ -1,7 +1,6 @@
 """Text-to-image models on the command line: heads from captions, samples of prompts."""
 
 import json
-import socket
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import text_pipelines
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from two_processes import free_port
 from typer.testing import CliRunner
 
 import ocm
@@ -76,12 +76,6 @@ def trained(folder, pipelines, tmp_path_factory):
     answer = train(folder, pipelines[0], out, "--caption-column", "text", *HEADS)
     assert answer.exit_code == 0, answer.output
     return out
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def weights(checkpoint):

@@ -11,13 +11,13 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from bad_input import command
+from folders import assert_same, assert_whole, contents, left_beside
 from full_disk import files_of_at_most
-from killing import assert_whole, left_beside
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ocm import checkpoints, data
@@ -55,9 +55,15 @@ def trained(tmp_path_factory):
 
 
 def fewer(images):
-    """Of the training images the last, which distances between samples take no time for."""
-    train, labels = images.train[-200:], images.train_labels[-200:]
-    return replace(images, train=train, train_labels=labels)
+    """Of the images the last, which distances between samples take no time for."""
+    train, test = slice(-200, None), slice(-100, None)
+    return replace(
+        images,
+        train=images.train[train],
+        train_labels=images.train_labels[train],
+        test=images.test[test],
+        test_labels=images.test_labels[test],
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -68,68 +74,39 @@ def quickly(monkeypatch):
     monkeypatch.setattr(data, "load", lambda *names, **options: fewer(load(*names, **options)))
 
 
-class Calls:
-    """Counts the calls of a function, and lets Ctrl-C come at one of them."""
-
-    def __init__(self, function, interrupted_at=None):
-        self.function, self.interrupted_at, self.count = function, interrupted_at, 0
-
-    def __call__(self, *arguments, **options):
-        self.count += 1
-        if self.count == self.interrupted_at:
-            raise KeyboardInterrupt
-        return self.function(*arguments, **options)
-
-
-def interrupted(monkeypatch, module, name, at, *arguments):
+def interrupted(module, name, at, *arguments):
     """Return the answer of a command that Ctrl-C meets at a call of a function."""
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, Calls(getattr(module, name), at))
+    effects = [mock.DEFAULT] * (at - 1) + [KeyboardInterrupt]
+    with mock.patch.object(module, name, wraps=getattr(module, name), side_effect=effects):
         answer = invoke(*arguments)
     assert answer.exit_code == 130
     return answer
 
 
-def calls_in(monkeypatch, module, name, *arguments):
+def calls_in(module, name, *arguments):
     """Return the answer of a command, and how often it called a function."""
-    with monkeypatch.context() as patch:
-        calls = Calls(getattr(module, name))
-        patch.setattr(module, name, calls)
+    with mock.patch.object(module, name, wraps=getattr(module, name)) as calls:
         answer = invoke(*arguments)
     assert answer.exit_code == 0, answer.output
-    return answer, calls.count
+    return answer, calls.call_count
 
 
-def figures(file, *but):
-    record = json.loads(file.read_text(encoding="utf-8"))
-    differing = {"seconds", "environment", "checkpoint", *but}
-    return {name: value for name, value in record.items() if name not in differing}
-
-
-def test_an_interrupted_sampling_goes_on_with_the_batch_it_was_at(trained, tmp_path, monkeypatch):
+def test_an_interrupted_sampling_goes_on_with_the_batch_it_was_at(trained, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert invoke("sample", trained, "--out", whole, *_DRAWN).exit_code == 0
 
-    answer = interrupted(
-        monkeypatch, samples, "sample", 3, "sample", trained, "--out", part, *_DRAWN
-    )
+    arguments = ("sample", trained, "--out", part, *_DRAWN)
+    answer = interrupted(samples, "sample", 3, *arguments)
     said = f"interrupted: kept in {part / 'unfinished' / 'sample'}: 4 of 6 images. The same command"
     assert said in answer.stderr
     assert not (part / "samples.safetensors").exists()
 
-    answer, drawn = calls_in(
-        monkeypatch, samples, "sample", "sample", trained, "--out", part, *_DRAWN
-    )
+    answer, drawn = calls_in(samples, "sample", *arguments)
     assert "going on from 4 of 6 images" in answer.output
     assert drawn == 1
-    images = [load_file(folder / "samples.safetensors")["images"] for folder in (whole, part)]
-    assert torch.equal(*images)
-    counted = "batches_drawn_before"
-    assert figures(whole / "samples.json", counted) == figures(part / "samples.json", counted)
-    assert json.loads((part / "samples.json").read_text())[counted] == 2
-    assert {file.name for file in part.iterdir()} == {
-        "samples.json", "samples.png", "samples.safetensors",
-    }  # fmt: skip
+    assert_same(part, whole)
+    assert json.loads((part / "samples.json").read_text())["batches_drawn_before"] == 2
+    assert contents(part).keys() == {"samples.json", "samples.png", "samples.safetensors"}
 
 
 @pytest.mark.parametrize(
@@ -141,20 +118,20 @@ def test_an_interrupted_sampling_goes_on_with_the_batch_it_was_at(trained, tmp_p
         (("--num-images", 8), "num_images was 6, now 8"),
     ],
 )
-def test_batches_of_other_settings_are_not_taken(trained, tmp_path, monkeypatch, more, said):
+def test_batches_of_other_settings_are_not_taken(trained, tmp_path, more, said):
     arguments = ("sample", trained, "--out", tmp_path / "out", *_DRAWN)
-    interrupted(monkeypatch, samples, "sample", 3, *arguments)
-    answer = interrupted(monkeypatch, samples, "sample", 1, *arguments, *more)
+    interrupted(samples, "sample", 3, *arguments)
+    answer = interrupted(samples, "sample", 1, *arguments, *more)
     assert f"removed what is in {tmp_path / 'out' / 'unfinished' / 'sample'}" in answer.output
     assert said in answer.output
     assert "going on" not in answer.output
     assert not (tmp_path / "out" / "unfinished").exists()
 
 
-def test_batches_of_another_checkpoint_are_not_taken(trained, tmp_path, monkeypatch):
+def test_batches_of_another_checkpoint_are_not_taken(trained, tmp_path):
     copy, out = tmp_path / "copy", tmp_path / "out"
     shutil.copytree(trained, copy)
-    interrupted(monkeypatch, samples, "sample", 3, "sample", copy, "--out", out, *_DRAWN)
+    interrupted(samples, "sample", 3, "sample", copy, "--out", out, *_DRAWN)
     loaded = checkpoints.load(copy)
     with torch.no_grad():
         next(loaded.learned["ml"].head.parameters()).add_(1e-3)
@@ -169,97 +146,54 @@ def test_a_checkpoint_that_cannot_be_written_to_is_not_called_out(tmp_path):
         options.prepare_directory(tmp_path / "file", "CHECKPOINT")
 
 
-def test_neither_the_device_nor_quiet_decides(trained, tmp_path, monkeypatch):
+def test_neither_the_device_nor_quiet_decides(trained, tmp_path):
     arguments = ("sample", trained, "--out", tmp_path, *_DRAWN)
-    interrupted(monkeypatch, samples, "sample", 2, *arguments)
+    interrupted(samples, "sample", 2, *arguments)
     answer = invoke(*arguments[:-1], "--device", "auto" if not torch.cuda.is_available() else "cpu")
     assert "going on from 2 of 6 images" in answer.output
 
 
-def test_an_interrupted_calibration_keeps_its_tables(trained, tmp_path, monkeypatch):
+def test_an_interrupted_calibration_keeps_its_tables(trained, tmp_path):
     whole, part = (shutil.copytree(trained, tmp_path / name) for name in ("whole", "part"))
     assert invoke("calibrate", whole, *_FITTED).exit_code == 0
     fit = (calibrated, "fit_variance_components")
-    _, all_fits = calls_in(monkeypatch, *fit, "calibrate", whole, *_FITTED)
+    _, all_fits = calls_in(*fit, "calibrate", whole, *_FITTED)
 
-    answer = interrupted(monkeypatch, *fit, all_fits, "calibrate", part, *_FITTED)
+    answer = interrupted(*fit, all_fits, "calibrate", part, *_FITTED)
     assert f"kept in {part / 'unfinished' / 'calibrate'}: 5 of 6 tables." in answer.stderr
     assert checkpoints.load(part).calibrations == {}
-    answer, fits = calls_in(monkeypatch, *fit, "calibrate", part, *_FITTED)
+    answer, fits = calls_in(*fit, "calibrate", part, *_FITTED)
     assert "going on from 5 of 6 tables" in answer.output
     assert fits == all_fits // 4  # of four covariances
-    tables = [(folder / "tables.json").read_text() for folder in (whole, part)]
-    assert tables[0] == tables[1]
+    assert_same(part, whole)
     assert not (part / "unfinished").exists()
 
 
-def test_an_interrupted_evaluation_keeps_its_cells(trained, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_keeps_its_cells(trained, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     score, draw = (scores, "noisy_prediction"), (samples, "sample")
     arguments = ("evaluate", trained, "--out", whole, *_SCORED)
-    answer, all_scores = calls_in(monkeypatch, *score, *arguments)
-    _, all_draws = calls_in(monkeypatch, *draw, *arguments)
+    _, all_scores = calls_in(*score, *arguments)
+    _, all_draws = calls_in(*draw, *arguments)
     assert (all_scores, all_draws) == (2, 8)  # two timesteps; two covariances, two samplers
 
     arguments = ("evaluate", trained, "--out", part, *_SCORED)
-    interrupted(monkeypatch, *score, 2, *arguments)
-    interrupted(monkeypatch, *draw, 6, *arguments)
-    answer, drawn = calls_in(monkeypatch, *draw, *arguments)
+    interrupted(*score, 2, *arguments)
+    interrupted(*draw, 6, *arguments)
+    answer, drawn = calls_in(*draw, *arguments)
     assert "finished parts, kept in" in answer.output
     assert drawn == all_draws - 5
-    counted = "parts_finished_before"
-    assert figures(whole / "evaluation.json", counted) == figures(part / "evaluation.json", counted)
+    assert_same(part, whole)
     assert not (part / "unfinished").exists()
 
 
-def test_a_part_that_was_damaged_is_named(trained, tmp_path, monkeypatch):
+def test_a_part_that_was_damaged_is_named(trained, tmp_path):
     arguments = ("sample", trained, "--out", tmp_path, *_DRAWN)
-    interrupted(monkeypatch, samples, "sample", 3, *arguments)
+    interrupted(samples, "sample", 3, *arguments)
     file = next((tmp_path / "unfinished" / "sample").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1])
     answer = invoke(*arguments)
     assert f"{file} is damaged" in str(answer.exception)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ("sample", "--last-noise", "inf"),
-            "Invalid value for '--last-noise': inf is not a finite",
-        ),
-        (
-            ("sample", "--last-noise", "nan"),
-            "Invalid value for '--last-noise'",
-        ),
-        (("sample", "--guidance", "nan"), "Invalid value for '--guidance': nan is not a finite"),
-        (("sample", "--sampler", "ddim", "--eta", "nan"), "Invalid value for '--eta'"),
-        (("sample", "--last-noise", -1), "Invalid value for '--last-noise'"),
-        (("sample", "--steps", 1001), "K must lie in 1 .. 1000, got 1001"),
-        (("sample", "--spacing", "optimal"), "--spacing optimal needs analytic variances"),
-        (("calibrate", "--steps", 1001), "K must lie in 1 .. 1000, got 1001"),
-        (("calibrate", "--covariance", "npr"), "covariance 'npr' needs a trained head"),
-        (("evaluate", "--steps", 1001), "K must lie in 1 .. 1000, got 1001"),
-        (("evaluate", "--tolerance", "inf"), "Invalid value for '--tolerance': inf is not"),
-        (("evaluate", "--tolerance", "0"), "--tolerance must be positive"),
-        (("evaluate", "--inception", "nowhere.pth"), "'nowhere.pth' does not exist"),
-        (("evaluate", "--covariance", "npr"), "covariance 'npr' needs a trained head"),
-        (("evaluate", "--num-images", 298), "num_images must be at most 297"),
-    ],
-)
-def test_options_are_checked_before_the_work(
-    trained, tmp_path, capfd, monkeypatch, arguments, said
-):
-    def at_work(*arguments, **options):
-        raise AssertionError("the work has begun")
-
-    for module, name in ((samples, "sample"), (scores, "likelihoods"), (calibrated, "_by_t")):
-        monkeypatch.setattr(module, name, at_work)
-    name, *rest = arguments
-    status, _, error = command(capfd, name, trained, "--out", tmp_path, *rest, *_SMALL)
-    assert status == 2
-    assert said in " ".join(error.split())
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
@@ -297,30 +231,40 @@ def test_signals_end_a_command_in_one_line(trained, tmp_path, monkeypatch, numbe
     assert list(tmp_path.iterdir()) == []
 
 
-def sampled(trained, out):
-    return ("sample", trained, "--out", out, *_DRAWN)
-
-
-def scored(trained, out):
-    return ("evaluate", trained, "--out", out, *_SCORED)
-
-
-def fitted(trained, out):
-    return ("calibrate", trained, "--out", out, *_FITTED)
+@pytest.mark.parametrize(
+    ("error", "is_explained"),
+    [
+        (MemoryError("Unable to allocate 9 GiB for an array"), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("elements of the tensor refer to a single memory location"), False),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(trained, tmp_path, capfd, error, is_explained):
+    arguments = ("sample", trained, "--out", tmp_path, *_DRAWN)
+    with mock.patch.object(samples, "sample", side_effect=error):
+        if is_explained:
+            assert command(capfd, *arguments) == (1, "", f"error: {error}\n")
+        else:
+            with pytest.raises(RuntimeError, match="a single memory location"):
+                command(capfd, *arguments)
 
 
 @pytest.mark.parametrize(
-    ("made", "size", "unwritten"),
+    ("name", "options", "size", "unwritten"),
     [
-        (sampled, 4096, "samples.png"),
-        (scored, 65536, "out/classifier cannot be written"),
-        (fitted, 500, "tables.json"),
+        ("sample", _DRAWN, 4096, "samples.png"),
+        ("evaluate", _SCORED, 65536, "out/classifier cannot be written"),
+        ("calibrate", _FITTED, 500, "tables.json"),
     ],
 )
-def test_a_disk_that_is_full_is_said_in_one_line(trained, tmp_path, capfd, made, size, unwritten):
-    before = (trained / "tables.json").read_text(encoding="utf-8")
+def test_a_disk_that_is_full_is_said_in_one_line(
+    trained, tmp_path, capfd, name, options, size, unwritten
+):
+    model = shutil.copytree(trained, tmp_path / "model")
+    arguments, before = (name, model, "--out", tmp_path / "out", *options), contents(model)
     with files_of_at_most(size):
-        status, _, error = command(capfd, *made(trained, tmp_path / "out"))
+        status, _, error = command(capfd, *arguments)
     assert status == 1
     said = [line for line in error.splitlines() if "Warning" not in line and line[:1] != " "]
     assert len(said) == 1
@@ -328,9 +272,8 @@ def test_a_disk_that_is_full_is_said_in_one_line(trained, tmp_path, capfd, made,
     assert unwritten in said[0]
     assert_whole(tmp_path)
     assert not left_beside(tmp_path)
-    assert (trained / "tables.json").read_text(encoding="utf-8") == before
-    checkpoints.load(trained)
-    status, _, error = command(capfd, *made(trained, tmp_path / "out"))
+    assert contents(model) == before
+    status, _, error = command(capfd, *arguments)
     assert status == 0, error
 
 
@@ -388,9 +331,9 @@ def test_products_are_counted_for_each_image_and_timestep(trained):
     assert work_of(loaded, settings, 4) == (scored + drawn, scored * (7 + 64) + drawn * 2)
 
 
-def test_an_evaluation_says_first_what_it_will_do(trained, tmp_path, monkeypatch):
+def test_an_evaluation_says_first_what_it_will_do(trained, tmp_path):
     arguments = ("evaluate", trained, "--out", tmp_path, "--all", *_SMALL)
-    answer = interrupted(monkeypatch, classifier, "train_classifier", 1, *arguments)
+    answer = interrupted(classifier, "train_classifier", 1, *arguments)
     said = " ".join(answer.output.split())
     assert (
         "bits/dim of 64 images in K = 5, 10, 25 steps (--steps) by the covariances beta, " in said
@@ -404,7 +347,8 @@ def test_an_evaluation_says_first_what_it_will_do(trained, tmp_path, monkeypatch
 def test_too_few_samples_for_a_distance_are_said(trained, tmp_path):
     answer = invoke("evaluate", trained, "--out", tmp_path, *_SCORED)
     assert answer.exit_code == 0, answer.output
-    assert answer.output.index("caution: Fréchet distances in 64 features want 128") < 1000
     caution = json.loads((tmp_path / "evaluation.json").read_text())["frechet_caution"]
-    assert "and there are 8 samples" in caution
+    assert caution.startswith("Fréchet distances in 64 features want 128 samples and images")
+    assert "and there are 8 samples and 100 images" in caution
+    assert answer.output.index(f"caution: {caution}") < 1000
     assert f"Caution: {caution}" in (tmp_path / "report.md").read_text(encoding="utf-8")

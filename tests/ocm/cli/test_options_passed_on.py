@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -25,32 +26,18 @@ from ocm.training.small_unet import small_unet
 from ocm.training.workflow import NewDenoiser, NewHeads
 
 
-class ReachedError(Exception):
-    def __init__(self, arguments, options):
-        super().__init__("reached")
-        self.arguments, self.options = arguments, options
-
-    def first(self, kind):
-        """The first argument of a type."""
-        values = (*self.arguments, *self.options.values())
-        return next(value for value in values if isinstance(value, kind))
+def call(module, function, *arguments):
+    """Invoke a command until it calls a function of a module, and return what with."""
+    arguments = [*map(str, arguments), "--device", "cpu", "--quiet"]
+    with mock.patch.object(module, function, side_effect=RuntimeError("reached")) as reached:
+        answer = CliRunner().invoke(cli.app, arguments)
+    assert reached.call_count == 1, answer.output
+    return reached.call_args
 
 
-@pytest.fixture
-def call(monkeypatch):
-    """Invoke a command until it calls a function of a module, and return that call."""
-
-    def reached(module, function, *arguments):
-        def stop(*given, **options):
-            raise ReachedError(given, options)
-
-        monkeypatch.setattr(module, function, stop)
-        arguments = (*arguments, "--device", "cpu", "--quiet")
-        answer = CliRunner().invoke(cli.app, [str(a) for a in arguments])
-        assert isinstance(answer.exception, ReachedError), answer.output
-        return answer.exception
-
-    return reached
+def first(called, kind):
+    """The first argument of a type."""
+    return next(x for x in (*called.args, *called.kwargs.values()) if isinstance(x, kind))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +55,7 @@ def checkpoint(tmp_path_factory):
     return out
 
 
-def test_train(call, tmp_path, monkeypatch):
+def test_train(tmp_path, monkeypatch):
     installed = ModuleType("tensorboard")
     installed.__spec__ = ModuleSpec("tensorboard", None)
     monkeypatch.setitem(sys.modules, "tensorboard", installed)
@@ -86,22 +73,22 @@ def test_train(call, tmp_path, monkeypatch):
         7, 12, 0.02, seed=5, gradient_accumulation_steps=2, mixed_precision="bf16",
         horizontal_flip=True, checkpoint_every=11, num_workers=1,
     )  # fmt: skip
-    assert found.first(NewDenoiser) == NewDenoiser(
+    assert first(found, NewDenoiser) == NewDenoiser(
         settings, width=16, schedule="flow", prediction_type="sample", hold_out=30,
         class_conditional=True,
     )  # fmt: skip
-    heads = found.first(NewHeads)
+    heads = first(found, NewHeads)
     # On other noise than the denoiser, which knows its own.
     assert heads.training.seed != settings.seed
     assert heads == NewHeads(
         replace(settings, num_steps=9, learning_rate=0.03, seed=heads.training.seed),
         ("sn", "npr"), "simple", "paper", 3, forward_mode=True, seed=5,
     )  # fmt: skip
-    assert len(found.first(data.Images).train) == 300
-    assert found.options["tensorboard"] is True
+    assert len(first(found, data.Images).train) == 300
+    assert found.kwargs["tensorboard"] is True
 
 
-def test_calibrate(call, checkpoint, tmp_path):
+def test_calibrate(checkpoint, tmp_path):
     found = call(
         fitting, "fitted",
         "calibrate", checkpoint, "--out", tmp_path, "--covariance", "npr", "--covariance",
@@ -109,16 +96,16 @@ def test_calibrate(call, checkpoint, tmp_path):
         "--seed", 4,
     )  # fmt: skip
     digits, own = data.digits(), slice(1350, 1357)
-    _, x0, names, steps = found.arguments
+    _, x0, names, steps = found.args
     assert torch.equal(x0, digits.train[own])
-    assert torch.equal(found.options["labels"], digits.train_labels[own])
-    assert list(names) == list(found.options["calibrated"]) == ["npr", "hutchinson"]
+    assert torch.equal(found.kwargs["labels"], digits.train_labels[own])
+    assert list(names) == list(found.kwargs["calibrated"]) == ["npr", "hutchinson"]
     assert steps == [(0, 1), (1, 500), (1, 1000), (500, 1000)]
-    assert found.options["settings"] == CovarianceSettings(6, seed=4)
-    assert found.options["seed"] == 4
+    assert found.kwargs["settings"] == CovarianceSettings(6, seed=4)
+    assert found.kwargs["seed"] == 4
 
 
-def test_evaluate(call, checkpoint, tmp_path):
+def test_evaluate(checkpoint, tmp_path):
     (tmp_path / "weights").touch()
     found = call(
         evaluation, "evaluate",
@@ -128,7 +115,7 @@ def test_evaluate(call, checkpoint, tmp_path):
         "--tolerance", 0.5, "--batch-size", 6, "--num-probes", 5, "--lanczos-probes", 2,
         "--inception", tmp_path / "weights", "--seed", 8,
     )  # fmt: skip
-    assert found.first(EvaluationSettings) == EvaluationSettings(
+    assert first(found, EvaluationSettings) == EvaluationSettings(
         ["npr", "lanczos"], [2, 4], calibrated=True, quality=True, num_images=3, fit_images=4,
         num_samples=9, inception=tmp_path / "weights", covariances=CovarianceSettings(5, 2, 8),
         decoder="beta_tilde", by_ode=True, tolerance=0.5, seed=8, batch_size=6,
@@ -136,16 +123,16 @@ def test_evaluate(call, checkpoint, tmp_path):
     )  # fmt: skip
 
 
-def test_evaluate_all_on_other_data(call, checkpoint, tmp_path, monkeypatch):
+def test_evaluate_all_on_other_data(checkpoint, tmp_path, monkeypatch):
     """The grey levels are those of the data."""
     coarse = replace(data.digits(), levels=9)
     monkeypatch.setattr(data, "load", lambda *arguments, **options: coarse)
     found = call(
         evaluation, "evaluate", "evaluate", checkpoint, "--out", tmp_path, "--all", "--data", "x"
     )
-    settings = found.first(EvaluationSettings)
+    settings = first(found, EvaluationSettings)
     assert (settings.calibrated, settings.quality, settings.by_ode) == (True, True, False)
-    assert found.first(Checkpoint).levels == 9
+    assert first(found, Checkpoint).levels == 9
 
 
 @pytest.mark.parametrize(
@@ -157,16 +144,16 @@ def test_evaluate_all_on_other_data(call, checkpoint, tmp_path, monkeypatch):
         (("--sampler", "second-order", "--eta", 0.25), ocm.SecondOrder(0.25)),
     ],
 )
-def test_sample(call, checkpoint, tmp_path, options, sampler):
+def test_sample(checkpoint, tmp_path, options, sampler):
     found = call(
         samples, "draw",
         "sample", checkpoint, "--out", tmp_path, "--covariance", "hutchinson", "--steps", 4,
         "--label", 3, "--label", 5, "--num-images", 6, "--last-noise", 2, "--batch-size", 5,
         "--num-probes", 7, "--lanczos-probes", 2, "--seed", 9, *options,
     )  # fmt: skip
-    _, name, count, timesteps = found.arguments
+    _, name, count, timesteps = found.args
     assert (name, count, timesteps) == ("hutchinson", 6, [250, 500, 750, 1000])
-    given = found.options
+    given = found.kwargs
     if isinstance(sampler, partial):
         assert (given["sampler"].func, given["sampler"].keywords) == (ocm.ddim, sampler.keywords)
     else:
@@ -178,14 +165,14 @@ def test_sample(call, checkpoint, tmp_path, options, sampler):
     assert given["max_last_noise"] == pytest.approx(4 / 255 * (torch.pi / 2) ** 0.5)
 
 
-def test_sample_with_guidance_and_calibrated(call, checkpoint, tmp_path):
+def test_sample_with_guidance_and_calibrated(checkpoint, tmp_path):
     found = call(
         samples, "draw",
         "sample", checkpoint, "--out", tmp_path, "--calibrated", "--steps", 3, "--guidance", 1.5,
         "--label", 1,
     )  # fmt: skip
-    _, name, _, timesteps = found.arguments
+    _, name, _, timesteps = found.args
     # Those that `ocm calibrate` fits.
     assert (name, timesteps) == ("npr_calibrated", [1, 500, 1000])
-    assert found.options["guidance_scale"] == 1.5
-    assert found.options["max_last_noise"] is None
+    assert found.kwargs["guidance_scale"] == 1.5
+    assert found.kwargs["max_last_noise"] is None

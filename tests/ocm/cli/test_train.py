@@ -1,18 +1,15 @@
 """``ocm train``: what it refuses before any work, keeps when it is stopped, and replaces."""
 
-import functools
-import importlib.util
 import json
 import shutil
-import signal
-import socket
-from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 import torch
 from bad_input import command
+from folders import assert_same, contents
 from full_disk import files_of_at_most
-from killing import assert_whole, attempt, be_one_of_two, killings, left_beside
+from killing import attempt_by_two, finished, killings
 from typer.testing import CliRunner
 
 from ocm import checkpoints, data
@@ -26,14 +23,6 @@ NARROW = ("--width", 8, "--head", "npr")
 
 def train(*arguments):
     return CliRunner().invoke(cli.app, ["train", *map(str, (*arguments, *SMALL))])
-
-
-def files(directory):
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +39,12 @@ def copy(made, tmp_path):
     return shutil.copytree(made, tmp_path / "copy")
 
 
-@pytest.fixture
-def stopped(monkeypatch):
-    """A function that gives the command, and stops it when all heads are trained."""
-
-    def stop(*arguments):
-        def interrupted(checkpoint, path):
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "save", interrupted)
-            answer = train(*arguments)
-        assert answer.exit_code == 130, answer.output
-        return answer
-
-    return stop
+def stopped(*arguments):
+    """Give the command, and stop it when all heads are trained."""
+    with mock.patch.object(checkpoints, "save", side_effect=KeyboardInterrupt):
+        answer = train(*arguments)
+    assert answer.exit_code == 130, answer.output
+    return answer
 
 
 # Before the work
@@ -86,10 +66,7 @@ def stopped(monkeypatch):
 def test_what_cannot_be_done_is_said_before_the_data_are_loaded(
     tmp_path, monkeypatch, options, message
 ):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        "ocm.cli.train.find_spec", lambda name: None if name == "tensorboard" else find(name)
-    )
+    monkeypatch.setattr("ocm.cli.train.find_spec", lambda name: None)  # of TensorBoard
     monkeypatch.setattr(data, "load", None)  # which nobody can call
     answer = train("--out", tmp_path, *options)
     assert isinstance(answer.exception, ValueError)  # status 2
@@ -108,16 +85,16 @@ def test_a_head_to_start_from_must_be_there(made, tmp_path, monkeypatch):
 # In place
 
 
-def test_a_checkpoint_stays_until_heads_trained_in_place_are_finished(made, copy, stopped):
+def test_a_checkpoint_stays_until_heads_trained_in_place_are_finished(made, copy):
     given = ("--denoiser", copy, "--out", copy, "--head", "sn", "--head-steps", 2)
     answer = train(*given)
     assert "--overwrite replaces this one" in str(answer.exception)
     assert "unfinished" not in str(answer.exception)
     answer = stopped(*given, "--overwrite")
     assert f"kept in {copy / 'training'}: sn at step 2. The same command goes on" in answer.stderr
-    kept = files(copy)
+    kept = contents(copy)
     assert all(
-        kept[name] == content for name, content in files(made).items() if "train" not in name
+        kept[name] == content for name, content in contents(made).items() if "train" not in name
     )
     answer = train(*given)
     assert "its unfinished training, sn at step 2, goes on with --overwrite too" in str(
@@ -126,13 +103,13 @@ def test_a_checkpoint_stays_until_heads_trained_in_place_are_finished(made, copy
     assert train(*given, "--overwrite").exit_code == 0
     found, before = checkpoints.load(copy), checkpoints.load(made)
     assert list(found.learned) == ["npr", "sn"]
-    for name, content in files(made).items():
+    for name, content in contents(made).items():
         if name.startswith(("denoiser/", "heads/npr")):
             assert (copy / name).read_bytes() == content
     assert found.num_calibration == before.num_calibration
 
 
-def test_overwrite_goes_on_with_the_training_of_the_same_settings(copy, stopped, monkeypatch):
+def test_overwrite_goes_on_with_the_training_of_the_same_settings(copy, monkeypatch):
     given = ("--out", copy, "--overwrite", "--denoiser-steps", 2, "--head-steps", 3, *NARROW)
     stopped(*given)
     steps = []
@@ -151,7 +128,7 @@ def test_overwrite_goes_on_with_the_training_of_the_same_settings(copy, stopped,
     assert steps == [1, 0]
 
 
-def test_overwrite_replaces_the_training_of_other_settings_and_says_so(tmp_path, stopped):
+def test_overwrite_replaces_the_training_of_other_settings_and_says_so(tmp_path):
     out = tmp_path / "out"
     given = ("--out", out, *NARROW, "--denoiser-steps", 2, "--head-steps", 2)
     stopped(*given)
@@ -166,6 +143,15 @@ def test_overwrite_replaces_the_training_of_other_settings_and_says_so(tmp_path,
     assert json.loads((out / "train.json").read_text())["head"]["num_steps"] == 3
 
 
+def test_heads_for_another_denoiser_leave_an_unfinished_one_there(made, tmp_path):
+    out = tmp_path / "out"
+    stopped("--out", out, *NARROW, "--denoiser-steps", 2, "--head-steps", 2)
+    answer = train("--out", out, "--denoiser", made, "--head", "sn", "--head-steps", 2)
+    assert answer.exit_code == 0, answer.output
+    kept = {path.parent.name for path in (out / "training").rglob("training-state-*")}
+    assert kept == {"denoiser", "npr"}
+
+
 def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(made, copy, capfd):
     """A file may hold the state of the small head, and not the weights of the denoiser."""
     arguments = (
@@ -178,27 +164,14 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(made, copy, c
     (line,) = said.strip().splitlines()
     assert line.startswith(f"error: {copy} cannot be written")
     assert "File too large" in line
-    same = {name: content for name, content in files(made).items() if name != "train.json"}
-    assert {name: files(copy)[name] for name in same} == same
+    same = {name: content for name, content in contents(made).items() if name != "train.json"}
+    assert {name: contents(copy)[name] for name in same} == same
     status, _, said = command(capfd, *arguments)
     assert (status, said) == (0, "")
     assert type(checkpoints.load(copy).learned["npr"].head).__name__ == "CovarianceHead"
 
 
 # Killed
-
-
-def of_a_run(file):
-    record = json.loads(file.read_text(encoding="utf-8"))
-    return {name: value for name, value in record.items() if name not in ("seconds", "environment")}
-
-
-def assert_equal(found, wanted):
-    """Raise unless two folders hold the same to the bit, but for the seconds that it took."""
-    one, other = files(found), files(wanted)
-    assert one.keys() == other.keys()
-    assert [name for name in one if one[name] != other[name] and name != "train.json"] == []
-    assert of_a_run(found / "train.json") == of_a_run(wanted / "train.json")
 
 
 def assert_same_model(one, other):
@@ -222,23 +195,15 @@ def new(out):
 
 @pytest.mark.soak
 def test_a_training_that_is_killed_ends_with_the_same_bits(tmp_path):
-    whole = attempt(new(tmp_path / "whole"), tmp_path / "whole")
-    assert whole.status == 0, whole.said
-    killed = 0
-    for found in killings(new, tmp_path, kills=8, seconds=whole.seconds, seed=3):
-        killed += found.killed
-        assert_whole(found.folder)
+    whole = finished(new, tmp_path / "whole")
+    for found in killings(new, whole, kills=8, seed=3):
         if (found.folder / "ocm.json").exists():
             assert_same_model(found.folder, whole.folder)
-        if found.killed:
-            continue
         if found.status == 0:
-            assert_equal(found.folder, whole.folder)
-            assert not left_beside(found.folder)
-        else:  # the kill came when the checkpoint was there already
+            assert_same(found.folder, whole.folder)
+        elif not found.killed:  # the kill came when the checkpoint was there already
             assert found.status == 2
             assert "holds a finished checkpoint" in found.said
-    assert killed == 8
 
 
 @pytest.mark.soak
@@ -250,31 +215,19 @@ def test_heads_trained_in_place_and_killed_leave_the_checkpoint_whole(made, tmp_
             *("--head", "npr", "--checkpoint-every", 4, "--overwrite", *SMALL),
         ]
 
-    (tmp_path / "whole").mkdir()
-    whole = attempt(in_place(tmp_path / "whole"), tmp_path / "whole")
-    assert whole.status == 0, whole.said
-    killed = 0
-    for found in killings(in_place, tmp_path, kills=7, seconds=whole.seconds, seed=4):
-        killed += found.killed
-        assert_whole(found.folder)
+    whole = finished(in_place, tmp_path / "whole")
+    for found in killings(in_place, whole, kills=7, seed=4):
         is_new = "sn" in checkpoints.load(found.folder).learned
         assert_same_model(found.folder, whole.folder if is_new else made)
         if not found.killed:
             assert found.status == 0, found.said
             assert is_new
-            for name in ("ocm.json", "tables.json", "heads/sn.safetensors"):
-                assert files(found.folder)[name] == files(whole.folder)[name]
-            assert not left_beside(found.folder)
-            assert not list(found.folder.glob(".parts-*"))
-    assert killed == 7
+            assert_same(found.folder, whole.folder)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_whose_other_is_killed_ends_within_a_minute(tmp_path, victim):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     out = tmp_path / "out"
     endless = [
         *("train", "--out", out, "--denoiser-steps", 100_000, "--checkpoint-every", 2),
@@ -284,19 +237,9 @@ def test_a_process_whose_other_is_killed_ends_within_a_minute(tmp_path, victim):
     def started():
         return bool(list((out / "training").rglob("training-state-0*/state.json")))
 
-    with ThreadPoolExecutor(2) as pool:
-        runs = [
-            pool.submit(
-                attempt,
-                endless,
-                tmp_path / f"process-{rank}",
-                after=started if rank == victim else None,
-                first=functools.partial(be_one_of_two, rank, port),
-            )
-            for rank in range(2)
-        ]
-        killed, left = runs[victim].result(), runs[1 - victim].result()
-    assert killed.status == -signal.SIGKILL
+    both = attempt_by_two(endless, tmp_path, killed=victim, after=started)
+    killed, left = both[victim], both[1 - victim]
+    assert killed.killed
     assert left.status == 1, left.said
     assert left.seconds < killed.seconds + 60
     print(f"it ended {left.seconds - killed.seconds:.1f} s after the other")

@@ -39,19 +39,6 @@ def test_hutchinson_is_unbiased(gaussian):
     assert ((estimates.mean(dim=0) - expected).abs() < 5 * standard_error).all()
 
 
-def test_hutchinson_draws_new_probes_at_each_timestep_and_sample(gaussian):
-    denoiser = gaussian_denoiser(*gaussian, ocm.linear())
-    covariance = ocm.Hutchinson(denoiser, num_probes=1, floor=None)
-    x_t = torch.randn(1, 1, 1, D).expand(4, -1, -1, -1)
-    whole = covariance.at(denoiser.predict(x_t, 200)).diagonal()
-    assert not torch.equal(whole[0], whole[1])
-    part = covariance.at(denoiser.predict(x_t[2:], 200, sample_offset=2)).diagonal()
-    torch.testing.assert_close(whole[2:], part)
-    signs = whole - whole.mean(dim=0)
-    other = covariance.at(denoiser.predict(x_t, 201)).diagonal()
-    assert not torch.allclose(signs, other - other.mean(dim=0), rtol=0.1)
-
-
 def correlated(schedule):
     """A denoiser of strongly correlated data, whose estimates by few probes are often negative."""
     covariance = 0.05 * (0.1 * torch.eye(16) + 0.9 * torch.ones(16, 16))

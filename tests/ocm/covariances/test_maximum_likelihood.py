@@ -6,6 +6,7 @@ import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser, posterior_covariance
 from path_denoiser import PATHS, SHAPE, gaussian, path_denoiser
+from plain_heads import Affine, Constant
 from torch.distributions import Normal, kl_divergence
 from two_classes import two_classes
 
@@ -13,17 +14,6 @@ import ocm
 
 POSITIVE = ocm.Parameterisation(data_std=0.6, positive=True)
 FLOW_TYPES = {"flow": "flow_prediction", "edm": "edm", "trigflow": "trigflow"}
-
-
-class Affine(torch.nn.Module):
-    """o = 0.3 x_t - 0.2, of the features, which are x_t here."""
-
-    def __init__(self):
-        super().__init__()
-        self.weights = torch.nn.Parameter(torch.tensor([0.3, -0.2]).double())
-
-    def forward(self, features):
-        return self.weights[0] * features + self.weights[1]
 
 
 def on_path(path):
@@ -207,12 +197,7 @@ def test_its_training_goes_on_and_only_with_its_own_chains(unet, tmp_path):
 @pytest.mark.parametrize("units", [ocm.PAPER, POSITIVE])
 def test_units_without_a_sign_have_a_finite_loss(units):
     denoiser = gaussian_denoiser(torch.zeros(3), 0.2 * torch.eye(3), ocm.linear())
-
-    class Negative(torch.nn.Module):
-        def forward(self, features):
-            return torch.full_like(features, -3.0)
-
-    covariance = ocm.MaximumLikelihood(denoiser, Negative(), units)
+    covariance = ocm.MaximumLikelihood(denoiser, Constant(-3.0), units)
     x0 = torch.zeros(64, 1, 1, 3)
     t = torch.linspace(1, 1000, 64).long()
     assert covariance.loss(x0, t, seed=0, sample_offset=0).isfinite()
@@ -230,15 +215,10 @@ def test_impossible_chains():
 
 def test_the_mean_is_clipped_to_the_range_of_the_data():
     """The network says 0.2: right where that is allowed, and right of data up to 0.1 otherwise."""
-
-    class Zero(torch.nn.Module):
-        def forward(self, features):
-            return torch.zeros_like(features)
-
     denoiser = two_classes()
     condition, t = denoiser.condition(torch.ones(8, dtype=torch.int64)), torch.arange(50, 900, 110)
     losses = [
-        ocm.MaximumLikelihood(denoiser, Zero(), levels=None, x0_range=x0_range).loss(
+        ocm.MaximumLikelihood(denoiser, Constant(0.0), levels=None, x0_range=x0_range).loss(
             torch.full((8, 1, 2, 2), most), t, seed=0, sample_offset=0, condition=condition
         )
         for x0_range, most in ((None, 0.2), ((-0.1, 0.1), 0.1), (None, 0.1))

@@ -56,13 +56,16 @@ def of_cosines():
     return cosine_diagonal(values, SHAPE), (F.T * values.reshape(B, 1, D)) @ F
 
 
-def of_lanczos():
-    _, matrix = of_matrices()
-
+def lanczos(matrix):
     def products(v):
         return torch.einsum("bij,mbj->mbi", matrix, v.flatten(2)).reshape(v.shape)
 
-    return LanczosCovariance(products, torch.zeros(SHAPE).double(), D), matrix
+    return LanczosCovariance(products, torch.zeros(SHAPE).double(), D)
+
+
+def of_lanczos():
+    _, matrix = of_matrices()
+    return lanczos(matrix), matrix
 
 
 FAMILIES = [of_diagonal, of_one_number, of_matrices, of_channels, of_cosines, of_lanczos]
@@ -124,19 +127,21 @@ def test_a_bound_of_cosines_is_that_of_each_sample():
 
 def test_a_bound_of_lanczos_is_that_of_the_vector():
     """The mean variance in the direction of v, at most that of data."""
-    covariance, matrix = of_lanczos()
-    matrix = matrix * torch.tensor([1.0, 0.1]).reshape(B, 1, 1)
-
-    def products(v):
-        return torch.einsum("bij,mbj->mbi", matrix, v.flatten(2)).reshape(v.shape)
-
-    covariance = LanczosCovariance(products, covariance.like, D).bounded(X0_RANGE)
+    matrix = of_matrices()[1] * torch.tensor([1.0, 0.1]).reshape(B, 1, 1)
+    covariance = lanczos(matrix).bounded(X0_RANGE)
     v = randn(*SHAPE, seed=3)
     product = torch.einsum("bij,bj->bi", matrix, v.flatten(1))
     mean = (v.flatten(1) * product).sum(1) / v.flatten(1).square().sum(1)
     assert mean[0] > BOUND > mean[1]
     factor = torch.tensor([BOUND / mean[0], 1.0])[:, None]
     torch.testing.assert_close(covariance.multiply(v).flatten(1), factor * product)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("x0_range", [None, (-torch.inf, torch.inf), (0.0, torch.inf)])
+def test_a_range_without_an_end_bounds_nothing(family, x0_range):
+    covariance, matrix = family()
+    check(covariance.bounded(x0_range), matrix)
 
 
 @pytest.mark.parametrize("family", [of_diagonal, of_matrices, of_channels, of_cosines, of_lanczos])
@@ -150,15 +155,11 @@ def test_nothing_negative_is_left(family):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_lanczos_takes_the_mean_of_both_products_where_it_is_asked_to(symmetric):
-    A = randn(D, D)
-
-    def network(x, time):
-        return (x.flatten(1) @ A.T).reshape(x.shape)
-
-    denoiser = ocm.Denoiser(network, ocm.linear(), "sample")
+    A, schedule = randn(D, D), ocm.linear()
+    denoiser = ocm.Denoiser(lambda x, _: (x.flatten(1) @ A.T).reshape(x.shape), schedule, "sample")
     v, prediction = randn(*SHAPE), denoiser.predict(torch.zeros(SHAPE).double(), 400)
     stated = ocm.Lanczos(denoiser, D, symmetric=symmetric).at(prediction)
-    factor = denoiser.schedule.sigma(400) ** 2 / denoiser.schedule.alpha(400)
+    factor = schedule.sigma(400) ** 2 / schedule.alpha(400)
     matrix = (A + A.T) / 2 if symmetric else A.T
     expected = factor * (v.flatten(1) @ matrix.T).reshape(SHAPE)
     torch.testing.assert_close(stated.multiply(v), expected, rtol=1e-6, atol=1e-6)

@@ -16,6 +16,8 @@ from hessdiag.compat import TORCH_VERSION, NotDifferentiableError
 # Weights that fully_shard has spread, inside of a transform of torch.func.
 GATHERED_IN_TRANSFORMS = TORCH_VERSION >= (2, 13)
 UNITS = ocm.Parameterisation(0.7, positive=True)
+# Which of them `make test` compiles; `make soak` takes the others too.
+QUICK = ("UNet2DModel", "SD3Transformer2DModel")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,12 +118,10 @@ def test_wrapped_it_says_what_the_plain_model_says(name, wrapper):
         assert not torch.allclose(plain(name, True)[0], plain(name, False)[0], atol=1e-3)
 
 
-def some(names, quick):
-    """The names, of which `make test` takes a few, and `make soak` the others."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.soak) for name in names]
-
-
-@pytest.mark.parametrize("name", some(FAMILIES, ["UNet2DModel", "SD3Transformer2DModel"]))
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.soak) for name in FAMILIES],
+)
 def test_attached_and_compiled_it_is_one_graph(name):
     torch.compiler.reset()
     family = FAMILIES[name]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gaussian_denoiser import gaussian_denoiser
+from plain_heads import Affine
 from two_classes import images_of, two_classes
 
 import ocm
@@ -13,11 +14,6 @@ from ocm.evaluation.scores import likelihood_table, steps_of
 
 COVARIANCE = torch.tensor([[0.06, 0.03, 0.0], [0.03, 0.05, -0.01], [0.0, -0.01, 0.02]])
 NAMES = ["beta", "analytic", "analytic_data", "iddpm", "hutchinson", "exact", "cosine", "full"]
-
-
-class Affine(torch.nn.Module):
-    def forward(self, features):
-        return 0.3 * features - 0.2
 
 
 @pytest.fixture(scope="module")

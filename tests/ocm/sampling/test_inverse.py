@@ -201,6 +201,22 @@ def test_rows_that_measure_nothing_have_no_weight():
     torch.testing.assert_close(found, y)
 
 
+@pytest.mark.parametrize(
+    ("weighting", "message"),
+    [
+        (-1.0, "weighting must be at least 0 if it is a length, got -1.0"),
+        ("rows", "weighting must be 'row_sums' if it is a name, got 'rows'"),
+    ],
+)
+def test_a_weighting_is_checked_as_it_was_given(weighting, message):
+    denoiser = ocm.Denoiser(lambda x, time: 0.5 * x, ocm.linear(), "sample")
+    with pytest.raises(ValueError, match=message):
+        ocm.sample_given_measurement(
+            denoiser, ocm.Beta(denoiser), torch.zeros(1, 3), lambda x: x, noise_std=0.5,
+            shape=(1, 3), steps=2, weighting=weighting, draw_x0=False,
+        )  # fmt: skip
+
+
 def test_another_weighting_is_bounded_as_the_covariance_is():
     """A variance of 9 counts as 1, the largest that data in [-1, 1] have."""
     denoiser = ocm.Denoiser(lambda x, time: 0.5 * x, ocm.linear(), "sample")

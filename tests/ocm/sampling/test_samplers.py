@@ -235,25 +235,19 @@ def test_a_step_copies_nothing_from_the_host(name, max_last_noise):
     assert operators.count("hessdiag::gaussian_step") == 3
 
 
-class Seen:
-    """A network that keeps what it is shown, and says that x0 is 0."""
+def seen_while_sampling(schedule, steps, variance=0.5, **options):
+    """The states of a run of a network that says 0, of this variance at every step, and its end."""
+    seen = []
 
-    def __init__(self):
-        self.inputs = []
-
-    def __call__(self, x, time):
-        self.inputs.append(x.clone())
+    def network(x, time):
+        seen.append(x.clone())
         return torch.zeros_like(x)
 
-
-def seen_while_sampling(schedule, steps, variance=0.5, **options):
-    """The states of a run with a covariance of this variance at every timestep, and its end."""
-    network = Seen()
     denoiser = ocm.Denoiser(network, schedule, "sample")
     at = {t: [variance / schedule.level(t).beta_bar] for t in steps}
     covariance = ocm.Analytic(denoiser, Table(at))
     end = ocm.sample(denoiser, covariance, (3, 1, 2, 2), steps, seed=4, **options)
-    return [*network.inputs, end]
+    return [*seen, end]
 
 
 def test_only_the_last_noisy_step_is_bounded():

@@ -1,6 +1,5 @@
 """The training loop: what it computes, over processes, and after it was killed."""
 
-import contextlib
 import dataclasses
 import math
 import multiprocessing
@@ -8,7 +7,6 @@ import os
 import random
 import re
 import signal
-import socket
 import time
 
 import pytest
@@ -31,12 +29,11 @@ from training_worker import (
     train_in_process,
     trained,
 )
+from two_processes import received, sent_by_both, two_processes
 
 from ocm.training.batches import batch_of_step
 from ocm.training.loop import train
 from ocm.training.settings import TrainingSettings
-
-TIMEOUT = 120
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +165,14 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(
         sender.close()
         return process, receiver
 
-    def receive(receiver):
-        assert receiver.poll(TIMEOUT)
-        return receiver.recv()
-
     def finish(process, receiver):
-        while not isinstance(message := receive(receiver), tuple):
+        while not isinstance(message := received(receiver), tuple):
             pass
         process.join()
         return message
 
     process, receiver = start(settings, tmp_path / "whole")
-    receive(receiver)
+    received(receiver)
     started = time.monotonic()
     expected_losses, expected = finish(process, receiver)
     seconds = (time.monotonic() - started) / settings.num_steps
@@ -193,8 +186,8 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(
         process, receiver = start(
             dataclasses.replace(settings, checkpoint_every=every), directory, stay=steps + 4
         )
-        target = receive(receiver) + steps
-        while receive(receiver) < target:
+        target = received(receiver) + steps
+        while received(receiver) < target:
             pass
         if kill % 2:
             time.sleep(generator.uniform(0, 2 * seconds))
@@ -210,7 +203,7 @@ def test_a_training_killed_at_any_moment_goes_on_to_the_same_bits(
     print(f"{torn} of {kills} kills met a state that was being written")
 
     process, receiver = start(settings, directory)
-    first = receive(receiver)
+    first = received(receiver)
     assert kills // 2 <= first < settings.num_steps
     losses, module = finish(process, receiver)
     assert losses == expected_losses
@@ -261,37 +254,8 @@ def test_the_bar_says_where_training_goes_on_from(tmp_path, capsys):
 # Over processes
 
 
-@contextlib.contextmanager
-def two_processes(processes, settings, **options):
-    """Two processes that train together, each with the end of a pipe that says what came of it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pairs = []
-    for rank in range(2):
-        receiver, sender = processes.Pipe(duplex=False)
-        process = processes.Process(
-            target=train_in_process, args=(sender, rank, port, settings, dict(options))
-        )
-        process.start()
-        sender.close()
-        pairs.append((process, receiver))
-    try:
-        yield pairs
-    finally:
-        for process, _ in pairs:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-
-
 def in_two_processes(processes, settings, **options):
-    results = []
-    with two_processes(processes, settings, **options) as pairs:
-        for _, receiver in pairs:
-            assert receiver.poll(TIMEOUT)
-            results.append(receiver.recv())
-    return results
+    return sent_by_both(processes, train_in_process, settings, options)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -329,10 +293,9 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_both(processes):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_says_that_the_other_was_killed(processes, killed):
-    with two_processes(processes, SETTINGS, signal_in={killed: signal.SIGKILL}) as pairs:
-        _, receiver = pairs[1 - killed]
-        assert receiver.poll(60)
-        said = receiver.recv()
+    options = {"signal_in": {killed: signal.SIGKILL}}
+    with two_processes(processes, train_in_process, SETTINGS, options) as pairs:
+        said = received(pairs[1 - killed][1], timeout=60)
     expected = "another of 2 processes has ended, or cannot be reached, at step 3 of the network"
     assert said.startswith(f"ConnectionError: {expected}; start all of them again")
     assert pairs[1 - killed][0].exitcode == 0

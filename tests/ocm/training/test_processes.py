@@ -1,22 +1,18 @@
 """Processes that end, or never come, are an error of the connection."""
 
-import socket
 from datetime import timedelta
 
 import pytest
 from torch import distributed
+from two_processes import environment_of, free_port
 
 from ocm.training import processes
 from ocm.training.processes import naming_lost
 
 
 def test_processes_that_never_come_are_not_waited_for_long(monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in place.items():
-        monkeypatch.setenv(name, str(value))
+    for name, value in environment_of(0, free_port()).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(processes, "MEETING", timedelta(seconds=1))
     with pytest.raises(ConnectionError, match=r"another of 2 processes .* before all had come"):
         processes.join("cpu")

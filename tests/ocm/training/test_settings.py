@@ -5,14 +5,13 @@ import pytest
 from ocm.training.settings import TrainingSettings
 
 
-def test_an_exponent_must_be_positive():
-    with pytest.raises(ValueError, match="timestep_exponent must be positive and finite, got 0"):
-        TrainingSettings(num_steps=1, timestep_exponent=0.0)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"ema_decay": 1.0}, r"ema_decay must lie in \[0, 1\), got 1.0"),
+        ({"timestep_exponent": 0.0}, "timestep_exponent must be positive and finite, got 0.0"),
         ({"warmup_steps": -1}, "warmup_steps must be finite and not negative, got -1"),
         ({"weight_decay": -0.5}, "weight_decay must be finite and not negative, got -0.5"),
         ({"weight_decay": float("nan")}, "weight_decay must be finite and not negative, got nan"),
@@ -28,7 +27,7 @@ def test_an_exponent_must_be_positive():
 )
 def test_settings_out_of_range(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainingSettings(num_steps=1, **changes)
+        TrainingSettings(**{"num_steps": 1, **changes})
 
 
 def test_an_infinite_norm_scales_no_gradient_down():

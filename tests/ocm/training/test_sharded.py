@@ -1,13 +1,11 @@
 """Heads on a frozen backbone that several processes share, each of which holds a part of it."""
 
 import multiprocessing
-import socket
 
 import pytest
 import torch
 from sharded_worker import make_unet, train_heads, train_sharded
-
-TIMEOUT = 240
+from two_processes import sent_by_both
 
 
 @pytest.fixture(scope="module")
@@ -21,26 +19,7 @@ def one_process(tmp_path_factory):
 def two_processes(one_process):
     """What each of two processes says: its parts of backbones, its heads, and an error."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pairs = []
-    for rank in range(2):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (sender, rank, port, str(one_process[0]))
-        process = context.Process(target=train_sharded, args=arguments)
-        process.start()
-        sender.close()
-        pairs.append((process, receiver))
-    try:
-        for _, receiver in pairs:
-            assert receiver.poll(TIMEOUT)
-        return [receiver.recv() for _, receiver in pairs]
-    finally:
-        for process, _ in pairs:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
+    return sent_by_both(context, train_sharded, str(one_process[0]))
 
 
 def close(found, expected):
