@@ -1,5 +1,7 @@
 """Diagonals of Jacobians and Hessians of PyTorch functions, without the matrix.
 
+In short::
+
     diagonal = hessdiag.hutchinson(score_fn, x, M)              # unbiased, M products
     result = hessdiag.estimate(score_fn, x, max_probes=M)       # with standard errors
     diagonal = hessdiag.exact(score_fn, x)                      # D products

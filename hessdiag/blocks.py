@@ -33,6 +33,14 @@ class BlockDiagonalEstimate:
         num_probes: Products taken for each sample, int64 of shape (B,).
         mode: "vjp" or "jvp".
         note: What a reader should know of how it was done, or "".
+
+    Example:
+        >>> mix = torch.nn.Conv2d(3, 3, kernel_size=1)
+        >>> result = block_diagonal(mix, torch.zeros(2, 3, 2, 2))    # a block for each pixel
+        >>> result.blocks.shape
+        torch.Size([2, 4, 3, 3])
+        >>> bool((result.blocks - mix.weight[:, :, 0, 0]).abs().max() < 1e-6)
+        True
     """
 
     blocks: Tensor

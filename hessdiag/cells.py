@@ -3,7 +3,7 @@
 The features of a sample are put in an order that runs through compact tiles, the order is cut into
 cells of m features, and each cell deals the m colors to its features at random. Two features of
 one cell never share a color, two of different cells do with probability 1/m. So the variance of
-one entry from a block of m probes is
+one entry from a block of m probes is::
 
     (1/m) sum of J_ij^2 over the j outside of the cell of i,
 

@@ -1,6 +1,6 @@
 """Whether a function acts on each sample of a batch alone.
 
-Without coupling a product is linear in each sample by itself: with a factor s_b for every sample,
+Without coupling a product is linear in each sample by itself: with a factor s_b for every sample::
 
     J^T (s v) - s J^T v = sum_c (s_c - s_b) J_cb^T v_c = 0    for every sample b.
 

@@ -42,6 +42,15 @@ class DiagonalEstimate:
         mode: "vjp" or "jvp".
         batching: "loop", "vmap" or "fold".
         note: Which probes were chosen, why a preferred way was not taken, and the like; or "".
+
+    Example:
+        >>> import torch, hessdiag
+        >>> J = torch.eye(3) + 0.1
+        >>> result = hessdiag.estimate(lambda x: x @ J, torch.zeros(2, 3), max_probes=200, rtol=0.2)
+        >>> bool(result.converged.all()), bool((result.num_probes < 200).all()), result.mode
+        (True, True, 'vjp')
+        >>> result.diagonal.shape, result.stderr.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
     """
 
     diagonal: Tensor
@@ -223,11 +232,11 @@ def hutchinson(
     """Estimate diag(J) of each sample with M Rademacher probes.
 
     The estimate is Hutchinson's, as written for the diagonal by Bekas, Kokiopoulou and Saad
-    (2007),
+    (2007)::
 
         d = (1/M) sum_m v_m * (J v_m),    v_m uniform on {-1, +1}^D,
 
-    or the same with the transpose of J. It is unbiased, with variance
+    or the same with the transpose of J. It is unbiased, with variance::
 
         Var[d_i] = (1/M) sum_{j != i} J_ij^2    (forward mode; J_ji^2 in reverse mode).
 

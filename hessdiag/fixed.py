@@ -35,6 +35,19 @@ class FixedProbes(ProbeDesign):
         vectors: The probes, shape (M, B, ...).
         seed: The seed they were drawn with, an int64 tensor on their device.
         sample_offset: The number of the first sample they were drawn for.
+
+    Raises:
+        ValueError: In an estimator, if x, seed or sample_offset are others, or fewer are kept than
+            ``max_probes`` asks for.
+
+    Example:
+        >>> import torch, hessdiag
+        >>> x = torch.zeros(2, 3)
+        >>> kept = hessdiag.fixed_probes(x, max_probes=8)
+        >>> kept.vectors.shape
+        torch.Size([8, 2, 3])
+        >>> hessdiag.trace(torch.sin, x, max_probes=8, probes=kept).trace
+        tensor([3., 3.])
     """
 
     design: ProbeDesign

@@ -1,5 +1,7 @@
 """Gradients that ``score_fn`` takes inside of itself, and that must stay differentiable.
 
+This one does not::
+
     def score_fn(x):
         x = x.requires_grad_()
         return torch.autograd.grad(energy(x).sum(), x)[0]    # lacks create_graph=True

@@ -23,7 +23,7 @@ def standard_error(num_blocks: int, squared_deviations: Tensor) -> Tensor:
 
     From n blocks it is sqrt(s^2 / n) with s^2 = squared_deviations / (n - 1). Where one other
     feature disturbs an entry, its n contributions are all alike with probability 2^(1 - n), and
-    s^2 is zero however wrong they are. Such an entry takes
+    s^2 is zero however wrong they are. Such an entry takes::
 
         min(1, 2^(3 - n)) * (mean of s^2 over the sample)
 
@@ -122,7 +122,7 @@ def merge(*parts: Part) -> Part:
 def half_width(stderr: Tensor, num_blocks: Tensor, level: float) -> Tensor:
     """Return half of the width of the interval that covers the truth with probability ``level``.
 
-    Student's quantile with n - 1 degrees of freedom, n the number of blocks, times
+    Student's quantile with n - 1 degrees of freedom, n the number of blocks, times::
 
         sqrt(max(stderr^2, min(1, 2^(3 - n)) * (mean of stderr^2 over the sample))):
 

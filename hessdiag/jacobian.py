@@ -1,5 +1,7 @@
 """The Jacobian of a batched function at a point, as an operator that every estimator takes.
 
+For example::
+
     J = hessdiag.Jacobian(score_fn, x, mode="vjp")
     J.output                                        # score_fn(x)
     hessdiag.trace(J, max_probes=16).trace          # from the same evaluation of score_fn

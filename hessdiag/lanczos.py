@@ -14,7 +14,7 @@ def lanczos(products: Products, start: Tensor, num_probes: int) -> tuple[Tensor,
 
     With A symmetric and v_1 = start / ‖start‖, k products give an orthonormal V = [v_1 .. v_k] of
     the Krylov space and the tridiagonal T = V^T A V (Lanczos, 1950; with full
-    reorthogonalisation), so that
+    reorthogonalisation), so that::
 
         f(A) start is close to ‖start‖ V f(T) e_1,
 

@@ -1,6 +1,6 @@
 """Colorings of images by lattices, which keep features of one color far apart.
 
-The color of a feature of a sample (C, n_1, ..., n_d) is
+The color of a feature of a sample (C, n_1, ..., n_d) is::
 
     (x_1 + b_2 x_2 + ... + b_d x_d + g * channel) modulo m,
 

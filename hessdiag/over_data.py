@@ -44,7 +44,7 @@ def gauss_newton_over_data(
     """Compute or estimate the diagonal of the Gauss-Newton matrix of a loss over a data set.
 
     With J_n the Jacobian of the C outputs of sample n in the parameters and H_n the Hessian of its
-    loss in them, H_n = S_n S_n^T, the diagonal is
+    loss in them, H_n = S_n S_n^T, the diagonal is::
 
         sum_n diag(J_n^T H_n J_n) = sum_n sum_c (J_n^T s_nc)^2,    s_nc the columns of S_n,
 
@@ -53,7 +53,7 @@ def gauss_newton_over_data(
     have rules and closed forms, which are compared with autograd the first time. With fewer
     passes, K = ``max_probes`` < C, random combinations of the columns take their place: the columns
     of each sample get K colors at random and signs e_nc, and v_nk is the sum of e_nc s_nc over
-    color k. The sum of (J_n^T v_nk)^2 is unbiased and never negative. An entry i has the variance
+    color k. The sum of (J_n^T v_nk)^2 is unbiased and never negative. An entry i has the variance::
 
         sum_n 2 (C - K) / (K (C - 1)) (‖u‖^4 - sum_c u_c^4),    u = S_n^T J_n e_i,
 

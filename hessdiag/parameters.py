@@ -43,6 +43,14 @@ class ParameterDiagonal:
             mode.
         note: What a reader should know of how it was done, or "".
         converged: Whether the tolerance was reached, bool of shape (); None where there was none.
+
+    Example:
+        >>> parameters = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+        >>> loss = lambda p: (p["w"] ** 3).sum() + p["w"].prod() + p["b"] ** 2
+        >>> result = parameter_hessian_diagonal(loss, parameters, max_probes=256)
+        >>> error = (result.diagonal["w"] - torch.tensor([6.0, 12.0])).abs()
+        >>> bool((error < 4 * result.stderr["w"]).all()), result.sum_of_each()["b"]
+        (True, tensor(2.))
     """
 
     diagonal: Tree
@@ -67,6 +75,11 @@ class ParameterDiagonal:
         """Return the mean over each parameter tensor: its mean curvature.
 
         Layers are ranked by it for quantisation (Dong et al., HAWQ-V2, 2020).
+
+        Example:
+            >>> diagonal = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
+            >>> ParameterDiagonal(diagonal, None, torch.tensor(1), "vjp", "").mean_of_each()
+            {'w': tensor(1.5000), 'b': tensor(3.)}
         """
         return torch.utils._pytree.tree_map(torch.mean, self.diagonal)
 

@@ -5,7 +5,7 @@ period, that always meet: four to twelve times the variance of Rademacher probes
 couples just those. Random cells (:mod:`hessdiag.cells`) are never worse and gain less. So the
 first probes, the pilots, each have a random part A of a class C of the lattice. They estimate the
 features of A like any other, and at the rest of C, where no entry of the diagonal disturbs, they
-show what the lattice would leave. From the products y the energies for a pair of features are
+show what the lattice would leave. From the products y the energies for a pair of features are::
 
     heard   mean of y_i^2 / |A| over the i in C but not in A: of pairs in a class,
     far     mean of y_i^2 / |A| over the i further from A than classes are from themselves,

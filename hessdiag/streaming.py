@@ -219,7 +219,7 @@ class Tolerance:
     """When a sample's estimate is good enough, with 95% confidence.
 
     With h = q * (root mean square of the standard errors), where q is the 95% quantile of the
-    root mean square error over its standard error,
+    root mean square error over its standard error::
 
         h <= atol + rtol * (root mean square of the estimate - h).
 

@@ -31,7 +31,7 @@ def xdiag(
 ) -> Tensor:
     """Estimate diag(J) of each sample by XDiag (Epperly, Tropp and Webber, 2024, section 6).
 
-    With k = num_probes / 2 Rademacher probes Omega and Q R = J Omega, it is the mean over i of
+    With k = num_probes / 2 Rademacher probes Omega and Q R = J Omega, it is the mean over i of::
 
         diag(Q_i Q_i^T J) + omega_i * ((I - Q_i Q_i^T) J omega_i),
 

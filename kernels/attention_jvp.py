@@ -1,6 +1,6 @@
 """Scaled dot product attention and its directional derivatives, without its matrix of weights.
 
-With S = scale q k^T + mask, P = softmax(S) over keys and o = P v, tangents dq, dk and dv give
+With S = scale q k^T + mask, P = softmax(S) over keys and o = P v, tangents dq, dk and dv give::
 
     dS = scale (dq k^T + q dk^T),
     do = P dv + (P * dS) v - r o,        r = sum over keys of P * dS,
@@ -9,7 +9,7 @@ the derivative of the softmax, dP = P * dS - P r, taken through o. A mask has no
 
 The kernel goes over the keys once, a block at a time, with the online softmax of FlashAttention
 (Dao et al., 2022, algorithm 1; Dao, 2023), which never holds more than a block of S. It keeps for
-each query the largest score t so far, and sums of terms scaled by exp(-t),
+each query the largest score t so far, and sums of terms scaled by exp(-t)::
 
     l = sum exp(S - t),      a = sum exp(S - t) v,
     c = sum exp(S - t) dS,   b = sum exp(S - t) (dS v + dv).

@@ -1,6 +1,6 @@
 """One reverse step of a Gaussian diffusion sampler, with its noise made inside the kernel.
 
-With the posterior mean and variance of x0 given x_t, every DDPM and DDIM step is
+With the posterior mean and variance of x0 given x_t, every DDPM and DDIM step is::
 
     x0_hat  = clamp(p x_t + q prediction)
     sigma^2 = c + k clamp(variance)
@@ -39,11 +39,21 @@ class StepCoefficients(NamedTuple):
 
     Attributes:
         x0_from_x_t: p in ``x0_hat = p x_t + q prediction``.
-        x0_from_prediction: q.
+        x0_from_prediction: q of the same.
         mean_from_x_t: a in ``mean = a x_t + b x0_hat``.
-        mean_from_x0: b.
+        mean_from_x0: b of the same.
         noise_variance: c in ``sigma^2 = c + k variance``.
-        noise_from_variance: k.
+        noise_from_variance: k of the same.
+
+    Example:
+        x0 is predicted, and x_s lies half-way to it, with the stated variance of x0 as noise:
+
+        >>> half = StepCoefficients(
+        ...     x0_from_x_t=0.0, x0_from_prediction=1.0, mean_from_x_t=0.5, mean_from_x0=0.5,
+        ...     noise_variance=0.0, noise_from_variance=1.0)
+        >>> x_t, x0_hat = torch.zeros(1, 2), torch.ones(1, 2)
+        >>> gaussian_step(x_t, x0_hat, 0.0, half, seed=0, step=1)    # of a variance of zero
+        tensor([[0.5000, 0.5000]])
     """
 
     x0_from_x_t: float | Tensor
@@ -316,7 +326,7 @@ def gaussian_step(
 ) -> Tensor:
     """Return x_s of one reverse step from the network's prediction and the variance of x0.
 
-    Computes, elementwise and in one kernel on CUDA,
+    Computes, elementwise and in one kernel on CUDA::
 
         x0_hat  = clamp(p x_t + q prediction, x0_range)
         sigma^2 = clamp(c + k clamp(variance, variance_range), 0, max_noise_std^2)

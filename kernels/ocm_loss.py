@@ -1,7 +1,7 @@
 """The regression of a covariance head on v * (J v), with the signs v made again in the kernel.
 
 With the target y = (1/M) sum_m v_m * (J v_m) of each element, and per sample a weight w, a scale
-a and a shift b,
+a and a shift b::
 
     loss = mean w (h - a y - b)^2,      d loss / d h = (2 / n) w (h - a y - b),
 

@@ -3,7 +3,7 @@
 Every random number is a pure function of (seed, stream, sample, probe or step, feature), so a
 result does not depend on chunk sizes, on how a batch is split over calls or processes, or on the
 device. The generator is Philox 4x32-10 (Salmon, Moraes, Dror, Shaw: *Parallel random numbers: as
-easy as 1, 2, 3*, 2011), the one that ``tl.philox`` computes, with
+easy as 1, 2, 3*, 2011), the one that ``tl.philox`` computes, with::
 
     key = (low 32 bits of the seed, high 32 bits of the seed).
 

@@ -1,7 +1,7 @@
 """Running moments of v * (J v) over probes, with the signs v made again inside the kernel.
 
 For y_m = v_m * (J v_m) the running mean and sum of squared deviations follow Welford's recurrence
-(Chan, Golub and LeVeque, 1983), one probe after the other:
+(Chan, Golub and LeVeque, 1983), one probe after the other::
 
     delta = y_m - mean,    mean += delta / m,    deviations += delta (y_m - mean).
 
@@ -42,6 +42,16 @@ class Moments(NamedTuple):
         mean: Shape (B, ...): the estimate of diag(J).
         squared_deviations: Shape (B, ...): the sum over probes of (y - mean)^2; divided by
             ``num_probes - 1`` it estimates the variance of one probe.
+
+    Example:
+        The standard error of diag(J) from 64 probes:
+
+        >>> from hessdiag.kernels import rademacher
+        >>> J = torch.tensor([[1.0, 0.5], [0.5, 2.0]])
+        >>> n, mean, squared_deviations = probe_moments(rademacher((64, 1, 2), seed=0) @ J, seed=0)
+        >>> stderr = (squared_deviations / (n - 1) / n).sqrt()
+        >>> bool(((mean - J.diagonal()).abs() < 4 * stderr).all())
+        True
     """
 
     num_probes: int

@@ -1,6 +1,6 @@
 """Diffusion models with the optimal covariance (Optimal Covariance Matching, ICLR 2025).
 
-A covariance states Cov[x0 | x_t]; samplers and the likelihood derive every reverse step from it:
+A covariance states Cov[x0 | x_t]; samplers and the likelihood derive every reverse step from it::
 
     coloring = hessdiag.Coloring(12)
     covariance = ocm.Hutchinson(denoiser, num_probes=12, probes=coloring)    # nothing to train

@@ -1,5 +1,7 @@
 """What a long computation has finished, on disk until all of it is.
 
+It is a folder of::
+
     settings.json        what decides the numbers
     NAME.json            a finished part
     NAME.safetensors     another, of tensors

@@ -22,7 +22,7 @@ covariance                         states                                       
 
 A step evaluates the network once for the prediction. A product costs a backward pass through that
 evaluation, or in forward mode an evaluation more. The variance of the reverse step from t to s,
-with DDPM's coefficients, is
+with DDPM's coefficients, is::
 
     sigma^2 = beta_tilde(s, t) + (alpha_bar_s beta(s, t)^2 / beta_bar_t^2) Var[x0 | x_t].
 

@@ -19,12 +19,25 @@ from ocm.diffusion.tables import Table
 
 @dataclass(frozen=True, eq=False)
 class Analytic(Covariance):
-    """Cov[x0 | x_t] = Var_t I.
+    """Cov[x0 | x_t] = Var_t I (Analytic-DPM, Bao et al., ICLR 2022).
+
+    Made by :func:`ocm.fit_analytic` or :func:`ocm.fit_analytic_from_data`; it costs nothing then.
 
     Attributes:
         denoiser: Whose schedule it is.
         scaled_variances: Var_t (1 + SNR_t) by timestep, which changes slowly with t: from the
             variance of the data at t = N to at most 1 at t = 0, for a true score.
+
+    Raises:
+        TypeError: By ``at``, if there is not one timestep for the batch.
+        ValueError: By ``at``, if t lies outside the table.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> covariance = ocm.Analytic(denoiser, ocm.diffusion.tables.Table({1: [1.0], 1000: [1.0]}))
+        >>> covariance.variances(x0_range=None)[499].item()    # at t = 500
+        0.5
     """
 
     denoiser: Denoiser
@@ -83,7 +96,20 @@ def fit_analytic(
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: If the denoiser's output is no posterior mean.
+        TypeError: If x0 is no floating-point tensor, ``batch_size`` no int, or ``timesteps`` no
+            sequence.
+        ValueError: If x0 is empty or not finite, there is not one label for each sample, a
+            timestep lies outside the schedule or there is none, or the denoiser's output is no
+            posterior mean.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> covariance = ocm.fit_analytic(denoiser, x0, [250, 500, 750])
+        >>> variance = covariance.at(denoiser.predict(x0, 500)).diagonal()
+        >>> abs(variance.item() - 0.5) < 0.05
+        True
     """
     check_samples(x0, labels, batch_size)
     denoiser.check_states_a_mean()
@@ -132,7 +158,31 @@ def fit_analytic_from_data(
     control variate; with weight 1 it would make this the law of total variance,
     Var[x0] - E|x0_hat - mu|^2 / D, which little noise leaves to chance. mu is the mean of each
     dimension. The result is at most ((high - low) / 2)^2 for data in ``x0_range``, which x0_hat is
-    clipped to. The arguments and errors are those of :func:`fit_analytic`.
+    clipped to.
+
+    Args:
+        denoiser: As in :func:`fit_analytic`, like what is not listed here.
+        x0: Training data, shape (n, ...).
+        timesteps: Where to estimate it.
+        labels: Class of each sample.
+        x0_range: Where the data lie; None for data without bounds.
+        seed: Seed of the noise.
+        batch_size: Samples at a time.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        TypeError: As :func:`fit_analytic`, or if ``x0_range`` is no pair.
+        ValueError: As :func:`fit_analytic`, or if ``x0_range`` is not in order.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> timesteps = range(1, 1001, 111)
+        >>> covariance = ocm.fit_analytic_from_data(denoiser, x0, timesteps, x0_range=None)
+        >>> variances = covariance.variances(x0_range=None)    # for ocm.optimal_timesteps
+        >>> variances.shape, abs(variances[499].item() - 0.5) < 0.05
+        (torch.Size([1000]), True)
     """
     check_samples(x0, labels, batch_size)
     bound = variance_bound(x0_range)

@@ -17,6 +17,18 @@ class Covariance(Protocol):
 
     Attributes:
         depends_on_s: Whether it is a statement about one step, which depends on its end s.
+
+    Example:
+        One variance for all, which samplers and the bound take like any other:
+
+        >>> import torch, ocm
+        >>> class Constant(ocm.Covariance):
+        ...     def at(self, prediction):
+        ...         variance = torch.full_like(prediction.x_t, 0.1)
+        ...         return ocm.SpectralCovariance(variance, prediction.x_t.shape)
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> ocm.sample(denoiser, Constant(), (2, 1, 4, 4), steps=5).shape
+        torch.Size([2, 1, 4, 4])
     """
 
     @property

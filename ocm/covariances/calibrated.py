@@ -1,7 +1,7 @@
 """Calibration: two numbers for each timestep that make any covariance fit the errors of the mean.
 
 A covariance describes a perfect mean; a learned mean errs, and where few steps are taken a variance
-that is too small in a few dimensions dominates the bound. So
+that is too small in a few dimensions dominates the bound. So::
 
     Cov' = a_t Cov + b_t I,    a_t, b_t >= 0,
 
@@ -43,12 +43,24 @@ _TOLERANCE = 1e-7
 
 @dataclass(frozen=True, eq=False)
 class Calibrated(Covariance):
-    """sum_j a_tj Cov_j + b_t I.
+    """sum_j a_tj Cov_j + b_t I, as :func:`ocm.calibrate` fits it.
 
     Attributes:
         covariances: What is calibrated; each is bounded to what data in ``x0_range`` allow first.
         weights: a_t1 .. a_tn and b_t by timestep or step, shape (rows, n + 1).
         x0_range: Where the data lie, or None.
+
+    Raises:
+        ValueError: If there is not one weight for each covariance and the shift, or one is
+            negative.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> weights = ocm.diffusion.tables.Table({500: [2.0, 0.1]})
+        >>> covariance = ocm.Calibrated((ocm.Beta(denoiser),), weights, x0_range=None)
+        >>> covariance.at(denoiser.predict(torch.ones(2, 1, 4, 4), 500)).diagonal()    # 2 Cov + 0.1
+        tensor([[[[1.1000]]]])
     """
 
     covariances: tuple[Covariance, ...]
@@ -100,7 +112,7 @@ def calibrate(
     label: str = "calibration",
     progress: bool = False,
 ) -> Calibrated:
-    """Fit a calibration to data.
+    """Fit a calibration a_t Cov + b_t I to data, by the Gaussian likelihood of x0 around x0_hat.
 
     Args:
         denoiser: The frozen denoiser.
@@ -118,8 +130,19 @@ def calibrate(
 
     Raises:
         TypeError: If a covariance has no eigenvalues to fit (Lanczos), or one of several is no
-            diagonal.
-        ValueError: If a covariance depends on s and there are no steps (s, t).
+            diagonal; or x0 is no floating-point tensor.
+        ValueError: If a covariance depends on s and there are no steps (s, t); or x0 is empty or
+            not finite, or there are no covariances or timesteps.
+
+    Example:
+        A covariance of zero, of standard normal data, gets the error of the mean as b_t:
+
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        >>> covariance = ocm.calibrate(denoiser, ocm.BetaTilde(denoiser), x0, [500], x0_range=None)
+        >>> abs(covariance.at(denoiser.predict(x0, 500)).diagonal().max().item() - 0.5) < 0.05
+        True
     """
     from tqdm import tqdm
 
@@ -170,7 +193,7 @@ def fit_variance_components(variances: Tensor, squared_errors: Tensor) -> Tensor
 
     The negative log-likelihood, mean of log v_i + e_i^2 / v_i, is the Itakura-Saito divergence of
     v from e^2 up to a constant, which the multiplicative updates of nonnegative matrix
-    factorisation never increase (Févotte and Idier, 2011),
+    factorisation never increase (Févotte and Idier, 2011)::
 
         a_j <- a_j sqrt(sum_i variance_ji e_i^2 / v_i^2  /  sum_i variance_ji / v_i).
 

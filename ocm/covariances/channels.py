@@ -24,6 +24,18 @@ class ChannelBlocks(Covariance):
         max_probes: Most products, for ``hessdiag.Rademacher()``: whole multiples of C are taken.
         seed: Seed of the probes.
         probes: ``hessdiag.UnitVectors()`` for the exact blocks, or ``hessdiag.Rademacher()``.
+
+    Raises:
+        TypeError: By ``at``, if the probes are neither, or signs come without ``max_probes``.
+        ValueError: By ``at``, if ``max_probes`` is given for the exact blocks, or is below C.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(2, 3, 2, 2), 500)
+        >>> C = ocm.ChannelBlocks(denoiser).at(prediction)
+        >>> C.diagonal().shape, C.noise(torch.ones(2, 3, 2, 2)).shape
+        (torch.Size([2, 3, 2, 2]), torch.Size([2, 3, 2, 2]))
     """
 
     denoiser: Denoiser

@@ -20,6 +20,8 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 class CosineDiagonal(Covariance):
     """The diagonal of F Cov[x0 | x_t] F^T, F the cosine transform of the last two axes.
 
+    After arXiv 2605.13910.
+
     Attributes:
         denoiser: Whose output is differentiated.
         num_probes: M; one block of the design if that is larger.
@@ -28,7 +30,15 @@ class CosineDiagonal(Covariance):
 
     Raises:
         TypeError: If ``num_probes`` is not an int.
-        ValueError: If it is below 1.
+        ValueError: If it is below 1; by ``at``, if x_t has no two axes of positions.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(2, 1, 4, 4), 500)
+        >>> C = ocm.CosineDiagonal(denoiser, num_probes=4).at(prediction)
+        >>> C.eigenvalues.shape, C.noise(torch.ones(2, 1, 4, 4)).shape
+        (torch.Size([2, 1, 4, 4]), torch.Size([2, 1, 4, 4]))
     """
 
     denoiser: Denoiser

@@ -14,10 +14,24 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 
 @dataclass(frozen=True)
 class Exact(Covariance):
-    """The diagonal Var[x0 | x_t] of the denoiser's own covariance.
+    """The diagonal Var[x0 | x_t] of the denoiser's own covariance, by D products at every t.
+
+    It is that of (sigma^2 / alpha) d x0_hat / d x_t, by Tweedie's formula.
 
     Attributes:
         denoiser: Whose output is differentiated.
+
+    Raises:
+        ValueError: By ``at``, if the denoiser's output is no posterior mean, or x_t holds no signal
+            and the denoiser no ``data_covariance``.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(1, 1, 2, 2), 500)
+        >>> ocm.Exact(denoiser).at(prediction).diagonal()
+        tensor([[[[0.5000, 0.5000],
+                  [0.5000, 0.5000]]]])
     """
 
     denoiser: Denoiser
@@ -33,10 +47,21 @@ class Exact(Covariance):
 class Full(Covariance):
     """The whole Cov[x0 | x_t], the symmetric part of a learned Jacobian.
 
-    It takes D^2 numbers and an eigendecomposition for each sample.
+    It takes D products, and D^2 numbers and an eigendecomposition for each sample.
 
     Attributes:
         denoiser: Whose output is differentiated.
+
+    Raises:
+        ValueError: By ``at``, as :class:`ocm.Exact`, or if the matrix is not finite.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> C = ocm.Full(denoiser).at(denoiser.predict(torch.ones(1, 1, 2, 2), 500))
+        >>> C.solve(torch.ones(1, 1, 2, 2)).round(decimals=3)    # C^-1 v
+        tensor([[[[2., 2.],
+                  [2., 2.]]]])
     """
 
     denoiser: Denoiser

@@ -2,7 +2,7 @@
 
 They are stated there for the reverse step. Taken back to x0 by
 Var = (sigma^2 - beta_tilde) beta_bar_t^2 / (alpha_bar_s beta(s, t)^2), both are independent of s:
-sigma^2 = beta_tilde(s, t) means Var = 0, and sigma^2 = beta(s, t) means Var = beta_bar_t, since
+sigma^2 = beta_tilde(s, t) means Var = 0, and sigma^2 = beta(s, t) means Var = beta_bar_t, since::
 
     beta(s, t) - beta_tilde(s, t) = beta(s, t) (beta_bar_t - beta_bar_s) / beta_bar_t
                                   = alpha_bar_s beta(s, t)^2 / beta_bar_t.
@@ -22,10 +22,19 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 
 @dataclass(frozen=True)
 class Beta(Covariance):
-    """The variance beta(s, t) of q(x_t | x_s): Var[x0 | x_t] = beta_bar_t.
+    """The variance beta(s, t) of q(x_t | x_s): Var[x0 | x_t] = beta_bar_t, that of N(0, I) data.
+
+    Of Ho, Jain and Abbeel (2020); it costs nothing.
 
     Attributes:
         denoiser: Whose schedule it is.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(2, 1, 4, 4), 500)
+        >>> ocm.Beta(denoiser).at(prediction).diagonal()    # broadcast to the shape of x_t
+        tensor([[[[0.5000]]]])
     """
 
     denoiser: Denoiser
@@ -42,8 +51,16 @@ class Beta(Covariance):
 class BetaTilde(Covariance):
     """The variance beta_tilde(s, t) of q(x_s | x_t, x_0): Var[x0 | x_t] = 0.
 
+    Of Ho, Jain and Abbeel (2020). It takes x0_hat for x0.
+
     Attributes:
         denoiser: Whose schedule it is.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> ocm.sample(denoiser, ocm.BetaTilde(denoiser), (2, 1, 4, 4), steps=5).shape
+        torch.Size([2, 1, 4, 4])
     """
 
     denoiser: Denoiser

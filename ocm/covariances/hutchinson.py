@@ -28,7 +28,7 @@ _MANY = 0.1
 
 @dataclass(frozen=True)
 class Hutchinson(Covariance):
-    """Var[x0 | x_t] from M probes of the Jacobian.
+    """Var[x0 | x_t] from M probes v of the Jacobian: the mean of v * (C v), M products at every t.
 
     The probes of different timesteps are different ones of the same seed. The estimates are
     unbiased without a floor, but many of them may be negative: with few probes, and where the
@@ -38,7 +38,7 @@ class Hutchinson(Covariance):
 
     Attributes:
         denoiser: Whose output is differentiated.
-        num_probes: M.
+        num_probes: The number M of probes, and products, at every t.
         seed: Seed of the probes.
         probes: The design; ``hessdiag.Coloring(M)`` colors images by a lattice. The number of
             probes is a multiple of its block.
@@ -51,7 +51,16 @@ class Hutchinson(Covariance):
 
     Raises:
         TypeError: If ``num_probes`` is not an int.
-        ValueError: If it is below 1, or there is no such floor.
+        ValueError: If it is below 1, or there is no such floor; by ``at``, if it is no
+            multiple of the design's block, or as :class:`ocm.Exact`.
+
+    Example:
+        >>> import torch, ocm, hessdiag
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> covariance = ocm.Hutchinson(denoiser, 8, probes=hessdiag.Coloring(8))
+        >>> variance = covariance.at(denoiser.predict(torch.ones(2, 1, 4, 4), 500)).diagonal()
+        >>> variance.shape, bool((variance - 0.5).abs().max() < 1e-6)
+        (torch.Size([2, 1, 4, 4]), True)
     """
 
     denoiser: Denoiser

@@ -26,6 +26,8 @@ from ocm.diffusion.schedules import full_precision
 class Lanczos(Covariance):
     """The full Cov[x0 | x_t] through k products for every vector it is applied to.
 
+    C^(1/2) z = ‖z‖ V T^(1/2) e_1, with V and T of k steps of Lanczos from z (arXiv 2605.22723).
+
     Attributes:
         denoiser: Whose output is differentiated.
         num_probes: k, the products for each vector; exact from D on.
@@ -33,7 +35,15 @@ class Lanczos(Covariance):
 
     Raises:
         TypeError: If ``num_probes`` is not an int.
-        ValueError: If it is below 1.
+        ValueError: If it is below 1; by ``at``, as :class:`ocm.Exact`.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> C = ocm.Lanczos(denoiser, 2).at(denoiser.predict(torch.ones(1, 1, 2, 2), 500))
+        >>> C.multiply(torch.ones(1, 1, 2, 2))
+        tensor([[[[0.5000, 0.5000],
+                  [0.5000, 0.5000]]]])
     """
 
     denoiser: Denoiser
@@ -78,7 +88,7 @@ class LanczosCovariance:
     Attributes:
         products: v -> C v, on (1, B, ...).
         like: A tensor of the shape of x_t, float32 at least.
-        num_probes: k.
+        num_probes: The number k of products for each vector.
         transforms: The chain g.
     """
 

@@ -2,7 +2,7 @@
 
 Each is C = F^T diag(lambda) F in an orthonormal basis F: the pixels themselves for a diagonal
 covariance, cosines, the eigenvectors of a matrix or of its blocks. So everything is a function of
-the eigenvalues:
+the eigenvalues::
 
     product    C v     = F^T (lambda * F v)         noise  C^(1/2) z = F^T (sqrt(lambda) * F z)
     solve      C^-1 v  = F^T (F v / lambda)         log det C        = sum log lambda
@@ -26,7 +26,21 @@ from ocm.diffusion.schedules import full_precision
 
 
 class PosteriorCovariance(Protocol):
-    """Cov[x0 | x_t] for every sample of a batch; v and z have the shape of x_t."""
+    """Cov[x0 | x_t] for every sample of a batch; v and z have the shape of x_t.
+
+    Covariances return one from ``at``. Where eigenvectors are known it is a
+    :class:`ocm.SpectralCovariance`; a class of your own gives all eight methods. Those that need
+    what is not known may raise: samplers call ``bounded``, ``affine``, ``clamped`` and ``noise``,
+    inverse problems ``multiply`` and ``noise``, densities take a spectral one.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> C = ocm.Exact(denoiser).at(denoiser.predict(torch.ones(1, 1, 2, 2), 500))
+        >>> noisy = C.affine(1.0, 0.5)    # C + 0.5 I
+        >>> noisy.diagonal().flatten(), noisy.log_determinant().abs().round(decimals=3)
+        (tensor([1., 1., 1., 1.]), tensor([0.]))
+    """
 
     def diagonal(self) -> Tensor:
         """Return the variance of each dimension, of the shape of x_t or broadcast to it."""
@@ -95,7 +109,10 @@ class SpectralCovariance:
         eigenvalues: Lambda, in the layout of ``basis``; for ``PIXELS`` the variance of each
             dimension, which may broadcast to ``shape``.
         shape: The shape (B, ...) of x_t.
-        basis: F.
+        basis: The basis F.
+
+    Raises:
+        ValueError: By its methods, if a vector is of another shape, or bounds are not in order.
 
     Example:
         >>> C = diagonal(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))

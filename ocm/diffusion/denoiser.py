@@ -1,12 +1,12 @@
 """A diffusion backbone with its schedule: what it says about x0 given x_t.
 
 Whatever a network predicts (:mod:`ocm.diffusion.predictions`), the posterior mean is linear in its
-output,
+output::
 
     x0_hat = p_t x_t + q_t output,
 
 and by Tweedie's formula, twice, on any path x_t = alpha x0 + sigma n, with J the Jacobian of the
-output at x_t,
+output at x_t::
 
     Cov[x0 | x_t] = (sigma^2 / alpha) d x0_hat / d x_t = (sigma^2 / alpha) (p_t I + q_t J).
 
@@ -17,7 +17,7 @@ Cov[x0 | x_t] is the covariance of the data.
 
 Classifier-free guidance of scale w (Ho and Salimans, 2022) replaces the score by
 (1 - w) score(x_t) + w score(x_t | label), the score of q(x_t)^(1-w) q(x_t | label)^w. Its Hessian
-is the same combination, and so is the covariance stated here:
+is the same combination, and so is the covariance stated here::
 
     x0_hat = (1 - w) x0_hat(x_t) + w x0_hat(x_t | label),
     Cov    = (1 - w) Cov[x0 | x_t] + w Cov[x0 | x_t, label],
@@ -120,6 +120,15 @@ class Prediction:
         s: Where the reverse step goes, for covariances that are stated for a step; None for t - 1.
         condition: Labels and guidance, or None.
         sample_offset: Number of the first sample, for covariances that draw probes.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(1, 1, 2, 2), 500)
+        >>> c, k, J = prediction.covariance_terms    # first: the evaluation is shared
+        >>> c.item(), prediction.x0_hat
+        (0.5, tensor([[[[1., 1.],
+                  [1., 1.]]]]))
     """
 
     denoiser: Denoiser
@@ -247,8 +256,9 @@ class Prediction:
 class Denoiser:
     """A diffusers backbone and the schedule it was trained with.
 
-    The backbone is used as it is: put it in eval mode and freeze it with :meth:`freeze` before
-    sampling, scoring or training a head.
+    It states the mean x0_hat of x0 given x_t, and by Tweedie's formula (Efron, 2011) the covariance
+    (sigma^2 / alpha) d x0_hat / d x_t. The backbone is used as it is: put it in eval mode and
+    freeze it with :meth:`freeze` before sampling, scoring or training a head.
 
     Attributes:
         backbone: A model of diffusers that :mod:`ocm.diffusion.backbones.families` lists, compiled
@@ -267,6 +277,17 @@ class Denoiser:
         ValueError: If the architecture is unknown, its feature layer is missing, the
             ``prediction_type`` is unknown, or it is "epsilon" on a path without signal at N; or
             ``data_covariance`` is not finite, or a negative variance.
+
+    Example:
+        >>> import ocm
+        >>> from diffusers import DDPMScheduler
+        >>> from ocm.training.small_unet import small_unet
+        >>> unet, schedule = small_unet((1, 8, 8), width=8), ocm.from_scheduler(DDPMScheduler())
+        >>> denoiser = Denoiser(unet, schedule).freeze()
+        >>> x0 = torch.zeros(2, 1, 8, 8)
+        >>> x_t = denoiser.schedule.diffuse(x0, 500, torch.ones_like(x0))
+        >>> denoiser.predict(x_t, 500).x0_hat.shape
+        torch.Size([2, 1, 8, 8])
     """
 
     backbone: Any

@@ -1,11 +1,11 @@
 """Paths from data to noise, x_t = alpha_t x0 + sigma_t n, by a real number t from 0 to N.
 
 t = 0 is data (alpha = 1, sigma = 0) and N noise. Everything that is said about x0 given x_t rests
-on the signal-to-noise ratio SNR = alpha^2 / sigma^2, whatever the path: with
+on the signal-to-noise ratio SNR = alpha^2 / sigma^2, whatever the path: with::
 
     alpha_bar = alpha^2 / (alpha^2 + sigma^2),      beta_bar = 1 - alpha_bar
 
-x_t / sqrt(alpha^2 + sigma^2) is the x_t of a variance-preserving process. For s < t
+x_t / sqrt(alpha^2 + sigma^2) is the x_t of a variance-preserving process. For s < t::
 
     beta(s, t)       = sigma_t^2 (1 - SNR_t / SNR_s)      variance of q(x_t | x_s)
     beta_tilde(s, t) = sigma_s^2 (1 - SNR_t / SNR_s)      variance of q(x_s | x_t, x_0).
@@ -59,13 +59,16 @@ class Schedule:
 
     Attributes:
         name: What ``SCHEDULES`` calls it.
-        num_timesteps: N.
+        num_timesteps: The last timestep N, of noise.
         scales: From t, float64 of any shape in [0, N], to alpha and sigma of that shape. SNR falls
             strictly, from alpha = 1 and sigma = 0.
         time: From t to what the network is told, of the same shape.
         is_continuous: Whether t is any number in (0, N], or only a whole one.
         data_std: Standard deviation of the data that a preconditioned network was made for.
         options: Arguments of ``SCHEDULES[name]``, beside N, that make it again.
+
+    Raises:
+        ValueError: By its methods, if a number t lies outside [0, N].
 
     Example:
         >>> cubic = Schedule("cubic", 1000, lambda t: (1 - (t / 1000) ** 3, t / 1000))
@@ -249,7 +252,13 @@ class Schedule:
 def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule:
     """Return the schedule of beta_1 .. beta_N, for example those of a diffusers scheduler.
 
-    The last may be 1: then x_N holds no signal ("zero terminal SNR").
+    alpha_bar_t is the product of 1 - beta_1 .. 1 - beta_t, alpha its root, and sigma that of
+    beta_bar; the network is told t - 1, as in diffusers.
+
+    Args:
+        betas: beta_1 .. beta_N in (0, 1). The last may be 1: then x_N holds no signal ("zero
+            terminal SNR").
+        name: What errors call the schedule.
 
     Raises:
         ValueError: If a beta lies outside (0, 1), they leave no signal before the last timestep, or
@@ -285,7 +294,16 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
 
 
 def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
-    """Return the linear schedule of Ho, Jain and Abbeel (2020).
+    """Return the linear schedule of Ho, Jain and Abbeel (2020), a discrete one.
+
+    Args:
+        num_timesteps: N, in 2 .. 1000000.
+        beta_start: beta_1, in (0, 1).
+        beta_end: beta_N, in (0, 1]; betas between them are evenly spaced.
+
+    Raises:
+        TypeError: If ``num_timesteps`` is not an int.
+        ValueError: If it lies outside 2 .. 1000000, or as :func:`from_betas`.
 
     Example:
         >>> linear().beta_bar[-1].item() > 0.9999
@@ -302,6 +320,15 @@ def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0
     alpha_bar_t is proportional to cos^2(pi/2 (t/N + offset) / (1 + offset)), with every beta at
     most ``max_beta``.
 
+    Args:
+        num_timesteps: N, in 2 .. 1000000.
+        offset: Keeps the first betas from being too small.
+        max_beta: In (0, 1]; with 1, x_N holds no signal.
+
+    Raises:
+        TypeError: If ``num_timesteps`` is not an int.
+        ValueError: If it lies outside 2 .. 1000000, or as :func:`from_betas`.
+
     Example:
         >>> round(cosine().alpha_bar[500].item(), 3)
         0.494
@@ -317,6 +344,16 @@ def vp(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0)
 
     log alpha_bar = -beta_min u - (beta_max - beta_min) u^2 / 2 with u = t / N; the network is told
     u (N - 1), as it is there.
+
+    Args:
+        num_timesteps: N, in 2 .. 1000000; t is any number in (0, N].
+        beta_min: The rate of noising at u = 0, above 0.
+        beta_max: The rate at u = 1, at least ``beta_min``.
+
+    Raises:
+        TypeError: If ``num_timesteps`` is not an int.
+        ValueError: If it lies outside 2 .. 1000000, or the rates are not positive, finite
+            and in order.
 
     Example:
         >>> round(vp().alpha_bar[1000].log().item(), 2)
@@ -348,6 +385,13 @@ def flow(num_timesteps: int = 1000) -> Schedule:
     timestep of diffusers. A shift changes the timesteps that are visited, not the path
     (:func:`ocm.shifted`).
 
+    Args:
+        num_timesteps: N, in 2 .. 1000000; t is any number in (0, N].
+
+    Raises:
+        TypeError: If ``num_timesteps`` is not an int.
+        ValueError: If it lies outside 2 .. 1000000.
+
     Example:
         >>> flow().sigma(torch.tensor([0.0, 250.5, 1000.0]))
         tensor([0.0000, 0.2505, 1.0000], dtype=torch.float64)
@@ -371,6 +415,18 @@ def edm(
 
     sigma^(1/rho) runs evenly from ``sigma_min`` at t = 1 to ``sigma_max`` at N, and sigma itself
     from 0 to ``sigma_min`` between t = 0 and 1. The network is told log(sigma) / 4.
+
+    Args:
+        num_timesteps: N, in 2 .. 1000000; t is any number in (0, N].
+        sigma_min: Noise at t = 1, in the unit of the data, above 0.
+        sigma_max: Noise at N, above ``sigma_min``.
+        rho: The larger, the more timesteps have little noise.
+        data_std: Standard deviation of the data that the network was preconditioned for.
+
+    Raises:
+        TypeError: If ``num_timesteps`` is not an int.
+        ValueError: If it lies outside 2 .. 1000000, another number is not positive and
+            finite, or ``sigma_max`` is not above ``sigma_min``.
 
     Example:
         >>> edm().sigma(torch.tensor([0.5, 1.0, 1000.0]))
@@ -406,6 +462,14 @@ def trigflow(num_timesteps: int = 1000, data_std: float = 0.5) -> Schedule:
     """Return the path of TrigFlow (Lu and Song, 2025), x_t = cos(a) x0 + data_std sin(a) n.
 
     The angle is a = pi/2 t / N, which is what the network is told. x_N is noise alone.
+
+    Args:
+        num_timesteps: N, in 2 .. 1000000; t is any number in (0, N].
+        data_std: Standard deviation of the data, above 0.
+
+    Raises:
+        TypeError: If ``num_timesteps`` is not an int.
+        ValueError: If it lies outside 2 .. 1000000, or ``data_std`` is not positive.
 
     Example:
         >>> trigflow().alpha(1000), trigflow().sigma(1000)

@@ -60,6 +60,10 @@ def even_timesteps(schedule: Schedule, K: int) -> list[float]:
     t_k = 1 + (k - 1) (N - 1) / (K - 1), rounded on a discrete schedule, as in Analytic-DPM (Bao et
     al., 2022).
 
+    Args:
+        schedule: Whose N it is.
+        K: Number of timesteps, 1 .. N.
+
     Raises:
         TypeError: If K is not an int.
         ValueError: If K lies outside 1 .. N.
@@ -83,6 +87,10 @@ def trailing_timesteps(schedule: Schedule, K: int) -> list[float]:
 
     The last step, from t_1, is as long as the others, so that x0_hat is taken where there is noise.
 
+    Args:
+        schedule: Whose N it is.
+        K: Number of timesteps, 1 .. N.
+
     Raises:
         TypeError: If K is not an int.
         ValueError: If K lies outside 1 .. N.
@@ -99,6 +107,11 @@ def trailing_timesteps(schedule: Schedule, K: int) -> list[float]:
 
 def leading_timesteps(schedule: Schedule, K: int, offset: int = 0) -> list[float]:
     """Return t_k = 1 + (k - 1) (N // K) + ``offset``: "leading" of diffusers, which misses N.
+
+    Args:
+        schedule: Whose N it is.
+        K: Number of timesteps, 1 .. N.
+        offset: diffusers' ``steps_offset``; whole on a discrete schedule.
 
     Raises:
         TypeError: If K is not an int.
@@ -188,7 +201,14 @@ def dynamic_shift(
     """Return exp(mu), mu linear in the number of tokens of an image, as Flux's pipelines take it.
 
     e^mu / (e^mu + 1 / sigma - 1), the shift of diffusers' ``use_dynamic_shifting``, is
-    ``shifted(sigma, e^mu)``.
+    ``shifted(sigma, e^mu)``. The defaults are those of Flux.
+
+    Args:
+        num_tokens: Tokens of the image that is sampled.
+        base_tokens: Where mu is ``base_shift``.
+        max_tokens: Where mu is ``max_shift``; mu goes on beyond it.
+        base_shift: mu of ``base_tokens``.
+        max_shift: mu of ``max_tokens``.
 
     Raises:
         ValueError: If ``num_tokens`` is not positive, or ``base_tokens`` not below ``max_tokens``.
@@ -196,6 +216,8 @@ def dynamic_shift(
     Example:
         >>> round(dynamic_shift(4096), 3)    # exp(1.15)
         3.158
+        >>> shifted([1.0, 0.5], dynamic_shift(256)).round(decimals=3)
+        tensor([1.0000, 0.6220], dtype=torch.float64)
     """
     if not (0 < num_tokens < math.inf and 0 < base_tokens < max_tokens):
         raise ValueError(
@@ -231,6 +253,10 @@ def quadratic_timesteps(schedule: Schedule, K: int) -> list[float]:
     t_k = round(1 + (N - 1) ((k - 1) / (K - 1))^2), as in DDIM (Song, Meng and Ermon, 2021) but
     up to N; where two of them would coincide the later ones move up.
 
+    Args:
+        schedule: Whose N it is.
+        K: Number of timesteps, 1 .. N.
+
     Raises:
         TypeError: If K is not an int.
         ValueError: If K lies outside 1 .. N.
@@ -254,7 +280,7 @@ def quadratic_timesteps(schedule: Schedule, K: int) -> list[float]:
 def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[float]:
     """Return the K timesteps 1 = t_1 < ... < t_K = N that minimise the bound, or [N] for K = 1.
 
-    With the optimal covariance the expected KL of the step from t to s is, per dimension,
+    With the optimal covariance the expected KL of the step from t to s is, per dimension::
 
         1/2 log(1 + (SNR(s) - SNR(t)) Var_t),    SNR = alpha_bar / beta_bar,
 

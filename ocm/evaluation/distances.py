@@ -21,7 +21,7 @@ _MOST_DISTANCES = 2**26
 def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float) -> float:
     """Return an unbiased estimate of the squared maximum mean discrepancy, of a Gaussian kernel.
 
-    With k(a, b) = exp(-‖a - b‖^2 / (2 bandwidth^2)),
+    With k(a, b) = exp(-‖a - b‖^2 / (2 bandwidth^2))::
 
         MMD^2 = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j),
 
@@ -59,6 +59,8 @@ def maximum_mean_discrepancy(x: Tensor, y: Tensor, bandwidth: float) -> float:
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Return the squared Fréchet distance between Gaussians fitted to two sets of features.
+
+    It is::
 
         ‖μ_r - μ_g‖^2 + tr(Σ_r + Σ_g - 2 (Σ_r Σ_g)^(1/2)),
 

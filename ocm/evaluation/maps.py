@@ -1,8 +1,11 @@
 """Uncertainty maps as pictures, and whether they may be believed.
 
-ocm.evaluation.maps.draw_maps([ocm.uncertainty(model, t, image=images) for t in (200, 500)], path)
-rows = ocm.evaluation.maps.reliability(model, held_out, [50, 200, 500, 800])
-ocm.evaluation.maps.draw_reliability({"OCM head": rows}, path)
+For example::
+
+    maps = [ocm.uncertainty(model, t, image=images) for t in (200, 500)]
+    ocm.evaluation.maps.draw_maps(maps, path)
+    rows = ocm.evaluation.maps.reliability(model, held_out, [50, 200, 500, 800])
+    ocm.evaluation.maps.draw_reliability({"OCM head": rows}, path)
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The model that :func:`attach` returns is one of diffusers: pipelines save, load 
 call it as they call its backbone. Its output is twice as long as x_t in dimension 1: what the
 backbone predicts, and the ratio of Var[x0 | x_t] to the unit of its :class:`ocm.Parameterisation`,
 from the same pass through the backbone. For images and videos these are twice the channels; for
-the tokens of Flux, Qwen-Image and LTX-Video twice the tokens, laid out alike in both halves.
+the tokens of Flux, Qwen-Image and LTX-Video twice the tokens, laid out alike in both halves::
 
     scheduler = model.scheduler(pipeline.scheduler)
     pipeline = DDPMPipeline(unet=model, scheduler=scheduler)
@@ -77,6 +77,17 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
 
     Raises:
         ValueError: If a class is not known.
+
+    Example:
+        >>> import ocm
+        >>> from diffusers import DDPMScheduler
+        >>> from ocm.training.small_unet import small_unet
+        >>> model = ocm.attach(small_unet((1, 8, 8), width=8))
+        >>> covariance = model.covariance(DDPMScheduler())    # for ocm.train_head
+        >>> ocm.sample(covariance.denoiser, covariance, (2, 1, 8, 8), steps=3).shape
+        torch.Size([2, 1, 8, 8])
+        >>> model(torch.zeros(2, 1, 8, 8), 999).sample.chunk(2, dim=1)[1].shape    # the ratio
+        torch.Size([2, 1, 8, 8])
     """
 
     __module__ = "ocm"  # where pipelines look for it, in a process that imports ocm alone

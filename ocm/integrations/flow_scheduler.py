@@ -1,6 +1,6 @@
 """diffusers' Euler scheduler of flow matching, with the covariance that a model states.
 
-The step from sigma_t to sigma_s, with x0_hat = x_t - sigma_t v and lambda = noise sigma_s, draws
+The step from sigma_t to sigma_s, with x0_hat = x_t - sigma_t v and lambda = noise sigma_s, draws::
 
     x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Var[x0 | x_t]),
     a = sqrt(sigma_s^2 - lambda^2) / sigma_t,    b = (1 - sigma_s) - a (1 - sigma_t).

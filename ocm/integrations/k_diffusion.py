@@ -1,7 +1,9 @@
 """A denoiser as k-diffusion's samplers call it.
 
-model = ocm.KDiffusionDenoiser(denoiser)
-images = k_diffusion.sampling.sample_heun(model, x, model.get_sigmas(20))
+For example::
+
+    model = ocm.KDiffusionDenoiser(denoiser)
+    images = k_diffusion.sampling.sample_heun(model, x, model.get_sigmas(20))
 """
 
 from __future__ import annotations
@@ -26,7 +28,18 @@ class KDiffusionDenoiser:
         x0_range: Where x0_hat is clipped to; None as k-diffusion has it.
 
     Raises:
-        ValueError: If the range is not in order.
+        TypeError: If the range is no pair.
+        ValueError: If it is not in order; by a call, if sigma lies outside the schedule.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> model = KDiffusionDenoiser(denoiser)
+        >>> model(torch.ones(1, 1, 2, 2), sigma=1.0)    # x / (1 + sigma^2)
+        tensor([[[[0.5000, 0.5000],
+                  [0.5000, 0.5000]]]])
+        >>> model.get_sigmas(3).shape
+        torch.Size([4])
     """
 
     denoiser: Denoiser

@@ -5,7 +5,7 @@ variance near 1, by the autoencoder's configuration: its ``scaling_factor``, and
 each channel ``latents_mean`` and ``latents_std``, or ``shift_factor`` and 1. These are the formulas
 of diffusers' pipelines of Stable Diffusion, Flux, Wan, Qwen-Image, LTX and Mochi. Everything of
 this package then works on z as on images, with ``x0_range=None`` (``clip_sample`` off in a
-scheduler), since latents have no bounds:
+scheduler), since latents have no bounds::
 
     vae = ocm.integrations.latents.load_autoencoder("path/to/vae")
     z = ocm.integrations.latents.encode(vae, images)

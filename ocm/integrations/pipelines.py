@@ -35,6 +35,19 @@ class OCMDiTPipeline(DiffusionPipeline):
 
     Raises:
         TypeError: If the transformer or the scheduler is none of these.
+
+    Example:
+        >>> import ocm
+        >>> from diffusers import AutoencoderKL, DDIMScheduler, DiTTransformer2DModel
+        >>> dit = DiTTransformer2DModel(num_attention_heads=1, attention_head_dim=8, num_layers=1,
+        ...     in_channels=4, sample_size=4, norm_num_groups=4, num_embeds_ada_norm=10)
+        >>> vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
+        >>> model = ocm.attach(dit)    # then ocm.train_head(model.covariance(...), ...)
+        >>> scheduler = model.scheduler(DDIMScheduler(clip_sample=False))
+        >>> pipeline = OCMDiTPipeline(model, vae, scheduler)
+        >>> pipeline.set_progress_bar_config(disable=True)
+        >>> pipeline([1, 7], num_inference_steps=2, output_type="latent").images.shape
+        torch.Size([2, 4, 4, 4])
     """
 
     model_cpu_offload_seq = "transformer->vae"

@@ -4,7 +4,7 @@
 a model whose output has the channels of x_t they take diffusers' own steps. A model with twice the
 channels, such as :func:`ocm.attach` makes, states the prediction and the ratio of Var[x0 | x_t] to
 the unit of :class:`ocm.Parameterisation`. Both parents draw x_s = a x_t + b x0 + lambda z with x0
-replaced by its mean x0_hat; the spread of x0 adds b^2 Var[x0 | x_t] to the variance:
+replaced by its mean x0_hat; the spread of x0 adds b^2 Var[x0 | x_t] to the variance::
 
     x_s ~ N(mean of the parent, lambda^2 I + b^2 Var[x0 | x_t]).
 
@@ -285,7 +285,7 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
     b = sqrt(alpha_bar_s) - sqrt((beta_bar_s - lambda^2) alpha_bar_t / beta_bar_t) either way. s is
     t - N // K, as diffusers takes it, whether it is one of ``timesteps`` or not.
 
-    ``DDIMPipeline`` makes a ``DDIMScheduler`` of the one that it is given. Set it afterwards,
+    ``DDIMPipeline`` makes a ``DDIMScheduler`` of the one that it is given. Set it afterwards::
 
         pipeline = DDIMPipeline(model, scheduler)
         pipeline.scheduler = model.scheduler(scheduler)

@@ -1,5 +1,7 @@
 """Texts as what a text-to-image backbone is conditioned on, by the encoders of its pipeline.
 
+For example::
+
     texts = ocm.integrations.texts.encode_texts(pipeline, captions)
     conditions, nulls = ocm.integrations.texts.without_null(texts)
     ocm.train_head(covariance, latents, settings, conditions=conditions, null_conditions=nulls)

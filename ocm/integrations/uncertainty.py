@@ -1,11 +1,13 @@
 """How sure a model is of each pixel: the standard deviation of x0 given x_t, as a map.
 
+For example::
+
     found = ocm.uncertainty(pipeline, 500, image=images)      # noised to t = 500
     found = ocm.uncertainty(pipeline, 500, x_t=latents)       # in the middle of sampling
     found.mean, found.std                                     # images in [-1, 1]
 
 Latents are decoded. With D the decoder, the image of x0 ~ N(m, C) has about the covariance
-J C J^T, J = dD/dz at m. Two ways lead to its diagonal, both by C^(1/2) z with standard normal z:
+J C J^T, J = dD/dz at m. Two ways lead to its diagonal, both by C^(1/2) z with standard normal z::
 
     draws      the variance of D(m + C^(1/2) z) over M draws, M passes through the decoder
     products   the mean of (J C^(1/2) z)^2 over M draws, M products in forward mode
@@ -58,6 +60,14 @@ class UncertaintyMap:
         raised: Share of the stated variances that were negative: those say nothing, and were raised
             to the floor of :func:`ocm.covariances.hutchinson.floored`.
         latent: The map of the latents that this one was decoded from, or None.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> found = uncertainty(denoiser, 500, image=torch.zeros(1, 1, 2, 2), x0_range=None)
+        >>> found.std.square().round(decimals=3)    # beta_bar at t = 500
+        tensor([[[[0.5000, 0.5000],
+                  [0.5000, 0.5000]]]])
     """
 
     t: float

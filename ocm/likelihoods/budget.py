@@ -3,7 +3,7 @@
 The error of a sample has three parts, in bits/dim: what the solver does with so many steps, and
 the standard errors by probes and by dequantisation noise. Of a tolerance e the first may be e/2 and
 the variances of the others 3/4 e^2 together. With V_M the variance by M products an evaluation, V_d
-that by dequantisation noise, and R draws of it,
+that by dequantisation noise, and R draws of it::
 
     (V_d + V_M) / R <= 3/4 e^2    at the least cost R (1 + 3/2 M),
 

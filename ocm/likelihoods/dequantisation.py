@@ -1,7 +1,7 @@
 """Continuous data from images of grey levels, and what their density says of the images.
 
 The density p is that of y = x_t1 / alpha_t1 = x0 + s n, s = sigma / alpha at the first timestep.
-For any q(y | x0), and P(x0 | y) that sums to one over all images,
+For any q(y | x0), and P(x0 | y) that sums to one over all images::
 
     log P(x0) >= E_q [ log p(y) + log P(x0 | y) - log q(y | x0) ],
 
@@ -56,7 +56,7 @@ def dequantise(
         noise: Standard normal numbers of that shape.
         name: Of q.
         levels: Number of grey levels.
-        std: s.
+        std: The standard deviation s.
 
     Raises:
         ValueError: If the name is unknown.

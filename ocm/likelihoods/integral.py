@@ -1,7 +1,7 @@
 """The integral of the divergence along one solution, with the variance that probes leave in it.
 
 The solution does not depend on the divergence. So with fixed steps probes may be drawn anew at each
-evaluation: with weights w_k, and Var_k the variance at each, their errors add up to
+evaluation: with weights w_k, and Var_k the variance at each, their errors add up to::
 
     Var = sum_k w_k^2 Var_k,
 

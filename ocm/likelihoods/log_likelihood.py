@@ -1,6 +1,6 @@
 """Log-likelihoods by the probability-flow ODE, with an error for every part that is estimated.
 
-Along a solution from the data, z_1, to noise, z_N,
+Along a solution from the data, z_1, to noise, z_N::
 
     log p(z_1) = log N(z_N; 0, I) + integral of div(dz/domega) domega
 
@@ -47,7 +47,7 @@ def log_likelihood(
     differentiable: bool = False,
     progress: bool = False,
 ) -> LogLikelihood:
-    """Return the log-likelihood of each sample by the probability-flow ODE.
+    """Return the log-likelihood of each sample by the probability-flow ODE (Song et al., 2021).
 
     The model's density is that of the data with the noise of the first timestep, y = x_t1 / alpha;
     with it, images get a bound on log P of their grey levels

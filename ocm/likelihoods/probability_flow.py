@@ -1,12 +1,12 @@
 """The probability-flow ODE of any path, in one variable.
 
 On x_t = alpha x0 + sigma n let r = sqrt(alpha^2 + sigma^2), z = x_t / r and theta the angle with
-tan(theta) = sigma / alpha, from 0 at the data to pi/2 where there is no signal. With
+tan(theta) = sigma / alpha, from 0 at the data to pi/2 where there is no signal. With::
 
     omega = log tan(theta / 2),    cos(theta) = -tanh(omega),    sin(theta) = 1 / cosh(omega),
 
 the ODE whose solutions have the distribution of z at every omega (Song et al., 2021) and the rate
-at which its log-density changes along them are, on every path,
+at which its log-density changes along them are, on every path::
 
     dz/domega               = cos(theta) z - x0_hat(z),
     d log p(z)/domega       = -(D cos(theta) - tr d x0_hat/dz),
@@ -42,7 +42,7 @@ class Place:
 
     Attributes:
         t: The timestep, whole or between those of a discrete schedule.
-        scale: r.
+        scale: The scale r.
         of_z: cos(theta) - r p, the weight of z in dz/domega, which no rounding of z disturbs.
         of_output: -q, the weight of the output.
     """

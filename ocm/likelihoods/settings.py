@@ -24,7 +24,7 @@ _FEWEST_COLORS = 12
 
 @dataclass(frozen=True)
 class LikelihoodSettings:
-    """How the integral is taken.
+    """How the integral of :func:`ocm.log_likelihood` is taken.
 
     Attributes:
         solver: Fixed steps of "euler", "heun" or "rk4"; or the adaptive ones of torchdiffeq,
@@ -43,6 +43,20 @@ class LikelihoodSettings:
             the mean of theirs.
         solver_error: What the solver was measured to err by, in nats for a sample of D dimensions,
             by :func:`ocm.likelihood_settings`; None where nobody measured.
+
+    Raises:
+        TypeError: If a number of steps, probes or draws is not an int, or the probes are neither a
+            design nor a name.
+        ValueError: If one is below 1, ``tolerance`` is not in (0, 1), or there is no such solver or
+            probes.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> settings = LikelihoodSettings(solver="heun", num_steps=8, probes="exact")
+        >>> found = ocm.log_likelihood(denoiser, torch.zeros(1, 2), settings)
+        >>> round(found.value.item(), 2), found.num_evaluations    # - log(2 pi), 2 a step
+        (-1.84, 16)
     """
 
     solver: Solver = "rk4"
@@ -139,10 +153,21 @@ class LogLikelihood:
             draws share the weight.
         degrees: Degrees of freedom of ``probe_stderr``, by Welch and Satterthwaite; 0 where that
             is infinite.
-        num_features: D.
+        num_features: The number D of dimensions of a sample.
         num_evaluations: Of the network, for a sample.
         num_products: With its Jacobian, for a sample.
         settings: How it was taken.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> settings = LikelihoodSettings(solver="heun", num_steps=8, probes="rademacher")
+        >>> found = ocm.log_likelihood(denoiser, torch.zeros(2, 3, 4, 4), settings)
+        >>> found.bits_per_dim.round(decimals=1)    # log2(2 pi) / 2
+        tensor([1.3000, 1.3000], dtype=torch.float64)
+        >>> low, high = found.interval(0.99)
+        >>> low.shape, list(found.budget)
+        (torch.Size([2]), ['solver', 'probes', 'dequantisation'])
     """
 
     value: Tensor

@@ -13,12 +13,14 @@ from torch import Tensor
 class RungeKutta:
     """An explicit method, by its tableau.
 
+    A step of length h is::
+
         k_j = f(w + c_j h, z + h sum_l a_jl k_l),    z <- z + h sum_j b_j k_j
 
     Attributes:
-        nodes: c.
+        nodes: The nodes c.
         stages: The rows of a, each up to its diagonal.
-        weights: b.
+        weights: The weights b.
     """
 
     nodes: tuple[float, ...]

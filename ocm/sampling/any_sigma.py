@@ -3,7 +3,7 @@
 k-diffusion and most inverse-problem code write x = x0 + sigma n (variance exploding). That is
 x_t / alpha_t at the level of sigma = sigma_t / alpha_t, and x0 given x is x0 given x_t. On a
 discrete schedule the backbone and the covariance are asked at the level nearest in log sigma, as
-k-diffusion does with ``quantize=True``; the scaling of x and the mean use sigma itself.
+k-diffusion does with ``quantize=True``; the scaling of x and the mean use sigma itself::
 
     posterior = ocm.x0_given(denoiser, covariance, x, sigma)
     x0 = ocm.posterior_mean_given_measurement(

@@ -1,6 +1,6 @@
 """Steps of second order: x0_hat is extrapolated from the step before, as far as Cov[x0 | x_t] says.
 
-With x0_hat_p of the step before, from p to t, the step from t to s is
+With x0_hat_p of the step before, from p to t, the step from t to s is::
 
     D   = x0_hat + W (x0_hat - x0_hat_p)
     x_s = a x_t + b D + lambda z,
@@ -9,12 +9,12 @@ a, b and lambda those of :func:`ocm.ddim`. A step of first order has W = 0, and 
 b^2 Cov as noise. DPM-Solver++ (2M) (Lu et al., 2022; eta = 0) and its SDE variant (eta = 1) have
 W = w0, half the ratio of this step in log SNR to the one before, and no such noise. Here the
 extrapolation adds the variance b^2 Cov to x_s. For Gaussian data this is a condition on W: where
-Cov has the eigenvalue v let k = SNR_t v, q = SNR_p / SNR_t and
+Cov has the eigenvalue v let k = SNR_t v, q = SNR_p / SNR_t and::
 
     past   = q / (q + (1 - k) (1 - q))                       Var x0_hat_p / Var x0_hat
     common = sqrt(past (1 - eta^2 (1 - k) (1 - q)))          Cov(x0_hat_p, x0_hat) / Var x0_hat
 
-if the step before drew lambda alone. W is the positive root of
+if the step before drew lambda alone. W is the positive root of::
 
     b (1 - k) = 2 W (a alpha_t + b k) (1 - common) + W^2 b k (1 - 2 common + past),
 

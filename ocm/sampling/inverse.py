@@ -1,6 +1,6 @@
 """x0 given x_t and a linear measurement of it, by any covariance, and samplers made of it.
 
-With y = A x0 + noise_std n, r = y - A x0_hat and x0 given x_t of covariance C, every method has
+With y = A x0 + noise_std n, r = y - A x0_hat and x0 given x_t of covariance C, every method has::
 
     E[x0 | x_t, y] = x0_hat + C A^T u,
 
@@ -89,7 +89,10 @@ def posterior_mean_given_measurement(
         max_iterations: Of conjugate gradients, each one A, one A^T and one product with C.
 
     Returns:
-        Shape of ``mean``. A UserWarning says where ``max_iterations`` were not enough.
+        Shape of ``mean``.
+
+    Warns:
+        UserWarning: Where ``max_iterations`` were not enough for ``tolerance``.
 
     Raises:
         ValueError: If A(0) is not 0, the adjoint is not that of A, shapes do not fit, the
@@ -190,7 +193,7 @@ def sample_given_measurement(
 ) -> Tensor:
     """Draw samples of x0 given y = A x0 + noise_std n, from any denoiser and covariance.
 
-    :func:`ocm.sample` with E[x0 | x_t, y] and Cov[x0 | x_t, y] in the place of x0_hat and C,
+    :func:`ocm.sample` with E[x0 | x_t, y] and Cov[x0 | x_t, y] in the place of x0_hat and C::
 
         x_s ~ N(a x_t + b E[x0 | x_t, y], lambda^2 I + b^2 Cov[x0 | x_t, y]),
 
@@ -228,6 +231,21 @@ def sample_given_measurement(
         ValueError: As :func:`ocm.sample` and :func:`posterior_mean_given_measurement`; or for draws
             by DPS, whose steps have no covariance.
         FloatingPointError: If what the backbone or a covariance says at a timestep is not finite.
+
+    Warns:
+        UserWarning: Where ``max_iterations`` were not enough for ``tolerance``.
+
+    Example:
+        Images of standard normal pixels, given that the mean of all pixels is 1:
+
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> samples = sample_given_measurement(
+        ...     denoiser, ocm.Beta(denoiser), torch.ones(8, 1, 1, 1),
+        ...     lambda x: x.mean(dim=(2, 3), keepdim=True),
+        ...     noise_std=0.0, shape=(8, 1, 4, 4), steps=3, x0_range=None)
+        >>> bool((samples.mean(dim=(2, 3)) - 1).abs().max() < 1e-3), samples.std().item() > 0.8
+        (True, True)
     """
     if isinstance(weighting, (int, float)) and draw_x0:
         raise ValueError(

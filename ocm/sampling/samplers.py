@@ -1,6 +1,6 @@
 """DDPM, DDIM and all between, at any timesteps and with any covariance of x0 given x_t.
 
-Integrating q(x_s | x_t, x_0) over N(x0_hat, Cov[x0 | x_t]) gives all samplers the same form,
+Integrating q(x_s | x_t, x_0) over N(x0_hat, Cov[x0 | x_t]) gives all samplers the same form::
 
     mean       = a x_t + b x0_hat
     covariance = lambda^2 I + b^2 Cov[x0 | x_t],
@@ -42,8 +42,8 @@ class ReverseStep(NamedTuple):
     """x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]).
 
     Attributes:
-        mean_from_x_t: a.
-        mean_from_x0: b.
+        mean_from_x_t: The factor a.
+        mean_from_x0: The factor b.
         noise_variance: lambda^2.
     """
 
@@ -75,6 +75,14 @@ def ddpm(schedule: Schedule, s: float, t: float) -> ReverseStep:
     a = alpha_t sigma_s^2 / (alpha_s sigma_t^2),    b = alpha_s (1 - SNR_t / SNR_s),
     lambda^2 = beta_tilde(s, t): the moments of q(x_s | x_t, x_0).
 
+    Args:
+        schedule: The path.
+        s: Where the step ends, in [0, t); x_0 at 0.
+        t: Where it starts, at most N.
+
+    Returns:
+        a, b and lambda^2 of x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]).
+
     Raises:
         ValueError: Unless 0 <= s < t <= N.
 
@@ -100,6 +108,15 @@ def ddim(schedule: Schedule, s: float, t: float, *, eta: float = 0.0) -> Reverse
     Where x0_hat is clipped, the noise is that of the clipped one, as diffusers has it with
     ``use_clipped_model_output``.
 
+    Args:
+        schedule: The path.
+        s: Where the step ends, in [0, t); x_0 at 0.
+        t: Where it starts, at most N.
+        eta: In [0, 1]; ``functools.partial(ocm.ddim, eta=0.5)`` is a sampler.
+
+    Returns:
+        As :func:`ddpm`.
+
     Raises:
         ValueError: Unless 0 <= s < t <= N and eta lies in [0, 1].
 
@@ -119,6 +136,15 @@ def renoised(schedule: Schedule, s: float, t: float, *, noise: float = 1.0) -> R
     noise = 0 is the step of the ODE, :func:`ddim`'s. noise = 1 forgets x_t but for x0_hat, as
     ``stochastic_sampling`` of diffusers' flow matching and consistency models do. On a flow the
     DDPM step lies between them.
+
+    Args:
+        schedule: The path.
+        s: Where the step ends, in [0, t); x_0 at 0.
+        t: Where it starts, at most N.
+        noise: In [0, 1].
+
+    Returns:
+        As :func:`ddpm`.
 
     Raises:
         ValueError: Unless 0 <= s < t <= N and noise lies in [0, 1].
@@ -177,9 +203,10 @@ def sample(
 ) -> Tensor:
     """Draw samples with one evaluation of the backbone a step, and what the covariance costs.
 
-    The noise follows the random-number contract: sample i is the same in any batch and on any
-    number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it allows. The
-    last step, to s = 0, returns x0_hat unless noise is asked for.
+    Each step draws x_s ~ N(a x_t + b x0_hat, lambda^2 I + b^2 Cov[x0 | x_t]), with the sampler's a,
+    b and lambda^2. The noise follows the random-number contract: sample i is the same in any batch
+    and on any number of processes. x0_hat is clipped to ``x0_range`` and Cov[x0 | x_t] to what it
+    allows. The last step, to s = 0, returns x0_hat unless noise is asked for.
 
     Args:
         denoiser: The frozen denoiser.
@@ -212,6 +239,13 @@ def sample(
             to at most N; or a bound is negative, NaN or not in order.
         FloatingPointError: If samples are not finite, naming t and whether it is the backbone or
             the covariance that is not. A GPU is waited for once, at the end.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> x0 = sample(denoiser, ocm.Beta(denoiser), (64, 1, 4, 4), steps=3, x0_range=None)
+        >>> x0.shape, abs(x0.std().item() - 1) < 0.1
+        (torch.Size([64, 1, 4, 4]), True)
     """
     from tqdm import tqdm
 
@@ -392,9 +426,21 @@ def capture(
         steps: As in :func:`sample`.
         options: The other arguments of :func:`sample` but seed and progress.
 
+    Returns:
+        From a seed to samples of ``shape``, those that :func:`sample` draws with it.
+
     Raises:
         ValueError: If the denoiser is not on a CUDA device.
         FloatingPointError: In a replay, as :func:`sample`.
+
+    Example:
+        >>> import ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> unet = small_unet((1, 8, 8), width=8)
+        >>> if torch.cuda.is_available():
+        ...     denoiser = ocm.Denoiser(unet.cuda(), ocm.linear()).freeze()
+        ...     draw = ocm.capture(denoiser, ocm.Beta(denoiser), (16, 1, 8, 8), steps=10)
+        ...     assert draw(1).shape == draw(2).shape == (16, 1, 8, 8)
     """
     if denoiser.device.type != "cuda":
         raise ValueError(f"denoiser must be on a CUDA device, got {denoiser.device}")

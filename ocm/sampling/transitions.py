@@ -2,7 +2,7 @@
 
 Reinforcement learning of diffusion and flow models, importance weights and annealed samplers need
 log p(x_s | x_t) of every step that was taken. With the posterior covariance a step has the right
-second moments at any number of steps, and its density is known:
+second moments at any number of steps, and its density is known::
 
     trajectory = ocm.sample_trajectory(denoiser, covariance, shape, steps=10)
     ratio = (ocm.trajectory_log_prob(denoiser, covariance, trajectory) - trajectory.log_prob).exp()
@@ -46,6 +46,15 @@ class Transition:
     Attributes:
         mean: Shape (B, ...), float32 at least.
         covariance: Of x_s, an operator on tensors of that shape.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(2, 1, 4, 4), 800, s=600)
+        >>> law = transition(prediction, ocm.Beta(denoiser), ddpm(denoiser.schedule, 600, 800))
+        >>> x_s = law.draw(torch.zeros(2, 1, 4, 4))    # its mean
+        >>> bool((law.log_prob(x_s) > law.log_prob(x_s + 0.1)).all())
+        True
     """
 
     mean: Tensor
@@ -123,6 +132,16 @@ def transition(
     Raises:
         TypeError: If the covariance states none, or the step is none.
         ValueError: If the step is not finite, or the range not in order.
+
+    Example:
+        The variance of x_s, of standard normal data with its own covariance:
+
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> prediction = denoiser.predict(torch.ones(2, 1, 4, 4), 800)
+        >>> law = transition(prediction, ocm.Beta(denoiser), ddpm(denoiser.schedule, 400, 800))
+        >>> law.mean.shape, round(law.covariance.diagonal().item(), 3)
+        (torch.Size([2, 1, 4, 4]), 0.476)
     """
     check_covariance(covariance)
     check_reverse_step(step)
@@ -150,6 +169,13 @@ class Trajectory:
         log_prob: log p(x_s | x_t) of each step that drew noise, in nats, float32 of shape
             (B, steps): all but the last, or all with noise at the end.
         sample_offset: Number of the first sample.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> trajectory = sample_trajectory(denoiser, ocm.Beta(denoiser), (2, 1, 4, 4), steps=4)
+        >>> trajectory.timesteps, trajectory.states.shape, trajectory.x0.shape
+        ([1000, 667.0, 334.0, 1.0, 0], torch.Size([5, 2, 1, 4, 4]), torch.Size([2, 1, 4, 4]))
     """
 
     timesteps: list[float]
@@ -180,13 +206,34 @@ def sample_trajectory(
 ) -> Trajectory:
     """Draw samples as :func:`ocm.sample` does, and keep every state and its log-density.
 
-    The arguments are those of :func:`ocm.sample`. The density is that of the state as it is kept,
-    rounded to ``dtype``.
+    The density is that of the state as it is kept, rounded to ``dtype``. No gradients are recorded:
+    those are for :func:`trajectory_log_prob`.
+
+    Args:
+        denoiser: As in :func:`ocm.sample`, as all here.
+        covariance: States Cov[x0 | x_t], with eigenvalues.
+        shape: (B, ...).
+        steps: Number of timesteps, or the timesteps.
+        sampler: Whose steps add noise, all but the last; not :class:`ocm.SecondOrder`.
+        condition: Class labels and guidance.
+        seed: Seed of the noise.
+        sample_offset: Number of the first sample.
+        x0_range: Where the data lie, or None.
+        noise_at_end: Whether the last step draws noise too.
+        dtype: Type of the states.
 
     Raises:
-        TypeError: If the covariance has no density (Lanczos).
+        TypeError: If the covariance has no density (Lanczos), or the sampler looks at more than
+            x_t.
         ValueError: As :func:`ocm.sample`, or if a step but the last adds no noise.
         FloatingPointError: As :func:`ocm.sample`.
+
+    Example:
+        >>> import ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
+        >>> trajectory = sample_trajectory(denoiser, ocm.Beta(denoiser), (2, 1, 4, 4), steps=4)
+        >>> trajectory.log_prob.shape    # the last of 4 steps is without noise
+        torch.Size([2, 3])
     """
     check_options(denoiser, covariance, sampler, x0_range, dtype)
     timesteps, number = timesteps_of(denoiser.schedule, steps), seed_tensor(seed, denoiser.device)
@@ -248,6 +295,22 @@ def trajectory_log_prob(
     Raises:
         TypeError: If the covariance has no density (Lanczos).
         ValueError: If a step adds no noise.
+
+    Example:
+        The gradient of a reward's policy, for one parameter:
+
+        >>> import ocm
+        >>> scale = torch.zeros((), requires_grad=True)
+        >>> denoiser = ocm.Denoiser(lambda x, time: scale * x, ocm.flow(), "v_prediction")
+        >>> covariance = ocm.Beta(denoiser)
+        >>> trajectory = sample_trajectory(denoiser, covariance, (2, 1, 4, 4), steps=4)
+        >>> log_prob = trajectory_log_prob(denoiser, covariance, trajectory)
+        >>> bool((log_prob - trajectory.log_prob).abs().max() < 1e-3)
+        True
+        >>> reward = trajectory.x0.mean(dim=(1, 2, 3))
+        >>> (reward[:, None] * log_prob).mean().backward()
+        >>> scale.grad.shape
+        torch.Size([])
     """
     times, states = trajectory.timesteps, trajectory.states
     densities = []

@@ -33,6 +33,20 @@ class TrainingSettings:
         checkpoint_every: Steps from one state on disk to the next, where there is a directory.
         num_workers: Processes that read images ahead of the steps, for images that are decoded as
             they are needed; 0 reads them in between. It changes no number.
+
+    Raises:
+        TypeError: If a number of steps or images is not an int.
+        ValueError: If a number is out of its range, or there is no such precision.
+
+    Example:
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> covariance = ocm.NPR(denoiser, ocm.make_head(denoiser))
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4, learning_rate=1e-3)
+        >>> losses = ocm.train_head(covariance, torch.zeros(8, 1, 8, 8), settings, progress=False)
+        >>> len(losses)
+        2
     """
 
     num_steps: int

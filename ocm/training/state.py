@@ -1,5 +1,7 @@
 """The state of a training on disk, from which it goes on to the same bits after a kill.
 
+It is a folder of::
+
     training-state-00000200/state.json                           settings, digests
     training-state-00000200/state-00001-of-00002.safetensors     weights, average, optimiser, losses
 

@@ -1,9 +1,11 @@
 """The site's reference has every public name once, and each says what its reader needs."""
 
+import ast
 import inspect
 import re
 from collections import Counter
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -11,13 +13,27 @@ import hessdiag
 import hessdiag.kernels
 import ocm
 
-PAGES = Path(__file__).parents[2] / "docs" / "api"
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs" / "api"
 PACKAGES = {"hessdiag": hessdiag, "kernels": hessdiag.kernels, "ocm": ocm}
 PUBLIC = [(package, name) for package in PACKAGES.values() for name in package.__all__]
 
 
 def sections(thing):
-    return set(re.findall(r"^(\w+):$", inspect.getdoc(thing) or "", re.MULTILINE))
+    """The sections of a docstring by name, without their indentation."""
+    parts = re.split(r"^(\w+):\n", inspect.cleandoc(thing.__doc__ or ""), flags=re.MULTILINE)
+    return {name: dedent(text) for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def arguments(thing):
+    """The names of its arguments, but for those that a class it extends has documented."""
+    bases = thing.__mro__[1:] if inspect.isclass(thing) else ()
+    inherited = {name for base in bases for name in inspect.signature(base.__init__).parameters}
+    return {
+        name
+        for name in inspect.signature(thing).parameters
+        if not name.startswith("_") and name not in inherited - {"args", "kwargs"}
+    }
 
 
 @pytest.mark.parametrize("page", PACKAGES)
@@ -38,7 +54,21 @@ def test_every_public_name_is_documented(package, name):
             rf"^#: .+\n{name}\b", inspect.getsource(inspect.getmodule(type(thing))), re.M
         )
         return
-    assert "Example" in sections(thing)
-    parameters = [p for p in inspect.signature(thing).parameters if p != "self"]
-    if parameters and not (inspect.isclass(thing) and getattr(thing, "_is_protocol", False)):
-        assert sections(thing) & {"Args", "Attributes"}
+    found = sections(thing)
+    assert found["Example"]
+    if not (inspect.isclass(thing) and getattr(thing, "_is_protocol", False)):
+        listed = "\n".join(found.get(name, "") for name in ("Args", "Attributes"))
+        assert arguments(thing) <= set(re.findall(r"^(\w+):", listed, re.MULTILINE))
+        # A letter alone is the number of an empty list to Sphinx, which leaves it out.
+        assert not re.search(r"^\w+: \w[.)]$", listed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", PACKAGES)
+def test_formulas_and_code_are_blocks(folder):
+    """What is indented and does not follow a "::" is a quotation, whose lines Sphinx joins."""
+    for file in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                prose = re.split(r"^\w+:$", ast.get_docstring(node) or "", flags=re.MULTILINE)[0]
+                quoted = re.search(r"^\S.*(?<!::)\n\n +\S.*", prose, re.MULTILINE)
+                assert quoted is None, f"{file}: {quoted[0]}"

@@ -16,7 +16,42 @@ from ocm.diffusion.denoiser import Branch, Denoiser, Prediction
 
 @runtime_checkable
 class LearnedCovariance(Covariance, Protocol):
-    """A covariance whose head is trained by a loss of its own."""
+    """A covariance whose head is trained by a loss of its own.
+
+    A class of your own derives from :class:`ocm.Covariance` and has the five members below, the
+    first three as fields or properties. :func:`ocm.train_head` trains its head by ``loss``, and
+    samplers and bounds call ``at``.
+
+    Example:
+        A head trained by the Gaussian likelihood of x0 around x0_hat:
+
+        >>> import torch, ocm
+        >>> from ocm.diffusion.noise import noisy
+        >>> from ocm.training.small_unet import small_unet
+        >>> class Likelihood(ocm.Covariance):
+        ...     parameterisation = ocm.BOUNDED
+        ...     def __init__(self, denoiser, head):
+        ...         self.denoiser, self.head = denoiser, head
+        ...     def variance(self, prediction, head):
+        ...         units, output = self.parameterisation, head(prediction.features)
+        ...         schedule = self.denoiser.schedule
+        ...         return units.variance(schedule, prediction.t, prediction.x_t, output)
+        ...     def at(self, prediction):
+        ...         variance = self.variance(prediction, self.head)
+        ...         return ocm.SpectralCovariance(variance, prediction.x_t.shape)
+        ...     def loss(self, x0, t, *, seed, sample_offset, condition=None, head=None):
+        ...         x_t, _ = noisy(self.denoiser.schedule, x0, t, seed, sample_offset)
+        ...         prediction = self.denoiser.predict(x_t, t, condition=condition)
+        ...         variance = self.variance(prediction, head or self.head)
+        ...         return ((x0 - prediction.x0_hat).square() / variance + variance.log()).mean()
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> covariance = Likelihood(denoiser, ocm.make_head(denoiser))
+        >>> isinstance(covariance, ocm.LearnedCovariance)
+        True
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4)
+        >>> len(ocm.train_head(covariance, torch.zeros(4, 1, 8, 8), settings, progress=False))
+        2
+    """
 
     @property
     def denoiser(self) -> Denoiser:

@@ -79,8 +79,9 @@ class FrequencyHead(nn.Module):
 class FrequencyLikelihood(MaximumLikelihood):
     """Cov[x0 | x_t] = F^T diag(c_tk ratio(o_k)) F, with F the cosines of each colour.
 
-    The errors of natural images are correlated over pixels and channels, and little over
-    frequencies of uncorrelated colours. The unit of coefficient k of variance v_k in the data is
+    After K-DCT (Xia et al., TMLR 2026). The errors of natural images are correlated over pixels and
+    channels, and little over frequencies of uncorrelated colours. The unit of coefficient k of
+    variance v_k in the data is::
 
         c_tk = sigma_t^2 / (alpha_t^2 + sigma_t^2 / v_k),
 
@@ -88,10 +89,25 @@ class FrequencyLikelihood(MaximumLikelihood):
     with F (x0 - x0_hat) for x0 - x0_hat; of ``parameterisation`` only the sign counts.
 
     Attributes:
+        denoiser: As in :class:`ocm.MaximumLikelihood`, as are the other attributes of that class.
+        head: An :class:`ocm.FrequencyHead`.
         variances: v, shape (C, H, W).
         colours: Orthonormal, shape (C, C): a row holds the weights of the channels in a colour.
         fold: Side of the square of pixels that x_t keeps as channels of one place
             (``pixel_unshuffle``): x_t is of shape (B, C fold^2, H / fold, W / fold).
+
+    Raises:
+        ValueError: As :class:`ocm.MaximumLikelihood`.
+
+    Example:
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> images = torch.linspace(-1.0, 1.0, 256).reshape(4, 1, 8, 8)
+        >>> covariance = ocm.FrequencyLikelihood.for_images(denoiser, images, in_channels=8)
+        >>> C = covariance.at(denoiser.predict(images, 500))
+        >>> C.noise(torch.ones(4, 1, 8, 8)).shape    # correlated over pixels
+        torch.Size([4, 1, 8, 8])
     """
 
     _: KW_ONLY

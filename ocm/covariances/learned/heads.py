@@ -31,6 +31,9 @@ class CovarianceHead(nn.Module):
         out_channels: Channels of x_t.
         num_groups: Groups of the normalisation; divides ``in_channels``.
 
+    Raises:
+        ValueError: If it does not.
+
     Example:
         >>> import torch
         >>> CovarianceHead(32, 3, 8)(torch.randn(2, 32, 16, 16)).shape
@@ -65,6 +68,9 @@ class ResidualHead(nn.Module):
         in_channels: Channels of the backbone's features.
         out_channels: Channels of x_t.
         num_groups: Groups of the normalisations; divides ``in_channels``.
+
+    Raises:
+        ValueError: If it does not.
 
     Example:
         >>> import torch
@@ -227,8 +233,20 @@ def make_head(denoiser: Denoiser, kind: str = "residual", *, seed: int = 0) -> n
         kind: "residual", or "simple" for the smaller one.
         seed: Seed of the weights that do not start at zero; the global generator stays as it was.
 
+    Returns:
+        A :class:`ocm.CovarianceHead`, :class:`ocm.ResidualHead` or :class:`ocm.TokenHead`, whose
+        output o is zero.
+
     Raises:
         ValueError: If no head is known for the denoiser's architecture, or none of that kind.
+
+    Example:
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> head = ocm.make_head(denoiser, "simple")
+        >>> head(denoiser.predict(torch.zeros(2, 1, 8, 8), 500).features).shape
+        torch.Size([2, 1, 8, 8])
     """
     kinds = kinds_of(denoiser)
     if kind not in kinds:

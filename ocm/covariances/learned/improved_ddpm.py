@@ -24,7 +24,8 @@ from ocm.diffusion.schedules import Schedule, full_precision, per_sample, rounde
 class ImprovedDDPM(Covariance):
     """The reverse variance interpolated between beta_tilde and beta in its logarithm.
 
-    For the step from t to s with fraction v = (1 + o) / 2,
+    That of Nichol and Dhariwal (2021, arXiv 2102.09672). For the step from t to s with fraction
+    v = (1 + o) / 2::
 
         sigma^2 = beta(s, t)^v beta_tilde(s, t)^(1 - v),
 
@@ -38,6 +39,19 @@ class ImprovedDDPM(Covariance):
         denoiser: The frozen denoiser, whose features the head reads.
         head: The head.
         parameterisation: What its output means.
+
+    Raises:
+        ValueError: By ``at`` and ``loss``, if the backbone shows no features.
+
+    Example:
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> covariance = ocm.ImprovedDDPM(denoiser, ocm.make_head(denoiser))
+        >>> prediction = denoiser.predict(torch.zeros(2, 1, 8, 8), 500, s=499)
+        >>> near, far = (covariance.at(p).diagonal() for p in (prediction, prediction.towards(300)))
+        >>> near.shape, bool((near != far).all())    # it depends on s
+        (torch.Size([2, 1, 8, 8]), True)
     """
 
     denoiser: Denoiser
@@ -109,6 +123,13 @@ class VarianceChannels(Covariance):
 
     Raises:
         ValueError: By ``at``, if it has none.
+
+    Example:
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x, time: torch.cat([x, 0 * x], dim=1), ocm.linear())
+        >>> prediction = denoiser.predict(torch.zeros(2, 3, 8, 8), 500, s=400)
+        >>> ocm.VarianceChannels(denoiser).at(prediction).diagonal().shape
+        torch.Size([2, 3, 8, 8])
     """
 
     denoiser: Denoiser

@@ -34,7 +34,7 @@ class MaximumLikelihood(Covariance):
     """Var[x0 | x_t] = c_t ratio(o), trained to maximise the bound of chains of few steps.
 
     A sample trains one term of the bound (:mod:`ocm.sampling.likelihood`) of one chain of K steps,
-    weighted by K. With the mean stopped, and r = SNR(s) - SNR(t) of the step from t to s, it is
+    weighted by K. With the mean stopped, and r = SNR(s) - SNR(t) of the step from t to s, it is::
 
         1/2 [log(1 + r Var) + (1 + r (x0 - x0_hat)^2) / (1 + r Var) - 1],
 
@@ -58,11 +58,15 @@ class MaximumLikelihood(Covariance):
         ValueError: If there are no step counts or spacings, or one that is not known.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> MaximumLikelihood(Denoiser(lambda x, t: x, linear()), nn.Identity(), step_counts=(0,))
-        Traceback (most recent call last):
-        ...
-        ValueError: step_counts must hold numbers in 1 .. 1000, got (0,)
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> covariance = ocm.MaximumLikelihood(denoiser, ocm.make_head(denoiser), step_counts=(10,))
+        >>> images = ocm.quantise(torch.zeros(4, 1, 8, 8))
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4)
+        >>> losses = ocm.train_head(covariance, images, settings, progress=False)
+        >>> ocm.bits_per_dim(denoiser, covariance, images, steps=10).total.shape
+        torch.Size([4])
     """
 
     denoiser: Denoiser

@@ -20,14 +20,29 @@ from ocm.diffusion.noise import noisy
 class NPR(Covariance):
     """Var[x0 | x_t] = c_t ratio(o), with the ratio regressed on (x0 - x0_hat)^2 / c_t.
 
-    In the paper's units, (beta_bar / alpha_bar) g with g regressing (noise - epsilon)^2. The mean
-    is stopped, so the minimiser holds the error of the network's mean too.
+    The noise prediction residual of Bao et al. (ICML 2022, arXiv 2206.07309): in the paper's units,
+    (beta_bar / alpha_bar) g with g regressing (noise - epsilon)^2. The mean is stopped, so the
+    minimiser holds the error of the network's mean too.
 
     Attributes:
         denoiser: The frozen denoiser, whose features the head reads.
         head: The head.
         parameterisation: What its output means.
         network_error: As in :class:`ocm.OptimalCovarianceMatching`.
+
+    Raises:
+        ValueError: By ``at`` and ``loss``, if the backbone shows no features.
+
+    Example:
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> covariance, images = ocm.NPR(denoiser, ocm.make_head(denoiser)), torch.zeros(4, 1, 8, 8)
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4)
+        >>> losses = ocm.train_head(covariance, images, settings, progress=False)
+        >>> variance = covariance.at(denoiser.predict(images, 500)).diagonal()
+        >>> variance.shape, bool((variance > 0).all())
+        (torch.Size([4, 1, 8, 8]), True)
     """
 
     denoiser: Denoiser

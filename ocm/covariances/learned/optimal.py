@@ -22,7 +22,7 @@ from ocm.diffusion.noise import noisy
 class OptimalCovarianceMatching(Covariance):
     """Var[x0 | x_t] = c_t ratio(o), with the ratio regressed on an unbiased estimate of it.
 
-    The loss is
+    The method of Ou et al. (ICLR 2025, arXiv 2406.10808). The loss is::
 
         mean w_t (ratio - (1/M) sum_m v_m * (C v_m) / c_t)^2,    C v = c v + k J^T v,
 
@@ -41,6 +41,21 @@ class OptimalCovarianceMatching(Covariance):
         mode: "vjp" takes the features and all products from one pass; "jvp" keeps no activations,
             for one pass more and M of forward mode.
         network_error: Relative error of the network's Jacobian, in w_t; 0 for a true score.
+
+    Raises:
+        ValueError: By ``at`` and ``loss``, if the backbone shows no features; by ``loss``, if
+            ``num_probes`` is no multiple of the design's block, or the output no posterior mean.
+
+    Example:
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
+        >>> images = torch.zeros(4, 1, 8, 8)
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4)
+        >>> losses = ocm.train_head(covariance, images, settings, progress=False)
+        >>> ocm.sample(denoiser, covariance, images.shape, steps=5).shape
+        torch.Size([4, 1, 8, 8])
     """
 
     denoiser: Denoiser

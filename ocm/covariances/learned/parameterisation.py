@@ -1,6 +1,6 @@
 """What the output of a covariance head means: a variance in units that suit the noise level.
 
-With output o, a learned covariance states
+With output o, a learned covariance states::
 
     Var[x0 | x_t] = c_t ratio(o),      c_t = sigma_t^2 / (alpha_t^2 + sigma_t^2 / data_std^2),
 
@@ -130,10 +130,14 @@ class Parameterisation:
         return Parameterisation(math.inf if std is None else float(std), positive)
 
 
+#: The papers' :class:`ocm.Parameterisation`: ratio 1 + o in units of sigma^2 / alpha^2, which are
+#: large near t = N, and infinite where x_t holds no signal. ``ocm.NPR(denoiser, head, ocm.PAPER)``
+#: takes it.
 PAPER = Parameterisation()
-"""The papers': ratio 1 + o in units of sigma^2 / alpha^2."""
 
 # Images in [-1, 1] have a standard deviation near 0.5 and latents one near 1; the order of
 # magnitude is what matters.
+#: The default :class:`ocm.Parameterisation`: a positive variance (softplus), in units that are at
+#: most 1/4, the square of its ``data_std``, at every noise level. It suits images in [-1, 1] and
+#: latents.
 BOUNDED = Parameterisation(data_std=0.5, positive=True)
-"""The default: a positive variance, in units that are bounded at every noise level."""

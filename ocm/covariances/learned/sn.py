@@ -21,8 +21,8 @@ from ocm.diffusion.schedules import full_precision
 class SN(Covariance):
     """Var[x0 | x_t] = c_t ratio(o) - (x0_hat - m)^2, the ratio regressed on (x0 - m)^2 / c_t.
 
-    m is the posterior mean of centred Gaussian data
-    (:meth:`ocm.Parameterisation.gaussian_mean`). In the paper's units
+    The squared noise of Bao et al. (ICML 2022, arXiv 2206.07309), with m the posterior mean of
+    centred Gaussian data (:meth:`ocm.Parameterisation.gaussian_mean`). In the paper's units
     m = x_t / sqrt(alpha_bar), which makes this (beta_bar / alpha_bar)(g - epsilon^2) with g
     regressing the squared noise. The difference of two second moments may be negative.
 
@@ -30,6 +30,20 @@ class SN(Covariance):
         denoiser: The frozen denoiser, whose features the head reads.
         head: The head.
         parameterisation: What its output means.
+
+    Raises:
+        ValueError: By ``at`` and ``loss``, if the backbone shows no features; by ``loss``, if its
+            output is no posterior mean.
+
+    Example:
+        >>> import torch, ocm
+        >>> from ocm.training.small_unet import small_unet
+        >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear()).freeze()
+        >>> covariance, images = ocm.SN(denoiser, ocm.make_head(denoiser)), torch.zeros(4, 1, 8, 8)
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4)
+        >>> losses = ocm.train_head(covariance, images, settings, progress=False)
+        >>> covariance.at(denoiser.predict(images, 500)).bounded((-1.0, 1.0)).diagonal().shape
+        torch.Size([4, 1, 8, 8])
     """
 
     denoiser: Denoiser

@@ -37,6 +37,20 @@ class Architecture:
             channels; None for features that are laid out as x_t is.
         is_packed: Whether diffusers shows the backbone tokens, whose channels are those of a whole
             patch. Then ``call`` packs x_t, so that everything else sees images.
+
+    Raises:
+        ValueError: In :class:`ocm.Denoiser`, if the backbone has no such feature layer.
+
+    Example:
+        A network of your own, whose head reads what enters its last convolution:
+
+        >>> import torch, ocm
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 1))
+        >>> own = Architecture("Sequential", "2", lambda net, x_t, time, labels: net(x_t))
+        >>> denoiser = ocm.Denoiser(net, ocm.linear(), architecture=own).freeze()
+        >>> covariance = ocm.NPR(denoiser, ocm.CovarianceHead(8, 1, num_groups=4))
+        >>> covariance.at(denoiser.predict(torch.zeros(2, 1, 4, 4), 500)).diagonal().shape
+        torch.Size([2, 1, 4, 4])
     """
 
     class_name: str
