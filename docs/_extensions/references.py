@@ -15,6 +15,7 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 
 PUBLIC = ("hessdiag", "hessdiag.kernels", "ocm")
 
@@ -67,7 +68,17 @@ def resolve(
     return None
 
 
+def comment(
+    app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]
+) -> None:
+    """Put the comment above a value, in its class's module, in place of its class's docstring."""
+    if what == "data":
+        known = ModuleAnalyzer.for_module(type(value).__module__).find_attr_docs()
+        lines[:] = known.get(("", name.rpartition(".")[2]), lines)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Ask here about every reference that Sphinx cannot resolve."""
     app.connect("missing-reference", resolve)
+    app.connect("autodoc-process-docstring", comment, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
