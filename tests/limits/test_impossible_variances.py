@@ -1,7 +1,7 @@
 """Heads that put out what no variance is: clamped by the stated rule, or an error that names them.
 
-The rule (docs/explanations/numerics.md): below 0 counts as 0, and above what data in ``x0_range`` allow as that,
-infinity included. NaN is an error, and so is infinity where the data have no bounds.
+The rule (docs/explanations/numerics.md): below 0 counts as 0, and above what data in ``x0_range``
+allow as that, infinity included. NaN is an error, and so is infinity where the data have no bounds.
 """
 
 import math

@@ -26,8 +26,9 @@ PUBLIC = {module.__name__: set(module.__all__) for module in (hessdiag, hessdiag
 MOST_FILES = 12
 # What trains, stores, scores and commands is a rig around the method, and stays small.
 RIG = ("training", "checkpoints", "evaluation", "cli", "data", "images")
-MOST_LINES_OF_THE_RIG = 7_500
-MOST_LINES = 19_200
+# Without docstrings, which are as long as they need to be.
+MOST_LINES_OF_THE_RIG = 6_350
+MOST_LINES = 14_250
 
 
 def sources_of(folder, package):
@@ -207,14 +208,37 @@ def test_contributors_are_told_the_same():
         assert named == {package.removeprefix("ocm.") for package in packages}
 
 
+def lines_without_docstrings(text):
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [
+        node.body[0]
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, documented) and ast.get_docstring(node) is not None
+    ]
+    return len(text.splitlines()) - sum(d.end_lineno - d.lineno + 1 for d in docstrings)
+
+
 def test_ocm_stays_thin():
-    lines = {name: len(text.splitlines()) for name, text in LAYER.items()}
+    lines = {name: lines_without_docstrings(text) for name, text in LAYER.items()}
     assert sum(lines.values()) <= MOST_LINES
     rig = [count for name, count in lines.items() if f"{name}.".split(".")[1] in RIG]
     assert sum(rig) <= MOST_LINES_OF_THE_RIG
 
 
 # The checks, on houses that are made up
+
+
+def test_docstrings_are_no_lines_of_code():
+    q = '"""'
+    code = [
+        f"{q}A module.{q}",
+        f"x = {q}Two",
+        f"lines.{q}",
+        "def f():",
+        f"    {q}A",
+        f"    function.{q}",
+    ]
+    assert lines_without_docstrings("\n".join([*code, "    return x"])) == 4
 
 
 def test_every_kind_of_import_counts():
