@@ -90,7 +90,7 @@ class DiagonalEstimate:
 
         Raises:
             TypeError: If the other one is none of a diagonal.
-            ValueError: If the shapes differ, or one is exact already.
+            ValueError: If the shapes differ, the probes are the same, or one is exact already.
 
         Example:
             >>> import torch, hessdiag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import lru_cache
 from statistics import NormalDist
@@ -80,7 +81,8 @@ def merge(*parts: Part) -> Part:
         parts: Means and standard errors of shape (B, ...), and numbers of blocks of shape (B,).
 
     Raises:
-        ValueError: If shapes differ, or one block has a standard error: it is exact.
+        ValueError: If shapes differ, two are of the same probes, or one block has a standard
+            error: it is exact.
 
     Example:
         >>> one = (torch.tensor([1.0]), torch.tensor([torch.inf]), torch.tensor([1]))
@@ -93,6 +95,14 @@ def merge(*parts: Part) -> Part:
         raise ValueError(f"estimates to merge must have one shape, got {sorted(shapes)}")
     if any(bool(torch.isfinite(stderr)[counts == 1].any()) for _, stderr, counts in parts):
         raise ValueError("estimates to merge must have standard errors, got one that is exact")
+    # Equal errors that were measured: of the same probes, which would seem to be twice as many.
+    for (mean, stderr, _), (other, error, _) in itertools.combinations(parts, 2):
+        measured = torch.isfinite(stderr) & (stderr > 0)
+        if measured.any() and torch.equal(mean, other) and torch.equal(stderr, error):
+            raise ValueError(
+                "estimates to merge must be of other probes, got two that are equal: give the "
+                "second one probe_offset, the number of probes that the first one took"
+            )
 
     def over(counts: Tensor, values: Tensor) -> Tensor:
         return counts.to(values).reshape(-1, *[1] * (values.dim() - 1))

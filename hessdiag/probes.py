@@ -18,7 +18,7 @@ counts as one sample for a standard error. The variance of one entry from N bloc
 
 with J_ji in place of J_ij in reverse mode. The general designs are those of Hutchinson (1990),
 Bekas, Kokiopoulou and Saad (2007), and of probing by colorings (Tang and Saad, 2012; with random
-signs, Frommer, Schimmel and Schweitzer, 2023).
+signs, Frommer, Rinelli and Schweitzer, 2025).
 """
 
 from __future__ import annotations

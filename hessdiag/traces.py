@@ -75,7 +75,7 @@ class TraceEstimate:
 
         Raises:
             TypeError: If the other one is none of a trace.
-            ValueError: If the shapes differ, or one is exact already.
+            ValueError: If the shapes differ, the probes are the same, or one is exact already.
 
         Example:
             >>> import torch

@@ -6,6 +6,9 @@ sigma^2 = beta_tilde(s, t) means Var = 0, and sigma^2 = beta(s, t) means Var = b
 
     beta(s, t) - beta_tilde(s, t) = beta(s, t) (beta_bar_t - beta_bar_s) / beta_bar_t
                                   = alpha_bar_s beta(s, t)^2 / beta_bar_t.
+
+This is of paths with alpha^2 + sigma^2 = 1. On another path the variance of the step is r_s^2 / r_t^2
+times that, where r^2 = alpha^2 + sigma^2.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from ocm.covariances.base import Covariance, constant
 from ocm.covariances.operators import SpectralCovariance
-from ocm.diffusion.denoiser import Denoiser, Prediction
+from ocm.diffusion.denoiser import Denoiser, Prediction, check_denoiser
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Beta(Covariance):
 
     def at(self, prediction: Prediction) -> SpectralCovariance:
         """Return beta_bar_t I."""
+        check_denoiser(self.denoiser)
         schedule, t = self.denoiser.schedule, prediction.t
         if isinstance(t, Tensor):
             return constant(torch.sigmoid(-schedule.log_snr(t)), prediction)

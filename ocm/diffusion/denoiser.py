@@ -210,9 +210,7 @@ class Prediction:
     def by(self, denoiser: Denoiser) -> Prediction:
         """Return what ``denoiser`` predicts in the same place: this, if it is the same one."""
         own = self.denoiser
-        if not isinstance(denoiser, Denoiser):
-            kind = type(denoiser).__name__
-            raise TypeError(f"denoiser of a covariance must be an ocm.Denoiser, got {kind}")
+        check_denoiser(denoiser)
         if denoiser is own or (
             denoiser.backbone is own.backbone
             and denoiser.schedule is own.schedule
@@ -250,6 +248,18 @@ class Prediction:
                 self._kept["evaluated"] = self.denoiser.evaluate(self.x_t, self.t, self.condition)
         evaluated: tuple[Tensor, dict[str, Tensor]] = self._kept["evaluated"]
         return evaluated
+
+
+def check_denoiser(denoiser: object) -> None:
+    """Raise unless the denoiser of a covariance is one.
+
+    Raises:
+        TypeError: If it is anything else, a schedule say.
+    """
+    if not isinstance(denoiser, Denoiser):
+        kind = type(denoiser).__name__
+        raise TypeError(f"denoiser of a covariance must be an ocm.Denoiser, got {kind}")
+
 
 
 @dataclass(frozen=True, eq=False)

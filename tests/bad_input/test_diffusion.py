@@ -363,7 +363,7 @@ COVARIANCES = [
             "denoiser of a covariance must be an ocm.Denoiser",
             covariance=make(None),
         )
-        for make in (ocm.Exact, ocm.Full, ocm.ChannelBlocks)
+        for make in (ocm.Beta, ocm.Exact, ocm.Full, ocm.ChannelBlocks)
     ),
     *(
         stated(

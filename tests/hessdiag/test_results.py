@@ -102,6 +102,12 @@ class TestMerging:
         merged = first.merged(rest)
         assert torch.equal(merged.num_blocks, first.num_blocks + 50)
 
+    @pytest.mark.parametrize("of", [hessdiag.estimate, hessdiag.trace])
+    def test_the_same_probes_again_are_no_further_ones(self, of):
+        first, again = (of(coupled, self.x, max_probes=16) for _ in range(2))
+        with pytest.raises(ValueError, match="of other probes, got two that are equal"):
+            first.merged(again)
+
     def test_errors(self):
         estimate = hessdiag.estimate(coupled, self.x, max_probes=4)
         other = hessdiag.estimate(coupled, self.x[:2], max_probes=4)
