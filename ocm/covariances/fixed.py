@@ -7,8 +7,8 @@ sigma^2 = beta_tilde(s, t) means Var = 0, and sigma^2 = beta(s, t) means Var = b
     beta(s, t) - beta_tilde(s, t) = beta(s, t) (beta_bar_t - beta_bar_s) / beta_bar_t
                                   = alpha_bar_s beta(s, t)^2 / beta_bar_t.
 
-This is of paths with alpha^2 + sigma^2 = 1. On another path the variance of the step is r_s^2 / r_t^2
-times that, where r^2 = alpha^2 + sigma^2.
+This is of paths with r^2 = alpha^2 + sigma^2 = 1. On another path the variance of the step is
+r_s^2 / r_t^2 times that.
 """
 
 from __future__ import annotations
