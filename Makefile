@@ -115,7 +115,8 @@ gpu-suites: gpu-install ## Further benchmark suites on a GPU, each in at most 9 
 	done
 
 clean: ## Remove the environment, caches and results
-	rm -rf $(VENV) .venv-lowest .cache build dist runs *.egg-info docs/_build docs/api/generated docs/gallery docs/results
+	rm -rf $(VENV) .venv-lowest .cache build dist runs *.egg-info docs/_build docs/api/generated docs/gallery \
+		docs/results examples/*.png
 
 .cache/triton-3.6/.installed: | $(BIN)/python
 	rm -rf $(@D)

@@ -67,6 +67,7 @@ sphinx_gallery_conf = {
     "gallery_dirs": "gallery",
     "filename_pattern": r"\.py$",
     "ignore_pattern": r"demo\.py$",
+    "within_subsection_order": "gallery_order.key",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_signature": False,
@@ -74,6 +75,7 @@ sphinx_gallery_conf = {
     "min_reported_time": 10_000,
     "capture_repr": (),
     "reset_modules": ("matplotlib",),
+    "image_srcset": ["2x"],
     "copyfile_regex": r"(?!GALLERY_HEADER).*\.rst",
 }
 
@@ -86,6 +88,7 @@ html_favicon = "_static/icon.svg"
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_math_renderer = "mathml"
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_theme_options = {
     "logo": {
         "text": "hessdiag",
