@@ -261,7 +261,6 @@ def check_denoiser(denoiser: object) -> None:
         raise TypeError(f"denoiser of a covariance must be an ocm.Denoiser, got {kind}")
 
 
-
 @dataclass(frozen=True, eq=False)
 class Denoiser:
     """A diffusers backbone and the schedule it was trained with.
