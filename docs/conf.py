@@ -40,6 +40,7 @@ exclude_patterns = ["_build", "_extensions", "sg_execution_times.rst", "**/sg_ex
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # parts of a report begin at its third level
+highlight_language = "text"  # of blocks that name none
 nitpicky = True  # a name in :class:`...` that no page documents is an error
 nitpick_ignore_regex = [
     # Other packages' names, for which the network would have to be asked.
@@ -96,6 +97,7 @@ html_theme_options = {
         "image_dark": "_static/icon.svg",
     },
     "navbar_align": "left",
+    "header_links_before_dropdown": 8,
     "navbar_persistent": ["search-button"],
     "show_toc_level": 2,
     "navigation_with_keys": False,
