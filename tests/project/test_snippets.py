@@ -20,7 +20,7 @@ COMMANDS = typer.main.get_command(app.app).commands
 # What takes long stands in the documents once in these words, and is made short.
 SHORTER = {
     "TrainingSettings(10_000)": "TrainingSettings(2, batch_size=4)",
-    "TrainingSettings(300, ": "TrainingSettings(2, batch_size=4, ",
+    "TrainingSettings(200, ": "TrainingSettings(2, batch_size=4, ",
 }
 
 
