@@ -1,6 +1,7 @@
 """Shared set-up. Without a CUDA device Triton's kernels are interpreted, or emulated if asked."""
 
 import os
+import signal
 import sys
 from collections import Counter
 from importlib.util import find_spec
@@ -12,6 +13,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import pytest
+
+# A shell starts what runs in the background with Ctrl-C ignored, which tests of it would wait for.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # TF32 keeps 10 bits of each factor, and is on by default for convolutions: an estimate is then
 # 1e-3 from that of the CPU, which is all that the tests leave. The older of PyTorch's two ways to

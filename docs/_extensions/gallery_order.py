@@ -11,7 +11,7 @@ ORDER = (
     "curvature_of_a_loss",
     "covariance_of_your_denoiser",
     "few_steps",
-    "flow_matching",
+    "flow_of_digits",
     "train_a_head",
     "attach_to_a_pipeline",
     "uncertainty_map",

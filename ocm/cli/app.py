@@ -58,6 +58,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
 }
 
 
+# Of Typer, or of click in versions that do not hold it themselves.
+_USAGE_ERROR = typer.BadParameter.__mro__[2]
+
+
 def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     """Return the command, ending in one line at Ctrl-C (status 130) and at SIGTERM (143)."""
 
@@ -114,13 +118,18 @@ def run() -> None:
             # Where the terminal's encoding lacks a character, \xb1 stands for it.
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="ocm")
+        status = app(prog_name="ocm", standalone_mode=False)  # else Typer would frame its errors
     except Exception as error:
+        if isinstance(error, typer.Abort):  # Ctrl-C before the command had begun
+            sys.exit(128 + signal.SIGINT)
+        if isinstance(error, _USAGE_ERROR):
+            error.show()
+            sys.exit(error.exit_code)
         status = _status(error)
         if status is None:
             raise
         typer.echo(f"error: {error}", err=True)
-        sys.exit(status)
+    sys.exit(status)
 
 
 def _status(error: Exception) -> int | None:

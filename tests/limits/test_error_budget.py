@@ -33,7 +33,7 @@ PATHS = {
 }
 NUMBERS = (10, 1000, 4000)
 STD = 0.5  # of the data
-DOCUMENT = Path(__file__).parents[2] / "docs" / "numerics.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "explanations" / "numerics.md"
 
 
 def schedules():

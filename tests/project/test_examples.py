@@ -18,7 +18,7 @@ EXAMPLES = [
 LONGEST = (
     "attach_to_a_pipeline",
     "covariance_of_your_denoiser",
-    "flow_matching",
+    "flow_of_digits",
     "likelihood",
     "reward_on_a_flow",
     "train_a_head",

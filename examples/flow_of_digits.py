@@ -85,5 +85,5 @@ for row, (name, x) in zip(axes, samples.items(), strict=True):
         axis.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
         axis.axis("off")
 figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.93, wspace=0.05, hspace=0.45)
-figure.savefig("flow_matching.png", dpi=150)
-print("the picture is flow_matching.png")
+figure.savefig("flow_of_digits.png", dpi=150)
+print("the picture is flow_of_digits.png")
