@@ -22,7 +22,7 @@ GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu
 GPU_LIMIT ?= timeout 540
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage soak mutation test-portable test-lowest lint types docs bench bench-small
+.PHONY: help demo test coverage soak mutation test-portable test-lowest lint types docs docs-look bench bench-small
 .PHONY: clean
 .PHONY: gpu-install gpu-check gpu-tests gpu-memory gpu-kernels gpu-suites
 
@@ -77,6 +77,9 @@ types: $(VENV)/.installed-dev
 # A name that no page documents, a link that leads nowhere and an example that fails are errors.
 docs: $(VENV)/.installed-docs ## Build the site and run its gallery into docs/_build/html (15 minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html
+
+docs-look: $(VENV)/.installed-docs ## Check the built site's links, and look at it in headless Chromium (1 minute)
+	$(BIN)/python docs/look.py
 
 bench: $(VENV)/.installed-test ## Every benchmark suite at small sizes, and a report (10 minutes)
 	$(BIN)/python benchmarks/run.py --quick
