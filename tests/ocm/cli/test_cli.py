@@ -447,11 +447,14 @@ def test_control_c_ends_in_one_line(tmp_path):
         ],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    while not list((out / "training" / "denoiser").glob("training-state-0*")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    try:
+        while not list((out / "training" / "denoiser").glob("training-state-0*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert said.strip().startswith(f"interrupted: kept in {out / 'training'}: denoiser at step ")
     assert len(said.strip().splitlines()) == 1
