@@ -179,5 +179,5 @@ def evaluate(
         write_text(out / "report.md", f"# {checkpoint}\n\n{text}\n\n![Curves](evaluation.png)\n")
         evaluation_plot(record, out / "evaluation.png", title=f"{checkpoint}, {images.name}")
     parts.remove()
-    typer.echo(text)
+    options.show(text)
     typer.echo(f"\nfigures: {out / 'evaluation.json'}   picture: {out / 'evaluation.png'}")

@@ -89,3 +89,15 @@ def prepare_directory(path: Path, option: str = "--out") -> None:
         TemporaryFile(dir=path).close()
     except OSError as error:
         raise ValueError(f"{option} {path} must be a directory to write to: {error}") from error
+
+
+def show(markdown: str) -> None:
+    """Print Markdown, with its tables drawn where it is a terminal that reads it."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console()
+    if console.is_terminal:
+        console.print(Markdown(markdown))
+    else:
+        typer.echo(markdown)
