@@ -39,11 +39,11 @@ coverage: $(VENV)/.installed-test ## Which lines and branches the tests run, 95%
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --cov --cov-report=term
 
 # The emulated kernels run as compiled by the oldest Triton too.
-soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that take many minutes (15 minutes)
+soak: $(VENV)/.installed-test .cache/triton-3.6/.installed ## The tests that take many minutes (12 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m soak
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --hypothesis-profile=thorough tests/properties
 
-mutation: $(VENV)/.installed-test ## Plant faults in a copy, and see the tests notice each (30 minutes)
+mutation: $(VENV)/.installed-test ## Plant faults in a copy, and see the tests notice each (10 minutes)
 	$(BIN)/python tests/mutation
 
 # See CONTRIBUTING.md. A forced ATEN_CPU_CAPABILITY breaks the C++ code that torch.compile writes,
