@@ -192,6 +192,7 @@ def _header_of(files: Sequence[Path]) -> Header:
             if file.suffix in _PICKLED:
                 raise ValueError("it is never unpickled: convert it to safetensors")
             check_regular(file)
+            file.open("rb").close()  # safe_open would call one that may not be read missing
             with safe_open(file, "pt") as tensors:
                 # A slice is read when it is indexed, and not before.
                 slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
