@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import pytest
+from torch.utils._python_dispatch import _disable_current_modes
 
 # A shell starts what runs in the background with Ctrl-C ignored, which tests of it would wait for.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -104,6 +105,20 @@ def rounding(request):
     from varied_rounding import VariedRounding
 
     with VariedRounding():
+        yield
+
+
+# What tells a dispatch mode, which --vary-rounding is, from none; and what PyTorch cannot do in one.
+_OF_NO_MODE = ("hessdiag.kernels._checks", "hessdiag.kernels.philox", "inference mode made")
+
+
+@pytest.fixture(autouse=True)
+def without_modes(request):
+    """No ``--vary-rounding`` around the tests that no dispatch mode may be around."""
+    if any(name in request.node.name for name in _OF_NO_MODE):
+        with _disable_current_modes():
+            yield
+    else:
         yield
 
 
