@@ -108,7 +108,7 @@ def rounding(request):
         yield
 
 
-# What tells a dispatch mode, which --vary-rounding is, from none; and what PyTorch cannot do in one.
+# What tells a dispatch mode, which --vary-rounding is, from none, and what fails within any.
 _OF_NO_MODE = ("hessdiag.kernels._checks", "hessdiag.kernels.philox", "inference mode made")
 
 
