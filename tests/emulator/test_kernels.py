@@ -1,8 +1,7 @@
 """The tests of the kernels once more, on what Triton compiles for a GPU."""
 
 import pytest
-
-from tests.helpers.emulation import ALL, emulate
+from emulation import ALL, emulate
 
 # Each kernel, and between them every type, alignment, layout, and size of numbers.
 SPECIALISATIONS = [

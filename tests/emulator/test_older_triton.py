@@ -1,8 +1,7 @@
 """The tests of the kernels on what the oldest Triton that they are for compiles."""
 
 import pytest
-
-from tests.helpers.emulation import ALL, ROOT, emulate
+from emulation import ALL, ROOT, emulate
 
 # As `make soak` installs it.
 OLDER_TRITON = ROOT / ".cache" / "triton-3.6"
