@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -123,8 +123,9 @@ def run() -> None:
         if isinstance(error, typer.Abort):  # Ctrl-C before the command had begun
             sys.exit(128 + signal.SIGINT)
         if isinstance(error, _USAGE_ERROR):
-            error.show()
-            sys.exit(error.exit_code)
+            wrong: Any = error
+            wrong.show()
+            sys.exit(wrong.exit_code)
         status = _status(error)
         if status is None:
             raise

@@ -47,10 +47,11 @@ def _table(path: Path, command: str) -> Mapping[str, Any]:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"--config {path} must be a file of TOML: {error}") from error
-    if not isinstance(tables.get(command), dict):
+    table: Any = tables.get(command)
+    if not isinstance(table, dict):
         found = ", ".join(f"[{name}]" for name in tables) or "nothing"
         raise ValueError(f"--config {path} must have a table [{command}], and has {found}")
-    return tables[command]
+    return table
 
 
 def _as_given(value: Any, parameter: Any, where: str) -> Any:

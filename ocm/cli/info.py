@@ -59,7 +59,10 @@ def described(loaded: Checkpoint) -> dict[str, Any]:
             name: f"{label(name)}: {_network(learned.head)}"
             for name, learned in loaded.learned.items()
         },
-        "fitted": {name: f"{len(a.table.values)} timesteps" for name, a in loaded.analytic.items()},
+        "fitted": {
+            name: f"{len(a.scaled_variances.values)} timesteps"
+            for name, a in loaded.analytic.items()
+        },
         "calibrated": {
             name: f"{len(table.values)} timesteps" for name, table in loaded.calibrations.items()
         },

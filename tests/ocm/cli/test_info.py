@@ -22,10 +22,11 @@ def invoke(*arguments):
 def checkpoint(tmp_path_factory):
     denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.flow(), "flow_prediction").freeze()
     npr = ocm.NPR(denoiser, ocm.make_head(denoiser, "simple"))
+    analytic = ocm.Analytic(denoiser, Table({1: [1.0], 1000: [0.5]}))
     table = Table({1: [1.0, 0.0], 500: [1.0, 0.0], 1000: [1.0, 0.0]})
     out = tmp_path_factory.mktemp("untrained")
     made = Checkpoint(
-        denoiser, (1, 8, 8), 17, "digits", {"npr": npr}, calibrations={"npr": table},
+        denoiser, (1, 8, 8), 17, "digits", {"npr": npr}, {"analytic": analytic}, {"npr": table},
         num_calibration=150,
     )  # fmt: skip
     checkpoints.save(made, out)
@@ -45,7 +46,7 @@ def test_all_that_a_checkpoint_holds_is_said(checkpoint):
     assert found["kept from training"] == "150 images"
     assert list(found["heads"]) == ["npr"]
     assert found["calibrated"] == {"npr": "3 timesteps"}
-    assert found["fitted"] == {}
+    assert found["fitted"] == {"analytic": "2 timesteps"}
     assert {"npr", "beta", "coloring"} <= set(found["covariances"])
     assert "ml" not in found["covariances"]
 
@@ -55,7 +56,7 @@ def test_the_same_is_said_in_lines(checkpoint):
     assert answer.exit_code == 0, answer.output
     lines = answer.output.splitlines()
     assert lines[0].split(maxsplit=1) == ["checkpoint", str(checkpoint)]
-    assert any(line.startswith("fitted") and line.endswith("none") for line in lines)
+    assert any(line.startswith("fitted") and "analytic: 2 timesteps" in line for line in lines)
     assert any(line.startswith("heads") and "npr: NPR head" in line for line in lines)
 
 
