@@ -59,9 +59,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.", r
 
 # With a head, and all. Typer has no lists of Literals, and mypy wants the names written out here.
 HeadName = Enum("HeadName", {name: name for name in LEARNED}, type=str)  # type: ignore[misc]
+CovarianceName = Enum("CovarianceName", {name: name for name in NAMES}, type=str)  # type: ignore[misc]
 # In help, where a choice of all names is too wide.
 NAME, ALL_NAMES = "NAME", f"One of {', '.join(NAMES)}."
-CovarianceName = Enum("CovarianceName", {name: name for name in NAMES}, type=str)  # type: ignore[misc]
 
 
 def resolve_device(name: str) -> torch.device:
