@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from tqdm import tqdm
 
 import ocm
 from ocm import data
@@ -34,6 +33,7 @@ from ocm.evaluation.maps import draw_maps
 from ocm.evaluation.markdown import likelihood_markdown
 from ocm.evaluation.pictures import evaluation_plot, sample_rows
 from ocm.evaluation.scores import likelihood_record, likelihood_table
+from ocm.progress import tracked
 from ocm.training.loop import mean_of_last
 from ocm.training.small_unet import small_unet
 
@@ -237,7 +237,7 @@ def _sample_rows(
     checkpoint: Checkpoint, images: data.Images, settings: DemoSettings, progress: bool
 ) -> dict[str, Tensor]:
     rows = {"held-out": images.test[:_SAMPLES_PER_ROW]}
-    for name in tqdm(("beta", "beta_tilde", "ml"), "samples", disable=not progress):
+    for name in tracked(("beta", "beta_tilde", "ml"), "samples", "rows", shown=progress):
         rows[label(name)] = ocm.sample(
             checkpoint.denoiser,
             build_covariance(name, checkpoint),

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mixtures.checks import degraded_scores, one_head
 from mixtures.errors import WeightedPoints, off_diagonal_share, variance_error, weighted_points
@@ -31,6 +30,7 @@ from ocm.covariances.learned.parameterisation import PAPER, Parameterisation
 from ocm.diffusion.denoiser import Denoiser
 from ocm.diffusion.schedules import linear
 from ocm.evaluation.environment import Row, environment
+from ocm.progress import tracked
 
 # What is measured of a task, and the keys of a record.
 _PARTS = ("training", "errors", "samples", "off_diagonal", "degraded", "one_head")
@@ -97,7 +97,7 @@ def _results(
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run_task, task, settings, device): task for task in tasks}
         done = as_completed(futures)
-        bar = tqdm(range(len(tasks)), "mixtures", unit="task", disable=not progress)
+        bar = tracked(range(len(tasks)), "mixtures", "tasks", shown=progress)
         for _, future in zip(bar, done, strict=True):
             yield futures[future], future.result()
 

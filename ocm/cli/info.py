@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,7 +25,8 @@ def info(
     from ocm.cli.inputs import model_at
 
     found = described(model_at(checkpoint, torch.device("cpu")))
-    found = {"checkpoint": str(checkpoint), **found, "size": _size(checkpoint)}
+    size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    found = {"checkpoint": str(checkpoint), **found, "size": f"{size / 1e6:.1f} MB"}
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
@@ -81,8 +81,3 @@ def _lines(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"{name}: {said}" for name, said in value.items()]
     return [", ".join(value)] if isinstance(value, list) else [str(value)]
-
-
-def _size(folder: Path) -> str:
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return f"{size / 1e6:.1f} MB in {folder}"

@@ -15,6 +15,7 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.draws import FITTING
 from ocm.diffusion.noise import labelled, noisy_prediction
 from ocm.diffusion.tables import Table
+from ocm.progress import tracked
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +218,9 @@ def _tabulate(
     timesteps: Sequence[float],
     progress: bool,
 ) -> Table:
-    from tqdm import tqdm
-
     listed = check_timesteps(timesteps)
     for t in listed:
         denoiser.schedule.check(t)
     ordered = sorted(set(listed))
-    bar = tqdm(ordered, "analytic", unit="t", disable=not progress)
-    return Table({t: [variance(t) / denoiser.schedule.level(t).beta_bar] for t in bar})
+    shown = tracked(ordered, "analytic", "timesteps", shown=progress)
+    return Table({t: [variance(t) / denoiser.schedule.level(t).beta_bar] for t in shown})

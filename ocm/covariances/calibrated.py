@@ -36,6 +36,7 @@ from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.draws import FITTING
 from ocm.diffusion.noise import labelled, noisy_prediction
 from ocm.diffusion.tables import Table
+from ocm.progress import tracked
 
 _MOST_ITERATIONS = 2000
 _TOLERANCE = 1e-7
@@ -144,8 +145,6 @@ def calibrate(
         >>> abs(covariance.at(denoiser.predict(x0, 500)).diagonal().max().item() - 0.5) < 0.05
         True
     """
-    from tqdm import tqdm
-
     check_samples(x0, labels, batch_size)
     check_range("x0_range", x0_range)
     several = tuple(covariances) if isinstance(covariances, Sequence) else (covariances,)
@@ -160,9 +159,10 @@ def calibrate(
             "timesteps must be the steps (s, t) that will be taken, for a covariance that depends "
             "on s, got timesteps t alone"
         )
-    steps = sorted({t if isinstance(t, tuple) else (None, t) for t in timesteps}, key=_by_t)
+    given = {t if isinstance(t, tuple) else (None, t) for t in timesteps}
+    steps = sorted(given, key=lambda step: (step[1], step[0] or 0))
     rows: dict[Any, list[float]] = {}
-    for s, t in tqdm(steps, label, unit="t", disable=not progress):
+    for s, t in tracked(steps, label, shown=progress):
         terms: list[Tensor] = []
         errors: list[Tensor] = []
         for first in range(0, len(x0), batch_size):
@@ -182,10 +182,6 @@ def calibrate(
         weights = fit_variance_components(torch.cat(terms, dim=1), torch.cat(errors))
         rows[t if s is None else (s, t)] = weights.tolist()
     return Calibrated(several, Table(rows), x0_range)
-
-
-def _by_t(step: tuple[float | None, float]) -> tuple[float, float]:
-    return step[1], step[0] or 0
 
 
 def fit_variance_components(variances: Tensor, squared_errors: Tensor) -> Tensor:

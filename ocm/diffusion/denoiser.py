@@ -598,15 +598,6 @@ class Denoiser:
         values, is_matrix = self._data_values(v.shape[1:], v)
         return (v.flatten(1) @ values).reshape(v.shape) if is_matrix else v * values
 
-    def mean_data_variance(self, sample_shape: torch.Size) -> float:
-        """Return the mean variance of a dimension of the data, for samples of this shape.
-
-        Raises:
-            ValueError: As :meth:`multiply_by_data_covariance`.
-        """
-        values, is_matrix = self._data_values(sample_shape, torch.empty(0, dtype=torch.float64))
-        return (values.diagonal() if is_matrix else values).mean().item()
-
     def _data_values(self, sample_shape: torch.Size, like: Tensor) -> tuple[Tensor, bool]:
         """Return the covariance of the data, and whether that is a matrix over all features."""
         if self.data_covariance is None:

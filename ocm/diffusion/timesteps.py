@@ -73,13 +73,12 @@ def even_timesteps(schedule: Schedule, K: int) -> list[float]:
         >>> even_timesteps(linear(), 5)
         [1, 251, 500, 750, 1000]
     """
-    num_timesteps = schedule.num_timesteps
-    _check_number(num_timesteps, K)
+    N = _checked(schedule, K)
     if K == 1:
-        return [num_timesteps]
-    stride = (num_timesteps - 1) / (K - 1)
+        return [N]
+    stride = (N - 1) / (K - 1)
     # The last one is N itself, whatever the rounding of the strides.
-    return _fitted(schedule, [*(1 + k * stride for k in range(K - 1)), num_timesteps])
+    return _fitted(schedule, [*(1 + k * stride for k in range(K - 1)), N])
 
 
 def trailing_timesteps(schedule: Schedule, K: int) -> list[float]:
@@ -100,8 +99,7 @@ def trailing_timesteps(schedule: Schedule, K: int) -> list[float]:
         >>> trailing_timesteps(linear(), 5)
         [200, 400, 600, 800, 1000]
     """
-    N = schedule.num_timesteps
-    _check_number(N, K)
+    N = _checked(schedule, K)
     return _fitted(schedule, [N - k * (N / K) for k in range(K)][::-1])
 
 
@@ -122,8 +120,7 @@ def leading_timesteps(schedule: Schedule, K: int, offset: int = 0) -> list[float
         >>> leading_timesteps(linear(), 5)
         [1, 201, 401, 601, 801]
     """
-    N = schedule.num_timesteps
-    _check_number(N, K)
+    N = _checked(schedule, K)
     stride = N / K if schedule.is_continuous else N // K
     timesteps = [1 + k * stride + offset for k in range(K)]
     is_whole = schedule.is_continuous or offset % 1 == 0
@@ -266,13 +263,12 @@ def quadratic_timesteps(schedule: Schedule, K: int) -> list[float]:
         >>> quadratic_timesteps(linear(), 5)
         [1, 63, 251, 563, 1000]
     """
-    num_timesteps = schedule.num_timesteps
-    _check_number(num_timesteps, K)
+    N = _checked(schedule, K)
     if K == 1:
-        return [num_timesteps]
+        return [N]
     timesteps: list[float] = [1]
     for k in range(1, K):
-        place = round(1 + (num_timesteps - 1) * (k / (K - 1)) ** 2)
+        place = round(1 + (N - 1) * (k / (K - 1)) ** 2)
         timesteps.append(max(place, timesteps[-1] + 1))
     return timesteps
 
@@ -305,8 +301,7 @@ def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[flo
         >>> optimal_timesteps(schedule, schedule.beta_bar[1:] * 0.1, 3)[1] < 500
         True
     """
-    N = schedule.num_timesteps
-    _check_number(N, K)
+    N = _checked(schedule, K)
     variances = torch.as_tensor(variances)
     fits = variances.shape == (N,) and bool(((variances >= 0) & variances.isfinite()).all())
     if not fits:
@@ -346,7 +341,9 @@ def _fitted(schedule: Schedule, timesteps: list[float]) -> list[float]:
     return timesteps if schedule.is_continuous else [round(t) for t in timesteps]
 
 
-def _check_number(num_timesteps: int, K: int) -> None:
+def _checked(schedule: Schedule, K: int) -> int:
+    """Return N, if K timesteps fit into it."""
     check_positive_int("K", K)
-    if K > num_timesteps:
-        raise ValueError(f"K must lie in 1 .. {num_timesteps}, got {K}")
+    if K > schedule.num_timesteps:
+        raise ValueError(f"K must lie in 1 .. {schedule.num_timesteps}, got {K}")
+    return schedule.num_timesteps

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.diffusion.noise import labelled
 from ocm.evaluation.scores import estimate
 from ocm.likelihoods.budget import likelihood_settings
 from ocm.likelihoods.log_likelihood import log_likelihood
+from ocm.progress import tracked
 
 # Images that settings are measured on.
 _PILOTS = 4
@@ -54,7 +54,7 @@ def ode_bits_per_dim(
     parts: list[Tensor] = []
     stated: dict[str, list[Tensor]] = {"probes": [], "dequantisation": []}
     starts = range(0, len(images), batch_size)
-    for first in tqdm(starts, "log-likelihood", unit="batch", disable=not progress):
+    for first in tracked(starts, "log-likelihood", "batches", shown=progress):
         batch = images[first : first + batch_size].to(denoiser.device)
         found = log_likelihood(
             denoiser,

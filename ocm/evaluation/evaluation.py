@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ocm.checkpoints.catalogue import CovarianceSettings, build_covariance
 from ocm.checkpoints.checkpoint import Checkpoint
 from ocm.checkpoints.fitting import fitted
@@ -25,6 +23,7 @@ from ocm.evaluation.distances import frechet_caution
 from ocm.evaluation.markdown import likelihood_markdown, quality_markdown
 from ocm.evaluation.samples import Quality, draw, median_distance, quality
 from ocm.evaluation.scores import likelihood_record, likelihood_table, steps_of
+from ocm.progress import tracked
 from ocm.sampling.likelihood import Decoder
 from ocm.sampling.samplers import Sampler, ddim, ddpm
 
@@ -291,7 +290,7 @@ def _quality(
     for title, sampler in SAMPLERS.items():
         table: dict[str, dict[int, Quality]] = {name: {} for name in rows}
         cells = [(name, K) for name in rows for K in settings.step_counts]
-        for name, K in tqdm(cells, f"samples of {title}", disable=not progress):
+        for name, K in tracked(cells, f"samples of {title}", "cells", shown=progress):
             found = parts.json(f"{title} {name} {K}", partial(cell, sampler, name, K))
             table[name][K] = Quality(*found)
         record["quality"][title] = {

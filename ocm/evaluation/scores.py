@@ -23,6 +23,7 @@ from ocm.diffusion.noise import labelled, noisy_prediction
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.tables import Table
 from ocm.diffusion.timesteps import even_timesteps, reverse_steps
+from ocm.progress import tracked
 from ocm.sampling.likelihood import Decoder, check_images, decoder_term, prior_term, step_term
 from ocm.sampling.samplers import X0_RANGE
 
@@ -148,8 +149,6 @@ def likelihoods(
         FloatingPointError: If a bound is not finite.
         ValueError: If the images are not on the grid.
     """
-    from tqdm import tqdm
-
     check_images(images, levels)
     calibrations = calibrations or {}
     rows = [*covariances, *(name + CALIBRATED for name in calibrations)]
@@ -195,7 +194,7 @@ def likelihoods(
         return found
 
     work = [(first, t) for first in range(0, len(images), batch_size) for t in visits]
-    for first, t in tqdm(work, "bits/dim", unit="t", disable=not progress):
+    for first, t in tracked(work, "bits/dim", "timesteps", shown=progress):
         found = parts.tensors(f"bits from {first:08d} at {t}", partial(terms, first, t))
         for row, (K, _) in itertools.product(rows, visits[t]):
             totals[row][K][first : first + batch_size] += found[f"{row} {K}"]

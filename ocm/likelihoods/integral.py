@@ -24,6 +24,7 @@ import hessdiag
 from ocm.likelihoods.probability_flow import Place, ProbabilityFlow
 from ocm.likelihoods.settings import LikelihoodSettings
 from ocm.likelihoods.solvers import SOLVERS, evaluation_places, evaluation_weights, solve
+from ocm.progress import tracked
 
 # Degrees of freedom enough for a standard error, from few products.
 _MOST_GROUPS = 8
@@ -139,8 +140,6 @@ def _fixed(
     probing: Probing,
     progress: bool,
 ) -> tuple[Tensor, _Sums]:
-    from tqdm import tqdm
-
     method = SOLVERS[settings.solver]
     places = ode.places(evaluation_places(method, mesh))
     weights = evaluation_weights(method, mesh)
@@ -152,7 +151,7 @@ def _fixed(
         sums.add(J, places[k], weights[k])
         return ode.velocity(shown, J, places[k]).double()
 
-    steps = tqdm(range(len(mesh) - 1), "log-likelihood", unit="step", disable=not progress)
+    steps = tracked(range(len(mesh) - 1), "log-likelihood", shown=progress)
     return solve(method, velocity, z, mesh, steps), sums.total()
 
 

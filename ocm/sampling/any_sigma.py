@@ -156,7 +156,8 @@ def _at_nearest(
     check_batch("x", x)
     if not isinstance(sigma, (int, float, Tensor)):
         raise TypeError(f"sigma must be a number or a tensor, got {type(sigma).__name__}")
-    levels = torch.as_tensor(sigma, dtype=torch.float64, device=_device_of(sigma)).reshape(-1)
+    device = getattr(sigma, "device", "cpu")
+    levels = torch.as_tensor(sigma, dtype=torch.float64, device=device).reshape(-1)
     if len(levels) not in (1, len(x)):
         raise ValueError(
             f"sigma must be one number, or one for each of {len(x)} samples, got {len(levels)}"
@@ -176,7 +177,3 @@ def _at_nearest(
     timestep = t.item() if len(t) == 1 else t.to(x.device)
     prediction = denoiser.predict(x_t, timestep, condition=condition, sample_offset=sample_offset)
     return prediction, per_sample(p, wide), per_sample(q, wide)
-
-
-def _device_of(sigma: float | Tensor) -> torch.device:
-    return sigma.device if isinstance(sigma, Tensor) else torch.device("cpu")

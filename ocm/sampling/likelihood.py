@@ -44,6 +44,7 @@ from ocm.diffusion.divergences import (
 from ocm.diffusion.noise import noisy_prediction
 from ocm.diffusion.schedules import full_precision
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.progress import tracked
 from ocm.sampling.finite import all_finite, check_step
 from ocm.sampling.samplers import X0_RANGE
 
@@ -144,8 +145,6 @@ def bits_per_dim(
         >>> abs(bits.total.mean().item() - 2.05) < 0.1
         True
     """
-    from tqdm import tqdm
-
     check_covariance(covariance)
     check_range("x0_range", x0_range)
     if levels is None:
@@ -180,8 +179,7 @@ def bits_per_dim(
             check_step(bits, prediction, covariance, stated)
         return bits
 
-    bar = tqdm(noisy_steps, "bits/dim", unit="step", disable=not progress)
-    terms = [term(t, s) for s, t in bar]
+    terms = [term(t, s) for s, t in tracked(noisy_steps, "bits/dim", shown=progress)]
     bits = BitsPerDim(
         prior=prior_term(denoiser, x0),
         steps=torch.stack(terms, dim=1) if terms else torch.zeros(len(x0), 0).double(),

@@ -35,6 +35,7 @@ from ocm.diffusion.conditions import Condition
 from ocm.diffusion.denoiser import Denoiser, Prediction
 from ocm.diffusion.schedules import Schedule
 from ocm.diffusion.timesteps import reverse_steps, timesteps_of
+from ocm.progress import tracked
 from ocm.sampling.finite import all_finite, check_step
 
 
@@ -247,8 +248,6 @@ def sample(
         >>> x0.shape, abs(x0.std().item() - 1) < 0.1
         (torch.Size([64, 1, 4, 4]), True)
     """
-    from tqdm import tqdm
-
     check_options(denoiser, covariance, sampler, x0_range, dtype)
     if max_last_noise is not None and not max_last_noise >= 0.0:
         raise ValueError(f"max_last_noise must be at least 0, got {max_last_noise}")
@@ -258,8 +257,7 @@ def sample(
     def run(watched: bool) -> Tensor:
         x = starting_noise(denoiser, shape, timesteps[-1], seed, sample_offset).to(dtype)
         take = sampler.start() if isinstance(sampler, Multistep) else partial(_step_of, sampler)
-        bar = tqdm(reverse_steps(timesteps), "sampling", unit="step", disable=not progress)
-        for s, t in bar:
+        for s, t in tracked(reverse_steps(timesteps), "sampling", shown=progress):
             prediction = denoiser.predict(
                 x, t, s=s, condition=condition, sample_offset=sample_offset
             )

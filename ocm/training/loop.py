@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 
 from ocm.diffusion.backbones.wrappers import is_part
 from ocm.diffusion.checks import check_positive_int
+from ocm.progress import tracked
 from ocm.training.batches import (
     Conditions,
     ImageSource,
@@ -135,8 +136,6 @@ def train(
         >>> abs(line.weight.item() - 3) < 0.1
         True
     """
-    from tqdm import tqdm
-
     check_positive_int("num_timesteps", num_timesteps)
     check_data(images, conditions)
     path = None if directory is None else Path(directory)
@@ -171,7 +170,7 @@ def train(
             losses += _resume(training, path, run, resume, replace_other)
         first = len(losses)
         if first and main and progress:
-            tqdm.write(f"the {name} goes on from step {first} of {settings.num_steps}", sys.stderr)
+            print(f"the {name} goes on from step {first} of {settings.num_steps}", file=sys.stderr)
         rate_of_step = _rate_of_step(settings)
         batches = MicroBatches(
             images,
@@ -182,13 +181,12 @@ def train(
             processes.count,
             is_continuous,
         )
-        bar = tqdm(
+        steps = tracked(
             range(first, settings.num_steps),
             name,
-            initial=first,
-            total=settings.num_steps,
-            unit="step",
-            disable=not (progress and main),
+            shown=progress and main,
+            done=first,
+            note=lambda: f"loss {mean_of_last(losses):.4f}" if losses else "",
         )
         writer: SummaryWriter | None = None
         if tensorboard and main:
@@ -198,14 +196,12 @@ def train(
         interruption = Interruption() if path is None else stack.enter_context(waiting_signals())
         # After that, since the processes that read images get a Ctrl-C too, and must stay.
         loader = iter(batches.from_step(first))
-        for step in bar:
+        for step in steps:
             rate = rate_of_step(step)
             value, stop = _agreed(training, _backward(training, loss, loader, step), interruption)
             _check_finite(training, "loss", value, step)
             _update(training, rate, step)
             losses.append(value)
-            if step % 10 == 0:
-                bar.set_postfix(loss=f"{mean_of_last(losses):.4f}")
             if writer is not None:
                 writer.add_scalar("loss", value, step)
                 writer.add_scalar("learning_rate", rate, step)

@@ -25,7 +25,7 @@ RIGHT = {
 WORK = [
     (samples, "sample"),
     (scores, "likelihoods"),
-    (calibrated, "_by_t"),
+    (calibrated, "noisy_prediction"),
     (workflow, "train_denoiser"),
     (workflow, "train_head"),
 ]

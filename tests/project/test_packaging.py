@@ -70,8 +70,8 @@ def test_the_wheel_holds_every_module(wheel_files):
 
 EXTRAS = [
     *("accelerate", "datasets", "diffusers", "huggingface_hub", "matplotlib", "PIL", "pynvml"),
-    *("pytest", "pytest_benchmark", "safetensors", "scipy", "sklearn", "torchdiffeq"),
-    *("torchmetrics", "tqdm", "typer"),
+    *("pytest", "pytest_benchmark", "rich", "safetensors", "scipy", "sklearn", "torchdiffeq"),
+    *("torchmetrics", "typer"),
 ]
 
 

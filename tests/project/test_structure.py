@@ -13,7 +13,7 @@ import hessdiag.kernels
 ROOT = Path(__file__).parents[2]
 # Every floor imports from itself and from those below.
 FLOORS = (
-    {"ocm.diffusion", "ocm.files"},
+    {"ocm.diffusion", "ocm.files", "ocm.progress"},
     {"ocm.covariances", "ocm.data", "ocm.images"},
     {"ocm.sampling", "ocm.training", "ocm.checkpoints"},
     {"ocm.likelihoods"},

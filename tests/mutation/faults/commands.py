@@ -1,4 +1,4 @@
-"""Faults of the command line: options that do not arrive."""
+"""Faults of the command line: options that do not arrive, progress that is not so."""
 
 from __future__ import annotations
 
@@ -76,5 +76,28 @@ FAULTS = [
             "held_back(loaded, images, 512)",
         ),
         ("--steps of the calibration lost", "steps or [5, 10, 25, 50]", "[5, 10, 25, 50]"),
+    ),
+    *in_file(
+        "ocm/progress.py",
+        ("tests/ocm/test_progress.py",),
+        (
+            "the time left of what was done before too",
+            "elapsed / (count - done)",
+            "elapsed / count",
+        ),
+        ("a log as often as a bar", "_REDRAW if console.is_terminal else _RELOG", "_REDRAW"),
+        ("no picture at the end", "if count == total or time.", "if time."),
+        ("the rest of a longer picture left", "{text:{room}.{room}}", "{text:.{room}}"),
+        (
+            "an error on the line of a bar",
+            "        if console.is_terminal:\n            console.out()",
+            "        pass",
+        ),
+    ),
+    *in_file(
+        "ocm/cli/app.py",
+        ("tests/ocm/test_progress.py", "-k", "ends_its_bar"),
+        ("an error after the bar", "traceback.clear_frames(error.__traceback__)", "pass"),
+        ("an interruption after the bar", "traceback.clear_frames(stop.__traceback__)", "pass"),
     ),
 ]
