@@ -78,11 +78,8 @@ def tracked(
 
 
 def _text(count: int, done: int, total: int, unit: str, elapsed: float, note: str) -> str:
-    parts = [f"{count}/{total} {unit}", _clock(elapsed)]
+    parts = [f"{count}/{total} {unit}", f"{timedelta(seconds=round(elapsed))}"]
     if done < count < total:
-        parts.append(f"{_clock(elapsed / (count - done) * (total - count))} left")
+        left = elapsed / (count - done) * (total - count)
+        parts.append(f"{timedelta(seconds=round(left))} left")
     return ", ".join(filter(None, [*parts, note]))
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))

@@ -668,7 +668,7 @@ class Denoiser:
         return output, aux
 
     def _input(self, x_t: Tensor, t: float | Tensor) -> Tensor:
-        """Return what the network is shown of x_t, in the type of its weights if that is half."""
+        """Return what the network is shown of x_t, in the type of its weights if one is half."""
         if self.prediction_type in PRECONDITIONED:
             x_t = self._factors(t, x_t)[2] * x_t
         return in_type_of(self.backbone, x_t)

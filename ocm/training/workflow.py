@@ -176,6 +176,7 @@ def train_checkpoint(
     learned, head_losses = dict(base.learned), {}
     for name in dict.fromkeys(heads.names):
         learned[name] = _untrained(name, base, images, heads)
+        origin = f" from {heads.start_from}" if name == "ml" and heads.start_from else ""
         losses = train_head(
             learned[name],
             shown.train,
@@ -183,7 +184,7 @@ def train_checkpoint(
             labels=shown.train_labels if base.denoiser.takes_labels else None,
             conditions=shown.train_conditions,
             null_conditions=shown.null_conditions,
-            name=f"{name} head",
+            name=f"{name} head{origin}",  # a state goes on from the same
             directory=out / "training" / name,
             **loop,
         )

@@ -87,7 +87,7 @@ def _device_of_hook(module: nn.Module) -> torch.device | None:
 
 
 def in_type_of(backbone: nn.Module, x: Tensor) -> Tensor:
-    """Return x in the type in which the backbone computes, if that is half precision.
+    """Return x in the type in which the backbone computes, if one of them is half precision.
 
     Example:
         >>> in_type_of(nn.Linear(1, 1).bfloat16(), torch.zeros(1)).dtype
@@ -99,7 +99,8 @@ def in_type_of(backbone: nn.Module, x: Tensor) -> Tensor:
     if not isinstance(stated, torch.dtype):
         weights = (p.dtype for p in backbone.parameters() if p.is_floating_point())
         stated = next(weights, x.dtype)
-    return x.to(stated) if stated in (torch.float16, torch.bfloat16) else x
+    half = (torch.float16, torch.bfloat16)
+    return x.to(stated) if stated in half or x.dtype in half else x
 
 
 def has_adapters(backbone: nn.Module) -> bool:

@@ -179,5 +179,10 @@ FAULTS = [
             "base.learned[heads.start_from], **of_bound",
             "base.learned[heads.start_from]",
         ),
+        (
+            "a state of a start from another head goes on",
+            'f" from {heads.start_from}" if',
+            '"" if',
+        ),
     ),
 ]

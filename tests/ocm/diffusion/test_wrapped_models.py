@@ -75,6 +75,17 @@ def test_half_precision_backbones_do_all_that_others_do(dtype):
             assert ocm.bits_per_dim(half, covariance, x0, 2).total.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_samples_of_half_precision_from_a_backbone_of_float32(dtype):
+    denoiser = denoiser_of(make_unet())
+    expected = ocm.sample(denoiser, ocm.Beta(denoiser), SHAPE, 4)
+    for covariance in (ocm.Beta(denoiser), *covariances_of(denoiser)):
+        images = ocm.sample(denoiser, covariance, SHAPE, 4, dtype=dtype)
+        assert images.dtype == dtype
+        if isinstance(covariance, ocm.Beta):
+            torch.testing.assert_close(images.float(), expected, atol=0.05, rtol=0)
+
+
 def test_a_head_on_a_half_precision_backbone_is_trained_in_float32():
     settings = ocm.TrainingSettings(num_steps=3, batch_size=2, seed=0)
     images = torch.rand(4, *SHAPE[1:], generator=torch.Generator().manual_seed(2))

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 
 import ocm
@@ -11,6 +12,7 @@ from ocm.diffusion.tables import Table
 from ocm.training import workflow
 from ocm.training.settings import TrainingSettings
 from ocm.training.small_unet import small_unet
+from ocm.training.state import TrainingStateError
 from ocm.training.workflow import NewHeads, train_checkpoint
 
 X = torch.linspace(-1, 1, 20).reshape(-1, 1, 1, 1).expand(-1, 1, 4, 4)
@@ -61,3 +63,22 @@ def test_heads_start_from_the_seed_that_is_given(tmp_path, monkeypatch):
     name = next(key for key in made[0] if key.endswith("weight") and "2" in key)
     assert torch.equal(made[0][name], made[1][name])
     assert not torch.equal(made[0][name], made[2][name])
+
+
+def test_a_state_goes_on_from_the_same_head_alone(tmp_path):
+    denoiser = ocm.Denoiser(small_unet((1, 4, 4), width=8), ocm.cosine()).freeze()
+    heads = {
+        name: ocm.NPR(denoiser, ocm.make_head(denoiser, "simple", seed=seed))
+        for seed, name in enumerate(("npr", "sn"))
+    }
+    start, images = Checkpoint(denoiser, (1, 4, 4), 21, "numbers", heads), Images("X", X, X[:4], 21)
+
+    def trained(start_from):
+        new = NewHeads(TrainingSettings(1, batch_size=4), ("ml",), start_from=start_from)
+        return train_checkpoint(images, start, new, tmp_path, progress=False)
+
+    trained("npr")
+    trained("npr")
+    said = "name was 'ml head from npr', now it is 'ml head from sn'"
+    with pytest.raises(TrainingStateError, match=said):
+        trained("sn")
