@@ -10,8 +10,8 @@ numbered apart: those of timestep t start at ``probe_offset = of_level(t) * M``.
 of_level(t)            the noise of a sampler's step from t; of x_t in scores, at t
 X0 + of_level(t)       of x0 given x_t, where a sampler draws it
 MEASUREMENT + the same of a measurement, beside it
-FITTING + of_level(t)  of x_t, on which analytic variances and calibrations are fitted
 DECODED + k            the k-th draw of x0 that a decoder of latents shows
+FITTING + of_level(t)  of x_t, on which analytic variances and calibrations are fitted
 DEQUANTISATION + k     the k-th draw within the bins of images
 CHAINS                 which chain of few steps a training sample is of
 CLASSES                which training samples are shown without their class
@@ -27,8 +27,8 @@ START = 0
 _FRACTIONS = 1024
 X0 = 2**29
 MEASUREMENT = 2**30
+DECODED = 2**30 + 2**29
 FITTING = 2**31
-DECODED = 2**30
 DEQUANTISATION = 2**31 + 2**30
 CHAINS = 2**32 - 5
 CLASSES = 2**32 - 4

@@ -1,5 +1,6 @@
 """Every path and prediction type against the closed forms of Gaussian and mixture data."""
 
+import itertools
 import math
 
 import pytest
@@ -281,3 +282,13 @@ def test_draws_of_timesteps_are_told_apart():
     assert len(set(numbers)) == len(times)
     assert draws.of_level(7.0) == draws.of_level(7) == 7
     assert math.log2(max(numbers) * 2000) < 32  # with 2,000 probes they still fit the contract
+
+
+def test_no_two_uses_of_a_seed_share_a_step():
+    """Levels of N = 4,000, and a million draws, fit between each two."""
+    room = max(draws.of_level(3999.999), 10**6)
+    first = [draws.START, draws.X0, draws.MEASUREMENT, draws.DECODED, draws.FITTING]
+    first += [draws.DEQUANTISATION, draws.CHAINS]
+    assert all(b - a > room for a, b in itertools.pairwise(first))
+    single = [draws.CHAINS, draws.CLASSES, draws.ENCODER, draws.MIXTURE, draws.TRAINING]
+    assert single == [*range(2**32 - 5, 2**32)]
