@@ -91,8 +91,9 @@ for name, values in errors.items():
 # gains depends on the Jacobian: a denoiser of stronger noise looks further around, and gains less.
 
 figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
-for (name, values), marker in zip(errors.items(), "osD^", strict=True):
-    axis.loglog(counts, values, marker=marker, label=name)
+styles = ("o-", "s--", "D-", "^-")  # the first two lines lie upon each other
+for (name, values), style in zip(errors.items(), styles, strict=True):
+    axis.loglog(counts, values, style, label=name)
 axis.set(xlabel="products M", ylabel="relative error")
 axis.set_xticks(counts, counts)
 axis.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["5%", "10%", "20%", "50%", "100%"])
