@@ -209,7 +209,9 @@ def _by_rows(products: Products, request: Request, probes: ProbeName, notes: lis
     affordable = NUM_PILOTS <= _MOST_FOR_PILOTS * request.max_probes
     designs: list[ProbeDesign] = []
     if probes == "auto":
-        if not affordable and features <= request.max_probes:
+        # Products that choose are worth it where they leave a choice, of colorings or unit vectors.
+        chooses = affordable and (geometry or features <= rest)
+        if features <= request.max_probes and not chooses:
             return _unit_vectors(features, notes)
         if not affordable:
             return Start([Lane(Rademacher())])

@@ -356,10 +356,6 @@ def estimate_over_parameters(
         )  # fmt: skip
         notes: list[str] = []
     else:
-        if probes == "auto" or (isinstance(probes, ProbeDesign) and probes.is_exact):
-            # That many unit vectors are the whole answer.
-            max_probes = min(max_probes, tree.size)
-
         def flat_products(flat: Tensor) -> Tensor:
             rows = [
                 torch.cat([leaf.reshape(-1) for leaf in products(tree.split(probe[0]))])[None]

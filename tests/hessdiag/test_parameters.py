@@ -235,6 +235,20 @@ def test_no_more_unit_vectors_than_there_are_parameters(probes):
     assert torch.equal(result.diagonal, torch.full((5,), 6.0))
 
 
+@pytest.mark.parametrize("max_probes", [50, 51, 52, 60, 400, 2000])
+def test_a_tolerance_that_auto_cannot_miss(max_probes):
+    """The unit vectors always fit, whatever two rows seem to say."""
+    A = torch.randn(50, 50, generator=torch.Generator().manual_seed(0))
+    H = A @ A.T
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: 0.5 * p @ H @ p, torch.zeros(50), max_probes=max_probes, probes="auto", rtol=0.05
+    )
+    assert result.converged
+    error = (result.diagonal - H.diagonal()).square().mean().sqrt()
+    assert error <= 0.05 * H.diagonal().square().mean().sqrt()
+    assert "UnitVectors" in result.note or "unit vectors" in result.note
+
+
 def test_one_number_for_each_tensor(problem):
     H = problem.hessian().diagonal()
     result = hessdiag.parameter_hessian_diagonal(
