@@ -14,10 +14,12 @@ import torch
 
 from hessdiag.bases import Basis, dct
 from hessdiag.blocks import BlockDiagonalEstimate, block_diagonal
+from hessdiag.compat import NotDifferentiableError
 from hessdiag.estimate import DiagonalEstimate, estimate, hutchinson
 from hessdiag.fixed import FixedProbes, fixed_probes
 from hessdiag.gauss_newton import gauss_newton_diagonal
 from hessdiag.hessians import hessian_diagonal
+from hessdiag.inner_gradients import ConstantGradientError
 from hessdiag.jacobian import Jacobian
 from hessdiag.lanczos import lanczos
 from hessdiag.matrices import exact, jacobian
@@ -40,10 +42,12 @@ __all__ = [
     "Basis",
     "BlockDiagonalEstimate",
     "Coloring",
+    "ConstantGradientError",
     "DiagonalEstimate",
     "FixedProbes",
     "Jacobian",
     "Normal",
+    "NotDifferentiableError",
     "ParameterDiagonal",
     "ProbeDesign",
     "Rademacher",

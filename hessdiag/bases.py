@@ -27,7 +27,8 @@ class Basis:
         num_axes: How many axes a sample must have, so that no axis of the batch is mixed.
 
     Example:
-        >>> flip = Basis(lambda x: x.flip(-1), lambda x: x.flip(-1))
+        >>> import torch, hessdiag
+        >>> flip = hessdiag.Basis(lambda x: x.flip(-1), lambda x: x.flip(-1))
         >>> flip.analyse(torch.arange(3))
         tensor([2, 1, 0])
     """
@@ -75,7 +76,8 @@ def dct(num_axes: int = 2) -> Basis:
         ValueError: If it is below 1.
 
     Example:
-        >>> basis = dct()
+        >>> import torch, hessdiag
+        >>> basis = hessdiag.dct()
         >>> basis.analyse(torch.ones(1, 1, 2, 2)).round(decimals=3) + 0.0
         tensor([[[[2., 0.],
                   [0., 0.]]]])

@@ -35,8 +35,9 @@ class BlockDiagonalEstimate:
         note: What a reader should know of how it was done, or "".
 
     Example:
+        >>> import torch, hessdiag
         >>> mix = torch.nn.Conv2d(3, 3, kernel_size=1)
-        >>> result = block_diagonal(mix, torch.zeros(2, 3, 2, 2))    # a block for each pixel
+        >>> result = hessdiag.block_diagonal(mix, torch.zeros(2, 3, 2, 2))    # of each pixel
         >>> result.blocks.shape
         torch.Size([2, 4, 3, 3])
         >>> bool((result.blocks - mix.weight[:, :, 0, 0]).abs().max() < 1e-6)
@@ -84,15 +85,20 @@ def block_diagonal(
         probe_offset: Number of the first sign vector.
         ways: As in :func:`hessdiag.estimate`.
 
+    Returns:
+        A :class:`BlockDiagonalEstimate`, whose ``blocks`` and ``stderr`` have the same shape.
+
     Raises:
         TypeError: As :func:`hessdiag.estimate`.
         ValueError: As :func:`hessdiag.estimate`; if the partition does not fit x, has an empty
             block, ``max_probes`` is below k, or it is given for the exact blocks.
 
     Example:
+        >>> import torch, hessdiag
         >>> A = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 9.0], [9.0, 9.0, 5.0]])
         >>> partition = torch.tensor([0, 0, 1])
-        >>> block_diagonal(lambda x: x @ A.T, torch.zeros(1, 3), partition=partition).blocks
+        >>> f = lambda x: x @ A.T
+        >>> hessdiag.block_diagonal(f, torch.zeros(1, 3), partition=partition).blocks
         tensor([[[[1., 2.],
                   [3., 4.]],
         <BLANKLINE>

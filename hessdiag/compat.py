@@ -25,7 +25,16 @@ TORCH_VERSION = tuple(int(part) for part in re.findall(r"\d+", torch.__version__
 
 
 class NotDifferentiableError(ValueError):
-    """The derivative of ``score_fn`` at x cannot be had in the chosen mode."""
+    """The derivative of ``score_fn`` at x cannot be had in the chosen mode; the message says why.
+
+    Example:
+        >>> import torch, hessdiag
+        >>> try:
+        ...     hessdiag.exact(lambda x: x.detach().sin(), torch.zeros(1, 2))
+        ... except hessdiag.NotDifferentiableError as error:
+        ...     print(str(error)[:42])
+        the output of score_fn does not depend on
+    """
 
 
 # What PyTorch raises where a derivative cannot be had has no type of its own: a part of the

@@ -31,9 +31,9 @@ class DiagonalEstimate:
 
     Attributes:
         diagonal: Shape (B, ...), in float32, or float64 for float64 inputs.
-        stderr: Standard error of each entry, zero where it is exact, else infinite where it rests
-            on one block of probes. From five blocks or fewer it may be more than what the entry's
-            own blocks show, see :func:`hessdiag.intervals.standard_error`.
+        stderr: Standard error of each entry, zero where it is known to be exact, infinite where it
+            rests on one block of probes. An entry whose blocks all agree takes a part of the mean
+            variance instead of none, see :func:`hessdiag.intervals.standard_error`.
         num_probes: Products taken for each sample, those that measured the decay included; int64
             of shape (B,).
         num_blocks: Independent blocks of probes behind each sample; int64 of shape (B,).
@@ -179,10 +179,15 @@ def estimate(
         ways: How ``score_fn`` is evaluated: ``mode``, ``batching``, ``compile``, ``autocast``,
             ``basis`` and ``differentiable``, as :class:`hessdiag.Jacobian` has them.
 
+    Returns:
+        A :class:`DiagonalEstimate`, whose ``diagonal`` and ``stderr`` have the shape of x.
+
     Raises:
         TypeError: If an argument or the output of ``score_fn`` is of the wrong type or dtype.
         ValueError: If a value is out of range, x is not finite, the design does not fit x or
-            ``max_probes``, or ``score_fn`` returns another shape or does not depend on x.
+            ``max_probes``, or ``score_fn`` returns another shape.
+        NotDifferentiableError: A ValueError: if ``score_fn`` does not depend on x, or has no
+            derivative.
 
     Example:
         >>> import torch, hessdiag

@@ -153,6 +153,9 @@ def fixed_probes(
         sample_offset: Number of the first sample.
         probe_offset: Number of the first probe, a multiple of the design's block.
 
+    Returns:
+        The probes, a design that any estimator takes as ``probes``.
+
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a value is out of range, or no block fits ``max_probes``.

@@ -67,14 +67,19 @@ def gauss_newton_diagonal(
         seed: Seed of the probes.
         probe_offset: Number of the first probe.
 
+    Returns:
+        A :class:`ParameterDiagonal`; ``diagonal`` and ``stderr`` are trees like the parameters.
+
     Raises:
         TypeError: As :func:`hessdiag.parameter_hessian_diagonal`.
         ValueError: As :func:`hessdiag.parameter_hessian_diagonal`.
 
     Example:
+        >>> import torch, hessdiag
         >>> A = torch.tensor([[1.0, 2.0]])
         >>> model, loss = lambda w: A @ w, lambda y: y.pow(2).sum() / 2
-        >>> gauss_newton_diagonal(model, loss, torch.zeros(2), max_probes=2, probes="auto").diagonal
+        >>> options = {"max_probes": 2, "probes": "auto"}
+        >>> hessdiag.gauss_newton_diagonal(model, loss, torch.zeros(2), **options).diagonal
         tensor([1., 4.])
     """
     tree = ParameterTree.of(parameters)

@@ -51,12 +51,17 @@ def hessian_diagonal(
         probe_offset: Number of the first probe.
         ways: As in :func:`hessdiag.estimate`.
 
+    Returns:
+        A :class:`DiagonalEstimate`, whose ``diagonal`` and ``stderr`` have the shape of x.
+
     Raises:
         TypeError: As :func:`hessdiag.estimate`.
         ValueError: As :func:`hessdiag.estimate`, or if f returns another shape.
 
     Example:
-        >>> result = hessian_diagonal(lambda x: x.pow(3).sum(dim=1), torch.ones(1, 2), max_probes=1)
+        >>> import torch, hessdiag
+        >>> energy = lambda x: x.pow(3).sum(dim=1)
+        >>> result = hessdiag.hessian_diagonal(energy, torch.ones(1, 2), max_probes=1)
         >>> result.diagonal
         tensor([[6., 6.]])
     """

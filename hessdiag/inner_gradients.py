@@ -32,7 +32,17 @@ _REMEDY = (
 
 
 class ConstantGradientError(NotDifferentiableError):
-    """``score_fn`` holds a gradient that is a constant for automatic differentiation."""
+    """``score_fn`` holds a gradient that is a constant for automatic differentiation.
+
+    Example:
+        >>> import torch, hessdiag
+        >>> score_fn = lambda x: torch.autograd.grad(x.pow(4).sum(), x)[0]    # no create_graph
+        >>> try:
+        ...     hessdiag.exact(score_fn, torch.ones(1, 2))
+        ... except hessdiag.ConstantGradientError as error:
+        ...     print(str(error)[:25])
+        score_fn takes a gradient
+    """
 
 
 class _Watch:

@@ -102,8 +102,9 @@ class Jacobian:
             at the first evaluation.
 
     Example:
+        >>> import torch, hessdiag
         >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> J = Jacobian(lambda x: x @ A.T, torch.ones(1, 2), mode="jvp")
+        >>> J = hessdiag.Jacobian(lambda x: x @ A.T, torch.ones(1, 2), mode="jvp")
         >>> J.output
         tensor([[3., 7.]])
         >>> J.products(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
@@ -113,7 +114,7 @@ class Jacobian:
 
         With further tensors, which are what the function returned beside its output:
 
-        >>> J = Jacobian(lambda x: (x.sin(), x.square()), torch.ones(1, 2), has_aux=True)
+        >>> J = hessdiag.Jacobian(lambda x: (x.sin(), x.square()), torch.ones(1, 2), has_aux=True)
         >>> J.aux
         tensor([[1., 1.]])
     """
@@ -218,7 +219,8 @@ class Jacobian:
         products is taken for the others.
 
         Example:
-            >>> J = Jacobian(torch.sin, torch.zeros(1, 2))
+            >>> import torch, hessdiag
+            >>> J = hessdiag.Jacobian(torch.sin, torch.zeros(1, 2))
             >>> J.expect(16)
             >>> _ = J.products(torch.ones(1, 1, 2))
             >>> J.batching
@@ -237,9 +239,11 @@ class Jacobian:
             ValueError: If it does.
 
         Example:
+            >>> import torch, hessdiag
             >>> x = torch.tensor([[1.0, 2.0], [3.0, 5.0]])
-            >>> Jacobian(torch.sin, x).check_samples_alone()
-            >>> Jacobian(lambda x: x - x.flip(0), x).check_samples_alone()    # doctest: +ELLIPSIS
+            >>> hessdiag.Jacobian(torch.sin, x).check_samples_alone()
+            >>> coupled = hessdiag.Jacobian(lambda x: x - x.flip(0), x)
+            >>> coupled.check_samples_alone()    # doctest: +ELLIPSIS
             Traceback (most recent call last):
             ...
             ValueError: score_fn must act on each sample alone, ...
@@ -250,8 +254,10 @@ class Jacobian:
         """Return the operator in another basis; both share one evaluation.
 
         Example:
-            >>> J = Jacobian(torch.sin, torch.zeros(1, 2))
-            >>> J.in_basis(Basis(torch.negative, torch.negative)).products(torch.ones(1, 1, 2))
+            >>> import torch, hessdiag
+            >>> J = hessdiag.Jacobian(torch.sin, torch.zeros(1, 2))
+            >>> basis = hessdiag.Basis(torch.negative, torch.negative)
+            >>> J.in_basis(basis).products(torch.ones(1, 1, 2))
             tensor([[[1., 1.]]])
         """
         check_basis(basis, self.x)
@@ -263,8 +269,9 @@ class Jacobian:
         """Return the operator of the same function and point in another mode.
 
         Example:
+            >>> import torch, hessdiag
             >>> A = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
-            >>> J = Jacobian(lambda x: x @ A.T, torch.zeros(1, 2), mode="vjp")
+            >>> J = hessdiag.Jacobian(lambda x: x @ A.T, torch.zeros(1, 2), mode="vjp")
             >>> J.in_mode("jvp").products(torch.tensor([[[0.0, 1.0]]]))
             tensor([[[1., 0.]]])
         """

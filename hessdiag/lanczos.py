@@ -34,8 +34,9 @@ def lanczos(products: Products, start: Tensor, num_probes: int) -> tuple[Tensor,
         ValueError: If it is below 1, or products are of another shape.
 
     Example:
+        >>> import torch, hessdiag
         >>> A = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-        >>> V, T = lanczos(lambda v: v @ A, torch.tensor([[1.0, 0.0]]), 2)
+        >>> V, T = hessdiag.lanczos(lambda v: v @ A, torch.tensor([[1.0, 0.0]]), 2)
         >>> T
         tensor([[[2., 1.],
                  [1., 3.]]])

@@ -46,8 +46,9 @@ def exact(
             shape, does not depend on x, or couples the samples.
 
     Example:
+        >>> import torch, hessdiag
         >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> exact(lambda x: x @ A.T, torch.zeros(1, 2))
+        >>> hessdiag.exact(lambda x: x @ A.T, torch.zeros(1, 2))
         tensor([[1., 4.]])
     """
     J = as_jacobian(score_fn, x, ways)
@@ -81,8 +82,9 @@ def jacobian(
         ValueError: As :func:`exact`.
 
     Example:
+        >>> import torch, hessdiag
         >>> A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-        >>> jacobian(lambda x: x @ A.T, torch.zeros(1, 2))
+        >>> hessdiag.jacobian(lambda x: x @ A.T, torch.zeros(1, 2))
         tensor([[[1., 2.],
                  [3., 4.]]])
     """

@@ -90,9 +90,11 @@ def gauss_newton_over_data(
             is in the batch, as a mean over classes with weights does.
 
     Example:
-        >>> module = nn.Linear(2, 1, bias=False)
+        >>> import torch, hessdiag
+        >>> module = torch.nn.Linear(2, 1, bias=False)
         >>> batch = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 1)
-        >>> result = gauss_newton_over_data(module, nn.functional.mse_loss, [batch])
+        >>> loss = torch.nn.functional.mse_loss
+        >>> result = hessdiag.gauss_newton_over_data(module, loss, [batch])
         >>> result.diagonal["weight"].round(decimals=4)    # 2 x^2, in the mean
         tensor([[10., 20.]])
     """
@@ -146,15 +148,20 @@ def empirical_fisher_over_data(
         reduction: As in :func:`gauss_newton_over_data`: of the squares, over samples.
         process_group: As in :func:`gauss_newton_over_data`.
 
+    Returns:
+        A :class:`ParameterDiagonal`, whose ``diagonal`` is a dictionary like ``named_parameters``.
+
     Raises:
         TypeError: As :func:`gauss_newton_over_data`.
         ValueError: As :func:`gauss_newton_over_data`.
 
     Example:
-        >>> module = nn.Linear(2, 1, bias=False)
-        >>> _ = nn.init.ones_(module.weight)
+        >>> import torch, hessdiag
+        >>> module = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(module.weight)
         >>> batch = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 1)
-        >>> result = empirical_fisher_over_data(module, nn.functional.mse_loss, [batch])
+        >>> loss = torch.nn.functional.mse_loss
+        >>> result = hessdiag.empirical_fisher_over_data(module, loss, [batch])
         >>> result.diagonal["weight"].round(decimals=4)
         tensor([[ 36., 144.]])
     """

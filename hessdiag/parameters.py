@@ -45,9 +45,10 @@ class ParameterDiagonal:
         converged: Whether the tolerance was reached, bool of shape (); None where there was none.
 
     Example:
+        >>> import torch, hessdiag
         >>> parameters = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
         >>> loss = lambda p: (p["w"] ** 3).sum() + p["w"].prod() + p["b"] ** 2
-        >>> result = parameter_hessian_diagonal(loss, parameters, max_probes=256)
+        >>> result = hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=256)
         >>> error = (result.diagonal["w"] - torch.tensor([6.0, 12.0])).abs()
         >>> bool((error < 4 * result.stderr["w"]).all()), result.sum_of_each()["b"]
         (True, tensor(2.))
@@ -64,8 +65,9 @@ class ParameterDiagonal:
         """Return the sum over each parameter tensor: the trace of its block of the matrix.
 
         Example:
+            >>> import torch, hessdiag
             >>> diagonal = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
-            >>> result = ParameterDiagonal(diagonal, None, torch.tensor(1), "vjp", "")
+            >>> result = hessdiag.ParameterDiagonal(diagonal, None, torch.tensor(1), "vjp", "")
             >>> result.sum_of_each()
             {'w': tensor(3.), 'b': tensor(3.)}
         """
@@ -77,8 +79,10 @@ class ParameterDiagonal:
         Layers are ranked by it for quantisation (Dong et al., HAWQ-V2, 2020).
 
         Example:
+            >>> import torch, hessdiag
             >>> diagonal = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
-            >>> ParameterDiagonal(diagonal, None, torch.tensor(1), "vjp", "").mean_of_each()
+            >>> result = hessdiag.ParameterDiagonal(diagonal, None, torch.tensor(1), "vjp", "")
+            >>> result.mean_of_each()
             {'w': tensor(1.5000), 'b': tensor(3.)}
         """
         return torch.utils._pytree.tree_map(torch.mean, self.diagonal)
@@ -128,15 +132,19 @@ def parameter_hessian_diagonal(
         seed: Seed of the probes.
         probe_offset: Number of the first probe.
 
+    Returns:
+        A :class:`ParameterDiagonal`; ``diagonal`` and ``stderr`` are trees like the parameters.
+
     Raises:
         TypeError: As :func:`hessdiag.estimate`, or if a leaf is no tensor, or types differ.
         ValueError: As :func:`hessdiag.estimate`, or if the loss is not a number or does not depend
             on the parameters, or a tolerance comes with ``stderr=False``.
 
     Example:
+        >>> import torch, hessdiag
         >>> parameters = {"w": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
         >>> loss = lambda p: (p["w"] ** 3).sum() + p["b"] ** 2
-        >>> parameter_hessian_diagonal(loss, parameters, max_probes=1).diagonal
+        >>> hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=1).diagonal
         {'w': tensor([ 6., 12.]), 'b': tensor(2.)}
     """
     tree = ParameterTree.of(parameters)
@@ -356,6 +364,7 @@ def estimate_over_parameters(
         )  # fmt: skip
         notes: list[str] = []
     else:
+
         def flat_products(flat: Tensor) -> Tensor:
             rows = [
                 torch.cat([leaf.reshape(-1) for leaf in products(tree.split(probe[0]))])[None]

@@ -51,18 +51,19 @@ class ProbeDesign(Protocol):
     Example:
         Signs of our own, every probe a block of its own:
 
-        >>> class Spheres(ProbeDesign):
+        >>> import hessdiag
+        >>> class Spheres(hessdiag.ProbeDesign):
         ...     def block_size(self, sample_shape):
         ...         return 1
         ...     def weight(self, sample_shape):
         ...         return 1.0
         ...     def draw(self, shape, seed, *, probe_offset, sample_offset, dtype, device):
-        ...         v = Normal().draw(shape, seed, probe_offset=probe_offset,
+        ...         v = hessdiag.Normal().draw(shape, seed, probe_offset=probe_offset,
         ...                           sample_offset=sample_offset, dtype=dtype, device=device)
         ...         features = v[0, 0].numel()
         ...         norms = v.flatten(2).norm(dim=2).reshape(*shape[:2], *[1] * (v.dim() - 2))
         ...         return v * features**0.5 / norms
-        >>> isinstance(Spheres(), ProbeDesign)
+        >>> isinstance(Spheres(), hessdiag.ProbeDesign)
         True
     """
 
@@ -219,11 +220,13 @@ class Coloring(ProbeDesign):
             axis.
 
     Example:
-        >>> Coloring(48).block_size((3, 16, 16)), Coloring(27, dense=True).block_size((3, 16, 16))
+        >>> import torch, hessdiag
+        >>> designs = hessdiag.Coloring(48), hessdiag.Coloring(27, dense=True)
+        >>> tuple(design.block_size((3, 16, 16)) for design in designs)
         (48, 32)
         >>> import hessdiag
         >>> blur, x = torch.nn.AvgPool2d(3, stride=1, padding=1), torch.zeros(1, 1, 8, 8)
-        >>> result = hessdiag.estimate(blur, x, max_probes=16, probes=Coloring(16))
+        >>> result = hessdiag.estimate(blur, x, max_probes=16, probes=hessdiag.Coloring(16))
         >>> bool((result.diagonal - 1 / 9).abs().max() < 1e-6)    # neighbours share no color
         True
     """

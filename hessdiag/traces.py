@@ -36,8 +36,9 @@ class TraceEstimate:
         note: What a reader should know of how it was done, or "".
 
     Example:
+        >>> import torch, hessdiag
         >>> A = torch.tensor([[1.0, 0.1], [0.1, 2.0]])
-        >>> result = trace(lambda x: x @ A, torch.zeros(1, 2), max_probes=64)
+        >>> result = hessdiag.trace(lambda x: x @ A, torch.zeros(1, 2), max_probes=64)
         >>> bool((result.trace - 3).abs() < 4 * result.stderr), result.num_probes
         (True, tensor([64]))
     """
@@ -58,9 +59,10 @@ class TraceEstimate:
             ValueError: If ``level`` is not between 0 and 1.
 
         Example:
-            >>> import torch
+            >>> import torch, hessdiag
             >>> A = torch.ones(3, 3)
-            >>> low, high = trace(lambda x: x @ A, torch.zeros(1, 3), max_probes=64).interval()
+            >>> result = hessdiag.trace(lambda x: x @ A, torch.zeros(1, 3), max_probes=64)
+            >>> low, high = result.interval()
             >>> bool(low < 3.0) and bool(3.0 < high)
             True
         """
@@ -78,10 +80,10 @@ class TraceEstimate:
             ValueError: If the shapes differ, the probes are the same, or one is exact already.
 
         Example:
-            >>> import torch
+            >>> import torch, hessdiag
             >>> f, x = lambda x: x @ torch.ones(3, 3), torch.zeros(1, 3)
-            >>> first = trace(f, x, max_probes=4)
-            >>> both = first.merged(trace(f, x, max_probes=4, probe_offset=4))
+            >>> first = hessdiag.trace(f, x, max_probes=4)
+            >>> both = first.merged(hessdiag.trace(f, x, max_probes=4, probe_offset=4))
             >>> both.num_probes, both.num_blocks
             (tensor([8]), tensor([8]))
         """
@@ -136,13 +138,16 @@ def trace(
         probe_offset: Number of the first probe.
         ways: As in :func:`hessdiag.estimate`.
 
+    Returns:
+        A :class:`TraceEstimate`, with a trace and its standard error for each sample, (B,).
+
     Raises:
         TypeError: As :func:`hessdiag.estimate`.
         ValueError: As :func:`hessdiag.estimate`.
 
     Example:
-        >>> import torch
-        >>> trace(torch.sin, torch.zeros(1, 3), max_probes=2).trace    # cos(0) three times
+        >>> import torch, hessdiag
+        >>> hessdiag.trace(torch.sin, torch.zeros(1, 3), max_probes=2).trace    # cos(0) three times
         tensor([3.])
     """
     J = as_jacobian(score_fn, x, ways)

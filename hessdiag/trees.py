@@ -33,7 +33,8 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         ValueError: If there is no leaf, or the first dimensions differ.
 
     Example:
-        >>> flat, restore = ravel({"a": torch.ones(2, 3), "b": torch.zeros(2, 1, 2)})
+        >>> import torch, hessdiag
+        >>> flat, restore = hessdiag.ravel({"a": torch.ones(2, 3), "b": torch.zeros(2, 1, 2)})
         >>> flat.shape, restore(torch.zeros(7, 2, 5))["b"].shape
         (torch.Size([2, 5]), torch.Size([7, 2, 1, 2]))
     """

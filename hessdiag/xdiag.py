@@ -63,8 +63,9 @@ def xdiag(
     Example:
         A matrix of rank one, found from two probes:
 
+        >>> import torch, hessdiag
         >>> u = torch.tensor([1.0, 2.0, 3.0])
-        >>> xdiag(lambda x: (x @ u)[:, None] * u, torch.zeros(1, 3), num_probes=4)
+        >>> hessdiag.xdiag(lambda x: (x @ u)[:, None] * u, torch.zeros(1, 3), num_probes=4)
         tensor([[1.0000, 4.0000, 9.0000]])
     """
     J = as_jacobian(score_fn, x, ways)

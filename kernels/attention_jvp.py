@@ -145,6 +145,8 @@ def attention_jvp(
             not 0.
 
     Example:
+        >>> import torch
+        >>> from hessdiag.kernels import attention_jvp
         >>> q, k, v = torch.eye(2).expand(3, 1, 1, 2, 2)
         >>> _, tangent = attention_jvp(q, k, v, value_tangent=torch.ones(1, 1, 2, 2))
         >>> tangent    # weights sum to 1

@@ -48,6 +48,8 @@ class StepCoefficients(NamedTuple):
     Example:
         x0 is predicted, and x_s lies half-way to it, with the stated variance of x0 as noise:
 
+        >>> import torch
+        >>> from hessdiag.kernels import StepCoefficients, gaussian_step
         >>> half = StepCoefficients(
         ...     x0_from_x_t=0.0, x0_from_prediction=1.0, mean_from_x_t=0.5, mean_from_x0=0.5,
         ...     noise_variance=0.0, noise_from_variance=1.0)
@@ -358,6 +360,8 @@ def gaussian_step(
         ValueError: If shapes, devices or ranges do not fit, or a tensor overlaps itself.
 
     Example:
+        >>> import torch
+        >>> from hessdiag.kernels import StepCoefficients, gaussian_step
         >>> x_t = torch.zeros(2, 3)
         >>> step = StepCoefficients(0.0, 1.0, 0.5, 1.0, 0.0, 0.0)
         >>> gaussian_step(x_t, torch.ones(2, 3), 0.0, step, seed=0, step=1)

@@ -153,6 +153,8 @@ def normal(
             value does not fit.
 
     Example:
+        >>> import torch
+        >>> from hessdiag.kernels import normal
         >>> whole = normal((6, 3), seed=0, step=5)
         >>> half = normal((3, 3), seed=0, step=5, sample_offset=3)
         >>> torch.equal(whole[3:], half)
@@ -194,6 +196,8 @@ def normal_probes(
             counter value does not fit.
 
     Example:
+        >>> import torch
+        >>> from hessdiag.kernels import normal, normal_probes
         >>> probes = normal_probes((4, 6, 3), seed=0)
         >>> torch.equal(probes[2], normal((6, 3), seed=0, step=2, stream=1))
         True

@@ -371,6 +371,8 @@ def ocm_loss(
             requires a gradient.
 
     Example:
+        >>> import torch
+        >>> from hessdiag.kernels import ocm_loss
         >>> from hessdiag.kernels import rademacher
         >>> probes = rademacher((1, 2, 3), seed=0)
         >>> ocm_loss(torch.ones(2, 3), 3.0 * probes, seed=0)    # (1 - 3)^2

@@ -73,6 +73,8 @@ def seed_tensor(seed: Seed, device: torch.device | str) -> Tensor:
         ValueError: If it lies outside [0, 2**64), or the tensor has more than one element.
 
     Example:
+        >>> import torch
+        >>> from hessdiag.kernels import seed_tensor
         >>> seed_tensor(7, "cpu")
         tensor(7)
         >>> one, other = (torch.Generator().manual_seed(1) for _ in range(2))

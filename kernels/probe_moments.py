@@ -46,6 +46,8 @@ class Moments(NamedTuple):
     Example:
         The standard error of diag(J) from 64 probes:
 
+        >>> import torch
+        >>> from hessdiag.kernels import probe_moments
         >>> from hessdiag.kernels import rademacher
         >>> J = torch.tensor([[1.0, 0.5], [0.5, 2.0]])
         >>> n, mean, squared_deviations = probe_moments(rademacher((64, 1, 2), seed=0) @ J, seed=0)
@@ -416,6 +418,7 @@ def probe_moments(
         ValueError: If ``products`` has fewer than two dimensions, or the state does not fit.
 
     Example:
+        >>> from hessdiag.kernels import probe_moments
         >>> from hessdiag.kernels import rademacher
         >>> probes = rademacher((4, 1, 3), seed=0)
         >>> moments = probe_moments(2.0 * probes, seed=0)    # J = 2 I

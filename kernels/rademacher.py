@@ -203,6 +203,8 @@ def rademacher(
             counter value does not fit.
 
     Example:
+        >>> import torch
+        >>> from hessdiag.kernels import rademacher
         >>> whole = rademacher((4, 6, 3), seed=0)
         >>> half = rademacher((4, 3, 3), seed=0, sample_offset=3)
         >>> torch.equal(whole[:, 3:], half)

@@ -96,6 +96,9 @@ def fit_analytic(
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
 
+    Returns:
+        The covariance: one variance for each timestep.
+
     Raises:
         TypeError: If x0 is no floating-point tensor, ``batch_size`` no int, or ``timesteps`` no
             sequence.
@@ -170,6 +173,9 @@ def fit_analytic_from_data(
         seed: Seed of the noise.
         batch_size: Samples at a time.
         progress: Whether to show a progress bar.
+
+    Returns:
+        The covariance: one variance for each timestep.
 
     Raises:
         TypeError: As :func:`fit_analytic`, or if ``x0_range`` is no pair.

@@ -129,6 +129,9 @@ def calibrate(
         label: What the progress bar calls it.
         progress: Whether to show a progress bar.
 
+    Returns:
+        The calibrated covariance.
+
     Raises:
         TypeError: If a covariance has no eigenvalues to fit (Lanczos), or one of several is no
             diagonal; or x0 is no floating-point tensor.

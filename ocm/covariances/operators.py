@@ -115,7 +115,8 @@ class SpectralCovariance:
         ValueError: By its methods, if a vector is of another shape, or bounds are not in order.
 
     Example:
-        >>> C = diagonal(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))
+        >>> import torch, ocm
+        >>> C = ocm.SpectralCovariance(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))
         >>> C.noise(torch.ones(1, 2)), C.affine(2.0, 1.0).diagonal(), C.log_determinant()
         (tensor([[1., 2.]]), tensor([[3., 9.]]), tensor([1.3863]))
     """

@@ -288,11 +288,11 @@ class Denoiser:
             ``data_covariance`` is not finite, or a negative variance.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> from diffusers import DDPMScheduler
         >>> from ocm.training.small_unet import small_unet
         >>> unet, schedule = small_unet((1, 8, 8), width=8), ocm.from_scheduler(DDPMScheduler())
-        >>> denoiser = Denoiser(unet, schedule).freeze()
+        >>> denoiser = ocm.Denoiser(unet, schedule).freeze()
         >>> x0 = torch.zeros(2, 1, 8, 8)
         >>> x_t = denoiser.schedule.diffuse(x0, 500, torch.ones_like(x0))
         >>> denoiser.predict(x_t, 500).x0_hat.shape

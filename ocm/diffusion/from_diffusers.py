@@ -45,10 +45,12 @@ def from_scheduler(scheduler: Any) -> Schedule:
         ValueError: If the class is none of these, or its tables are not those of its path.
 
     Example:
-        >>> from_scheduler({"num_train_timesteps": 10, "trained_betas": [0.1] * 10}).num_timesteps
+        >>> import ocm
+        >>> settings = {"num_train_timesteps": 10, "trained_betas": [0.1] * 10}
+        >>> ocm.from_scheduler(settings).num_timesteps
         10
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
-        >>> from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0)).name
+        >>> ocm.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0)).name
         'flow'
     """
     made = rebuilt(scheduler)
@@ -65,8 +67,9 @@ def prediction_type_of(scheduler: Any) -> str:
         ValueError: As :func:`from_scheduler`.
 
     Example:
+        >>> import ocm
         >>> from diffusers import EDMEulerScheduler
-        >>> prediction_type_of(EDMEulerScheduler())
+        >>> ocm.prediction_type_of(EDMEulerScheduler())
         'edm'
     """
     made = rebuilt(scheduler)

@@ -70,8 +70,8 @@ def condition_of(
         guidance_scale: As in :meth:`ocm.Denoiser.condition`.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> denoiser = Denoiser(lambda x, time: x, linear())
+        >>> import ocm
+        >>> denoiser = Denoiser(lambda x, time: x, ocm.linear())
         >>> condition_of(denoiser, {"text": torch.ones(2), "sizes.height": torch.ones(2)}).tensors
         {'text': tensor([1., 1.]), 'sizes': {'height': tensor([1., 1.])}}
     """

@@ -71,7 +71,8 @@ class Schedule:
         ValueError: By its methods, if a number t lies outside [0, N].
 
     Example:
-        >>> cubic = Schedule("cubic", 1000, lambda t: (1 - (t / 1000) ** 3, t / 1000))
+        >>> import ocm
+        >>> cubic = ocm.Schedule("cubic", 1000, lambda t: (1 - (t / 1000) ** 3, t / 1000))
         >>> cubic.alpha(500), cubic.sigma(500)
         (tensor(0.8750, dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
     """
@@ -132,7 +133,8 @@ class Schedule:
             ValueError: Unless 0 <= s < t <= N.
 
         Example:
-            >>> flow().lost(0, 500)
+            >>> import ocm
+            >>> ocm.flow().lost(0, 500)
             1.0
         """
         if not 0 <= s < t <= self.num_timesteps:
@@ -187,7 +189,8 @@ class Schedule:
         Below and above what the path reaches it is N and 0.
 
         Example:
-            >>> flow().timestep_of(torch.tensor([0.0]))    # as much noise as data
+            >>> import torch, ocm
+            >>> ocm.flow().timestep_of(torch.tensor([0.0]))    # as much noise as data
             tensor([500.], dtype=torch.float64)
         """
         return self.timestep_where(lambda t: -self.log_snr(t), -log_snr)
@@ -265,7 +268,8 @@ def from_betas(betas: Sequence[float] | Tensor, name: str = "betas") -> Schedule
             there are more than a million.
 
     Example:
-        >>> from_betas([0.1, 0.2]).alpha_bar
+        >>> import ocm
+        >>> ocm.from_betas([0.1, 0.2]).alpha_bar
         tensor([1.0000, 0.9000, 0.7200], dtype=torch.float64)
     """
     betas = torch.as_tensor(betas, dtype=torch.float64)
@@ -306,7 +310,8 @@ def linear(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float 
         ValueError: If it lies outside 2 .. 1000000, or as :func:`from_betas`.
 
     Example:
-        >>> linear().beta_bar[-1].item() > 0.9999
+        >>> import ocm
+        >>> ocm.linear().beta_bar[-1].item() > 0.9999
         True
     """
     check_num_timesteps(num_timesteps)
@@ -330,7 +335,8 @@ def cosine(num_timesteps: int = 1000, offset: float = 0.008, max_beta: float = 0
         ValueError: If it lies outside 2 .. 1000000, or as :func:`from_betas`.
 
     Example:
-        >>> round(cosine().alpha_bar[500].item(), 3)
+        >>> import ocm
+        >>> round(ocm.cosine().alpha_bar[500].item(), 3)
         0.494
     """
     check_num_timesteps(num_timesteps)
@@ -356,7 +362,8 @@ def vp(num_timesteps: int = 1000, beta_min: float = 0.1, beta_max: float = 20.0)
             and in order.
 
     Example:
-        >>> round(vp().alpha_bar[1000].log().item(), 2)
+        >>> import ocm
+        >>> round(ocm.vp().alpha_bar[1000].log().item(), 2)
         -10.05
     """
     check_num_timesteps(num_timesteps)
@@ -393,7 +400,8 @@ def flow(num_timesteps: int = 1000) -> Schedule:
         ValueError: If it lies outside 2 .. 1000000.
 
     Example:
-        >>> flow().sigma(torch.tensor([0.0, 250.5, 1000.0]))
+        >>> import torch, ocm
+        >>> ocm.flow().sigma(torch.tensor([0.0, 250.5, 1000.0]))
         tensor([0.0000, 0.2505, 1.0000], dtype=torch.float64)
     """
     check_num_timesteps(num_timesteps)
@@ -429,7 +437,8 @@ def edm(
             finite, or ``sigma_max`` is not above ``sigma_min``.
 
     Example:
-        >>> edm().sigma(torch.tensor([0.5, 1.0, 1000.0]))
+        >>> import torch, ocm
+        >>> ocm.edm().sigma(torch.tensor([0.5, 1.0, 1000.0]))
         tensor([1.0000e-03, 2.0000e-03, 8.0000e+01], dtype=torch.float64)
     """
     check_num_timesteps(num_timesteps)
@@ -472,7 +481,8 @@ def trigflow(num_timesteps: int = 1000, data_std: float = 0.5) -> Schedule:
         ValueError: If it lies outside 2 .. 1000000, or ``data_std`` is not positive.
 
     Example:
-        >>> trigflow().alpha(1000), trigflow().sigma(1000)
+        >>> import ocm
+        >>> ocm.trigflow().alpha(1000), ocm.trigflow().sigma(1000)
         (tensor(0., dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
     """
     check_num_timesteps(num_timesteps)

@@ -38,8 +38,8 @@ def timesteps_of(schedule: Schedule, steps: int | Sequence[float]) -> list[float
         ValueError: If K lies outside 1 .. N, or the timesteps do not increase within (0, N].
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> timesteps_of(linear(), 3), timesteps_of(linear(), [10, 1000])
+        >>> import ocm
+        >>> timesteps_of(ocm.linear(), 3), timesteps_of(ocm.linear(), [10, 1000])
         ([1, 500, 1000], [10, 1000])
     """
     if isinstance(steps, int):
@@ -69,8 +69,8 @@ def even_timesteps(schedule: Schedule, K: int) -> list[float]:
         ValueError: If K lies outside 1 .. N.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> even_timesteps(linear(), 5)
+        >>> import ocm
+        >>> ocm.even_timesteps(ocm.linear(), 5)
         [1, 251, 500, 750, 1000]
     """
     N = _checked(schedule, K)
@@ -95,8 +95,8 @@ def trailing_timesteps(schedule: Schedule, K: int) -> list[float]:
         ValueError: If K lies outside 1 .. N.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> trailing_timesteps(linear(), 5)
+        >>> import ocm
+        >>> ocm.trailing_timesteps(ocm.linear(), 5)
         [200, 400, 600, 800, 1000]
     """
     N = _checked(schedule, K)
@@ -116,8 +116,8 @@ def leading_timesteps(schedule: Schedule, K: int, offset: int = 0) -> list[float
         ValueError: If K lies outside 1 .. N, or the offset leads out of it.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> leading_timesteps(linear(), 5)
+        >>> import ocm
+        >>> ocm.leading_timesteps(ocm.linear(), 5)
         [1, 201, 401, 601, 801]
     """
     N = _checked(schedule, K)
@@ -142,8 +142,8 @@ def timesteps_at(schedule: Schedule, sigmas: Sequence[float] | Tensor) -> list[f
         ValueError: If the schedule is discrete, or a sigma lies elsewhere.
 
     Example:
-        >>> from ocm.diffusion.schedules import flow
-        >>> timesteps_at(flow(), shifted([1.0, 0.5], 3.0))
+        >>> import ocm
+        >>> ocm.timesteps_at(ocm.flow(), ocm.shifted([1.0, 0.5], 3.0))
         [750.0, 1000.0]
     """
     if not schedule.is_continuous:
@@ -174,7 +174,8 @@ def shifted(sigmas: Sequence[float] | Tensor, shift: float) -> Tensor:
         ValueError: If the shift is not positive, or a sigma lies elsewhere.
 
     Example:
-        >>> shifted([1.0, 0.5], 3.0)
+        >>> import ocm
+        >>> ocm.shifted([1.0, 0.5], 3.0)
         tensor([1.0000, 0.7500], dtype=torch.float64)
     """
     if not 0 < shift < math.inf:
@@ -211,9 +212,10 @@ def dynamic_shift(
         ValueError: If ``num_tokens`` is not positive, or ``base_tokens`` not below ``max_tokens``.
 
     Example:
-        >>> round(dynamic_shift(4096), 3)    # exp(1.15)
+        >>> import ocm
+        >>> round(ocm.dynamic_shift(4096), 3)    # exp(1.15)
         3.158
-        >>> shifted([1.0, 0.5], dynamic_shift(256)).round(decimals=3)
+        >>> ocm.shifted([1.0, 0.5], ocm.dynamic_shift(256)).round(decimals=3)
         tensor([1.0000, 0.6220], dtype=torch.float64)
     """
     if not (0 < num_tokens < math.inf and 0 < base_tokens < max_tokens):
@@ -259,8 +261,8 @@ def quadratic_timesteps(schedule: Schedule, K: int) -> list[float]:
         ValueError: If K lies outside 1 .. N.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> quadratic_timesteps(linear(), 5)
+        >>> import ocm
+        >>> ocm.quadratic_timesteps(ocm.linear(), 5)
         [1, 63, 251, 563, 1000]
     """
     N = _checked(schedule, K)
@@ -296,9 +298,9 @@ def optimal_timesteps(schedule: Schedule, variances: Tensor, K: int) -> list[flo
     Example:
         A variance that is largest at low noise draws the timesteps there:
 
-        >>> from ocm.diffusion.schedules import linear
-        >>> schedule = linear()
-        >>> optimal_timesteps(schedule, schedule.beta_bar[1:] * 0.1, 3)[1] < 500
+        >>> import ocm
+        >>> schedule = ocm.linear()
+        >>> ocm.optimal_timesteps(schedule, schedule.beta_bar[1:] * 0.1, 3)[1] < 500
         True
     """
     N = _checked(schedule, K)

@@ -211,8 +211,8 @@ def steps_of(schedule: Schedule, step_counts: Sequence[int]) -> list[tuple[float
     """Return every step (s, t) of the evenly spaced trajectories.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> steps_of(linear(), [2, 3])
+        >>> import ocm
+        >>> steps_of(ocm.linear(), [2, 3])
         [(0, 1), (1, 500), (1, 1000), (500, 1000)]
     """
     return sorted(

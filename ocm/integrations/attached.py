@@ -79,7 +79,7 @@ class CovarianceModel(ModelMixin, ConfigMixin, CacheMixin):
         ValueError: If a class is not known.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> from diffusers import DDPMScheduler
         >>> from ocm.training.small_unet import small_unet
         >>> model = ocm.attach(small_unet((1, 8, 8), width=8))
@@ -425,11 +425,12 @@ def attach(
         CheckpointError: A ValueError, if the file cannot be read or is of another head.
 
     Example:
+        >>> import torch, ocm
         >>> from diffusers import DDPMScheduler, UNet2DModel
         >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4,
         ...     layers_per_block=1, down_block_types=("DownBlock2D",),
         ...     up_block_types=("UpBlock2D",))
-        >>> model = attach(unet)
+        >>> model = ocm.attach(unet)
         >>> model(torch.zeros(2, 3, 8, 8), 999).sample.shape
         torch.Size([2, 6, 8, 8])
         >>> model.scheduler(DDPMScheduler()).config.prediction_type

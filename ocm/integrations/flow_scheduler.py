@@ -52,7 +52,8 @@ class OCMFlowScheduler(CovarianceScheduler, FlowMatchEulerDiscreteScheduler):
             inverted.
 
     Example:
-        >>> scheduler = OCMFlowScheduler(noise=None, data_std=1.0)
+        >>> import torch, ocm
+        >>> scheduler = ocm.OCMFlowScheduler(noise=None, data_std=1.0)
         >>> scheduler.set_timesteps(4)
         >>> x_t = torch.zeros(1, 2)
         >>> stated = torch.cat([torch.zeros(1, 2), torch.ones(1, 2)], 1)

@@ -32,9 +32,9 @@ class KDiffusionDenoiser:
         ValueError: If it is not in order; by a call, if sigma lies outside the schedule.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> model = KDiffusionDenoiser(denoiser)
+        >>> model = ocm.KDiffusionDenoiser(denoiser)
         >>> model(torch.ones(1, 1, 2, 2), sigma=1.0)    # x / (1 + sigma^2)
         tensor([[[[0.5000, 0.5000],
                   [0.5000, 0.5000]]]])

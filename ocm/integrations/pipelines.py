@@ -44,7 +44,7 @@ class OCMDiTPipeline(DiffusionPipeline):
         >>> vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4)
         >>> model = ocm.attach(dit)    # then ocm.train_head(model.covariance(...), ...)
         >>> scheduler = model.scheduler(DDIMScheduler(clip_sample=False))
-        >>> pipeline = OCMDiTPipeline(model, vae, scheduler)
+        >>> pipeline = ocm.OCMDiTPipeline(model, vae, scheduler)
         >>> pipeline.set_progress_bar_config(disable=True)
         >>> pipeline([1, 7], num_inference_steps=2, output_type="latent").images.shape
         torch.Size([2, 4, 4, 4])

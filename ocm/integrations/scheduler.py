@@ -107,7 +107,8 @@ class OCMScheduler(_BetaScheduler, DDPMScheduler):
             ``max_last_noise`` is negative.
 
     Example:
-        >>> scheduler = OCMScheduler()
+        >>> import torch, ocm
+        >>> scheduler = ocm.OCMScheduler()
         >>> scheduler.set_timesteps(5)
         >>> scheduler.timesteps
         tensor([800, 600, 400, 200,   0])
@@ -306,7 +307,8 @@ class OCMDDIMScheduler(_BetaScheduler, DDIMScheduler):
             not positive, or ``max_last_noise`` is negative.
 
     Example:
-        >>> scheduler = OCMDDIMScheduler()
+        >>> import torch, ocm
+        >>> scheduler = ocm.OCMDDIMScheduler()
         >>> scheduler.set_timesteps(5)
         >>> x_t, prediction, ratio = torch.zeros(1, 2), torch.zeros(1, 2), torch.zeros(1, 2)
         >>> stated = torch.cat([prediction, ratio], 1)

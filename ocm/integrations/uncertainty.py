@@ -62,9 +62,9 @@ class UncertaintyMap:
         latent: The map of the latents that this one was decoded from, or None.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> found = uncertainty(denoiser, 500, image=torch.zeros(1, 1, 2, 2), x0_range=None)
+        >>> found = ocm.uncertainty(denoiser, 500, image=torch.zeros(1, 1, 2, 2), x0_range=None)
         >>> found.std.square().round(decimals=3)    # beta_bar at t = 500
         tensor([[[[0.5000, 0.5000],
                   [0.5000, 0.5000]]]])
@@ -120,9 +120,9 @@ def uncertainty(
             is unknown, or the pipeline's scheduler keeps latents in another scale.
 
     Example:
-        >>> from ocm.diffusion.schedules import flow
-        >>> denoiser = Denoiser(lambda x_t, time: -x_t, flow(), "flow_prediction")
-        >>> found = uncertainty(denoiser, 500, image=torch.zeros(1, 1, 8, 8))
+        >>> import torch, ocm
+        >>> denoiser = ocm.Denoiser(lambda x_t, time: -x_t, ocm.flow(), "flow_prediction")
+        >>> found = ocm.uncertainty(denoiser, 500, image=torch.zeros(1, 1, 8, 8))
         >>> found.std.shape, found.x0 is not None
         (torch.Size([1, 1, 8, 8]), True)
     """

@@ -61,7 +61,7 @@ def likelihood_settings(
         ...     u = time[:, None] / 1000
         ...     return (2 * u - 1) / (u**2 + (1 - u) ** 2) * x
         >>> denoiser = ocm.Denoiser(velocity, ocm.flow(), "flow_prediction")
-        >>> found = likelihood_settings(denoiser, torch.zeros(2, 2).double(), 0.01)
+        >>> found = ocm.likelihood_settings(denoiser, torch.zeros(2, 2).double(), 0.01)
         >>> found.num_steps, found.max_probes, found.num_draws
         (8, 2, 1)
     """

@@ -82,12 +82,12 @@ def log_likelihood(
     Example:
         Standard normal data on the straight path, whose velocity is known:
 
-        >>> import ocm
+        >>> import torch, ocm
         >>> def velocity(x, time):
         ...     u = time[:, None] / 1000
         ...     return (2 * u - 1) / (u**2 + (1 - u) ** 2) * x
         >>> denoiser = ocm.Denoiser(velocity, ocm.flow(), "flow_prediction")
-        >>> found = log_likelihood(denoiser, torch.zeros(1, 2).double())
+        >>> found = ocm.log_likelihood(denoiser, torch.zeros(1, 2).double())
         >>> round(found.value.item(), 3)    # - log(2 pi)
         -1.838
     """

@@ -92,8 +92,8 @@ class ProbabilityFlow:
         """Return omega at a timestep in (0, N].
 
         Example:
-            >>> from ocm.diffusion.schedules import flow
-            >>> ode = ProbabilityFlow.of(Denoiser(lambda x, time: x, flow(), "flow_prediction"))
+            >>> import ocm
+            >>> ode = ProbabilityFlow.of(Denoiser(lambda x, time: x, ocm.flow(), "flow_prediction"))
             >>> round(ode.omega(1), 2), ode.omega(1000)
             (-7.6, 0.0)
         """
@@ -109,8 +109,8 @@ class ProbabilityFlow:
         predicts noise is least smooth.
 
         Example:
-            >>> from ocm.diffusion.schedules import flow
-            >>> ode = ProbabilityFlow.of(Denoiser(lambda x, time: x, flow(), "flow_prediction"))
+            >>> import ocm
+            >>> ode = ProbabilityFlow.of(Denoiser(lambda x, time: x, ocm.flow(), "flow_prediction"))
             >>> [round(omega, 2) for omega in ode.mesh(1, 4)]
             [-7.6, -4.89, -2.19, -0.28, 0.0]
         """
@@ -162,8 +162,8 @@ def between_timesteps(schedule: Schedule) -> Schedule:
     network is told.
 
     Example:
-        >>> from ocm.diffusion.schedules import cosine
-        >>> path = between_timesteps(cosine())
+        >>> import ocm
+        >>> path = between_timesteps(ocm.cosine())
         >>> [round(path.alpha(t).item(), 4) for t in (500, 500.5, 501)]
         [0.7027, 0.7022, 0.7016]
     """

@@ -51,9 +51,9 @@ class LikelihoodSettings:
             probes.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> settings = LikelihoodSettings(solver="heun", num_steps=8, probes="exact")
+        >>> settings = ocm.LikelihoodSettings(solver="heun", num_steps=8, probes="exact")
         >>> found = ocm.log_likelihood(denoiser, torch.zeros(1, 2), settings)
         >>> round(found.value.item(), 2), found.num_evaluations    # - log(2 pi), 2 a step
         (-1.84, 16)
@@ -111,9 +111,10 @@ class LikelihoodSettings:
             ValueError: If "exact" needs more than ``max_probes``, or "coloring" a spatial axis.
 
         Example:
-            >>> LikelihoodSettings(max_probes=48).design((3, 16, 16))
+            >>> import ocm
+            >>> ocm.LikelihoodSettings(max_probes=48).design((3, 16, 16))
             Coloring(num_colors=24, dense=False)
-            >>> LikelihoodSettings(max_probes=48).design((2,))
+            >>> ocm.LikelihoodSettings(max_probes=48).design((2,))
             UnitVectors()
         """
         if not isinstance(self.probes, str):
@@ -159,9 +160,9 @@ class LogLikelihood:
         settings: How it was taken.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> settings = LikelihoodSettings(solver="heun", num_steps=8, probes="rademacher")
+        >>> settings = ocm.LikelihoodSettings(solver="heun", num_steps=8, probes="rademacher")
         >>> found = ocm.log_likelihood(denoiser, torch.zeros(2, 3, 4, 4), settings)
         >>> found.bits_per_dim.round(decimals=1)    # log2(2 pi) / 2
         tensor([1.3000, 1.3000], dtype=torch.float64)

@@ -44,8 +44,8 @@ def sigmas(schedule: Schedule) -> Tensor:
     """Return sigma_t / alpha_t for t = 1 .. N, float64; infinite where there is no signal.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> levels = sigmas(linear())
+        >>> import ocm
+        >>> levels = sigmas(ocm.linear())
         >>> round(levels[0].item(), 3), round(levels[-1].item())
         (0.01, 157)
     """
@@ -64,10 +64,10 @@ def timestep_at(schedule: Schedule, sigma: Tensor) -> Tensor:
             knows nothing (not checked on a GPU, which would have to be waited for).
 
     Example:
-        >>> from ocm.diffusion.schedules import flow, linear
-        >>> timestep_at(linear(), torch.tensor([0.001, 1.0, 150.0]))
+        >>> import ocm
+        >>> timestep_at(ocm.linear(), torch.tensor([0.001, 1.0, 150.0]))
         tensor([  1, 259, 995])
-        >>> timestep_at(flow(), torch.tensor([1.0]))
+        >>> timestep_at(ocm.flow(), torch.tensor([1.0]))
         tensor([500.], dtype=torch.float64)
     """
     (levels,) = schedule.sigmas_on_devices.at(sigma.device)
@@ -111,14 +111,14 @@ def x0_given(
             number nor one for each sample; or ``x0_range`` is not in order.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> from diffusers import UNet2DModel
         >>> unet = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4,
         ...     layers_per_block=1, down_block_types=("DownBlock2D",),
         ...     up_block_types=("UpBlock2D",))
         >>> denoiser = ocm.Denoiser(unet, ocm.linear()).freeze()
         >>> covariance = ocm.Hutchinson(denoiser, num_probes=1)
-        >>> posterior = x0_given(denoiser, covariance, torch.zeros(2, 3, 8, 8), 0.5)
+        >>> posterior = ocm.x0_given(denoiser, covariance, torch.zeros(2, 3, 8, 8), 0.5)
         >>> posterior.mean.shape, posterior.covariance.diagonal().shape
         (torch.Size([2, 3, 8, 8]), torch.Size([2, 3, 8, 8]))
     """

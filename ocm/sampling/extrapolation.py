@@ -59,7 +59,7 @@ class SecondOrder:
     Example:
         >>> import ocm
         >>> denoiser = ocm.Denoiser(lambda x, t: x, ocm.flow(), "flow_prediction")
-        >>> sampler = SecondOrder(eta=0.3)
+        >>> sampler = ocm.SecondOrder(eta=0.3)
         >>> ocm.sample(denoiser, ocm.Beta(denoiser), (2, 1, 4, 4), 5, sampler=sampler).shape
         torch.Size([2, 1, 4, 4])
     """

@@ -103,10 +103,11 @@ def posterior_mean_given_measurement(
         FloatingPointError: If the result is not finite.
 
     Example:
+        >>> import torch, ocm
         >>> from ocm.covariances.operators import diagonal
         >>> C = diagonal(torch.tensor([[1.0, 4.0]]), torch.Size([1, 2]))
         >>> y, ones = torch.tensor([[5.0]]), lambda x: x.sum(dim=1, keepdim=True)
-        >>> posterior_mean_given_measurement(torch.zeros(1, 2), C, y, ones, noise_std=0.0)
+        >>> ocm.posterior_mean_given_measurement(torch.zeros(1, 2), C, y, ones, noise_std=0.0)
         tensor([[1., 4.]])
     """
     check_positive_int("max_iterations", max_iterations)
@@ -238,9 +239,9 @@ def sample_given_measurement(
     Example:
         Images of standard normal pixels, given that the mean of all pixels is 1:
 
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> samples = sample_given_measurement(
+        >>> samples = ocm.sample_given_measurement(
         ...     denoiser, ocm.Beta(denoiser), torch.ones(8, 1, 1, 1),
         ...     lambda x: x.mean(dim=(2, 3), keepdim=True),
         ...     noise_std=0.0, shape=(8, 1, 4, 4), steps=3, x0_range=None)

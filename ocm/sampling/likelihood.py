@@ -65,10 +65,10 @@ class BitsPerDim:
         decoder: Shape (B,).
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
         >>> x0 = ocm.quantise(torch.linspace(-1, 1, 32).reshape(2, 1, 4, 4))
-        >>> bits = bits_per_dim(denoiser, ocm.Beta(denoiser), x0, steps=5)
+        >>> bits = ocm.bits_per_dim(denoiser, ocm.Beta(denoiser), x0, steps=5)
         >>> bits.prior.shape, bits.steps.shape, bits.decoder.shape
         (torch.Size([2]), torch.Size([2, 4]), torch.Size([2]))
         >>> bool((bits.total == bits.prior + bits.steps.sum(dim=1) + bits.decoder).all())
@@ -137,11 +137,11 @@ def bits_per_dim(
     Example:
         Standard normal data, whose entropy is log2(2 pi e) / 2 = 2.05 bits a dimension:
 
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
         >>> x0 = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         >>> exact = ocm.Beta(denoiser)
-        >>> bits = bits_per_dim(denoiser, exact, x0, steps=3, levels=None, x0_range=None)
+        >>> bits = ocm.bits_per_dim(denoiser, exact, x0, steps=3, levels=None, x0_range=None)
         >>> abs(bits.total.mean().item() - 2.05) < 0.1
         True
     """
@@ -304,12 +304,16 @@ def quantise(x0: Tensor, levels: int = 256) -> Tensor:
         x0: Images in [-1, 1], of any shape.
         levels: Number of grey levels, at least 2.
 
+    Returns:
+        The nearest grey levels, of the shape of x0.
+
     Raises:
         TypeError: If levels is no int, or x0 no floating-point tensor.
         ValueError: If levels < 2.
 
     Example:
-        >>> quantise(torch.tensor([-1.0, 0.1, 0.9]), levels=3)
+        >>> import torch, ocm
+        >>> ocm.quantise(torch.tensor([-1.0, 0.1, 0.9]), levels=3)
         tensor([-1.,  0.,  1.])
     """
     check_positive_int("levels", levels)

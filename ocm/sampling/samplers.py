@@ -88,8 +88,8 @@ def ddpm(schedule: Schedule, s: float, t: float) -> ReverseStep:
         ValueError: Unless 0 <= s < t <= N.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> ddpm(linear(), 0, 500).mean_from_x0    # the last step returns x0_hat
+        >>> import ocm
+        >>> ocm.ddpm(ocm.linear(), 0, 500).mean_from_x0    # the last step returns x0_hat
         1.0
     """
     lost = schedule.lost(s, t)  # raises unless s < t
@@ -122,8 +122,8 @@ def ddim(schedule: Schedule, s: float, t: float, *, eta: float = 0.0) -> Reverse
         ValueError: Unless 0 <= s < t <= N and eta lies in [0, 1].
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> ddim(linear(), 100, 500).noise_variance
+        >>> import ocm
+        >>> ocm.ddim(ocm.linear(), 100, 500).noise_variance
         0.0
     """
     if not 0.0 <= eta <= 1.0:
@@ -151,8 +151,8 @@ def renoised(schedule: Schedule, s: float, t: float, *, noise: float = 1.0) -> R
         ValueError: Unless 0 <= s < t <= N and noise lies in [0, 1].
 
     Example:
-        >>> from ocm.diffusion.schedules import flow
-        >>> renoised(flow(), 400, 800)
+        >>> import ocm
+        >>> ocm.renoised(ocm.flow(), 400, 800)
         ReverseStep(mean_from_x_t=0.0, mean_from_x0=0.6, noise_variance=0.16000000000000003)
     """
     if not 0.0 <= noise <= 1.0:
@@ -244,7 +244,7 @@ def sample(
     Example:
         >>> import ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> x0 = sample(denoiser, ocm.Beta(denoiser), (64, 1, 4, 4), steps=3, x0_range=None)
+        >>> x0 = ocm.sample(denoiser, ocm.Beta(denoiser), (64, 1, 4, 4), steps=3, x0_range=None)
         >>> x0.shape, abs(x0.std().item() - 1) < 0.1
         (torch.Size([64, 1, 4, 4]), True)
     """
@@ -432,7 +432,7 @@ def capture(
         FloatingPointError: In a replay, as :func:`sample`.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> from ocm.training.small_unet import small_unet
         >>> unet = small_unet((1, 8, 8), width=8)
         >>> if torch.cuda.is_available():

@@ -48,10 +48,11 @@ class Transition:
         covariance: Of x_s, an operator on tensors of that shape.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
         >>> prediction = denoiser.predict(torch.ones(2, 1, 4, 4), 800, s=600)
-        >>> law = transition(prediction, ocm.Beta(denoiser), ddpm(denoiser.schedule, 600, 800))
+        >>> step = ocm.ddpm(denoiser.schedule, 600, 800)
+        >>> law = ocm.transition(prediction, ocm.Beta(denoiser), step)
         >>> x_s = law.draw(torch.zeros(2, 1, 4, 4))    # its mean
         >>> bool((law.log_prob(x_s) > law.log_prob(x_s + 0.1)).all())
         True
@@ -136,10 +137,11 @@ def transition(
     Example:
         The variance of x_s, of standard normal data with its own covariance:
 
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
         >>> prediction = denoiser.predict(torch.ones(2, 1, 4, 4), 800)
-        >>> law = transition(prediction, ocm.Beta(denoiser), ddpm(denoiser.schedule, 400, 800))
+        >>> step = ocm.ddpm(denoiser.schedule, 400, 800)
+        >>> law = ocm.transition(prediction, ocm.Beta(denoiser), step)
         >>> law.mean.shape, round(law.covariance.diagonal().item(), 3)
         (torch.Size([2, 1, 4, 4]), 0.476)
     """
@@ -173,7 +175,7 @@ class Trajectory:
     Example:
         >>> import ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> trajectory = sample_trajectory(denoiser, ocm.Beta(denoiser), (2, 1, 4, 4), steps=4)
+        >>> trajectory = ocm.sample_trajectory(denoiser, ocm.Beta(denoiser), (2, 1, 4, 4), steps=4)
         >>> trajectory.timesteps, trajectory.states.shape, trajectory.x0.shape
         ([1000, 667.0, 334.0, 1.0, 0], torch.Size([5, 2, 1, 4, 4]), torch.Size([2, 1, 4, 4]))
     """
@@ -222,6 +224,9 @@ def sample_trajectory(
         noise_at_end: Whether the last step draws noise too.
         dtype: Type of the states.
 
+    Returns:
+        The states of the trajectory and the log-probabilities of its steps.
+
     Raises:
         TypeError: If the covariance has no density (Lanczos), or the sampler looks at more than
             x_t.
@@ -231,7 +236,7 @@ def sample_trajectory(
     Example:
         >>> import ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.flow(), "v_prediction")  # N(0, I)
-        >>> trajectory = sample_trajectory(denoiser, ocm.Beta(denoiser), (2, 1, 4, 4), steps=4)
+        >>> trajectory = ocm.sample_trajectory(denoiser, ocm.Beta(denoiser), (2, 1, 4, 4), steps=4)
         >>> trajectory.log_prob.shape    # the last of 4 steps is without noise
         torch.Size([2, 3])
     """
@@ -299,12 +304,12 @@ def trajectory_log_prob(
     Example:
         The gradient of a reward's policy, for one parameter:
 
-        >>> import ocm
+        >>> import torch, ocm
         >>> scale = torch.zeros((), requires_grad=True)
         >>> denoiser = ocm.Denoiser(lambda x, time: scale * x, ocm.flow(), "v_prediction")
         >>> covariance = ocm.Beta(denoiser)
-        >>> trajectory = sample_trajectory(denoiser, covariance, (2, 1, 4, 4), steps=4)
-        >>> log_prob = trajectory_log_prob(denoiser, covariance, trajectory)
+        >>> trajectory = ocm.sample_trajectory(denoiser, covariance, (2, 1, 4, 4), steps=4)
+        >>> log_prob = ocm.trajectory_log_prob(denoiser, covariance, trajectory)
         >>> bool((log_prob - trajectory.log_prob).abs().max() < 1e-3)
         True
         >>> reward = trajectory.x0.mean(dim=(1, 2, 3))

@@ -57,10 +57,11 @@ def denoising_loss(
     Example:
         Noise of variance 1, predicted as 0:
 
-        >>> import ocm
+        >>> import torch, ocm
         >>> denoiser = ocm.Denoiser(lambda x, time: 0 * x, ocm.linear())
         >>> t = torch.full((16,), 500)
-        >>> loss = denoising_loss(denoiser, torch.zeros(16, 1, 8, 8), t, seed=0, sample_offset=0)
+        >>> x0 = torch.zeros(16, 1, 8, 8)
+        >>> loss = ocm.denoising_loss(denoiser, x0, t, seed=0, sample_offset=0)
         >>> abs(loss.item() - 1) < 0.2
         True
     """
@@ -123,11 +124,12 @@ def train_denoiser(
             training.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> from ocm.training.small_unet import small_unet
         >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear())
-        >>> images, settings = torch.zeros(8, 1, 8, 8), TrainingSettings(num_steps=2, batch_size=4)
-        >>> losses = train_denoiser(denoiser, images, settings, progress=False)
+        >>> images = torch.zeros(8, 1, 8, 8)
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4)
+        >>> losses = ocm.train_denoiser(denoiser, images, settings, progress=False)
         >>> len(losses), any(p.requires_grad for p in denoiser.backbone.parameters())
         (2, False)
     """
@@ -228,12 +230,13 @@ def train_head(
             training.
 
     Example:
-        >>> import ocm
+        >>> import torch, ocm
         >>> from ocm.training.small_unet import small_unet
         >>> denoiser = ocm.Denoiser(small_unet((1, 8, 8), width=8), ocm.linear())
         >>> covariance = ocm.OptimalCovarianceMatching(denoiser, ocm.make_head(denoiser))
-        >>> images, settings = torch.zeros(8, 1, 8, 8), TrainingSettings(num_steps=2, batch_size=4)
-        >>> len(train_head(covariance, images, settings, progress=False))
+        >>> images = torch.zeros(8, 1, 8, 8)
+        >>> settings = ocm.TrainingSettings(num_steps=2, batch_size=4)
+        >>> len(ocm.train_head(covariance, images, settings, progress=False))
         2
     """
     denoiser = covariance.denoiser

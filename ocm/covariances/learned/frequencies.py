@@ -36,7 +36,8 @@ class FrequencyHead(nn.Module):
         hidden: Channels of the convolutions.
 
     Example:
-        >>> head = FrequencyHead(32, (3, 16, 16))
+        >>> import torch, ocm
+        >>> head = ocm.FrequencyHead(32, (3, 16, 16))
         >>> head(torch.randn(2, 32, 8, 8), torch.randn(2, 3, 16, 16), torch.zeros(2)).shape
         torch.Size([2, 3, 16, 16])
     """
@@ -136,10 +137,10 @@ class FrequencyLikelihood(MaximumLikelihood):
             options: Further attributes.
 
         Example:
-            >>> from ocm.diffusion.schedules import linear
+            >>> import torch, ocm
             >>> images = torch.linspace(-1.0, 1.0, 384).reshape(2, 3, 8, 8)
-            >>> denoiser = Denoiser(lambda x, time: x, linear())
-            >>> FrequencyLikelihood.for_images(denoiser, images, 32).variances.shape
+            >>> denoiser = ocm.Denoiser(lambda x, time: x, ocm.linear())
+            >>> ocm.FrequencyLikelihood.for_images(denoiser, images, 32).variances.shape
             torch.Size([3, 8, 8])
         """
         images = full_precision(images)

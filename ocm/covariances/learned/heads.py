@@ -35,8 +35,8 @@ class CovarianceHead(nn.Module):
         ValueError: If it does not.
 
     Example:
-        >>> import torch
-        >>> CovarianceHead(32, 3, 8)(torch.randn(2, 32, 16, 16)).shape
+        >>> import torch, ocm
+        >>> ocm.CovarianceHead(32, 3, 8)(torch.randn(2, 32, 16, 16)).shape
         torch.Size([2, 3, 16, 16])
     """
 
@@ -73,8 +73,8 @@ class ResidualHead(nn.Module):
         ValueError: If it does not.
 
     Example:
-        >>> import torch
-        >>> ResidualHead(32, 3, 8)(torch.randn(2, 32, 16, 16)).shape
+        >>> import torch, ocm
+        >>> ocm.ResidualHead(32, 3, 8)(torch.randn(2, 32, 16, 16)).shape
         torch.Size([2, 3, 16, 16])
     """
 
@@ -111,10 +111,10 @@ class TokenHead(nn.Module):
         residual: Whether a block of two linear layers stands first.
 
     Example:
-        >>> import torch
-        >>> TokenHead(24, 4, 2)(torch.randn(2, 4, 6, 24)).shape    # 4x6 patches of 2x2 pixels
+        >>> import torch, ocm
+        >>> ocm.TokenHead(24, 4, 2)(torch.randn(2, 4, 6, 24)).shape    # 4x6 patches of 2x2 pixels
         torch.Size([2, 4, 8, 12])
-        >>> TokenHead(24, 4, (1, 2, 2))(torch.randn(2, 3, 4, 6, 24)).shape    # of 3 frames
+        >>> ocm.TokenHead(24, 4, (1, 2, 2))(torch.randn(2, 3, 4, 6, 24)).shape    # of 3 frames
         torch.Size([2, 4, 3, 8, 12])
     """
 

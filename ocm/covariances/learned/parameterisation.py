@@ -44,9 +44,11 @@ class Parameterisation:
         ValueError: If ``data_std`` is not positive.
 
     Example:
-        >>> from ocm.diffusion.schedules import linear
-        >>> preconditioned = Parameterisation(data_std=0.5)
-        >>> round(preconditioned.scale(linear(), 1000).item(), 3), PAPER.scale(linear(), 1000) > 1e4
+        >>> import ocm
+        >>> preconditioned = ocm.Parameterisation(data_std=0.5)
+        >>> schedule = ocm.linear()
+        >>> scale = preconditioned.scale(schedule, 1000).item()
+        >>> round(scale, 3), ocm.PAPER.scale(schedule, 1000) > 1e4
         (0.25, tensor(True))
     """
 

@@ -45,8 +45,9 @@ class Architecture:
         A network of your own, whose head reads what enters its last convolution:
 
         >>> import torch, ocm
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 1, 1))
-        >>> own = Architecture("Sequential", "2", lambda net, x_t, time, labels: net(x_t))
+        >>> own = ocm.Architecture("Sequential", "2", lambda net, x_t, time, labels: net(x_t))
         >>> denoiser = ocm.Denoiser(net, ocm.linear(), architecture=own).freeze()
         >>> covariance = ocm.NPR(denoiser, ocm.CovarianceHead(8, 1, num_groups=4))
         >>> covariance.at(denoiser.predict(torch.zeros(2, 1, 4, 4), 500)).diagonal().shape
