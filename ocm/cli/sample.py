@@ -33,7 +33,7 @@ def sample(
         options.CovarianceName | None,
         typer.Option(
             metavar=options.NAME,
-            help="Covariance of x0 given x_t. Default: a trained head, ml or else ocm. "
+            help="Covariance of x0 given x_t. Default: a head, ml, else ocm, else another. "
             f"{options.ALL_NAMES}",
         ),
     ] = None,

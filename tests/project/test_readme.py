@@ -1,5 +1,6 @@
 """The documents quote the recorded results, and their links and commands exist."""
 
+import inspect
 import json
 import math
 import re
@@ -13,12 +14,14 @@ import pytest
 from records import quotes
 
 import ocm
+from ocm.cli.train import train
 from ocm.training.small_unet import small_unet
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = {str(file.relative_to(ROOT)): file.read_text() for file in quotes.DOCUMENTS}
 MOST_LINES_OF_THE_README = 150
+DEFAULTS = ocm.TrainingSettings(1)
 each_document = pytest.mark.parametrize("name", TEXTS)
 
 
@@ -84,6 +87,12 @@ def parameters_of_the_digits_denoiser():
 QUOTED = {
     "head errors are amplified up to {:,.0f} times near t = N": largest_amplification,
     "a denoiser of {:.2f} million parameters": parameters_of_the_digits_denoiser,
+    "`learning_rate` | {:g}, falling": lambda: DEFAULTS.learning_rate,
+    "The command takes {:g} for heads": lambda: (
+        inspect.signature(train).parameters["head_learning_rate"].default
+    ),
+    "`ema_decay` | {:g} |": lambda: DEFAULTS.ema_decay,
+    "`warmup_steps` | {} |": lambda: DEFAULTS.warmup_steps,
 }
 BOUNDS = {
     "a simple one adds at most {:.0%} to the time of a step": (time_of_a_simple_head, 0.01),
