@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 _BAR_WIDTH = 24
 # Seconds between two pictures of a bar, and between two lines of a log.
 _REDRAW, _RELOG = 0.1, 30.0
+_lines: list[Any] = []  # the console whose last line is a bar
 
 
 def tracked(
@@ -52,13 +53,18 @@ def tracked(
     total = done + len(items)
 
     def say(count: int) -> None:
-        text = _text(count, done, total, unit, time.monotonic() - began, note())
+        elapsed = time.monotonic() - began
+        parts = [f"{count}/{total} {unit}", f"{timedelta(seconds=round(elapsed))}"]
+        if done < count < total:
+            left = elapsed / (count - done) * (total - count)
+            parts.append(f"{timedelta(seconds=round(left))} left")
+        text = ", ".join(filter(None, [*parts, note()]))
         if console.is_terminal:
             # Padded: what is not done is left out where there are no colours.
             bar = console.render(ProgressBar(total, count, width=_BAR_WIDTH))
             room = max(console.width - len(label) - _BAR_WIDTH - 3, 0)  # the last column wraps
-            console.file.write("\r")
-            console.out(f"{label} ", end="", highlight=False)
+            _lines[:] = [console]
+            console.file.write(f"\r{label} ")
             console.print(Segments(Segment.adjust_line_length(list(bar), _BAR_WIDTH)), end="")
             console.out(f" {text:{room}.{room}}", end="", highlight=False)
         else:
@@ -72,14 +78,15 @@ def tracked(
             if count == total or time.monotonic() - said >= pause:
                 say(count)
                 said = time.monotonic()
-    finally:  # an error gets a line of its own
-        if console.is_terminal:
-            console.out()
+    finally:
+        end_line()
 
 
-def _text(count: int, done: int, total: int, unit: str, elapsed: float, note: str) -> str:
-    parts = [f"{count}/{total} {unit}", f"{timedelta(seconds=round(elapsed))}"]
-    if done < count < total:
-        left = elapsed / (count - done) * (total - count)
-        parts.append(f"{timedelta(seconds=round(left))} left")
-    return ", ".join(filter(None, [*parts, note]))
+def end_line() -> None:
+    """End the line of a bar, so that what is said next, of an error say, has one of its own.
+
+    Example:
+        >>> end_line()    # there is none
+    """
+    while _lines:
+        _lines.pop().out()

@@ -8,7 +8,6 @@ import io
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from importlib import metadata
 from types import FrameType
@@ -21,6 +20,7 @@ from ocm.cli.evaluate import evaluate
 from ocm.cli.info import info
 from ocm.cli.sample import sample
 from ocm.cli.train import train
+from ocm.progress import end_line
 
 app = typer.Typer(
     help=(
@@ -79,7 +79,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
             command(*arguments, **options)
         except KeyboardInterrupt as stop:
             if os.environ.get("RANK", "0") == "0":  # the first of several processes
-                traceback.clear_frames(stop.__traceback__)  # a bar ends its line
+                end_line()
                 said = str(stop) or "the same command starts again"
                 typer.echo(f"\ninterrupted: {said}", err=True)
             raise typer.Exit(128 + caught[0]) from None
@@ -131,7 +131,7 @@ def run() -> None:
         status = _status(error)
         if status is None:
             raise
-        traceback.clear_frames(error.__traceback__)  # a bar ends its line
+        end_line()
         typer.echo(f"error: {error}", err=True)
     sys.exit(status)
 

@@ -224,9 +224,8 @@ def _tabulate(
     timesteps: Sequence[float],
     progress: bool,
 ) -> Table:
-    listed = check_timesteps(timesteps)
-    for t in listed:
+    ordered = sorted(set(check_timesteps(timesteps)))
+    for t in ordered:
         denoiser.schedule.check(t)
-    ordered = sorted(set(listed))
     shown = tracked(ordered, "analytic", "timesteps", shown=progress)
     return Table({t: [variance(t) / denoiser.schedule.level(t).beta_bar] for t in shown})

@@ -90,14 +90,18 @@ FAULTS = [
         ("the rest of a longer picture left", "{text:{room}.{room}}", "{text:.{room}}"),
         (
             "an error on the line of a bar",
-            "        if console.is_terminal:\n            console.out()",
-            "        pass",
+            "    finally:\n        end_line()",
+            "    finally:\n        pass",
         ),
     ),
     *in_file(
         "ocm/cli/app.py",
         ("tests/ocm/test_progress.py", "-k", "ends_its_bar"),
-        ("an error after the bar", "traceback.clear_frames(error.__traceback__)", "pass"),
-        ("an interruption after the bar", "traceback.clear_frames(stop.__traceback__)", "pass"),
+        (
+            "an error on a bar",
+            '        end_line()\n        typer.echo(f"error',
+            '        typer.echo(f"error',
+        ),
+        ("an interruption on a bar", "                end_line()\n", ""),
     ),
 ]
