@@ -228,6 +228,7 @@ def _over(
         num_probes=torch.tensor(passes),
         mode="vjp",
         note="; ".join(notes),
+        num_blocks=None if estimated else torch.tensor(1),  # of chance, none
     )
 
 

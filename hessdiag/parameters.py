@@ -14,6 +14,7 @@ from hessdiag.checks import check_positive_int
 from hessdiag.choosing import ProbeName
 from hessdiag.compat import NotDifferentiableError, explained, forward_mode_operators
 from hessdiag.estimate import estimate_from_products, tolerance_of
+from hessdiag.intervals import half_width
 from hessdiag.kernels.philox import PROBES_PER_SIGN_TILE, Seed, check_counter, seed_tensor
 from hessdiag.parameter_vectors import (
     Leaves,
@@ -43,6 +44,8 @@ class ParameterDiagonal:
             mode.
         note: What a reader should know of how it was done, or "".
         converged: Whether the tolerance was reached, bool of shape (); None where there was none.
+        num_blocks: Independent blocks of probes behind it, int64 of shape (); None where there are
+            no standard errors.
 
     Example:
         >>> import torch, hessdiag
@@ -60,6 +63,33 @@ class ParameterDiagonal:
     mode: str
     note: str
     converged: Tensor | None = None
+    num_blocks: Tensor | None = None
+
+    def interval(self, level: float = 0.95) -> tuple[Tree, Tree]:
+        """Return the ends of the intervals that cover each entry with probability ``level``.
+
+        As :meth:`hessdiag.DiagonalEstimate.interval`, tensor by tensor; trees like the parameters.
+
+        Raises:
+            ValueError: If ``level`` is not between 0 and 1, or there are no standard errors.
+
+        Example:
+            >>> import torch, hessdiag
+            >>> loss = lambda p: p["w"].prod() + p["w"].square().sum()
+            >>> parameters = {"w": torch.ones(3)}
+            >>> result = hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=64)
+            >>> low, high = result.interval(0.99)
+            >>> bool(((low["w"] < 2.0) & (2.0 < high["w"])).all())
+            True
+        """
+        if self.stderr is None or self.num_blocks is None:
+            raise ValueError("stderr must have been kept for an interval, got None")
+        blocks = self.num_blocks.reshape(1)
+        half = torch.utils._pytree.tree_map(
+            lambda leaf: half_width(leaf[None], blocks, level)[0], self.stderr
+        )
+        ends = torch.utils._pytree.tree_map
+        return ends(torch.sub, self.diagonal, half), ends(torch.add, self.diagonal, half)
 
     def sum_of_each(self) -> Tree:
         """Return the sum over each parameter tensor: the trace of its block of the matrix.
@@ -362,7 +392,7 @@ def estimate_over_parameters(
             products, tree, max_probes, tolerance, stderr, seed_tensor(seed, tree.device),
             probe_offset,
         )  # fmt: skip
-        notes: list[str] = []
+        blocks, notes = torch.tensor(count), list[str]()
     else:
 
         def flat_products(flat: Tensor) -> Tensor:
@@ -383,6 +413,7 @@ def estimate_over_parameters(
             probe_offset=probe_offset,
         )
         mean, count = tree.split(streamed.mean[0]), int(streamed.num_probes[0])
+        blocks = streamed.num_blocks[0].cpu()
         errors = tree.split(streamed.stderr[0]) if stderr else None
         converged = streamed.converged is not None and bool(streamed.converged[0])
     return ParameterDiagonal(
@@ -392,6 +423,7 @@ def estimate_over_parameters(
         mode=products.mode,
         note="; ".join(products.notes + notes),
         converged=torch.tensor(converged) if tolerance else None,
+        num_blocks=blocks if stderr else None,
     )
 
 

@@ -249,6 +249,62 @@ def test_a_tolerance_that_auto_cannot_miss(max_probes):
     assert "UnitVectors" in result.note or "unit vectors" in result.note
 
 
+@pytest.mark.parametrize("M", [4, 16, 64])
+def test_intervals_hold_the_truth_as_often_as_they_say(M):
+    A = torch.randn(40, 40, generator=torch.Generator().manual_seed(0))
+    H = A @ A.T
+    parameters = {"w": torch.zeros(20, 2), "b": torch.tensor(1.0)}
+
+    def loss(p):
+        return 0.5 * p["w"].flatten() @ H @ p["w"].flatten() + p["b"] ** 2
+
+    held = []
+    for seed in range(50):
+        result = hessdiag.parameter_hessian_diagonal(loss, parameters, max_probes=M, seed=seed)
+        assert result.num_blocks == M
+        low, high = result.interval(0.9)
+        truth = H.diagonal().reshape(20, 2)
+        held.append(((low["w"] <= truth) & (truth <= high["w"])).float().mean())
+        assert low["b"] == high["b"] == 2.0  # which nothing disturbs
+    # From few blocks the floor makes them wider than they need be.
+    assert 0.86 < torch.stack(held).mean() < (0.99 if M < 8 else 0.94)
+
+
+@pytest.mark.parametrize(
+    ("probes", "blocks"),
+    [("orthogonal", 2), (hessdiag.BalancedColoring(3), 4), (hessdiag.Normal(), 12)],
+)
+def test_blocks_of_a_design_are_counted(problem, probes, blocks):
+    result = hessdiag.parameter_hessian_diagonal(
+        lambda p: problem.loss(problem.model(p)), problem.parameters, max_probes=12, probes=probes
+    )
+    assert result.num_blocks == blocks
+    low, high = result.interval()
+    for a, b, found in zip(*map(dict.values, (low, high, result.diagonal)), strict=True):
+        assert (a <= found).all()
+        assert (found <= b).all()
+
+
+def test_intervals_of_what_is_exact_are_points_and_others_ask_for_standard_errors(problem):
+    def total(p):
+        return problem.loss(problem.model(p))
+
+    exact = hessdiag.parameter_hessian_diagonal(
+        total, problem.parameters, max_probes=43, probes="auto"
+    )
+    low, high = exact.interval()
+    assert all(torch.equal(low[name], high[name]) for name in low)
+    (low, _) = hessdiag.parameter_hessian_diagonal(
+        total, problem.parameters, max_probes=1
+    ).interval()
+    assert all(bool((part == -math.inf).all()) for part in low.values())
+    without = hessdiag.parameter_hessian_diagonal(
+        total, problem.parameters, max_probes=4, stderr=False
+    )
+    with pytest.raises(ValueError, match="stderr must have been kept for an interval, got None"):
+        without.interval()
+
+
 def test_one_number_for_each_tensor(problem):
     H = problem.hessian().diagonal()
     result = hessdiag.parameter_hessian_diagonal(
