@@ -22,22 +22,19 @@ def linear(A):
 
 
 class TestStatistics:
-    """Mean and variance over 4,000 seeds against their formulas."""
+    """Mean and variance over 4,000 samples of 40 seeds against their formulas."""
 
     @pytest.mark.parametrize("mode", ["vjp", "jvp"])
     def test_mean_and_variance_on_a_linear_map(self, matrix, mode):
-        M, num_seeds = 4, 4000
-        x = torch.zeros(1, 24)
+        M, count = 4, 4000
+        x = torch.zeros(count // 40, 24)
         estimates = torch.cat(
-            [
-                hessdiag.hutchinson(linear(matrix), x, M, seed=seed, mode=mode)
-                for seed in range(num_seeds)
-            ]
+            [hessdiag.hutchinson(linear(matrix), x, M, seed=seed, mode=mode) for seed in range(40)]
         ).double()
         A = matrix.double()
         energy = A.square().sum(dim=1 if mode == "jvp" else 0) - A.diagonal().square()
         expected_variance = energy / M
-        standard_error = (expected_variance / num_seeds).sqrt()
+        standard_error = (expected_variance / count).sqrt()
         assert ((estimates.mean(dim=0) - A.diagonal()).abs() < 5 * standard_error).all()
         ratio = estimates.var(dim=0) / expected_variance
         assert (ratio - 1).abs().max() < 0.1

@@ -21,6 +21,7 @@ COMMANDS = typer.main.get_command(app.app).commands
 SHORTER = {
     "TrainingSettings(10_000)": "TrainingSettings(2, batch_size=4)",
     "TrainingSettings(200, ": "TrainingSettings(2, batch_size=4, ",
+    "LikelihoodSettings(num_draws=2)": "LikelihoodSettings('euler', 4, num_draws=2)",
 }
 
 
