@@ -10,7 +10,7 @@ from hessdiag import Jacobian
 
 WAYS = [(mode, batching) for mode in ("vjp", "jvp") for batching in ("loop", "vmap", "fold")]
 # The database takes seconds to import: it is not, where these tests are not run.
-PARTS = 8
+PARTS = 16
 
 
 def independent_jacobian(name, function, x):
